@@ -1,0 +1,39 @@
+# make train | make test | make lint | make lock; PYTHON=python3.13 picks another interpreter (and its own environment).
+PYTHON ?= python3.11
+VENV ?= .venv-$(notdir $(PYTHON))
+BIN := $(VENV)/bin
+CONFIG ?= configs/grpo.py
+WORKDIR ?=
+
+.PHONY: train test lint format lock env clean
+
+env: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.lock setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+train: env
+	$(BIN)/python launch/train.py --config=$(CONFIG) $(if $(WORKDIR),--workdir=$(WORKDIR))
+
+test: env
+	$(BIN)/python -m pytest -n 2
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: env
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --universal --python-version 3.11 --extra dev --no-emit-index-url --no-header --no-annotate \
+	  --upgrade setup.py --output-file requirements.lock
+
+clean:
+	rm -rf .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,341 @@
+"""Every setting of apr_jax, as frozen dataclasses, and the one door through which they come in.
+
+`from_config_dict` turns an `ml_collections.ConfigDict` into a `Config`, strictly: an unknown or missing field and a
+value of the wrong type raise `ConfigError` and say what was probably meant. Nothing downstream sees a ConfigDict.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ml_collections import ConfigDict
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work. The message names the field and says what to do."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A Llama-2 decoder (RMSNorm, RoPE, SwiGLU, optional grouped-query attention)."""
+
+    vocab_size: int  # at least the tokenizer's; the rest is never produced
+    num_layers: int
+    embed_dim: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int  # num_heads = multi-head, fewer = grouped-query
+    head_dim: int
+    max_seq_len: int  # tokens of context a thread may hold
+    rope_theta: float
+    rms_norm_eps: float
+    tie_embeddings: bool
+    compute_dtype: Literal["float32", "bfloat16"]  # weights stay float32
+    attention: Literal["auto", "xla", "splash", "cudnn"]  # training kernel; auto = the best of the backend
+    remat: bool  # recompute each layer in the backward pass
+
+    def __post_init__(self) -> None:
+        _positive(self, "model", "vocab_size num_layers embed_dim mlp_dim num_heads num_kv_heads head_dim max_seq_len")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model.num_heads={self.num_heads} must be a multiple of model.num_kv_heads={self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"model.head_dim={self.head_dim} must be even: RoPE rotates pairs")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """Countdown problems and the searches that demonstrate them (RECIPE: paper section 4.1 and its released code)."""
+
+    num_numbers: int
+    min_number: int
+    max_number: int
+    min_target: int
+    max_target: int
+    serial_beam_min: int  # SoS+: nodes kept per expansion, drawn per problem
+    serial_beam_max: int
+    serial_dfs_probability: float  # SoS+: chance that an expansion's nodes are searched depth-first in place
+    parent_beam_min: int  # APR: the parent's beam, drawn per problem
+    parent_beam_max: int
+    child_beam_max: int  # APR: the children's beam is drawn from [parent's beam, this]
+    spawn_probability: float  # APR: chance that a parent's expansion is handed to children
+    shuffle: bool  # write the kept operations in random order (the reference) or by heuristic (fixed)
+
+    def __post_init__(self) -> None:
+        _positive(self, "task", "num_numbers min_number serial_beam_min parent_beam_min")
+        for low, high in (
+            ("min_number", "max_number"),
+            ("min_target", "max_target"),
+            ("serial_beam_min", "serial_beam_max"),
+            ("parent_beam_min", "parent_beam_max"),
+            ("parent_beam_max", "child_beam_max"),
+        ):
+            if getattr(self, low) > getattr(self, high):
+                raise ConfigError(f"task.{low}={getattr(self, low)} is above task.{high}={getattr(self, high)}")
+        _share(self, "task", "serial_dfs_probability spawn_probability")
+        if self.num_numbers < 2:
+            raise ConfigError(f"task.num_numbers={self.num_numbers}: Countdown needs at least 2 numbers")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The demonstrations on disk and how they become training rows."""
+
+    directory: str
+    method: Literal["adaptive", "serial"]
+    tokenizer: str  # "builtin", or the path of a Hugging Face tokenizer.json
+    num_train: int  # problems
+    num_validation: int
+    num_test: int
+    num_test_unseen_targets: int
+    num_unseen_targets: int  # targets held out of train for the split test_unseen_targets
+    num_workers: int  # processes that generate; the data do not depend on it
+    condition_on_budget: bool  # prefix the prompt with its budget (Sub Call Budget / Token Budget)
+    replay_weight: float  # loss weight of a solved thread's replay of its winning path, relative to other tokens
+    loss_on_context: bool  # also learn the prompt and the joined text (the reference does in SFT)
+
+    def __post_init__(self) -> None:
+        _positive(
+            self, "data", "num_train num_validation num_test num_test_unseen_targets num_unseen_targets num_workers"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices per mesh axis; their product is the number of devices used."""
+
+    data: int
+    fsdp: int
+    tensor: int
+
+    def __post_init__(self) -> None:
+        _positive(self, "mesh", "data fsdp tensor")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, or Muon for the matrices with AdamW for the rest (optax.contrib.muon)."""
+
+    name: Literal["adamw", "muon"]
+    learning_rate: float  # AdamW's peak
+    muon_learning_rate: float  # Muon's peak; read when name is "muon"
+    schedule: Literal["constant", "cosine"]
+    warmup_steps: int
+    initial_scale: float  # learning rate at step 0, as a share of the peak
+    final_scale: float  # and at the last step (cosine)
+    b1: float
+    b2: float
+    weight_decay: float
+    clip_norm: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """Supervised fine-tuning on demonstrations (paper section 4.2)."""
+
+    num_steps: int
+    rows_per_step: int  # packed rows in a global batch
+    row_len: int  # tokens a row
+    microbatches: int  # gradient accumulation: rows_per_step is split so often
+    optimizer: OptimizerConfig
+    checkpoint_every: int
+    validate_every: int
+    validation_rows: int
+
+    def __post_init__(self) -> None:
+        _positive(self, "sft", "rows_per_step row_len microbatches checkpoint_every validate_every validation_rows")
+        if self.rows_per_step % self.microbatches:
+            raise ConfigError(
+                f"sft.rows_per_step={self.rows_per_step} must be a multiple of sft.microbatches={self.microbatches}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """The decode engine: lanes, pages, and what one rollout may cost."""
+
+    num_lanes: int  # threads decoded together (over all data shards)
+    page_size: int  # tokens a page
+    num_pages: int  # pages of KV cache (over all data shards)
+    steps_per_visit: int  # tokens decoded on device between two visits of the host
+    prefill_lanes: int  # threads prefilled together; each advances up to one page a call
+    max_steps: int  # tokens one thread may generate
+    max_children: int  # children one spawn may open
+    max_spawns: int  # spawns one thread may make
+    max_depth: int  # levels of threads below the root
+    temperature: float  # GRPO's sampling temperature
+    cancel_on_success: bool  # the first child that reaches the goal ends its siblings
+    prefix_reuse: bool  # threads whose prompts begin alike share those pages
+
+    def __post_init__(self) -> None:
+        _positive(self, "rollout", "num_lanes page_size num_pages steps_per_visit prefill_lanes max_steps max_children")
+        if self.temperature < 0:
+            raise ConfigError(f"rollout.temperature={self.temperature} must be >= 0 (0 is greedy)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GRPOConfig:
+    """Group-relative policy optimisation (paper section 4.3; RECIPE section 5)."""
+
+    num_steps: int
+    prompts_per_step: int
+    group_size: int  # rollouts a prompt; advantages are relative to their mean
+    inner_updates: int  # optimiser steps on one set of rollouts
+    clip_ratio: float
+    kl_coef: float  # weight of the k3 estimate of KL(policy || reference); 0 needs no reference
+    advantage_eps: float
+    importance_cap: float  # truncated importance weight for the rollout/trainer gap; 0 = off
+    row_len: int
+    rows_per_microbatch: int
+    optimizer: OptimizerConfig
+    checkpoint_every: int
+
+    def __post_init__(self) -> None:
+        _positive(
+            self, "grpo", "prompts_per_step group_size inner_updates row_len rows_per_microbatch checkpoint_every"
+        )
+        if self.group_size < 2:
+            raise ConfigError(f"grpo.group_size={self.group_size}: an advantage needs at least 2 rollouts a prompt")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Held-out problems and how they are decoded."""
+
+    split: Literal["validation", "test", "test_unseen_targets"]
+    num_problems: int
+    temperature: float
+    also_temperature: float  # a second pass at this temperature stands beside the first in summary.json
+
+    def __post_init__(self) -> None:
+        _positive(self, "evaluation", "num_problems")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run."""
+
+    name: str
+    seed: int
+    model: ModelConfig
+    task: TaskConfig
+    data: DataConfig
+    mesh: MeshConfig
+    sft: SFTConfig
+    rollout: RolloutConfig
+    grpo: GRPOConfig
+    evaluation: EvaluationConfig
+
+    def __post_init__(self) -> None:
+        check_consistent(self)
+
+
+def check_consistent(config: Config) -> None:
+    """Checks what spans several sections. Raises ConfigError with the two numbers that disagree."""
+    model, rollout, mesh = config.model, config.rollout, config.mesh
+    pages_per_thread = -(-model.max_seq_len // rollout.page_size)
+    usable = rollout.num_pages // mesh.data - 1
+    if usable < pages_per_thread:
+        raise ConfigError(
+            f"rollout.num_pages={rollout.num_pages} leaves {usable} usable pages a data shard, and one thread of "
+            f"model.max_seq_len={model.max_seq_len} tokens needs {pages_per_thread} of "
+            f"rollout.page_size={rollout.page_size}"
+        )
+    for name, row_len in (("sft", config.sft.row_len), ("grpo", config.grpo.row_len)):
+        if row_len < model.max_seq_len:
+            raise ConfigError(
+                f"{name}.row_len={row_len} is shorter than model.max_seq_len={model.max_seq_len}: "
+                "a full thread would not fit a row"
+            )
+    for field, value in (
+        ("num_lanes", rollout.num_lanes),
+        ("num_pages", rollout.num_pages),
+        ("prefill_lanes", rollout.prefill_lanes),
+    ):
+        if value % mesh.data:
+            raise ConfigError(f"rollout.{field}={value} must be a multiple of mesh.data={mesh.data}")
+    for field, value in (
+        ("num_kv_heads", model.num_kv_heads),
+        ("num_heads", model.num_heads),
+        ("mlp_dim", model.mlp_dim),
+    ):
+        if value % mesh.tensor:
+            raise ConfigError(f"model.{field}={value} must be a multiple of mesh.tensor={mesh.tensor}")
+    if model.embed_dim % mesh.fsdp:
+        raise ConfigError(f"model.embed_dim={model.embed_dim} must be a multiple of mesh.fsdp={mesh.fsdp}")
+    batch_shards = mesh.data * mesh.fsdp
+    rows = config.sft.rows_per_step // config.sft.microbatches
+    for field, value in (
+        ("sft.rows_per_step / sft.microbatches", rows),
+        ("sft.validation_rows", config.sft.validation_rows),
+        ("grpo.rows_per_microbatch", config.grpo.rows_per_microbatch),
+    ):
+        if value % batch_shards:
+            raise ConfigError(f"{field}={value} must be a multiple of mesh.data * mesh.fsdp = {batch_shards}")
+
+
+def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
+    """Converts a ConfigDict (or nested dict) to a Config. Raises ConfigError; never fills in a default."""
+    values = config.to_dict() if isinstance(config, ConfigDict) else config
+    return typing.cast(Config, _convert(Config, values, ""))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The nested plain dict that `from_config_dict` takes back."""
+    return dataclasses.asdict(config)
+
+
+def _convert(cls: type, values: Mapping[str, Any], path: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    unknown = [key for key in values if key not in hints]
+    missing = [key for key in hints if key not in values]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], missing or hints, n=1, cutoff=0.4) or difflib.get_close_matches(
+            unknown[0], hints, n=1, cutoff=0
+        )
+        hint = f"did you mean {close[0]}?" if close else f"fields: {', '.join(hints)}"
+        raise ConfigError(f"{path}{unknown[0]}: no such field; {hint}")
+    if missing:
+        raise ConfigError(f"{path}{missing[0]}: missing; it takes {_type_name(hints[missing[0]])}")
+    return cls(**{key: _convert_value(hint, values[key], f"{path}{key}") for key, hint in hints.items()})
+
+
+def _convert_value(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}={value!r}: wrong type, it takes a section of settings")
+        return _convert(typing.cast(type, hint), value, f"{path}.")
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            close = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1, cutoff=0.3)
+            raise ConfigError(
+                f"{path}={value!r}: choose one of {', '.join(map(repr, choices))}"
+                + (f"; did you mean {close[0]!r}?" if close else "")
+            )
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(hint, types.GenericAlias) and (type(value) is not hint):
+        raise ConfigError(f"{path}={value!r}: wrong type, it takes {_type_name(hint)}, not {type(value).__name__}")
+    return value
+
+
+def _type_name(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint))
+
+
+def _positive(section: Any, name: str, fields: str) -> None:
+    for field in fields.split():
+        if getattr(section, field) < 1:
+            raise ConfigError(f"{name}.{field}={getattr(section, field)} must be at least 1")
+
+
+def _share(section: Any, name: str, fields: str) -> None:
+    for field in fields.split():
+        if not 0 <= getattr(section, field) <= 1:
+            raise ConfigError(f"{name}.{field}={getattr(section, field)} must lie in [0, 1]")

@@ -1,0 +1,206 @@
+"""Supervised warm start, then GRPO.
+
+    python launch/train.py --config=configs/grpo.py            # :laptop, two CPU cores, under half an hour
+    python launch/train.py --config=configs/grpo.py:smoke      # under a minute: does everything run?
+    python launch/train.py --config=configs/grpo.py:paper      # the 228M model, the paper's numbers
+    python launch/train.py --config=configs/grpo.py --config.grpo.num_steps=40 --config.seed=1
+
+`apr_jax/config.py` says what each field means. Sources of the numbers: docs/recipe.md.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "laptop") -> ConfigDict:
+    variants = {"laptop": laptop, "smoke": smoke, "paper": paper}
+    if variant not in variants:
+        raise ValueError(f"configs/grpo.py:{variant}: no such variant; choose one of {', '.join(variants)}")
+    return variants[variant]()
+
+
+def laptop() -> ConfigDict:
+    """Three numbers below 20 and a 1.4M-parameter Llama: trained from nothing on two cores."""
+    config = ConfigDict()
+    config.name = "laptop"
+    config.seed = 0
+    config.model = dict(
+        vocab_size=320,
+        num_layers=3,
+        embed_dim=192,
+        mlp_dim=512,
+        num_heads=3,
+        num_kv_heads=3,
+        head_dim=64,
+        max_seq_len=512,
+        rope_theta=10_000.0,
+        rms_norm_eps=1e-6,
+        tie_embeddings=True,
+        compute_dtype="float32",
+        attention="auto",
+        remat=False,
+    )
+    config.task = dict(
+        num_numbers=3,
+        min_number=1,
+        max_number=20,
+        min_target=10,
+        max_target=40,
+        serial_beam_min=1,
+        serial_beam_max=5,
+        serial_dfs_probability=0.5,
+        parent_beam_min=4,
+        parent_beam_max=10,
+        child_beam_max=15,
+        spawn_probability=1.0,
+        shuffle=False,
+    )
+    config.data = dict(
+        directory="runs/data",
+        method="adaptive",
+        tokenizer="builtin",
+        num_train=8_000,
+        num_validation=300,
+        num_test=1_000,
+        num_test_unseen_targets=300,
+        num_unseen_targets=3,
+        num_workers=2,
+        condition_on_budget=False,
+        replay_weight=4.0,
+        loss_on_context=False,
+    )
+    config.mesh = dict(data=1, fsdp=1, tensor=1)
+    config.sft = dict(
+        num_steps=1_200,
+        rows_per_step=8,
+        row_len=512,
+        microbatches=1,
+        optimizer=dict(
+            name="muon",
+            learning_rate=3e-3,
+            muon_learning_rate=0.02,
+            schedule="cosine",
+            warmup_steps=50,
+            initial_scale=0.0,
+            final_scale=0.02,
+            b1=0.9,
+            b2=0.95,
+            weight_decay=0.01,
+            clip_norm=1.0,
+        ),
+        checkpoint_every=100,
+        validate_every=100,
+        validation_rows=16,
+    )
+    config.rollout = dict(
+        num_lanes=64,
+        page_size=16,
+        num_pages=2_560,
+        steps_per_visit=32,
+        prefill_lanes=32,
+        max_steps=512,
+        max_children=16,
+        max_spawns=4,
+        max_depth=1,
+        temperature=1.0,
+        cancel_on_success=False,
+        prefix_reuse=True,
+    )
+    config.grpo = dict(
+        num_steps=12,
+        prompts_per_step=16,
+        group_size=8,
+        inner_updates=1,
+        clip_ratio=0.2,
+        kl_coef=0.0,
+        advantage_eps=1e-6,
+        importance_cap=0.0,
+        row_len=512,
+        rows_per_microbatch=8,
+        optimizer=dict(
+            name="adamw",
+            learning_rate=3e-4,
+            muon_learning_rate=0.0,
+            schedule="constant",
+            warmup_steps=0,
+            initial_scale=1.0,
+            final_scale=1.0,
+            b1=0.9,
+            b2=0.95,
+            weight_decay=0.0,
+            clip_norm=1.0,
+        ),
+        checkpoint_every=2,
+    )
+    config.evaluation = dict(split="test", num_problems=1_000, temperature=0.0, also_temperature=1.0)
+    return config
+
+
+def smoke() -> ConfigDict:
+    """Everything once, in under a minute. Learns nothing."""
+    config = laptop()
+    config.name = "smoke"
+    config.model.update(num_layers=2, embed_dim=64, mlp_dim=128, num_heads=2, num_kv_heads=1, head_dim=32)
+    config.data.update(num_train=64, num_validation=16, num_test=16, num_test_unseen_targets=16)
+    config.sft.update(num_steps=20, checkpoint_every=10, validate_every=10, validation_rows=4)
+    config.sft.optimizer.warmup_steps = 2
+    config.rollout.update(num_lanes=16, num_pages=512, max_steps=96, prefill_lanes=16)
+    config.grpo.update(
+        num_steps=2, prompts_per_step=4, group_size=4, inner_updates=2, kl_coef=0.001, checkpoint_every=1
+    )
+    config.evaluation.num_problems = 16
+    return config
+
+
+def paper() -> ConfigDict:
+    """The paper's model and schedules (arXiv 2504.15466, section 4 and appendix; RL: its released code)."""
+    config = laptop()
+    config.name = "paper"
+    config.model.update(
+        vocab_size=32_000,
+        num_layers=18,
+        embed_dim=1_024,
+        mlp_dim=2_752,
+        num_heads=16,
+        num_kv_heads=16,
+        head_dim=64,
+        max_seq_len=4_096,
+        tie_embeddings=False,
+        compute_dtype="bfloat16",
+        remat=True,
+    )
+    config.task.update(
+        num_numbers=4,
+        max_number=99,
+        max_target=100,
+        parent_beam_min=1,
+        spawn_probability=0.9,
+        shuffle=True,
+    )
+    config.data.update(
+        num_train=500_000,
+        num_validation=1_000,
+        num_test_unseen_targets=1_000,
+        num_unseen_targets=9,
+        condition_on_budget=True,
+        replay_weight=1.0,
+        loss_on_context=True,
+    )
+    config.sft.update(
+        num_steps=19_000, rows_per_step=256, row_len=4_096, microbatches=32, checkpoint_every=500, validate_every=500
+    )
+    config.sft.optimizer.update(
+        name="adamw", learning_rate=5e-5, warmup_steps=190, initial_scale=0.1, final_scale=0.01, b2=0.999
+    )
+    config.rollout.update(page_size=64, num_pages=1_024, steps_per_visit=64, max_steps=4_096)
+    config.grpo.update(
+        num_steps=150,
+        prompts_per_step=64,
+        group_size=5,
+        inner_updates=2,
+        kl_coef=0.001,
+        row_len=4_096,
+        rows_per_microbatch=4,
+        checkpoint_every=10,
+    )
+    config.grpo.optimizer.update(learning_rate=1e-5, b2=0.999, weight_decay=0.01)
+    return config

@@ -1,0 +1,120 @@
+"""The config door: strict, with hints, and with both numbers where two settings disagree."""
+
+import dataclasses
+import pathlib
+import runpy
+import subprocess
+import sys
+import time
+import typing
+
+import pytest
+from ml_collections import ConfigDict
+
+from apr_jax import config as config_lib
+from apr_jax.config import Config, ConfigError, from_config_dict, to_dict
+
+ROOT = pathlib.Path(__file__).parent.parent
+VARIANTS = [(name, variant) for name in ("grpo", "sft", "benchmark_decode") for variant in ("laptop", "smoke", "paper")]
+
+
+def load(name: str = "grpo", variant: str = "laptop") -> ConfigDict:
+    return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](variant)
+
+
+def changed(**fields: object) -> ConfigDict:
+    """The laptop config with `section__field=value` replaced, types unchecked as a file could have them."""
+    config = load()
+    for path, value in fields.items():
+        section, _, field = path.partition("__")
+        with config.unlocked(), config.ignore_type():
+            if field:
+                config[section][field] = value
+            else:
+                config[section] = value
+    return config
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_every_variant_converts_and_comes_back(name: str, variant: str):
+    config = from_config_dict(load(name, variant))
+    assert from_config_dict(to_dict(config)) == config
+
+
+def test_unknown_variant_names_the_known_ones():
+    with pytest.raises(ValueError, match="laptop, smoke, paper"):
+        load(variant="lap")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model__nlayers": 3}, r"model\.nlayers: no such field; did you mean num_layers\?"),
+        ({"rollout__temprature": 1.0}, r"rollout\.temprature: no such field; did you mean temperature\?"),
+        ({"modle": 3}, r"modle: no such field; did you mean model\?"),
+        ({"model__num_layers": "3"}, r"model\.num_layers='3': wrong type, it takes int, not str"),
+        ({"model__num_layers": True}, r"model\.num_layers=True: wrong type"),
+        ({"model": 3}, r"model=3: wrong type, it takes a section"),
+        ({"model__attention": "cudn"}, r"model\.attention='cudn': .* did you mean 'cudnn'\?"),
+        ({"model__num_kv_heads": 2}, r"num_heads=3 must be a multiple of model\.num_kv_heads=2"),
+        ({"model__head_dim": 3}, r"head_dim=3 must be even"),
+        ({"mesh__data": 3}, r"rollout\.num_lanes=64 must be a multiple of mesh\.data=3"),
+        ({"mesh__tensor": 2}, r"num_kv_heads=3 must be a multiple of mesh\.tensor=2"),
+        ({"mesh__fsdp": 5}, r"embed_dim=192 must be a multiple of mesh\.fsdp=5"),
+        ({"mesh__fsdp": 3}, r"=8 must be a multiple of mesh\.data \* mesh\.fsdp = 3"),
+        ({"rollout__num_pages": 20}, r"num_pages=20 leaves 19 usable pages .* tokens needs 32"),
+        ({"sft__row_len": 256}, r"sft\.row_len=256 is shorter than model\.max_seq_len=512"),
+        ({"sft__microbatches": 3}, r"rows_per_step=8 must be a multiple of sft\.microbatches=3"),
+        ({"grpo__group_size": 1}, r"group_size=1: an advantage needs at least 2"),
+        ({"rollout__temperature": -1.0}, r"temperature=-1\.0 must be >= 0"),
+        ({"task__parent_beam_min": 11}, r"parent_beam_min=11 is above task\.parent_beam_max=10"),
+        ({"task__spawn_probability": 1.5}, r"spawn_probability=1\.5 must lie in \[0, 1\]"),
+        ({"task__num_numbers": 1}, r"at least 2 numbers"),
+        ({"data__num_train": 0}, r"data\.num_train=0 must be at least 1"),
+    ],
+)
+def test_bad_settings_say_what_to_do(fields: dict[str, object], message: str):
+    with pytest.raises(ConfigError, match=message):
+        from_config_dict(changed(**fields))
+
+
+def test_a_missing_field_is_named():
+    values = to_dict(from_config_dict(load()))
+    del values["model"]["num_layers"]
+    with pytest.raises(ConfigError, match=r"model\.num_layers: missing; it takes int"):
+        from_config_dict(values)
+
+
+def test_whole_numbers_serve_as_floats():
+    assert from_config_dict(changed(rollout__temperature=1)).rollout.temperature == 1.0
+
+
+def test_a_bad_override_ends_the_trainer_in_two_seconds_with_exit_code_2(tmp_path: pathlib.Path):
+    command = [sys.executable, "launch/train.py", "--config=configs/grpo.py:smoke", f"--workdir={tmp_path}"]
+    start = time.monotonic()
+    result = subprocess.run([*command, "--config.rollout.num_pages=8"], cwd=ROOT, capture_output=True, text=True)
+    seconds = time.monotonic() - start
+    assert result.returncode == 2, result.stderr
+    assert "rollout.num_pages=8" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+    # The bound that matters, two seconds on an idle machine, is measured by hand; a test must not time a busy one.
+    assert seconds < 60
+
+
+def _read_fields() -> set[str]:
+    """Attribute names read anywhere in the package outside the config's own checks."""
+    import ast
+
+    names = set()
+    for path in [*ROOT.glob("apr_jax/**/*.py"), *ROOT.glob("launch/*.py")]:
+        if path.name != "config.py":
+            names |= {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+    return names
+
+
+def test_every_option_is_read():
+    sections = [hint for hint in typing.get_type_hints(Config).values() if dataclasses.is_dataclass(hint)]
+    assert len(sections) == 8
+    fields = {f.name for section in [*sections, config_lib.OptimizerConfig] for f in dataclasses.fields(section)}
+    assert fields - _read_fields() == set()

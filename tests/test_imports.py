@@ -1,0 +1,73 @@
+"""Imports run one way, and the host side of the engine and the task need no JAX (docs/architecture.md)."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+LAYERS = ["config", "parallel", "model", "engine", "reasoning", "evaluation", "train", "launch"]
+# Leaves: what they may import of apr_jax themselves.
+LEAVES = {"tasks": {"tasks", "config"}, "data": {"data", "tasks", "config"}, "progress": set(), "config": set()}
+MAY_USE_LEAVES = {"reasoning", "evaluation", "train", "launch"}
+NO_JAX = ["apr_jax/tasks", "apr_jax/data", "apr_jax/engine/pages.py", "apr_jax/engine/threads.py"]
+NO_JAX += ["apr_jax/engine/scheduler.py", "apr_jax/config.py"]
+
+
+def _files() -> list[pathlib.Path]:
+    return sorted([*ROOT.glob("apr_jax/**/*.py"), *ROOT.glob("launch/**/*.py")])
+
+
+def _imports(path: pathlib.Path) -> set[str]:
+    """Absolute names of every module that a file imports, wherever in the file the import stands."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return names
+
+
+def _room(module: str) -> str | None:
+    parts = module.split(".")
+    if parts[0] == "launch":
+        return "launch"
+    return parts[1] if parts[0] == "apr_jax" and len(parts) > 1 else None
+
+
+def _own_room(path: pathlib.Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[0] if parts[0] == "launch" else parts[1]
+
+
+@pytest.mark.parametrize("path", _files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path: pathlib.Path):
+    own = _own_room(path)
+    if own == "__init__":  # the package's front door may offer anything
+        return
+    for module in _imports(path):
+        other = _room(module)
+        if other is None or other == own:
+            continue
+        if own in LEAVES:
+            assert other in LEAVES[own], f"{own} is a leaf and must not import {module}"
+        elif other in ("tasks", "data"):
+            assert own in MAY_USE_LEAVES, f"{own} must know no task, but imports {module}"
+        elif other not in LEAVES:
+            assert LAYERS.index(other) < LAYERS.index(own), f"{own} must not import {module}"
+
+
+def test_every_room_is_placed():
+    rooms = {_own_room(path) for path in _files()} - {"__init__"}
+    assert rooms <= set(LAYERS) | set(LEAVES)
+
+
+@pytest.mark.parametrize("place", NO_JAX)
+def test_host_side_needs_no_jax(place: str):
+    files = [ROOT / place] if place.endswith(".py") else list((ROOT / place).glob("**/*.py"))
+    assert files
+    for path in files:
+        found = {name for name in _imports(path) if name.split(".")[0] in ("jax", "jaxlib", "flax", "optax")}
+        assert not found, f"{path} imports {found}"
