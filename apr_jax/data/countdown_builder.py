@@ -1,0 +1,252 @@
+"""The Countdown demonstrations as a TFDS dataset of array_record files, built and read without TensorFlow.
+
+    source = load_split(config, "train")      # builds the data set first, where it is not there yet
+    source[17].calls[0].completion
+
+The folder's name holds a fingerprint of every setting that the demonstrations depend on, so different settings never
+share a folder, and the data of a seed are the same whatever the number of workers.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from apr_jax.config import Config, DataConfig, TaskConfig
+from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
+from apr_jax.tasks.countdown import Problem
+from apr_jax.tasks.generation import SPLITS, Split, draw_splits, generate_split, split_size
+from apr_jax.tasks.trace import Call, Demonstration
+
+OnProgress = Callable[[str, int, int], None]  # split, demonstrations done, demonstrations in all
+# Fields of DataConfig that say where the data lie or how they are used later, not what they are.
+_NOT_IN_FINGERPRINT = ("directory", "num_workers", "tokenizer", "replay_weight", "loss_on_context")
+
+
+class DatasetError(RuntimeError):
+    """A data set on disk that cannot be used. The message names its folder and says what to do."""
+
+
+@dataclasses.dataclass(eq=False)
+class CountdownBuilderConfig(tfds.core.BuilderConfig):
+    """What a Countdown data set is made from; `name` is its fingerprint."""
+
+    task: TaskConfig | None = None
+    data: DataConfig | None = None
+    seed: int = 0
+    on_progress: OnProgress | None = None
+
+
+class Countdown(tfds.core.GeneratorBasedBuilder):
+    """Countdown problems and the searches that demonstrate how to solve them."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012 (the base class's convention)
+    BUILDER_CONFIGS: list[CountdownBuilderConfig] = []  # noqa: RUF012
+
+    def __init__(self, *, config: CountdownBuilderConfig, data_dir: str) -> None:
+        super().__init__(config=config, data_dir=data_dir, file_format="array_record")
+
+    def _create_builder_config(self, builder_config: Any, *_: Any, **__: Any) -> Any:
+        """Keeps TFDS from warning that the configuration is not one of a fixed list."""
+        return builder_config
+
+    def _log_download_bytes(self) -> None:
+        """Keeps TFDS from printing: nothing is downloaded."""
+
+    def _log_download_done(self) -> None:
+        """Keeps TFDS from printing."""
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        call = {
+            "context": tfds.features.Text(),
+            "completion": tfds.features.Text(),
+            "depth": np.int32,
+            "ends_in_spawn": np.bool_,
+            "replay_start": np.int32,
+        }
+        features = {
+            "index": np.int64,
+            "numbers": tfds.features.Sequence(np.int32),
+            "target": np.int32,
+            "method": tfds.features.Text(),
+            "calls": tfds.features.Sequence(call),
+            "answer": tfds.features.Text(),  # empty where there is none
+            "correct": np.bool_,
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Countdown problems and demonstrations of how to solve them (arXiv 2504.15466).",
+            features=tfds.features.FeaturesDict(features),
+            disable_shuffling=True,  # a split keeps its order
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+        del dl_manager  # nothing is downloaded
+        return {split: self._generate_examples(split) for split in SPLITS}
+
+    def _generate_examples(self, split: Split) -> Iterator[tuple[int, dict[str, Any]]]:
+        config: CountdownBuilderConfig = self.builder_config
+        assert config.task is not None
+        assert config.data is not None
+        count = None
+        if config.data.method == "serial" and config.data.condition_on_budget:
+            count = functools.partial(_count_tokens, config.data.tokenizer)
+        total = split_size(config.data, split)
+        demonstrations = generate_split(config.task, config.data, config.seed, split, count_tokens=count)
+        for index, demonstration in enumerate(demonstrations):
+            yield index, _to_example(index, demonstration)
+            if config.on_progress is not None:
+                config.on_progress(split, index + 1, total)
+
+
+class DemonstrationSource(Sequence[Demonstration]):
+    """A split on disk: random access to its demonstrations, in order. Raises DatasetError where it cannot be read."""
+
+    def __init__(self, records: Sequence[Any], folder: pathlib.Path, split: str) -> None:
+        self._records, self._folder, self._split = records, folder, split
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self._split} has {len(self)} demonstrations, not {index}")
+        index %= len(self)
+        try:
+            demonstration = _from_example(self._records[index])
+        except Exception as error:
+            raise _broken(self._folder, f"record {index} of {self._split} cannot be read ({error})") from error
+        return demonstration
+
+
+def fingerprint(task: TaskConfig, data: DataConfig, seed: int) -> str:
+    """16 hexadecimal digits that differ where the demonstrations may differ."""
+    values = {key: value for key, value in dataclasses.asdict(data).items() if key not in _NOT_IN_FINGERPRINT}
+    if data.method == "serial" and data.condition_on_budget:
+        values["tokenizer"] = _tokenizer_fingerprint(data.tokenizer)  # budgets are counted in its tokens
+    settings = {"task": dataclasses.asdict(task), "data": values, "seed": seed}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def make_builder(config: Config, on_progress: OnProgress | None = None) -> Countdown:
+    """The builder of this configuration's data set, under `config.data.directory`."""
+    name = fingerprint(config.task, config.data, config.seed)
+    builder_config = CountdownBuilderConfig(
+        name=name, task=config.task, data=config.data, seed=config.seed, on_progress=on_progress
+    )
+    return Countdown(config=builder_config, data_dir=str(pathlib.Path(config.data.directory).absolute()))
+
+
+def dataset_folder(config: Config) -> pathlib.Path:
+    """Where this configuration's data set lies, or will lie once it is built."""
+    name = fingerprint(config.task, config.data, config.seed)
+    return pathlib.Path(config.data.directory).absolute() / Countdown.name / name / str(Countdown.VERSION)
+
+
+def load_split(config: Config, split: Split, on_progress: OnProgress | None = None) -> DemonstrationSource:
+    """The demonstrations of a split. Builds all splits first where the data set is absent.
+
+    Building is atomic: it happens in a folder of its own that is renamed when complete, and a second process that wants
+    the same data set waits for the first.
+
+    Args:
+      config: the run.
+      split: "train", "validation", "test" or "test_unseen_targets".
+      on_progress: called while building, after each demonstration.
+
+    Raises:
+      DatasetError: the folder is there, but the data set in it is broken.
+      ConfigError: there are no such problems (see `tasks.generation.draw_splits`).
+    """
+    folder = dataset_folder(config)
+    if not folder.exists():
+        draw_splits(config.task, config.data, config.seed)  # refuses impossible settings before anything is written
+        with _lock(folder):
+            if not folder.exists():  # not built meanwhile by the process we waited for
+                _build(config, on_progress)
+    try:
+        records = make_builder(config).as_data_source(split)
+        num_records = len(records)
+    except Exception as error:
+        raise _broken(folder, f"{split} cannot be opened ({error})") from error
+    expected = split_size(config.data, split)
+    if num_records != expected:
+        raise _broken(folder, f"{split} has {num_records} records instead of {expected}")
+    source = DemonstrationSource(records, folder, split)
+    for index in (0, expected - 1):
+        source[index]
+    return source
+
+
+def _to_example(index: int, demonstration: Demonstration) -> dict[str, Any]:
+    return {
+        "index": index,
+        "numbers": list(demonstration.problem.numbers),
+        "target": demonstration.problem.target,
+        "method": demonstration.method,
+        "calls": [dataclasses.asdict(call) for call in demonstration.calls],
+        "answer": demonstration.answer or "",
+        "correct": demonstration.correct,
+    }
+
+
+def _from_example(example: dict[str, Any]) -> Demonstration:
+    calls = example["calls"]
+    return Demonstration(
+        problem=Problem(tuple(map(int, example["numbers"])), int(example["target"])),
+        method=example["method"].decode(),
+        calls=tuple(
+            Call(context.decode(), completion.decode(), int(depth), bool(ends_in_spawn), int(replay_start))
+            for context, completion, depth, ends_in_spawn, replay_start in zip(
+                *(calls[field.name] for field in dataclasses.fields(Call)), strict=True
+            )
+        ),
+        answer=example["answer"].decode() or None,
+        correct=bool(example["correct"]),
+    )
+
+
+@functools.cache
+def _cached_tokenizer(spec: str) -> Tokenizer:
+    return load_tokenizer(spec)
+
+
+def _count_tokens(spec: str, text: str) -> int:
+    return len(_cached_tokenizer(spec).encode(text))
+
+
+def _tokenizer_fingerprint(spec: str) -> str:
+    if spec == "builtin":
+        return spec
+    return hashlib.sha256(pathlib.Path(spec).read_bytes()).hexdigest()
+
+
+def _broken(folder: pathlib.Path, what: str) -> DatasetError:
+    return DatasetError(f"the data set in {folder} is broken: {what}. Delete the folder and it will be built again")
+
+
+def _build(config: Config, on_progress: OnProgress | None) -> None:
+    tfds.disable_progress_bar()  # `on_progress` says how far the work is
+    with tempfile.TemporaryDirectory() as downloads:  # which stays empty
+        make_builder(config, on_progress).download_and_prepare(download_dir=downloads)
+
+
+@contextlib.contextmanager
+def _lock(folder: pathlib.Path) -> Iterator[None]:
+    """Holds the data set's lock file, so that one process builds it and the others wait."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / "build.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes, also by a killed process
+        yield

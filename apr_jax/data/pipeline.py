@@ -1,0 +1,194 @@
+"""From demonstrations to batches of packed rows, with Grain: shuffled per epoch, sharded by host, resumable anywhere.
+
+    batches = train_iterator(load_split(config, "train"), tokenizer, row_len=512, rows_per_batch=8, ...)
+    batch = next(batches); state = batches.get_state()
+
+A batch is a dict of [B, T] arrays, B rows of T = row_len tokens: `tokens`, `targets`, `segment_ids` (0 = padding) and
+`positions` (restart at 0 in every segment) int32, `weights` float32.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from numpy.typing import NDArray
+
+from apr_jax.data.packing import Packing, pack
+from apr_jax.data.tokenized import LossWeights, Sequence1D, TokenizedCalls, tokenize_calls
+from apr_jax.data.tokenizer import Tokenizer
+from apr_jax.tasks.trace import Demonstration
+
+PackedBatch = dict[str, NDArray[np.generic]]
+
+_ROWS_PER_WINDOW = 128  # rows that are packed together; more fill better and take longer to resume
+_IN_MEMORY = grain.ReadOptions(num_threads=0)  # the calls are arrays in memory: threads would only get in the way
+
+
+class TrainIterator(Iterator[PackedBatch]):
+    """An endless stream of batches. Made by `train_iterator`."""
+
+    def __init__(self, calls: TokenizedCalls, batches: grain.DatasetIterator[PackedBatch]) -> None:
+        self._calls, self._batches = calls, batches
+
+    def __next__(self) -> PackedBatch:
+        return next(self._batches)
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the stream stands: a small JSON-able dict."""
+        return self._batches.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues where `get_state` was called, bit for bit (same data, tokenizer and settings)."""
+        self._batches.set_state(state)
+
+    @property
+    def num_calls(self) -> int:
+        """Calls in an epoch of this host's shard."""
+        return len(self._calls)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in an epoch of this host's shard, padding aside."""
+        return int(self._calls.lengths.sum())
+
+    @property
+    def num_dropped(self) -> int:
+        """Calls of this host's shard that were left out because they need more than a row."""
+        return self._calls.num_dropped
+
+
+def train_iterator(
+    source: Sequence[Demonstration],
+    tokenizer: Tokenizer,
+    *,
+    row_len: int,
+    rows_per_batch: int,
+    seed: int,
+    replay_weight: float,
+    loss_on_context: bool,
+    shard_index: int,
+    shard_count: int,
+) -> TrainIterator:
+    """Batches for training, without end. Tokenises the shard at once (2 bytes a token with the built-in vocabulary).
+
+    Args:
+      source: the split's demonstrations; this host takes every `shard_count`-th of them from `shard_index` on.
+      tokenizer: of the model.
+      row_len: T, tokens a row. Longer calls are dropped and counted (`num_dropped`).
+      rows_per_batch: rows of this host in a batch.
+      seed: of the order; every epoch has another.
+      replay_weight: loss weight of a winning path's replay, relative to the completion's other tokens.
+      loss_on_context: whether context tokens have loss.
+      shard_index: this host.
+      shard_count: number of hosts.
+
+    Raises:
+      ValueError: shard_index is not below shard_count, or nothing is left to train on.
+    """
+    seed %= 1 << 32  # what Grain and NumPy take
+    calls = tokenize_calls(_shard(source, shard_index, shard_count), tokenizer, row_len=row_len)
+    weights = LossWeights(replay_weight, loss_on_context, tokenizer.join_begin_id)
+    sequences: grain.MapDataset[Sequence1D] = (
+        grain.MapDataset.range(len(calls))
+        .shuffle(seed=seed)
+        .repeat()
+        .map(lambda index: calls.sequence(int(index), weights))
+    )
+    window_len = math.ceil(_ROWS_PER_WINDOW * row_len / float(calls.lengths.mean()))
+    rows = _PackedRows(sequences.to_iter_dataset(_IN_MEMORY), row_len=row_len, window_len=window_len, seed=seed)
+    return TrainIterator(calls, iter(rows.batch(rows_per_batch, drop_remainder=True)))
+
+
+def validation_batches(
+    source: Sequence[Demonstration],
+    tokenizer: Tokenizer,
+    *,
+    row_len: int,
+    rows_per_batch: int,
+    num_rows: int,
+    replay_weight: float,
+    loss_on_context: bool,
+    shard_index: int = 0,
+    shard_count: int = 1,
+) -> list[PackedBatch]:
+    """A fixed list of batches: as many of the shard's first calls as `num_rows` rows hold.
+
+    Every shard gets `num_rows / rows_per_batch` batches, with empty rows (segment 0, weight 0) at the end where its
+    data do not fill them. Raises ValueError as `train_iterator`, and where `num_rows` is not a multiple of
+    `rows_per_batch`.
+    """
+    if num_rows < 1 or num_rows % rows_per_batch:
+        raise ValueError(f"num_rows={num_rows} must be a positive multiple of rows_per_batch={rows_per_batch}")
+    shard = _shard(source, shard_index, shard_count)
+    calls = tokenize_calls(shard, tokenizer, row_len=row_len, max_tokens=num_rows * (row_len + 1))
+    weights = LossWeights(replay_weight, loss_on_context, tokenizer.join_begin_id)
+    num_calls = len(calls)
+    packing = pack([calls.sequence(index, weights) for index in range(num_calls)], row_len)
+    while packing.num_rows > num_rows:
+        num_calls -= packing.num_rows - num_rows  # a row too many is at least a call too many
+        packing = pack([calls.sequence(index, weights) for index in range(num_calls)], row_len)
+    padding = ((0, num_rows - packing.num_rows), (0, 0))
+    rows = {name: np.pad(array, padding) for name, array in packing.rows.items()}
+    return [
+        {name: array[start : start + rows_per_batch] for name, array in rows.items()}
+        for start in range(0, num_rows, rows_per_batch)
+    ]
+
+
+def _shard(source: Sequence[Demonstration], shard_index: int, shard_count: int) -> Iterator[Demonstration]:
+    if not 0 <= shard_index < shard_count:
+        raise ValueError(f"shard_index={shard_index} must lie in 0..{shard_count - 1} (shard_count={shard_count})")
+    return (source[index] for index in range(shard_index, len(source), shard_count))
+
+
+class _PackedRows(grain.IterDataset[PackedBatch]):
+    """Packs windows of `window_len` sequences into rows, and yields the rows of each window in random order.
+
+    Grain's own first-fit packer gives up a set of rows as soon as one long sequence does not fit, which leaves more
+    padding; a window keeps the state as small (the parent's state at its start, and a count) and the rows fuller.
+    """
+
+    def __init__(self, parent: grain.IterDataset[Sequence1D], *, row_len: int, window_len: int, seed: int) -> None:
+        super().__init__(parent)
+        self._row_len, self._window_len, self._seed = row_len, window_len, seed
+
+    def __iter__(self) -> "_PackedRowsIterator":
+        return _PackedRowsIterator(iter(self._parent), self._row_len, self._window_len, self._seed)
+
+
+class _PackedRowsIterator(grain.DatasetIterator[PackedBatch]):
+    def __init__(self, parent: grain.DatasetIterator[Sequence1D], row_len: int, window_len: int, seed: int) -> None:
+        super().__init__(parent)
+        self._sequences = parent
+        self._row_len, self._window_len, self._seed = row_len, window_len, seed
+        self._window = 0  # windows begun and finished before the present one
+        self._next_row = 0  # rows of the present window that were yielded
+        self._window_start: Any = parent.get_state()
+        self._packing: Packing | None = None  # of the present window; None: not packed yet
+        self._order: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+
+    def __next__(self) -> PackedBatch:
+        packing = self._pack_window() if self._packing is None else self._packing
+        if self._next_row == packing.num_rows:
+            self._window, self._next_row = self._window + 1, 0
+            self._window_start = self._sequences.get_state()
+            packing = self._pack_window()
+        row = self._order[self._next_row]
+        self._next_row += 1
+        return {name: array[row] for name, array in packing.rows.items()}
+
+    def get_state(self) -> dict[str, Any]:
+        return {"window_start": self._window_start, "window": self._window, "next_row": self._next_row}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._sequences.set_state(state["window_start"])
+        self._window_start = self._sequences.get_state()
+        self._window, self._next_row, self._packing = state["window"], state["next_row"], None
+
+    def _pack_window(self) -> Packing:
+        packing = pack([next(self._sequences) for _ in range(self._window_len)], self._row_len)
+        self._order = np.random.default_rng((self._seed, self._window)).permutation(packing.num_rows)
+        self._packing = packing
+        return packing

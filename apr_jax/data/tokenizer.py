@@ -1,0 +1,263 @@
+"""Text to token ids and back: one protocol, the built-in closed vocabulary, and the door to Hugging Face tokenizers.
+
+Three promises hold for every tokenizer here:
+
+- lossless: `decode(encode(text)) == text`, or `encode` raises ValueError;
+- no token that `encode` produces spans a newline (a newline only ends a token), so for `a` that ends in a newline
+  `encode(a + b) == encode(a) + encode(b)`, and a prompt ends on a token boundary;
+- the end of a spawn (`call_end_id`) and the start of a join (`join_begin_id`) are one token each, so that a decoder
+  can stop at the one and never write the other.
+"""
+
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from apr_jax.tasks.trace import CALL_BEGIN, CALL_END, JOIN_BEGIN, JOIN_END
+
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+LARGEST_NUMBER = 255  # the largest number that is one token; larger ones are spelt in digit tokens
+
+# The trace grammar's fixed phrases. Lists and operations keep distinct last tokens: "], Operations: []\n" ends a state
+# without operations, "']\n" one with, "\n" a Generated Node line.
+PHRASES = (
+    "Moving to Node #0",
+    "Current State: ",
+    ":[",
+    ", ",
+    "], Operations: []\n",
+    "], Operations: ['",
+    "', '",
+    "']\n",
+    "Exploring Operation: ",
+    ", Resulting Numbers: [",
+    "]\n",
+    "Generated Node #0",
+    ": ",
+    "] Operation: ",
+    " unequal: No Solution\n",
+    " equal: Goal Reached\n",
+    "No solution found.\n",
+    CALL_BEGIN,
+    CALL_END,
+    JOIN_BEGIN,
+    JOIN_END,
+    "<Start Sub Search ",
+    "<No Solution in Sub Search ",
+    "<Goal Reached in Sub Search ",
+    " at level 1> Moving to Node #0",
+    " at level 1 at Node #0",
+    " at level ",
+    "> Moving to Node #0",
+    " at Node #0",
+    ">\n",
+    "Sub Call Budget: ",
+    "Token Budget: ",
+    "Start Sub Search at level ",
+    ": Moving to Node #0",
+    "Exit Sub Search at level ",
+    "No solution found in sub search\n",
+)
+SYMBOLS = tuple("#,:[]'+-*/=<> \n")  # single characters; letters occur only inside phrases
+
+
+class Tokenizer(Protocol):
+    """What the rest of apr_jax knows of a tokenizer."""
+
+    vocab_size: int  # ids are 0..vocab_size - 1
+    pad_id: int
+    bos_id: int
+    eos_id: int
+    call_end_id: int  # the token "<End Calling Sub Searches>\n"
+    join_begin_id: int  # the token "<Sub Searches>\n"
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without BOS or EOS. Raises ValueError where `text` would not come back."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of any ids; control tokens (pad, BOS, EOS) are empty. Raises ValueError for an id out of range."""
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """One piece per id; joined they are `decode(ids)`."""
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, which `transformers` loads with the same ids."""
+
+
+class BuiltinTokenizer:
+    """The closed vocabulary of the trace grammar: phrases, the numbers 0..255, and symbols, as one token each.
+
+    Encoding takes the longest phrase at each place. A maximal run of digits is a number token where it is the canonical
+    spelling of a number up to 255, else one digit token per digit (digit tokens are not number tokens). Any text that
+    is made of tokens is encoded, also where the longest phrase leads astray; other text raises ValueError.
+    """
+
+    def __init__(self) -> None:
+        digits = [str(digit) for digit in range(10)]
+        numbers = [str(number) for number in range(LARGEST_NUMBER + 1)]
+        self._texts = ["", "", "", *PHRASES, *SYMBOLS, *digits, *numbers]
+        self._first_digit = 3 + len(PHRASES) + len(SYMBOLS)
+        self._ids = {text: index for index, text in enumerate(self._texts) if text}  # a number wins over its digit
+        self.vocab_size = len(self._texts)
+        self.pad_id, self.bos_id, self.eos_id = 0, 1, 2
+        self.call_end_id, self.join_begin_id = self._ids[CALL_END], self._ids[JOIN_BEGIN]
+        self._by_length = sorted((*PHRASES, *SYMBOLS), key=len, reverse=True)
+        self._find = re.compile("|".join(["[0-9]+", *map(_guarded, self._by_length)])).findall
+
+    def encode(self, text: str) -> list[int]:
+        ids = self._encode_greedily(text)
+        if ids is not None:
+            return ids
+        result = []
+        for line in re.findall(r"[^\n]*\n|[^\n]+", text):
+            ids = self._encode_greedily(line)
+            result += self._encode_searching(line) if ids is None else ids
+        return result
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self.token_texts(ids))
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        texts, size = self._texts, self.vocab_size
+        for index in ids:
+            if not 0 <= index < size:
+                raise ValueError(f"token id {index} lies outside the vocabulary of {size}")
+        return [texts[index] for index in ids]
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        save_files(self._to_json(), folder, {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD})
+
+    def _encode_greedily(self, text: str) -> list[int] | None:
+        """The longest phrase at each place, or None where that fails."""
+        pieces = self._find(text)
+        if sum(map(len, pieces)) != len(text):
+            return None
+        ids = list(map(self._ids.get, pieces))
+        if None not in ids:
+            return ids  # type: ignore[return-value]
+        return [index for piece in pieces for index in self._piece_ids(piece)]
+
+    def _piece_ids(self, piece: str) -> list[int]:
+        index = self._ids.get(piece)
+        return [self._first_digit + int(digit) for digit in piece] if index is None else [index]
+
+    def _encode_searching(self, line: str) -> list[int]:
+        """Backtracks over all ways to cut the line into tokens, the longest first. For text no solver renders."""
+        ends: list[list[int]] = [[] for _ in line]  # per place, where a token (or a run of digits) from there may end
+        for place, char in enumerate(line):
+            if "0" <= char <= "9":
+                ends[place] = [place + len(re.match("[0-9]+", line[place:]).group())]  # type: ignore[union-attr]
+            else:
+                ends[place] = [place + len(text) for text in self._by_length if line.startswith(text, place)]
+        can_finish = [False] * len(line) + [True]
+        for place in reversed(range(len(line))):
+            can_finish[place] = any(can_finish[end] for end in ends[place])
+        place, ids = 0, []
+        while place < len(line):
+            end = next((end for end in ends[place] if can_finish[end]), None)
+            if end is None:
+                raise ValueError(_unknown_character(line, ends))
+            ids += self._piece_ids(line[place:end])
+            place = end
+        return ids
+
+    def _to_json(self) -> dict[str, Any]:
+        """This vocabulary in the `tokenizers` format: digits of long runs are renamed, the regex splits, words map."""
+        names = [PAD, BOS, EOS, *self._texts[3:]]
+        names[self._first_digit : self._first_digit + 10] = list(_RENAMED_DIGITS)
+        renames = [
+            {"type": "Replace", "pattern": {"Regex": _in_long_run(digit)}, "content": _RENAMED_DIGITS[digit]}
+            for digit in range(10)
+        ]
+        undo = [
+            {"type": "Replace", "pattern": {"String": _RENAMED_DIGITS[digit]}, "content": str(digit)}
+            for digit in range(10)
+        ]
+        split = "|".join([f"[{_RENAMED_DIGITS}]", "[0-9]+", *map(_guarded, self._by_length)])
+        return {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [
+                {"id": index, "content": name, "single_word": False, "lstrip": False, "rstrip": False}
+                | {"normalized": False, "special": True}
+                for index, name in enumerate((PAD, BOS, EOS))
+            ],
+            "normalizer": {"type": "Sequence", "normalizers": renames},
+            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False},
+            "post_processor": None,
+            "decoder": {"type": "Sequence", "decoders": [*undo, {"type": "Fuse"}]},
+            "model": {
+                "type": "WordLevel",
+                "vocab": {name: index for index, name in enumerate(names)},
+                "unk_token": "<unk>",
+            },
+        }
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer that `spec` names: "builtin", or the path of a Hugging Face tokenizer.json.
+
+    Raises FileNotFoundError for a path that is not there, ValueError for a tokenizer without BOS or EOS.
+    """
+    if spec == "builtin":
+        return BuiltinTokenizer()
+    from apr_jax.data.hf_tokenizer import HuggingFaceTokenizer
+
+    return HuggingFaceTokenizer(spec)
+
+
+def save_files(tokenizer_json: dict[str, Any], folder: str | pathlib.Path, special: dict[str, str]) -> None:
+    """Writes tokenizer.json and the tokenizer_config.json that names its special tokens."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json, indent=1, ensure_ascii=False) + "\n")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _guarded(phrase: str) -> str:
+    """The phrase as a regex that does not cut a run of digits in two."""
+    return re.escape(phrase) + ("(?![0-9])" if phrase[-1].isdigit() else "")
+
+
+def _unknown_character(line: str, ends: list[list[int]]) -> str:
+    reached = {0}
+    for place in range(len(line)):
+        if place in reached:
+            reached.update(ends[place])
+    place = max(place for place in reached if place < len(line))
+    return (
+        f"the built-in vocabulary cannot write the character {line[place]!r} at place {place} of the line {line!r}: "
+        "letters occur only in the trace grammar's phrases"
+    )
+
+
+# tokenizer.json maps each text to one id, so the digit tokens need names of their own there:
+# the fullwidth digits.
+_RENAMED_DIGITS = "".join(chr(0xFF10 + digit) for digit in range(10))
+
+
+def _in_long_run(digit: int) -> str:
+    """A regex for `digit` inside a maximal run of digits that is not the canonical spelling of 0..255.
+
+    Lookbehind of bounded length only. Neighbours may have been renamed already.
+    """
+
+    def among(low: int, high: int) -> str:
+        return f"[{low}-{high}{_RENAMED_DIGITS[low]}-{_RENAMED_DIGITS[high]}]"
+
+    any_, end = among(0, 9), f"(?!{among(0, 9)})"
+    start = "[^0-9" + _RENAMED_DIGITS + "]"
+    patterns = [f"(?<={any_ * before}){digit}(?={any_ * (3 - before)})" for before in range(4)]  # four digits or more
+    runs = [[(0, 0), (0, 9)], [(0, 0), (0, 9), (0, 9)]]  # a leading zero
+    runs += [[(3, 9), (0, 9), (0, 9)], [(2, 2), (6, 9), (0, 9)], [(2, 2), (5, 5), (6, 9)]]  # three digits above 255
+    for run in runs:
+        for place, (low, high) in enumerate(run):
+            if low <= digit <= high:
+                before = "".join(among(*span) for span in run[:place])
+                after = "".join(among(*span) for span in run[place + 1 :])
+                patterns.append(f"(?<=^{before}|{start}{before}){digit}(?={after}{end})")
+    return "|".join(patterns)

@@ -1,0 +1,111 @@
+"""What every entry point under launch/ does alike: flags and config in, then what goes wrong as a message and a code.
+
+    0 done · 1 failed, with a message · 2 bad arguments or config · 75 stopped by a signal, everything saved
+
+A bug is none of these: it keeps its traceback (and exits with 1).
+"""
+
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from apr_jax.config import Config, ConfigError, from_config_dict
+
+FAILED, BAD_ARGUMENTS, STOPPED = 1, 2, 75  # exit codes
+
+# Everything that absl and ml_collections raise for a flag, a config file or a field that is wrong.
+_PARSE_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)
+
+
+class FailedError(Exception):
+    """The work failed for a reason outside the program. The message says what, and what to do."""
+
+
+class ConfigFlag:
+    """The flag --config with its overrides --config.a.b=c."""
+
+    def __init__(self, holder: flags.FlagHolder[Any]) -> None:
+        self._holder = holder
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the command line names a config file."""
+        return flags.FLAGS[self._holder.name].present > 0
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The overridden fields: {"model.num_layers": 2}."""
+        return dict(config_flags.get_override_values(flags.FLAGS[self._holder.name]))
+
+    def config_dict(self) -> ConfigDict:
+        """The config file's values, overrides applied. Raises ConfigError where the file could not be loaded."""
+        try:
+            return ConfigDict(self._holder.value.to_dict())
+        except OSError as error:
+            raise ConfigError(_message(error)) from error
+
+    def config(self) -> Config:
+        """The same, converted. Raises ConfigError."""
+        return from_config_dict(self.config_dict().to_dict())
+
+
+def define_config(default: str) -> ConfigFlag:
+    """Defines --config. `default` is a file of configs/, with a variant if wanted: "grpo.py:smoke".
+
+    Overrides are read here already, so that a wrong one ends the process here, with code 2.
+    """
+    path = str(pathlib.Path(__file__).parents[1] / "configs" / default)
+    try:
+        return ConfigFlag(config_flags.DEFINE_config_file("config", path, "Settings: FILE or FILE:VARIANT."))
+    except _PARSE_ERRORS as error:
+        _exit(ConfigError(_message(error)), BAD_ARGUMENTS)
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Parses the command line, runs `main` and exits with what it returns (None: 0).
+
+    ConfigError, and everything that is wrong with the command line, exits with 2; FailedError exits with 1.
+    """
+
+    def quietly(argv: list[str]) -> int | None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # libraries log each file that they touch
+        return main()
+
+    try:
+        app.run(quietly, flags_parser=_parse)
+    except ConfigError as error:
+        _exit(error, BAD_ARGUMENTS)
+    except FailedError as error:
+        _exit(error, FAILED)
+    sys.exit(0)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except _PARSE_ERRORS as error:
+        raise ConfigError(_message(error)) from error
+    if len(rest) > 1:
+        raise ConfigError(f"unknown arguments: {' '.join(rest[1:])}")
+    return list(rest)
+
+
+def _message(error: BaseException) -> str:
+    """One line that says what is wrong, out of what may be a nested error or a quoted traceback."""
+    while error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
+    if "Traceback (most recent call last)" in text:
+        return text.splitlines()[-1].partition(": ")[2]
+    text = "; ".join(line.strip() for line in text.splitlines())
+    return f"no such config field: {text}" if isinstance(error, AttributeError | KeyError) else text
+
+
+def _exit(error: BaseException, code: int) -> NoReturn:
+    print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,198 @@
+"""Countdown problems and the one verifier of answers (paper section 4.1).
+
+A problem asks to use every number exactly once with + - * / so that the target comes out. Operations on a pair: a+b,
+a*b, larger-smaller, and larger/smaller where it divides exactly; nothing negative and no fraction ever arises.
+"""
+
+import dataclasses
+import functools
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from apr_jax.config import ConfigError, TaskConfig
+
+NUMBER = r"(?:0|[1-9][0-9]{0,17})"  # bounded, so that int() stays cheap on any text
+_OPERATION_LINE = re.compile(
+    rf"Exploring Operation: ({NUMBER})([-+*/])({NUMBER})=({NUMBER}), Resulting Numbers: \[.*\]"
+)
+_GOAL_LINE = re.compile(rf"({NUMBER}),({NUMBER}) equal: Goal Reached")
+_EXIT_LINE = re.compile(r"Exit Sub Search at level [0-9]+")
+_MAX_DRAWS = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The numbers to use, in the order in which they are shown, and the target.
+
+    Raises:
+      ValueError: fewer than two numbers, a number that is not an int or is negative, or a target below 1.
+    """
+
+    numbers: tuple[int, ...]
+    target: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.numbers, tuple) or not all(type(n) is int for n in self.numbers):
+            raise ValueError(f"Problem.numbers={self.numbers!r} must be a tuple of ints")
+        if len(self.numbers) < 2:
+            raise ValueError(f"Problem.numbers={self.numbers!r}: Countdown needs at least 2 numbers")
+        if min(self.numbers) < 0:
+            raise ValueError(f"Problem.numbers={self.numbers!r} must not be negative")
+        if type(self.target) is not int or self.target < 1:
+            raise ValueError(f"Problem.target={self.target!r} must be a positive int")
+
+    @property
+    def key(self) -> tuple[tuple[int, ...], int]:
+        """What makes two problems the same: the sorted numbers and the target."""
+        return tuple(sorted(self.numbers)), self.target
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Whether an answer solves its problem; `reason` is "correct" or the first thing found wrong, in snake_case."""
+
+    correct: bool
+    reason: str
+
+
+def verify(answer: str | None, problem: Problem) -> Verdict:
+    """Judges the text of a winning path (as `trace.read_answer` gives it). Never raises, whatever the text.
+
+    The operations are the answer's `Exploring Operation` lines, all of them, in order. Each must be arithmetically
+    right and take two numbers that are there at that point; in the end one number must be left, the target, and the
+    answer must close by claiming so (`T,T equal: Goal Reached`, then only `Exit Sub Search` lines). Node ids and the
+    copies of the state between the operations are not judged: they cannot make a wrong solution right.
+    """
+    if answer is None:
+        return Verdict(False, "no_answer")
+    available = Counter(problem.numbers)
+    result = None
+    for line in answer.split("\n"):
+        if not line.startswith("Exploring Operation"):
+            continue
+        match = _OPERATION_LINE.fullmatch(line)
+        if match is None:
+            return Verdict(False, "malformed_operation")
+        left, operator, right, result = int(match[1]), match[2], int(match[3]), int(match[4])
+        for number in (left, right):
+            if available[number] < 1:
+                return Verdict(False, "number_not_available")
+            available[number] -= 1
+        if not _holds(left, operator, right, result):
+            return Verdict(False, "wrong_arithmetic")
+        available[result] += 1
+    if result is None:
+        return Verdict(False, "no_operations")
+    if available.total() > 1:
+        return Verdict(False, "numbers_left_over")
+    if result != problem.target:
+        return Verdict(False, "target_missed")
+    goal = f"{problem.target},{problem.target} equal: Goal Reached"
+    return Verdict(True, "correct") if _last_line(answer) == goal else Verdict(False, "goal_not_claimed")
+
+
+def claims_goal(text: str) -> bool:
+    """Whether the text ends in a line `T,T equal: Goal Reached`, lines that leave a sub search aside."""
+    match = _GOAL_LINE.fullmatch(_last_line(text))
+    return match is not None and match[1] == match[2]
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def operations(left: int, right: int) -> tuple[tuple[int, str], ...]:
+    """The results of combining two numbers, each with its text (`87-78=9`), in the order + - * /."""
+    large, small = (left, right) if left >= right else (right, left)
+    combined = (
+        (left + right, f"{left}+{right}={left + right}"),
+        (large - small, f"{large}-{small}={large - small}"),
+        (left * right, f"{left}*{right}={left * right}"),
+    )
+    if small and large % small == 0:
+        return (*combined, (large // small, f"{large}/{small}={large // small}"))
+    return combined
+
+
+def is_solvable(numbers: Sequence[int], target: int) -> bool:
+    """Whether operations that use every number exactly once can give the target (at least 1).
+
+    Works on subsets of the numbers: what a subset can give are the combinations of what its two parts can give.
+    """
+    full = (1 << len(numbers)) - 1
+    reachable: dict[int, set[int]] = {1 << i: {number} for i, number in enumerate(numbers)}
+    for subset in range(3, full):
+        if subset not in reachable:
+            values: set[int] = set()
+            for part in _parts(subset):
+                _combine(reachable[part], reachable[subset ^ part], values)
+            reachable[subset] = values
+    for part in _parts(full):
+        fewer, more = sorted((reachable[part], reachable[full ^ part]), key=len)
+        if any(not more.isdisjoint(_partners(value, target)) for value in fewer):
+            return True
+    return False
+
+
+def sample_problem(rng: random.Random, task: TaskConfig, targets: Sequence[int] | None = None) -> Problem:
+    """Draws a solvable problem: numbers uniform in their range, target in `targets` (default: the task's range).
+
+    Raises:
+      ConfigError: none of 10,000 draws could be solved.
+    """
+    choices = range(task.min_target, task.max_target + 1) if targets is None else targets
+    for _ in range(_MAX_DRAWS):
+        numbers = tuple([rng.randint(task.min_number, task.max_number) for _ in range(task.num_numbers)])
+        target = rng.choice(choices)
+        if is_solvable(numbers, target):
+            return Problem(numbers, target)
+    raise ConfigError(
+        f"none of {_MAX_DRAWS} draws of {task.num_numbers} numbers in {task.min_number}..{task.max_number} "
+        f"reaches a target in {min(choices)}..{max(choices)}"
+    )
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _parts(subset: int) -> tuple[int, ...]:
+    """One part of each split of a bit set into two non-empty parts."""
+    return tuple(part for part in range(1, subset) if part & subset == part and part > subset ^ part)
+
+
+def _combine(lefts: set[int], rights: set[int], values: set[int]) -> None:
+    """Adds to `values` every result of one number of each set."""
+    for left in lefts:
+        for right in rights:
+            values.add(left + right)
+            values.add(left * right)
+            large, small = (left, right) if left >= right else (right, left)
+            values.add(large - small)
+            if small and large % small == 0:
+                values.add(large // small)
+
+
+def _partners(value: int, target: int) -> list[int]:
+    """The numbers that one operation with `value` turns into the target; negative ones match nothing."""
+    partners = [target - value, target + value, value - target]
+    if value:
+        partners.append(target * value)
+        if target % value == 0:
+            partners.append(target // value)
+        if value % target == 0:
+            partners.append(value // target)
+    return partners
+
+
+def _holds(left: int, operator: str, right: int, result: int) -> bool:
+    if operator == "+":
+        return left + right == result
+    if operator == "-":
+        return left - right == result
+    if operator == "*":
+        return left * right == result
+    return right != 0 and left == right * result
+
+
+def _last_line(text: str) -> str:
+    lines = text.rstrip("\n").split("\n")
+    while lines and _EXIT_LINE.fullmatch(lines[-1]):
+        lines.pop()
+    return lines[-1] if lines else ""

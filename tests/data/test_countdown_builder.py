@@ -1,0 +1,155 @@
+import dataclasses
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from apr_jax.config import Config, ConfigError
+from apr_jax.data import countdown_builder
+from apr_jax.data.countdown_builder import DatasetError, dataset_folder, fingerprint, load_split
+from apr_jax.data.tokenizer import BuiltinTokenizer
+from apr_jax.tasks.generation import SPLITS, generate_split, split_size
+from apr_jax.tasks.trace import Demonstration
+from tests.data.conftest import small_config
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_splits_hold_what_the_solvers_wrote(config: Config, train, split):
+    source = load_split(config, split)
+    expected = list(generate_split(config.task, config.data, config.seed, split))
+    assert list(source) == expected
+    assert len(source) == split_size(config.data, split)
+    assert source[-1] == expected[-1]
+    assert source[2:9:3] == expected[2:9:3]
+    assert isinstance(source[0], Demonstration)
+    with pytest.raises(IndexError):
+        source[len(source)]
+
+
+def test_held_out_problems_are_not_in_train(config: Config, train):
+    seen = {demonstration.problem.key for demonstration in train}
+    targets = {demonstration.problem.target for demonstration in train}
+    for split in ("test", "test_unseen_targets"):
+        assert not seen & {demonstration.problem.key for demonstration in load_split(config, split)}
+    assert not targets & {demonstration.problem.target for demonstration in load_split(config, "test_unseen_targets")}
+
+
+def test_serial_budgets_are_counted_in_the_tokenizers_tokens(tmp_path: pathlib.Path):
+    config = small_config(tmp_path, method="serial", condition_on_budget=True, num_train=12)
+    tokenizer = BuiltinTokenizer()
+    for demonstration in load_split(config, "train"):
+        (call,) = demonstration.calls
+        budget = int(call.context.removeprefix("Token Budget: ").split()[0])
+        assert budget % 512 == 0
+        assert len(tokenizer.encode(call.completion)) <= budget or budget == 4096
+
+
+def test_no_tensorflow_is_needed(config: Config, train):
+    code = (
+        "import pathlib, sys; from apr_jax.data import countdown_builder, pipeline; from tests.data import conftest\n"
+        f"config = conftest.small_config(pathlib.Path({config.data.directory!r}))\n"
+        "countdown_builder.load_split(config, 'test')[0]\n"
+        "assert 'tensorflow' not in sys.modules"
+    )
+    root = pathlib.Path(__file__).parent.parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
+def test_the_folder_depends_on_what_the_data_depend_on_and_on_nothing_else(config: Config):
+    task, data = config.task, config.data
+    names = {fingerprint(task, data, config.seed), fingerprint(task, data, config.seed + 1)}
+    for field in dataclasses.fields(task):
+        value = getattr(task, field.name)
+        changed = not value if isinstance(value, bool) else value / 2 if isinstance(value, float) else value + 1
+        if field.name in ("parent_beam_max", "serial_beam_min"):
+            changed = value
+        names.add(fingerprint(dataclasses.replace(task, **{field.name: changed}), data, config.seed))
+    assert len(names) == 2 + len(dataclasses.fields(task)) - 2
+    same = dataclasses.replace(data, directory="x", num_workers=7, replay_weight=9.0, loss_on_context=True)
+    assert fingerprint(task, same, config.seed) == fingerprint(task, data, config.seed)
+    for change in ({"num_train": 65}, {"num_test": 17}, {"num_unseen_targets": 4}, {"method": "serial"}):
+        names.add(fingerprint(task, dataclasses.replace(data, **change), config.seed))
+    assert len(names) == 2 + len(dataclasses.fields(task)) - 2 + 4
+
+
+def test_a_tokenizer_matters_only_where_budgets_are_counted_in_it(config: Config, tmp_path: pathlib.Path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for method, condition_on_budget, matters in [
+        ("serial", True, True),
+        ("serial", False, False),
+        ("adaptive", True, False),
+    ]:
+        data = dataclasses.replace(config.data, method=method, condition_on_budget=condition_on_budget)
+        other = dataclasses.replace(data, tokenizer=str(tmp_path / "tokenizer.json"))
+        assert (fingerprint(config.task, data, 0) != fingerprint(config.task, other, 0)) == matters
+
+
+def test_an_interrupted_build_leaves_no_data_set(tmp_path: pathlib.Path):
+    config = small_config(tmp_path, num_train=12)
+
+    def interrupt(split: str, done: int, total: int) -> None:
+        if split == "train" and done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load_split(config, "train", on_progress=interrupt)
+    assert not dataset_folder(config).exists()
+    seen: list[tuple[str, int, int]] = []
+    assert len(load_split(config, "train", on_progress=lambda *step: seen.append(step))) == 12
+    assert [step for step in seen if step[0] == "train"] == [("train", i + 1, 12) for i in range(12)]
+    load_split(config, "test", on_progress=lambda *step: pytest.fail("built twice"))
+
+
+def _delete(folder: pathlib.Path) -> None:
+    (folder / "dataset_info.json").unlink()
+
+
+def _truncate(folder: pathlib.Path) -> None:
+    (path,) = folder.glob("*-train.array_record*")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _remove_shard(folder: pathlib.Path) -> None:
+    next(folder.glob("*-train.array_record*")).unlink()
+
+
+def _empty(folder: pathlib.Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def _overwrite(folder: pathlib.Path) -> None:
+    (path,) = folder.glob("*-train.array_record*")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3 : len(content) // 3 + 64] = bytes(64)
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("damage", [_delete, _truncate, _remove_shard, _empty, _overwrite])
+def test_a_broken_data_set_is_named_with_what_to_do(config: Config, train, tmp_path: pathlib.Path, damage):
+    copy = dataclasses.replace(config, data=dataclasses.replace(config.data, directory=str(tmp_path)))
+    shutil.copytree(dataset_folder(config), dataset_folder(copy))
+    damage(dataset_folder(copy))
+    with pytest.raises(DatasetError, match="Delete the folder") as error:
+        list(load_split(copy, "train"))
+    assert str(dataset_folder(copy)) in str(error.value)
+
+
+def test_impossible_settings_are_refused_before_anything_is_written(tmp_path: pathlib.Path):
+    config = small_config(tmp_path / "data", num_unseen_targets=31)
+    with pytest.raises(ConfigError, match="num_unseen_targets=31"):
+        load_split(config, "train")
+    assert not (tmp_path / "data").exists()
+
+
+def test_the_builder_is_a_tfds_builder(config: Config, train):
+    builder = countdown_builder.make_builder(config)
+    assert set(builder.info.splits) == set(SPLITS)
+    record = builder.as_data_source("train")[0]
+    assert record["index"] == 0
+    assert record["target"] == train[0].problem.target
+    assert record["calls"]["completion"][0].decode() == train[0].calls[0].completion

@@ -1,0 +1,200 @@
+import collections
+import dataclasses
+import itertools
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from apr_jax.data.pipeline import TrainIterator, train_iterator, validation_batches
+from apr_jax.data.tokenized import LossWeights, tokenize_calls
+from apr_jax.data.tokenizer import BuiltinTokenizer
+from apr_jax.tasks.trace import JOIN_BEGIN, Call, Demonstration
+
+TOKENIZER = BuiltinTokenizer()
+ROW_LEN = 512
+DTYPES = {
+    "tokens": np.int32,
+    "targets": np.int32,
+    "weights": np.float32,
+    "segment_ids": np.int32,
+    "positions": np.int32,
+}
+
+
+def make_iterator(source, **changes) -> TrainIterator:
+    settings = dict(
+        row_len=ROW_LEN,
+        rows_per_batch=4,
+        seed=3,
+        replay_weight=4.0,
+        loss_on_context=False,
+        shard_index=0,
+        shard_count=1,
+    )
+    return train_iterator(source, TOKENIZER, **(settings | changes))
+
+
+def take(batches, count: int) -> list[dict[str, np.ndarray]]:
+    return list(itertools.islice(batches, count))
+
+
+def assert_same(first: list[dict[str, np.ndarray]], second: list[dict[str, np.ndarray]]) -> None:
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+def segments_of(batches: list[dict[str, np.ndarray]]) -> list[tuple[int, ...]]:
+    """Every packed sequence as [inputs, then the last target]."""
+    found = []
+    for batch in batches:
+        for row, ids in enumerate(batch["segment_ids"]):
+            for segment in range(1, ids.max() + 1):
+                where = ids == segment
+                np.testing.assert_array_equal(batch["positions"][row][where], np.arange(where.sum()))
+                tokens, targets = batch["tokens"][row][where], batch["targets"][row][where]
+                np.testing.assert_array_equal(tokens[1:], targets[:-1])
+                found.append((*tokens.tolist(), int(targets[-1])))
+    return found
+
+
+def sequences_in(source) -> list[tuple[int, ...]]:
+    return [
+        (TOKENIZER.bos_id, *TOKENIZER.encode(call.context + call.completion))
+        + (() if call.ends_in_spawn else (TOKENIZER.eos_id,))
+        for demonstration in source
+        for call in demonstration.calls
+    ]
+
+
+def fitting(source) -> list[tuple[int, ...]]:
+    return [sequence for sequence in sequences_in(source) if len(sequence) - 1 <= ROW_LEN]
+
+
+def test_batches_have_fixed_shapes_and_full_rows(train):
+    batches = take(make_iterator(train), 40)
+    for batch in batches:
+        assert {name: array.dtype for name, array in batch.items()} == DTYPES
+        assert {array.shape for array in batch.values()} == {(4, ROW_LEN)}
+        padding = batch["segment_ids"] == 0
+        assert not any(batch[name][padding].any() for name in ("tokens", "targets", "weights", "positions"))
+    assert np.mean([(batch["segment_ids"] > 0).mean() for batch in batches]) >= 0.95
+
+
+def test_every_call_comes_once_an_epoch_and_each_epoch_has_its_order(train):
+    batches = make_iterator(train)
+    expected = collections.Counter(fitting(train))
+    assert batches.num_calls == expected.total()
+    assert batches.num_tokens == sum((len(sequence) - 1) * count for sequence, count in expected.items())
+    seen = collections.Counter(segments_of(take(batches, 120)))
+    assert set(seen) == set(expected)
+    epochs = seen.total() / expected.total()
+    assert epochs > 3
+    for sequence, count in expected.items():  # within a window of packing, an epoch may run ahead or lag
+        assert abs(seen[sequence] - epochs * count) <= 2 * count + 1
+
+
+def test_seeds_differ_and_one_seed_repeats(train):
+    assert_same(take(make_iterator(train), 5), take(make_iterator(train), 5))
+    first, other = take(make_iterator(train), 1)[0], take(make_iterator(train, seed=4), 1)[0]
+    assert (first["tokens"] != other["tokens"]).any()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5, 31, 32, 33, 70, 150])
+def test_restored_equals_undisturbed(train, steps: int):
+    undisturbed = make_iterator(train)
+    take(undisturbed, steps)
+    state = json.loads(json.dumps(undisturbed.get_state()))
+    expected = take(undisturbed, 40)
+    restored = make_iterator(train)
+    restored.set_state(state)
+    assert restored.get_state() == state
+    assert_same(take(restored, 40), expected)
+    undisturbed.set_state(state)  # also backwards, in place
+    assert_same(take(undisturbed, 40), expected)
+    assert restored.get_state() == undisturbed.get_state()
+    assert len(json.dumps(state)) < 300
+
+
+def test_shards_share_the_examples_out(train):
+    whole = collections.Counter(fitting(train))
+    parts = [set(), set(), set()]
+    num_calls = 0
+    for shard in range(3):
+        batches = make_iterator(train, shard_index=shard, shard_count=3)
+        num_calls += batches.num_calls
+        parts[shard] = set(segments_of(take(batches, 60)))
+        assert parts[shard] == set(fitting(train[shard::3]))
+    assert set().union(*parts) == set(whole)
+    assert num_calls == whole.total()
+    with pytest.raises(ValueError, match="shard_index=3"):
+        make_iterator(train, shard_index=3, shard_count=3)
+
+
+def weights_of(call: Call, **changes) -> list[tuple[str, float]]:
+    demonstration = Demonstration(None, "adaptive", (call,), None, False)
+    settings = LossWeights(4.0, False, TOKENIZER.join_begin_id)
+    calls = tokenize_calls([demonstration], TOKENIZER, row_len=ROW_LEN)
+    sequence = calls.sequence(0, dataclasses.replace(settings, **changes))
+    return list(zip(TOKENIZER.token_texts(sequence["targets"].tolist()), sequence["weights"].tolist(), strict=True))
+
+
+def test_weights_follow_the_kind_of_target():
+    call = Call(f"{JOIN_BEGIN}7\n", f"1,1\n2\n{JOIN_BEGIN}", 0, ends_in_spawn=False, replay_start=len("1,1\n"))
+    context = [(JOIN_BEGIN, 0.0), ("7", 0.0), ("\n", 0.0)]
+    plain, replay = [("1", 1.0), (",", 1.0), ("1", 1.0), ("\n", 1.0)], [("2", 4.0), ("\n", 4.0), (JOIN_BEGIN, 0.0)]
+    assert weights_of(call) == [*context, *plain, *replay, ("", 1.0)]
+    with_context = [(JOIN_BEGIN, 0.0), ("7", 1.0), ("\n", 1.0)]
+    assert weights_of(call, loss_on_context=True) == [*with_context, *plain, *replay, ("", 1.0)]
+
+
+def test_a_spawn_has_no_eos_and_no_replay_no_extra_weight():
+    call = Call("7\n", "1\n<End Calling Sub Searches>\n", 0, ends_in_spawn=True, replay_start=28)
+    call = dataclasses.replace(call, replay_start=len(call.completion))
+    assert weights_of(call)[-1] == ("<End Calling Sub Searches>\n", 1.0)
+    assert {weight for _, weight in weights_of(call)} == {0.0, 1.0}
+
+
+def test_calls_longer_than_a_row_are_counted_and_logged(train, caplog: pytest.LogCaptureFixture):
+    row_len = 100
+    lengths = [len(sequence) - 1 for sequence in sequences_in(train)]
+    with caplog.at_level(logging.WARNING):
+        batches = make_iterator(train, row_len=row_len)
+    assert batches.num_dropped == sum(length > row_len for length in lengths) > 0
+    assert batches.num_calls == len(lengths) - batches.num_dropped
+    assert f"{batches.num_dropped} of {len(lengths)} calls" in caplog.text
+    assert set(segments_of(take(batches, 200))) == {s for s in sequences_in(train) if len(s) - 1 <= row_len}
+    with pytest.raises(ValueError, match="no call to train on"):
+        make_iterator(train, row_len=8)
+
+
+def validate(source, num_rows: int, **changes) -> list[dict[str, np.ndarray]]:
+    settings = dict(row_len=ROW_LEN, rows_per_batch=4, replay_weight=4.0, loss_on_context=False)
+    return validation_batches(source, TOKENIZER, num_rows=num_rows, **(settings | changes))
+
+
+def test_validation_is_the_first_calls_in_whole_batches(train):
+    batches = validate(train, 12)
+    assert len(batches) == 3
+    assert_same(batches, validate(train, 12))
+    for batch in batches:
+        assert {name: array.dtype for name, array in batch.items()} == DTYPES
+        assert {array.shape for array in batch.values()} == {(4, ROW_LEN)}
+    found = segments_of(batches)
+    assert collections.Counter(found) == collections.Counter(fitting(train)[: len(found)])
+    assert np.mean([(batch["segment_ids"] > 0).mean() for batch in batches]) > 0.9
+
+
+def test_validation_with_less_data_than_rows_ends_in_empty_rows(train):
+    batches = validate(train[:3], 400)
+    assert collections.Counter(segments_of(batches)) == collections.Counter(fitting(train[:3]))
+    assert len(batches) == 100
+    assert all(batch["tokens"].shape == (4, ROW_LEN) for batch in batches)
+    assert not batches[-1]["segment_ids"].any()
+    assert not batches[-1]["weights"].any()
+    with pytest.raises(ValueError, match="num_rows=6 must be"):
+        validate(train, 6)

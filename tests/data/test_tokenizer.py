@@ -1,0 +1,214 @@
+import json
+import pathlib
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apr_jax.data.tokenizer import PHRASES, SYMBOLS, BuiltinTokenizer, Tokenizer, load_tokenizer
+from apr_jax.tasks import trace
+
+BUILTIN = BuiltinTokenizer()
+# Lines that no solver writes (deeper levels, budgets, numbers of any spelling), but that models and readers may meet.
+ODD_LINES = [
+    "Sub Call Budget: 12 Moving to Node #0\n",
+    "Token Budget: 4096 Current State: 27:[1], Operations: []\n",
+    "<Start Sub Search 300 at level 2> Moving to Node #0,1\n",
+    "<Goal Reached in Sub Search 0 at level 12 at Node #0>\n",
+    "Start Sub Search at level 2: Moving to Node #0,3\n",
+    "007,00 unequal: No Solution\n",
+    "No solution found.\nNo solution found in sub search\n",
+]
+LONG_NUMBERS = ["0", "00", "05", "255", "256", "0255", "025", "1000", "2550", "12371", *map(str, range(250, 310))]
+
+
+def byte_level_json(folder: pathlib.Path, texts: list[str], specials: list[str]) -> pathlib.Path:
+    """A byte-level BPE trained here, as a tokenizer.json. Its merges would cross newlines if they were let."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory: pytest.TempPathFactory, reference_texts: list[str]) -> Tokenizer:
+    path = byte_level_json(tmp_path_factory.mktemp("bpe"), reference_texts[:50], ["<s>", "</s>"])
+    return load_tokenizer(str(path))
+
+
+@pytest.fixture(scope="module")
+def llama_like(tmp_path_factory: pytest.TempPathFactory, reference_texts: list[str]) -> Tokenizer:
+    """As Llama-2's: a blank is put before the text and taken off in decoding, and a newline is a byte token."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    specials = ["<unk>", "<s>", "</s>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=[*specials, *(f"<0x{byte:02X}>" for byte in range(256))], show_progress=False
+    )
+    tokenizer.train_from_iterator((line for text in reference_texts[:50] for line in text.split("\n")), trainer)
+    as_json = json.loads(tokenizer.to_str())
+    as_json["added_tokens"] = [token for token in as_json["added_tokens"] if token["content"] in specials]
+    as_json["model"]["byte_fallback"] = True
+    path = tmp_path_factory.mktemp("llama") / "tokenizer.json"
+    path.write_text(json.dumps(as_json))
+    return load_tokenizer(str(path))
+
+
+@pytest.fixture(params=["builtin", "byte_level", "llama_like"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return BUILTIN if request.param == "builtin" else request.getfixturevalue("byte_level")
+
+
+def test_every_trace_comes_back(tokenizer: Tokenizer, reference_texts: list[str]):
+    for text in [*reference_texts, *ODD_LINES]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert "".join(tokenizer.token_texts(ids)) == text
+        assert len(tokenizer.token_texts(ids)) == len(ids)
+
+
+def test_own_solvers_traces_come_back(tokenizer: Tokenizer, train):
+    for call in (call for demonstration in train for call in demonstration.calls):
+        text = call.context + call.completion
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_no_token_spans_a_newline(tokenizer: Tokenizer, reference_texts: list[str]):
+    for text in reference_texts[:60]:
+        assert not any("\n" in piece[:-1] for piece in tokenizer.token_texts(tokenizer.encode(text)))
+
+
+def test_encoding_adds_up_at_newlines(tokenizer: Tokenizer, reference_texts: list[str]):
+    for text in reference_texts[:20]:
+        for end in range(1, len(text)):
+            if text[end - 1] == "\n":
+                assert tokenizer.encode(text[:end]) + tokenizer.encode(text[end:]) == tokenizer.encode(text)
+
+
+def test_control_phrases_are_one_token_each(tokenizer: Tokenizer):
+    assert tokenizer.encode(trace.CALL_END) == [tokenizer.call_end_id]
+    assert tokenizer.encode(trace.JOIN_BEGIN) == [tokenizer.join_begin_id]
+    assert tokenizer.decode([tokenizer.call_end_id]) == trace.CALL_END
+    control = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
+    assert tokenizer.decode(control) == ""
+    assert tokenizer.token_texts(control) == [""] * 3
+    assert max(*control, tokenizer.call_end_id, tokenizer.join_begin_id) < tokenizer.vocab_size
+
+
+def test_any_ids_decode_and_others_are_refused(tokenizer: Tokenizer):
+    every = list(range(tokenizer.vocab_size))
+    assert "".join(tokenizer.token_texts(every)) == tokenizer.decode(every)
+    for index in (-1, tokenizer.vocab_size):
+        with pytest.raises(ValueError, match=f"{index} lies outside"):
+            tokenizer.decode([index])
+
+
+def test_builtin_is_small_and_each_token_differs():
+    assert BUILTIN.vocab_size == 3 + len(PHRASES) + len(SYMBOLS) + 10 + 256 == 320
+    assert (BUILTIN.pad_id, BUILTIN.bos_id, BUILTIN.eos_id) == (0, 1, 2)
+    assert len({*PHRASES, *SYMBOLS}) == len(PHRASES) + len(SYMBOLS)
+    assert not any("\n" in phrase[:-1] for phrase in PHRASES)
+
+
+def test_numbers_are_one_token_up_to_255_and_digit_tokens_above():
+    small = [BUILTIN.encode(str(number)) for number in range(256)]
+    assert all(len(ids) == 1 for ids in small)
+    digit_ids = BUILTIN.encode("9876543210")
+    assert len(set(digit_ids)) == 10
+    assert not {ids[0] for ids in small} & set(digit_ids)
+    for text in ["256", "05", "00", "1000"]:
+        assert BUILTIN.encode(text) == [digit_ids[9 - int(digit)] for digit in text]
+    assert BUILTIN.token_texts(BUILTIN.encode("#0,12,3\n")) == ["#", "0", ",", "12", ",", "3", "\n"]
+
+
+def test_what_precedes_an_operation_tells_the_line_before():
+    lines = [
+        "Current State: 27:[22, 26], Operations: []\n",
+        "Current State: 27:[22, 26], Operations: ['53-31=22']\n",
+        "Generated Node #0,1: 27:[22, 26] Operation: 53-31=22\n",
+    ]
+    assert len({BUILTIN.encode(line)[-1] for line in lines}) == 3
+
+
+@given(st.lists(st.integers(0, BUILTIN.vocab_size - 1), max_size=30))
+@settings(max_examples=300, deadline=None)
+def test_whatever_tokens_write_can_be_encoded(ids: list[int]):
+    text = BUILTIN.decode(ids)
+    assert BUILTIN.decode(BUILTIN.encode(text)) == text
+
+
+def test_text_where_the_longest_phrase_leads_astray():
+    text = "<Start Sub Search at level 1\n"  # "<Start Sub Search " leaves "at level", which no token writes
+    assert BUILTIN.token_texts(BUILTIN.encode(text)) == ["<", "Start Sub Search at level ", "1", "\n"]
+
+
+@pytest.mark.parametrize(("text", "char"), [("1+é\n", "'é'"), ("Moving to nowhere\n", "'M'"), ("0\n1x2\n", "'x'")])
+def test_unknown_characters_are_named(text: str, char: str):
+    with pytest.raises(ValueError, match=f"the character {char}"):
+        BUILTIN.encode(text)
+
+
+def test_builtin_exports_itself_to_the_same_ids(tmp_path: pathlib.Path, reference_texts: list[str]):
+    BUILTIN.save(tmp_path)
+    exported = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert exported.get_vocab_size() == BUILTIN.vocab_size
+    for text in [*reference_texts, *ODD_LINES, *(f"{number},{number}\n" for number in LONG_NUMBERS)]:
+        ids = BUILTIN.encode(text)
+        assert exported.encode(text).ids == ids
+        assert exported.decode(ids) == text
+    assert exported.encode("<s>").ids == [BUILTIN.bos_id]
+    again = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    for name in ("vocab_size", "bos_id", "eos_id", "pad_id", "call_end_id", "join_begin_id"):
+        assert getattr(again, name) == getattr(BUILTIN, name)
+    assert again.encode(reference_texts[0]) == BUILTIN.encode(reference_texts[0])
+
+
+@pytest.mark.peers
+def test_transformers_loads_the_export(tmp_path: pathlib.Path, reference_texts: list[str]):
+    transformers = pytest.importorskip("transformers")
+    BUILTIN.save(tmp_path)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = loaded(reference_texts[0], add_special_tokens=False)["input_ids"]
+    assert ids == BUILTIN.encode(reference_texts[0])
+    assert loaded.decode(ids) == reference_texts[0]
+    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (1, 2, 0)
+
+
+def test_hugging_face_saves_and_loads_the_same(tmp_path: pathlib.Path, byte_level: Tokenizer, reference_texts):
+    byte_level.save(tmp_path)
+    again = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert again.vocab_size == byte_level.vocab_size
+    assert again.call_end_id == byte_level.call_end_id
+    assert again.encode(reference_texts[0]) == byte_level.encode(reference_texts[0])
+
+
+def test_hugging_face_characters_of_several_tokens_have_texts_that_add_up(byte_level: Tokenizer):
+    ids = byte_level.encode("1+é=2\n")
+    assert byte_level.decode(ids) == "1+é=2\n"
+    assert "".join(byte_level.token_texts(ids)) == "1+é=2\n"
+
+
+def test_hugging_face_refuses_what_it_would_lose(tmp_path: pathlib.Path):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2, "1": 3}, "<unk>"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="does not give back the line '2"):
+        load_tokenizer(str(tmp_path / "tokenizer.json")).encode("2\n")
+
+
+def test_hugging_face_needs_bos_and_eos(tmp_path: pathlib.Path):
+    path = byte_level_json(tmp_path, ["1+1=2\n"], ["<s>"])
+    with pytest.raises(ValueError, match="no EOS token"):
+        load_tokenizer(str(path))
+    with pytest.raises(FileNotFoundError, match='"builtin" or the path'):
+        load_tokenizer(str(tmp_path / "missing.json"))

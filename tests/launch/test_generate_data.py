@@ -1,0 +1,60 @@
+import json
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "launch" / "generate_data.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_it_measures_and_writes_both_searches(tmp_path: pathlib.Path) -> None:
+    figures, searches = tmp_path / "figures.json", tmp_path / "searches.jsonl"
+    done = _run("--num_problems=70", f"--json={figures}", f"--output={searches}")
+    assert done.returncode == 0, done.stderr
+    assert "70/70 problems" in done.stderr
+    assert "\r" not in done.stderr  # plain lines where there is no terminal
+    assert "70 problems in" in done.stdout
+    written = json.loads(figures.read_text())
+    assert set(written) == {
+        "problems",
+        "seconds",
+        "problems_per_second_per_core",
+        "serial_accuracy",
+        "parallel_accuracy",
+    }
+    lines = [json.loads(line) for line in searches.read_text().splitlines()]
+    assert len(lines) == written["problems"] == 70
+    assert written["parallel_accuracy"] == sum(line["adaptive"]["correct"] for line in lines) / 70
+    assert written["serial_accuracy"] == sum(line["serial"]["correct"] for line in lines) / 70
+
+
+def test_the_references_setting_is_five_times_as_fast_as_the_reference(tmp_path: pathlib.Path) -> None:
+    figures = tmp_path / "figures.json"
+    done = _run(
+        "--config=configs/sft.py:paper", "--config.data.num_workers=1", "--num_problems=200", f"--json={figures}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(figures.read_text())["problems_per_second_per_core"] >= 88
+
+
+def test_bad_arguments_exit_with_2() -> None:
+    for arguments, message in (
+        (["--num_problems=0"], "positive"),
+        (["--config.task.min_number=30"], "task.min_number=30 is above task.max_number=20"),
+        (["--config.task.max_number=1", "--config.task.min_target=30"], "none of 10000 draws"),
+    ):
+        refused = _run(*arguments)
+        assert refused.returncode == 2
+        assert message in refused.stderr
+        assert "Traceback" not in refused.stderr
+
+
+def test_an_output_that_cannot_be_written_exits_with_1(tmp_path: pathlib.Path) -> None:
+    failed = _run("--num_problems=1", f"--output={tmp_path / 'nowhere' / 'x'}")
+    assert failed.returncode == 1
+    assert "No such file" in failed.stderr
+    assert "Traceback" not in failed.stderr
