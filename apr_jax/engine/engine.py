@@ -1,0 +1,297 @@
+"""The engine: runs programs over threads, thousands at a time, on the lanes of a mesh.
+
+One *visit*: the scheduler fills lanes and reserves pages, new tokens are prefilled page by page, the device decodes a chunk
+for all lanes, and the programs whose Decode ended go on.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from apr_jax.config import ConfigError, ModelConfig, RolloutConfig
+from apr_jax.engine.programs import Programs
+from apr_jax.engine.scheduler import Limits, PrefillChunk, Scheduler
+from apr_jax.engine.steps import COPIES_PER_CALL, PAGES, SHARDED, DecodeLanes, Policy, PrefillLanes, Steps, Written
+from apr_jax.engine.threads import MAX_STOP_TOKENS, Program, Progress, Rollout, RolloutKey, Thread
+from apr_jax.model.kv_cache import DecodeRows, PagedKVCache, Refresh
+from apr_jax.model.llama import logical_axes
+from apr_jax.parallel.mesh import RULES, param_shardings, partition_spec
+
+
+@dataclasses.dataclass
+class EngineStats:
+    """What one run did."""
+
+    visits: int = 0
+    decode_steps: int = 0  # of the longest shard, summed over visits
+    lane_steps: int = 0  # decode_steps x lanes
+    generated: int = 0  # tokens, those of cancelled threads included
+    prefilled: int = 0  # tokens computed by prefill
+    reused: int = 0  # tokens whose pages were shared instead
+    prefill_calls: int = 0
+    preemptions: int = 0  # times that a thread's pages were taken
+    seconds: float = 0.0
+    device_seconds: float = 0.0  # spent waiting for the device
+    page_places: int = 0  # token places in held pages, summed over visits
+    wasted_places: int = 0  # of them, without a token
+    compilations: int = 0  # programs compiled during the run
+
+    @property
+    def lane_occupancy(self) -> float:
+        """Share of lane-steps that wrote a token."""
+        return self.generated / max(1, self.lane_steps)
+
+    @property
+    def host_share(self) -> float:
+        """Share of the time in which the device was not waited for."""
+        return 1.0 - self.device_seconds / max(self.seconds, 1e-9)
+
+    @property
+    def cache_waste(self) -> float:
+        """Share of the held pages' places without a token."""
+        return self.wasted_places / max(1, self.page_places)
+
+
+class Engine:
+    """Decodes programs with one model. Not thread-safe; one run at a time."""
+
+    def __init__(
+        self, model: ModelConfig, rollout: RolloutConfig, mesh: Mesh, *, params: Any, banned_tokens: tuple[int, ...]
+    ):
+        """Allocates the cache and places the weights.
+
+        Args:
+            model: the model of `params`.
+            rollout: lanes, pages and limits, over all data shards.
+            mesh: axes "data", "fsdp" and "tensor"; lanes and pages are split over "data", heads over "tensor".
+            params: the tree of `llama.init_params`.
+            banned_tokens: ids that are never drawn (among them the vocabulary's padding).
+
+        Raises:
+            ConfigError: sizes that cannot work.
+        """
+        shards = mesh.shape["data"]
+        for name in ("num_lanes", "num_pages", "prefill_lanes"):
+            if getattr(rollout, name) % shards:
+                raise ConfigError(f"rollout.{name}={getattr(rollout, name)} must be a multiple of mesh.data={shards}")
+        if model.num_kv_heads % mesh.shape["tensor"]:
+            raise ConfigError(
+                f"model.num_kv_heads={model.num_kv_heads} must be a multiple of mesh.tensor={mesh.shape['tensor']}"
+            )
+        if any(not 0 <= token < model.vocab_size for token in banned_tokens):
+            raise ConfigError(f"banned_tokens {banned_tokens} must lie in [0, model.vocab_size={model.vocab_size})")
+        if len(set(banned_tokens)) == model.vocab_size:
+            raise ConfigError(f"all {model.vocab_size} tokens are banned")
+        self.limits = Limits(
+            num_shards=shards,
+            lanes=rollout.num_lanes // shards,
+            pages=rollout.num_pages // shards,
+            page_size=rollout.page_size,
+            max_seq_len=model.max_seq_len,
+            steps_per_visit=rollout.steps_per_visit,
+            prefill_lanes=rollout.prefill_lanes // shards,
+            prefix_reuse=rollout.prefix_reuse,
+        )
+        self.stats = EngineStats()
+        self._model = model
+        self._max_steps = rollout.max_steps
+        self._mesh = mesh
+        self._banned_mask = np.zeros((model.vocab_size,), bool)
+        self._banned_mask[list(banned_tokens)] = True
+        self._scheduler = Scheduler(self.limits)
+        self._steps = Steps(model, self.limits, mesh)
+        self._pages, self._rows = jax.jit(
+            lambda: (
+                PagedKVCache.create(model, shards, self.limits.pages, self.limits.page_size),
+                DecodeRows.create(model, shards, self.limits.lanes, self._steps.layout),
+            ),
+            out_shardings=NamedSharding(mesh, PAGES),
+        )()
+        self._params = self._place(params)
+
+    def set_params(self, params: Any) -> None:
+        """New weights, a new policy: nothing that older weights computed is ever read again."""
+        self._params = self._place(params)
+        self._scheduler.new_policy()
+
+    def warm_up(self) -> float:
+        """Compiles all that runs will use. Returns the seconds it took."""
+        start = time.perf_counter()
+        policy = self._policy(1.0)
+        for _ in range(2):
+            self._copy([[] for _ in range(self.limits.num_shards)], force=True)
+            self._pages = self._steps.prefill(self._pages, self._params, self._prefill_lanes([]))
+            written = self._decode(self._decode_lanes()[0], policy)
+            jax.block_until_ready(written)
+        return time.perf_counter() - start
+
+    def run(
+        self,
+        programs: Sequence[tuple[RolloutKey, Program]],
+        *,
+        seed: int,
+        temperature: float,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> list[Rollout]:
+        """Runs all programs to their end and returns their rollouts in the order given.
+
+        A rollout's tokens depend on the weights, `seed`, `temperature`, its key and its program only. An exception inside a program
+        propagates; the engine can be used again afterwards.
+        """
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature} must be >= 0 (0 is greedy)")
+        begin = time.perf_counter()
+        compiled, preempted, reused = self._steps.num_compilations, self._scheduler.preemptions, self._scheduler.reused_tokens
+        self.stats = EngineStats()
+        run = Programs(
+            programs,
+            self._scheduler,
+            seed=seed,
+            max_seq_len=self._model.max_seq_len,
+            max_steps=self._max_steps,
+            now=time.perf_counter,
+        )
+        policy = self._policy(temperature)
+        try:
+            while True:
+                self._scheduler.admit(run.start_next)
+                if not self._scheduler.num_running:
+                    break
+                self._visit(run, policy)
+                if on_progress is not None:
+                    elapsed = time.perf_counter() - begin
+                    on_progress(Progress(run.finished, len(programs), self.stats.generated, elapsed))
+        except BaseException:
+            run.abandon()
+            raise
+        self.stats.seconds = time.perf_counter() - begin
+        self.stats.compilations = self._steps.num_compilations - compiled
+        self.stats.preemptions = self._scheduler.preemptions - preempted
+        self.stats.reused = self._scheduler.reused_tokens - reused
+        return run.results()
+
+    def _visit(self, run: Programs, policy: Policy) -> None:
+        stats = self.stats
+        self._copy(self._scheduler.take_copies())
+        while True:
+            chunks = [c for shard in range(self.limits.num_shards) for c in self._scheduler.prefill_chunks(shard)]
+            if not chunks:
+                break
+            self._pages = self._steps.prefill(self._pages, self._params, self._prefill_lanes(chunks))
+            for chunk in chunks:
+                self._scheduler.prefilled(chunk)
+            stats.prefill_calls += 1
+            stats.prefilled += sum(chunk.count for chunk in chunks)
+        lanes, threads = self._decode_lanes()
+        written = self._decode(lanes, policy)
+        waste, places = self._scheduler.waste()
+        waiting = time.perf_counter()
+        written = jax.device_get(written)
+        stats.device_seconds += time.perf_counter() - waiting
+        for shard, lane, thread in threads:
+            count = written.counts[shard, lane]
+            tokens = written.tokens[shard, :count, lane].tolist()
+            logprobs = written.logprobs[shard, :count, lane].tolist()
+            stats.generated += len(tokens)
+            run.decoded(thread, tokens, logprobs)
+        run.drain()
+        stats.visits += 1
+        steps = int(written.steps.max())
+        stats.decode_steps += steps
+        stats.lane_steps += steps * self.limits.lanes * self.limits.num_shards
+        stats.wasted_places += waste
+        stats.page_places += places
+
+    def _decode(self, lanes: DecodeLanes, policy: Policy) -> Written:
+        self._pages, self._rows, written = self._steps.decode(self._pages, self._rows, self._params, lanes, policy)
+        return written
+
+    def _copy(self, copies: list[list[Any]], *, force: bool = False) -> None:
+        """Makes the page copies in order; `force` calls the device even without any."""
+        calls = max(-(-len(shard) // COPIES_PER_CALL) for shard in copies)
+        for call in range(max(calls, int(force))):
+            pairs = np.zeros((2, self.limits.num_shards, COPIES_PER_CALL), np.int32)
+            for shard, todo in enumerate(copies):
+                for index, copy in enumerate(todo[call * COPIES_PER_CALL : (call + 1) * COPIES_PER_CALL]):
+                    pairs[:, shard, index] = copy.source, copy.target
+            sources, targets = self._put(pairs[0]), self._put(pairs[1])
+            self._pages = self._steps.copy_pages(self._pages, sources, targets)
+
+    def _decode_lanes(self) -> tuple[DecodeLanes, list[tuple[int, int, Thread]]]:
+        """The arrays of the threads that can decode now, and where each stands."""
+        limits = self.limits
+        shape = (limits.num_shards, limits.lanes)
+        token, length, remaining, generated = (np.zeros(shape, np.int32) for _ in range(4))
+        stop_tokens = np.full((*shape, MAX_STOP_TOKENS), -1, np.int32)
+        key_data = np.zeros((*shape, 2), np.uint32)
+        tables = np.zeros((*shape, self._steps.layout.pages_per_row), np.int32)
+        refresh = self._no_refresh()
+        placed = []
+        for shard in range(limits.num_shards):
+            for thread in self._scheduler.running(shard):
+                if not self._scheduler.can_decode(thread):
+                    continue
+                placed.append((shard, thread.lane, thread))
+                place = (shard, thread.lane)
+                token[place] = thread.tokens[-1]
+                length[place] = len(thread.tokens) - 1
+                remaining[place] = min(self._max_steps - thread.generated, limits.max_seq_len - len(thread.tokens))
+                generated[place] = thread.generated
+                stop_tokens[place][: len(thread.stop_tokens)] = thread.stop_tokens
+                key_data[place] = thread.key
+                self._fill_table(tables[place], thread)
+                self._add_refresh(refresh, thread, tables[place])
+        lanes = DecodeLanes(token, length, remaining, stop_tokens, key_data, generated, tables, refresh)  # type: ignore[arg-type]
+        return self._put(lanes), placed
+
+    def _prefill_lanes(self, chunks: Sequence[PrefillChunk]) -> PrefillLanes:
+        limits = self.limits
+        shape = (limits.num_shards, limits.prefill_lanes)
+        tokens = np.zeros((*shape, limits.page_size), np.int32)
+        start, count = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        tables = np.zeros((*shape, self._steps.layout.pages_per_row), np.int32)
+        used = [0] * limits.num_shards
+        for chunk in chunks:
+            thread = chunk.thread
+            place = (thread.shard, used[thread.shard])
+            used[thread.shard] += 1
+            tokens[place][: chunk.count] = thread.tokens[chunk.start : chunk.start + chunk.count]
+            start[place], count[place] = chunk.start, chunk.count
+            self._fill_table(tables[place], thread)
+        return self._put(PrefillLanes(tokens, start, count, tables))  # type: ignore[arg-type]
+
+    def _no_refresh(self) -> Refresh:
+        layout, limits = self._steps.layout, self.limits
+        counts = np.zeros((limits.num_shards, layout.num_blocks), np.int32)
+        entries = np.zeros((*counts.shape, limits.lanes * layout.pages_per_block, 3), np.int32)
+        return Refresh(counts, entries)  # type: ignore[arg-type]
+
+    def _add_refresh(self, refresh: Refresh, thread: Thread, table: np.ndarray) -> None:
+        counts, entries = np.asarray(refresh.counts), np.asarray(refresh.entries)
+        for ordinal in self._scheduler.refresh_row(thread):
+            block, place = divmod(ordinal, self._steps.layout.pages_per_block)
+            index = (thread.shard, block, counts[thread.shard, block])
+            entries[index] = thread.lane, place, table[ordinal]
+            counts[thread.shard, block] += 1
+
+    def _fill_table(self, row: np.ndarray, thread: Thread) -> None:
+        assert thread.table is not None
+        pages = self._scheduler.allocators[thread.shard].pages(thread.table)
+        row[: len(pages)] = pages
+
+    def _policy(self, temperature: float) -> Policy:
+        replicated = NamedSharding(self._mesh, partition_spec())
+        return jax.device_put(Policy(np.float32(temperature), self._banned_mask), replicated)  # type: ignore[arg-type]
+
+    def _put(self, tree: Any) -> Any:
+        return jax.device_put(tree, NamedSharding(self._mesh, SHARDED))
+
+    def _place(self, params: Any) -> Any:
+        """Weights split over "tensor" and whole on every data shard (over "fsdp" too: decode would gather them each step)."""
+        rules = dataclasses.replace(RULES, embed=None)
+        return jax.device_put(params, param_shardings(self._mesh, params, logical_axes(params), rules))

@@ -1,0 +1,374 @@
+"""Drives programs: turns their requests into work for the scheduler, keeps the clock and records calls. No JAX.
+
+The clock counts sequential tokens: a child's starts at its parent's at the spawn, decoding n tokens adds n, and a join sets
+the parent's to the latest of its own and its children's.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from apr_jax.engine.scheduler import Scheduler
+from apr_jax.engine.threads import (
+    MAX_STOP_TOKENS,
+    Append,
+    Call,
+    Decode,
+    Join,
+    Open,
+    Path,
+    Program,
+    Request,
+    Rollout,
+    RolloutKey,
+    Spawn,
+    SpawnHandle,
+    Status,
+    Stop,
+    StopReason,
+    Thread,
+    Truncate,
+    thread_key,
+)
+
+
+@dataclasses.dataclass(eq=False)
+class _OpenCall:
+    """A Decode under way."""
+
+    context: np.ndarray
+    clock_start: int
+    start_ms: float
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(eq=False)
+class _Node:
+    """A program in its rollout's tree."""
+
+    generator: Program
+    path: Path
+    rollout: "_RolloutState"
+    parent: "_Node | None"
+    clock: int
+    thread: Thread | None = None
+    spawns: list[list["_Node"]] = dataclasses.field(default_factory=list)
+    joined: int = 0  # spawns joined so far
+    join: Join | None = None  # what it waits for
+    call: _OpenCall | None = None
+    calls: list[Call] = dataclasses.field(default_factory=list)
+    ended: bool = False
+    cancelled: bool = False
+    value: Any = None
+    succeeded: bool = False
+    cutoff: int | None = None  # the clock at which a sibling's success (or an ancestor's sibling's) ends it
+
+    def subtree(self) -> Iterator["_Node"]:
+        yield self
+        for children in self.spawns:
+            for child in children:
+                yield from child.subtree()
+
+
+@dataclasses.dataclass(eq=False)
+class _RolloutState:
+    ordinal: int
+    key: RolloutKey
+    started: float
+
+
+class Programs:
+    """All programs of one run."""
+
+    def __init__(
+        self,
+        programs: Sequence[tuple[RolloutKey, Program]],
+        scheduler: Scheduler,
+        *,
+        seed: int,
+        max_seq_len: int,
+        max_steps: int,
+        now: Callable[[], float],
+    ):
+        self._waiting = collections.deque(enumerate(programs))
+        self._scheduler = scheduler
+        self._seed = seed
+        self._max_seq_len = max_seq_len
+        self._max_steps = max_steps
+        self._now = now  # seconds
+        self._queue: collections.deque[tuple[_Node, Any]] = collections.deque()
+        self._node_of: dict[Thread, _Node] = {}
+        self._rollouts: list[Rollout | None] = [None] * len(programs)
+        self.finished = 0
+
+    def start_next(self) -> bool:
+        """Starts the next root program and runs it until it waits. False: all have been started."""
+        if not self._waiting:
+            return False
+        ordinal, (key, program) = self._waiting.popleft()
+        rollout = _RolloutState(ordinal, key, self._now())
+        self._queue.append((_Node(program, (), rollout, parent=None, clock=0), None))
+        self.drain()
+        return True
+
+    def decoded(self, thread: Thread, tokens: list[int], logprobs: list[float]) -> None:
+        """The device wrote these tokens for a running thread. Queues its program when the Decode is over; then `drain`."""
+        node = self._node_of[thread]
+        assert node.call is not None
+        self._scheduler.decoded(thread, tokens)
+        node.call.tokens.extend(tokens)
+        node.call.logprobs.extend(logprobs)
+        node.clock += len(tokens)
+        stop = self._stop(thread)
+        if node.cutoff is not None and (node.clock > node.cutoff or (stop is None and node.clock == node.cutoff)):
+            self._park(node)
+        elif stop is not None:
+            self._scheduler.leave_lane(thread, Status.IDLE)
+            self._close_call(node, stop)
+            self._queue.append((node, stop))
+
+    def drain(self) -> None:
+        """Runs every program that can go on, until all wait for the device or for children."""
+        while self._queue:
+            node, value = self._queue.popleft()
+            if not node.cancelled:
+                self._advance(node, value)
+
+    def results(self) -> list[Rollout]:
+        """All rollouts, in the order of their programs. Raises AssertionError while one is unfinished."""
+        finished = [rollout for rollout in self._rollouts if rollout is not None]
+        assert len(finished) == len(self._rollouts), "a program was lost"
+        return finished
+
+    def abandon(self) -> None:
+        """After an exception: frees every thread and closes every generator."""
+        for node in self._node_of.values():
+            if node.thread is not None:
+                self._scheduler.release(node.thread)
+            node.generator.close()
+
+    def _advance(self, node: _Node, value: Any) -> None:
+        while True:
+            try:
+                request = node.generator.send(value)
+            except StopIteration as stop:
+                self._end(node, stop.value)
+                return
+            if isinstance(request, Decode):
+                instant = self._decode(node, request)
+                if instant is None:
+                    return
+                value = instant
+            elif isinstance(request, Join):
+                self._join(node, request)
+                return
+            else:
+                value = self._serve(node, request)
+
+    def _serve(self, node: _Node, request: Request) -> Any:
+        """Requests that are answered at once."""
+        match request:
+            case Open():
+                return self._open(node, request)
+            case Truncate(thread, length):
+                self._own(node, thread)
+                if not 1 <= length <= len(thread.tokens):
+                    raise ValueError(f"cannot truncate a thread of {len(thread.tokens)} tokens to {length}")
+                self._scheduler.truncate(thread, length)
+                return None
+            case Append(thread, tokens):
+                self._own(node, thread)
+                thread.tokens.extend(tokens)
+                return None
+            case Spawn(programs):
+                return self._spawn(node, programs)
+            case _:
+                raise TypeError(f"a program yielded {request!r}, which is no request")
+
+    def _open(self, node: _Node, request: Open) -> Thread:
+        if node.thread is not None:
+            raise ValueError(f"program {node.path} opened a second thread")
+        parent = request.fork_of
+        tokens = [*(parent.tokens if parent is not None else ()), *request.tokens]
+        if not tokens:
+            raise ValueError(f"program {node.path} opened a thread without tokens")
+        key = thread_key(self._seed, node.rollout.key, node.path)
+        node.thread = Thread(node.path, tokens, node.rollout.ordinal, key)
+        self._node_of[node.thread] = node
+        if parent is not None:
+            self._scheduler.fork(parent, node.thread)
+        return node.thread
+
+    def _decode(self, node: _Node, request: Decode) -> Stop | None:
+        """Hands the thread to the scheduler, or returns the Stop of one that can't decode."""
+        thread = request.thread
+        self._own(node, thread)
+        if len(request.stop_tokens) > MAX_STOP_TOKENS:
+            raise ValueError(f"{len(request.stop_tokens)} stop tokens; at most {MAX_STOP_TOKENS} can be matched")
+        thread.stop_tokens = tuple(request.stop_tokens)
+        limit = self._limit(thread)
+        if limit is not None:
+            return Stop(limit, None)
+        node.call = _OpenCall(np.asarray(thread.tokens, np.int32), node.clock, self._ms(node))
+        if node.cutoff is not None and node.clock >= node.cutoff:
+            self._park(node)
+        else:
+            self._scheduler.submit(thread)
+        return None
+
+    def _limit(self, thread: Thread) -> StopReason | None:
+        if len(thread.tokens) >= self._max_seq_len:
+            return StopReason.LENGTH
+        return StopReason.MAX_STEPS if thread.generated >= self._max_steps else None
+
+    def _stop(self, thread: Thread) -> Stop | None:
+        if thread.tokens[-1] in thread.stop_tokens:
+            return Stop(StopReason.TOKEN, thread.tokens[-1])
+        limit = self._limit(thread)
+        return None if limit is None else Stop(limit, None)
+
+    def _own(self, node: _Node, thread: Thread) -> None:
+        if thread is not node.thread:
+            raise ValueError(f"program {node.path} asked for the thread {thread.path} of another program")
+
+    def _spawn(self, node: _Node, programs: Sequence[Program]) -> SpawnHandle:
+        ordinal = len(node.spawns)
+        children = [
+            _Node(program, (*node.path, ordinal, child), node.rollout, node, node.clock, cutoff=node.cutoff)
+            for child, program in enumerate(programs)
+        ]
+        node.spawns.append(children)
+        self._queue.extend((child, None) for child in children)
+        return SpawnHandle(ordinal, len(children))
+
+    def _join(self, node: _Node, request: Join) -> None:
+        if request.handle.ordinal >= len(node.spawns):
+            raise ValueError(f"program {node.path} joined a spawn that it never made")
+        node.join = request
+        if node.thread is not None:
+            node.thread.status = Status.WAITING_ON_CHILDREN
+        for child in node.spawns[request.handle.ordinal]:
+            if child.ended:
+                child.succeeded = request.success is not None and request.success(child.value)
+        self._settle(node)
+
+    def _end(self, node: _Node, value: Any) -> None:
+        if node.joined != len(node.spawns):
+            raise RuntimeError(f"program {node.path} returned without joining {len(node.spawns) - node.joined} of its spawns")
+        node.ended, node.value = True, value
+        if node.thread is not None:
+            self._scheduler.release(node.thread)
+        parent = node.parent
+        if parent is None:
+            self._finish(node)
+        elif parent.join is not None and node.path[-2] == parent.join.handle.ordinal:
+            node.succeeded = parent.join.success is not None and parent.join.success(value)
+            self._settle(parent)
+
+    def _settle(self, node: _Node) -> None:
+        """Applies the first success to the children that `node` waits for, and resumes it when all have ended."""
+        assert node.join is not None
+        children = node.spawns[node.join.handle.ordinal]
+        successes = [child.clock for child in children if child.succeeded]
+        if successes:
+            cutoff = max(min(successes), node.clock)
+            for child in children:
+                if not child.ended or child.clock > cutoff:
+                    self._cut(child, cutoff)
+        if not all(child.ended for child in children):
+            return
+        node.clock = max([node.clock, *(child.clock for child in children)])
+        node.join, node.joined = None, node.joined + 1
+        if node.thread is not None:
+            node.thread.status = Status.IDLE
+        self._queue.append((node, [None if child.cancelled else child.value for child in children]))
+
+    def _cut(self, child: _Node, cutoff: int) -> None:
+        """Ends a child's subtree at the clock `cutoff`; what is still behind it runs on up to there."""
+        for node in child.subtree():
+            node.cutoff = cutoff if node.cutoff is None else min(node.cutoff, cutoff)
+            if not node.ended and node.call is not None and node.clock >= node.cutoff and node.thread is not None:
+                self._scheduler.release(node.thread)
+        if child.ended or not _can_end(child):
+            self._cancel(child, cutoff)
+
+    def _park(self, node: _Node) -> None:
+        """The thread has reached its cutoff: its pages are free at once, and whoever waits for it is told."""
+        assert node.thread is not None
+        self._scheduler.release(node.thread)
+        ancestor = node.parent
+        while ancestor is not None:
+            if ancestor.join is not None and any(c.succeeded for c in ancestor.spawns[ancestor.join.handle.ordinal]):
+                self._settle(ancestor)
+            ancestor = ancestor.parent
+
+    def _cancel(self, child: _Node, cutoff: int) -> None:
+        """Ends a subtree and trims what it wrote to the clock `cutoff`."""
+        for node in child.subtree():
+            if node.call is not None:
+                self._close_call(node, Stop(StopReason.CANCELLED, None))
+            if not node.ended:
+                node.generator.close()
+                if node.thread is not None:
+                    self._scheduler.release(node.thread)
+            node.calls = [_trim(call, cutoff) for call in node.calls if call.clock_start < cutoff]
+            node.ended = node.cancelled = True
+            node.succeeded, node.value, node.join = False, None, None
+            node.clock = min(node.clock, cutoff)
+        child.clock = cutoff
+
+    def _close_call(self, node: _Node, stop: Stop) -> None:
+        call, node.call = node.call, None
+        assert call is not None
+        if call.tokens:
+            node.calls.append(
+                Call(
+                    path=node.path,
+                    context=call.context,
+                    tokens=np.asarray(call.tokens, np.int32),
+                    logprobs=np.asarray(call.logprobs, np.float32),
+                    stop=stop,
+                    clock_start=call.clock_start,
+                    start_ms=call.start_ms,
+                    end_ms=self._ms(node),
+                )
+            )
+
+    def _finish(self, root: _Node) -> None:
+        nodes = list(root.subtree())
+        self._rollouts[root.rollout.ordinal] = Rollout(
+            key=root.rollout.key,
+            result=root.value,
+            calls=tuple(call for node in sorted(nodes, key=lambda n: n.path) for call in node.calls),
+            sequential_tokens=root.clock,
+            latency_ms=self._ms(root),
+            prefilled_tokens=sum(node.thread.prefilled for node in nodes if node.thread is not None),
+        )
+        self.finished += 1
+        for node in nodes:
+            if node.thread is not None:
+                del self._node_of[node.thread]
+
+    def _ms(self, node: _Node) -> float:
+        return (self._now() - node.rollout.started) * 1e3
+
+
+def _can_end(node: _Node) -> bool:
+    """Whether a program may still end by its cutoff: it, or something it waits for, is behind the cutoff."""
+    if node.ended:
+        return False
+    if node.join is not None:
+        return any(_can_end(child) for child in node.spawns[node.join.handle.ordinal])
+    return node.call is None or node.cutoff is None or node.clock < node.cutoff
+
+
+def _trim(call: Call, cutoff: int) -> Call:
+    keep = cutoff - call.clock_start
+    if len(call.tokens) <= keep:
+        return call
+    stop = Stop(StopReason.CANCELLED, None)
+    return dataclasses.replace(call, tokens=call.tokens[:keep], logprobs=call.logprobs[:keep], stop=stop)

@@ -1,0 +1,71 @@
+"""The sampling policy: what the engine draws from and the trainer scores with.
+
+Randomness is counter-based. A thread's key is a 64-bit hash of (seed, problem, sample, path) (`threads.thread_key`), and its n-th generated token
+(counted over the thread's life, since truncation revisits positions) uses `fold_in(key, n)` for one uniform number. So a draw
+depends on nothing else in the batch, on no schedule and on no resume.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+MASKED_LOGIT = -1e30  # finite, so that differences of masked logits are no NaN
+KEY_IMPL = "threefry2x32"
+
+
+def log_probs(logits: jax.Array, temperature: jax.Array | float, banned_mask_V: jax.Array) -> jax.Array:
+    """Float32 log-probabilities `[..., V]` of the sampling policy.
+
+    Args:
+        logits: `[..., V]`.
+        temperature: scalar >= 0. At 0 sampling takes the argmax, and these are the policy's at temperature 1.
+        banned_mask_V: bool `[V]`; banned tokens get MASKED_LOGIT-like values, probability exactly 0.
+    """
+    temperature = jnp.asarray(temperature, jnp.float32)
+    scaled = logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)
+    banned_mask = banned_mask_V.reshape((1,) * (logits.ndim - 1) + (-1,))
+    return jax.nn.log_softmax(jnp.where(banned_mask, MASKED_LOGIT, scaled), axis=-1)
+
+
+def sample(logprobs_V: jax.Array, uniform: jax.Array, temperature: jax.Array | float) -> jax.Array:
+    """One token id (int32 scalar): the argmax at temperature 0, else by inverse CDF at `uniform` in [0, 1).
+
+    The CDF is summed in two levels of about sqrt(V), so that no long scan is needed. A token of probability 0 is never drawn.
+    """
+    return jnp.where(jnp.asarray(temperature) > 0, _inverse_cdf(jnp.exp(logprobs_V), uniform), jnp.argmax(logprobs_V)).astype(
+        jnp.int32
+    )
+
+
+def _inverse_cdf(probs_V: jax.Array, uniform: jax.Array) -> jax.Array:
+    size = probs_V.shape[0]
+    width = math.isqrt(size - 1) + 1
+    groups = -(-size // width)
+    probs = jnp.pad(probs_V, (0, groups * width - size)).reshape(groups, width)
+    sums = jnp.cumsum(jnp.sum(probs, axis=1))
+    threshold = uniform * sums[-1]
+    group = _first_above(sums, threshold)
+    before = jnp.where(group > 0, sums[jnp.maximum(group - 1, 0)], 0.0)
+    return group * width + _first_above(jnp.cumsum(probs[group]), threshold - before)
+
+
+def _first_above(cdf: jax.Array, threshold: jax.Array) -> jax.Array:
+    """The first index whose CDF exceeds the threshold; where rounding leaves none, the last that adds probability."""
+    previous = jnp.concatenate([jnp.zeros((1,), cdf.dtype), cdf[:-1]])
+    adds = cdf > previous
+    above = adds & (cdf > threshold)
+    last = cdf.shape[0] - 1 - jnp.argmax(adds[::-1])
+    return jnp.where(jnp.any(above), jnp.argmax(above), last)
+
+
+def uniforms(key_data: jax.Array, first: jax.Array, count: int) -> jax.Array:
+    """Float32 `[count]` in [0, 1): one number for each of the thread's generated tokens `first`, `first + 1`, ...
+
+    Args:
+        key_data: uint32 `[2]`.
+        first: int32 scalar, tokens that the thread has generated before.
+    """
+    key = jax.random.wrap_key_data(key_data, impl=KEY_IMPL)
+    keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(first + jnp.arange(count))
+    return jax.vmap(jax.random.uniform)(keys)

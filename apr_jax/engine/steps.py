@@ -1,0 +1,250 @@
+"""What runs on the device: prefill, decode and page copies, each compiled once.
+
+The per-thread step (`decode_thread`, `prefill_thread`) is written for one thread and lifted over lanes by `jax.vmap`. Each
+data shard then runs its own lanes on its own pages (`shard_map` over the mesh axis "data"), with a loop of its own length and
+no communication; within a shard, heads may be split over "tensor" by the compiler.
+
+Every shape is fixed by the configuration, and no floating-point reduction runs over lanes. So a lane's numbers don't depend
+on its neighbours, bit for bit.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from apr_jax.config import ModelConfig
+from apr_jax.engine.sampling import log_probs, sample, uniforms
+from apr_jax.engine.scheduler import Limits
+from apr_jax.model.kv_cache import (
+    Block,
+    DecodeRows,
+    DecodeView,
+    PagedKVCache,
+    PrefillView,
+    Refresh,
+    RowLayout,
+    copy_pages,
+    refresh_rows,
+    write_rows,
+)
+from apr_jax.model.llama import Llama, graphdef
+from apr_jax.parallel.mesh import DATA_AXIS, TENSOR_AXIS, partition_spec
+
+COPIES_PER_CALL = 16  # page copies a call; more take more calls
+
+SHARDED = partition_spec(DATA_AXIS)
+PAGES = partition_spec(DATA_AXIS, None, TENSOR_AXIS)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeLanes:
+    """What the lanes of a decode chunk need from the host. Arrays lead with [shards, L] (or no axes inside the step)."""
+
+    token: jax.Array  # int32: the thread's last token, not yet computed
+    length: jax.Array  # int32: tokens before it = its position
+    remaining: jax.Array  # int32: tokens that the thread may still write; 0 = the lane is idle
+    stop_tokens: jax.Array  # int32 [.., MAX_STOP_TOKENS], filled with -1
+    key_data: jax.Array  # uint32 [.., 2]
+    generated: jax.Array  # int32: tokens that the thread has generated before
+    tables: jax.Array  # int32 [.., pages of a row]
+    refresh: Refresh  # [shards, ...]: the pages that changed since the lanes' rows were last brought up to date
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PrefillLanes:
+    """What a prefill call needs from the host, [shards, L, ...]."""
+
+    tokens: jax.Array  # int32 [.., page]
+    start: jax.Array  # int32: position of the first
+    count: jax.Array  # int32: how many of them are real; 0 = the lane is idle
+    tables: jax.Array  # int32 [.., pages of a row]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """How tokens are drawn."""
+
+    temperature: jax.Array  # float32 scalar
+    banned_mask: jax.Array  # bool [V]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What a decode chunk wrote, [shards, ...]."""
+
+    tokens: jax.Array  # int32 [steps, L]
+    logprobs: jax.Array  # float32 [steps, L]
+    counts: jax.Array  # int32 [L]: the lane's tokens are the first `count` of its column
+    steps: jax.Array  # int32: steps that the shard ran
+
+
+def decode_thread(
+    model: Llama,
+    view: DecodeView,
+    token: jax.Array,
+    remaining: jax.Array,
+    stop_tokens: jax.Array,
+    uniform: jax.Array,
+    policy: Policy,
+) -> tuple[tuple[Any, ...], jax.Array, jax.Array, jax.Array]:
+    """One token of one thread: attention over its pages, logits, a draw, stop matching.
+
+    Returns the cache's new keys and values, the next token, its log-probability, and how many tokens may still follow
+    (0 once it stopped; a stopped thread's results are not used).
+    """
+    position = view.length + view.step
+    hidden_TD, view = model(token[None], position[None], cache=view)
+    # Gathered over "tensor" before the draw: sampling on split logits would take a dozen small collectives.
+    logits_V = jax.lax.with_sharding_constraint(model.logits(hidden_TD)[0], partition_spec(None))
+    logprobs_V = log_probs(logits_V, policy.temperature, policy.banned_mask)
+    drawn = sample(logprobs_V, uniform, policy.temperature)
+    stopped = jnp.any(drawn == stop_tokens)
+    return view.fresh, drawn, logprobs_V[drawn], jnp.where(stopped, 0, jnp.maximum(remaining - 1, 0))
+
+
+def prefill_thread(
+    model: Llama,
+    layout: RowLayout,
+    pages: PagedKVCache,
+    num_blocks: jax.Array,
+    table_R: jax.Array,
+    tokens_C: jax.Array,
+    start: jax.Array,
+) -> tuple[Any, ...]:
+    """Keys and values of one thread's next positions, within a page; per layer `[K, C, H]` twice."""
+    view = PrefillView(pages, table_R, (), start, num_blocks, layout)
+    _, view = model(tokens_C, start + jnp.arange(tokens_C.shape[0]), cache=view)
+    return view.fresh
+
+
+def decode_shard(
+    model: Llama,
+    config: ModelConfig,
+    steps: int,
+    layout: RowLayout,
+    pages: PagedKVCache,
+    rows: DecodeRows,
+    lanes: DecodeLanes,
+    policy: Policy,
+) -> tuple[PagedKVCache, DecodeRows, Written]:
+    """A decode chunk on one shard (no shard axis): up to `steps` tokens for every lane, fewer when all have stopped.
+
+    A chunk is not left while any lane goes on: where a thread's chunks begin, and with that how its attention is summed, is then
+    a function of the thread alone.
+    """
+    num_lanes = lanes.token.shape[0]
+    num_blocks = layout.blocks_for(jnp.max(jnp.where(lanes.remaining > 0, lanes.length, 0)))
+    rows = refresh_rows(rows, pages, lanes.refresh, layout)
+    uniforms_LC = jax.vmap(lambda key, first: uniforms(key, first, steps))(lanes.key_data, lanes.generated)
+    fresh_shape = (num_lanes, config.num_kv_heads, steps, config.head_dim)
+    zeros = jnp.zeros(fresh_shape, pages.keys[0].dtype)
+    view_axes = DecodeView(row=0, fresh=0, length=0, num_blocks=None, step=None)  # type: ignore[arg-type]
+    lifted = jax.vmap(decode_thread, in_axes=(None, view_axes, 0, 0, 0, 0, None))
+
+    def live(state: tuple[Any, ...]) -> jax.Array:
+        step, _, _, remaining_L, *_ = state
+        return (step < steps) & jnp.any(remaining_L > 0)
+
+    def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        step, fresh, token_L, remaining_L, counts_L, tokens_CL, logprobs_CL = state
+        view = DecodeView(rows.blocks, fresh, lanes.length, num_blocks, step)
+        uniform_L = jax.lax.dynamic_index_in_dim(uniforms_LC, step, axis=1, keepdims=False)
+        fresh, drawn_L, logprob_L, left_L = lifted(model, view, token_L, remaining_L, lanes.stop_tokens, uniform_L, policy)
+        tokens_CL = jax.lax.dynamic_update_index_in_dim(tokens_CL, drawn_L, step, axis=0)
+        logprobs_CL = jax.lax.dynamic_update_index_in_dim(logprobs_CL, logprob_L, step, axis=0)
+        counts_L = counts_L + (remaining_L > 0).astype(jnp.int32)
+        return step + 1, fresh, drawn_L, left_L, counts_L, tokens_CL, logprobs_CL
+
+    state = (
+        jnp.int32(0),
+        tuple((zeros, zeros) for _ in range(config.num_layers)),
+        lanes.token,
+        lanes.remaining,
+        jnp.zeros((num_lanes,), jnp.int32),
+        jnp.zeros((steps, num_lanes), jnp.int32),
+        jnp.zeros((steps, num_lanes), jnp.float32),
+    )
+    ran, fresh, _, _, counts_L, tokens_CL, logprobs_CL = jax.lax.while_loop(live, body, state)
+    pages = write_rows(pages, lanes.tables, lanes.length, counts_L, fresh, -(-(steps - 1) // layout.page_size) + 1)
+    return pages, rows, Written(tokens_CL, logprobs_CL, counts_L, ran)
+
+
+def prefill_shard(model: Llama, layout: RowLayout, pages: PagedKVCache, lanes: PrefillLanes) -> tuple[Block, ...]:
+    """Keys and values of up to one page of new positions for each lane of a shard (no shard axis); pages are only read.
+
+    They are written by a call of their own: in one program XLA would copy every page, since branches read them.
+    """
+    num_blocks = layout.blocks_for(jnp.max(jnp.where(lanes.count > 0, lanes.start, 0)))
+    lifted = jax.vmap(prefill_thread, in_axes=(None, None, None, None, 0, 0, 0))
+    return lifted(model, layout, pages, num_blocks, lanes.tables, lanes.tokens, lanes.start)
+
+
+class Steps:
+    """The jitted steps of one engine. Each donates the cache (decode: and the rows) and returns the successor."""
+
+    def __init__(self, config: ModelConfig, limits: Limits, mesh: Mesh):
+        layout = RowLayout.of(config.max_seq_len, limits.page_size)
+        self.layout = layout
+        structure = graphdef(config)
+
+        def decode(
+            pages: PagedKVCache, rows: DecodeRows, params: Any, lanes: DecodeLanes, policy: Policy
+        ) -> tuple[PagedKVCache, DecodeRows, Written]:
+            model = nnx.merge(structure, params)
+            return decode_shard(model, config, limits.steps_per_visit, layout, pages, rows, lanes, policy)
+
+        def compute(pages: PagedKVCache, params: Any, lanes: PrefillLanes) -> tuple[Block, ...]:
+            return prefill_shard(nnx.merge(structure, params), layout, pages, lanes)
+
+        def write(pages: PagedKVCache, lanes: PrefillLanes, fresh: tuple[Block, ...]) -> PagedKVCache:
+            return write_rows(pages, lanes.tables, lanes.start, lanes.count, fresh, 1)
+
+        whole = partition_spec()
+        pages_out, written_out = NamedSharding(mesh, PAGES), NamedSharding(mesh, SHARDED)
+        self.decode = _lift(
+            decode, mesh, (SHARDED, SHARDED, whole, SHARDED, whole), (pages_out, pages_out, written_out), donated=(0, 1)
+        )
+        self._compute = _lift(compute, mesh, (SHARDED, whole, SHARDED), pages_out, donated=())
+        self._write = _lift(write, mesh, (SHARDED, SHARDED, SHARDED), pages_out)
+        self.copy_pages = _lift(copy_pages, mesh, (SHARDED, SHARDED, SHARDED), pages_out)
+
+    def prefill(self, pages: PagedKVCache, params: Any, lanes: PrefillLanes) -> PagedKVCache:
+        """Computes the lanes' new positions and writes them into the pages, which are donated."""
+        return self._write(pages, lanes, self._compute(pages, params, lanes))
+
+    @property
+    def num_compilations(self) -> int:
+        """Programs compiled so far."""
+        return sum(step._cache_size() for step in (self.decode, self._compute, self._write, self.copy_pages))
+
+
+def _lift(
+    step: Callable[..., Any],
+    mesh: Mesh,
+    in_specs: tuple[PartitionSpec, ...],
+    out_shardings: Any,
+    donated: tuple[int, ...] = (0,),
+) -> Any:
+    """Runs a one-shard step on every data shard."""
+
+    def local(*args: Any) -> Any:
+        # A shard sees its slice of the leading axis, of size one.
+        squeezed = [
+            jax.tree.map(lambda x: x[0], arg) if spec == SHARDED else arg
+            for arg, spec in zip(args, in_specs, strict=True)
+        ]
+        return jax.tree.map(lambda x: x[None], step(*squeezed))
+
+    lifted = jax.shard_map(
+        local, mesh=mesh, in_specs=in_specs, out_specs=SHARDED, axis_names={DATA_AXIS}, check_vma=False
+    )
+    return jax.jit(lifted, donate_argnums=donated, out_shardings=out_shardings)

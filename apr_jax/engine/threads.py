@@ -1,0 +1,191 @@
+"""Threads, what programs ask of the engine, and what a rollout leaves behind. No JAX.
+
+A *program* is a generator that yields the requests below and is resumed with their results. It owns one thread, a sequence
+of tokens with pages of KV cache. Children that it spawns are programs of their own.
+"""
+
+import dataclasses
+import enum
+import hashlib
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import numpy as np
+
+MAX_STOP_TOKENS = 4
+
+Path = tuple[int, ...]
+
+
+class StopReason(enum.Enum):
+    """Why a Decode ended."""
+
+    TOKEN = "token"  # it wrote one of its stop tokens
+    LENGTH = "length"  # the thread is full: model.max_seq_len tokens
+    MAX_STEPS = "max_steps"  # the thread has generated rollout.max_steps tokens in its life
+    CANCELLED = "cancelled"  # a sibling succeeded first
+
+
+@dataclasses.dataclass(frozen=True)
+class Stop:
+    """How a Decode ended. `token` is the stop token, which stays in the thread, or None."""
+
+    reason: StopReason
+    token: int | None
+
+
+class Status(enum.Enum):
+    """A thread's state. Every state but RUNNING and DONE may hold pages or have had them taken (`Thread.table` None)."""
+
+    IDLE = "idle"  # its program has asked for nothing yet, or is about to
+    READY = "ready"  # wants to decode, has no lane
+    RUNNING = "running"  # has a lane and the pages of its next chunk
+    WAITING_ON_CHILDREN = "waiting_on_children"
+    DONE = "done"
+
+
+@dataclasses.dataclass(eq=False)
+class Thread:
+    """One sequence of tokens. Programs read `path` and `tokens`; the rest is the engine's."""
+
+    path: Path  # () for the root; a child's is its parent's + (spawn ordinal, child ordinal)
+    tokens: list[int]  # the whole context now
+    rollout: int  # ordinal of its rollout in the run
+    key: tuple[int, int]  # counter-based random key (two uint32), see thread_key
+    status: Status = Status.IDLE
+    generated: int = 0  # tokens decoded in its life, truncated ones included
+    stop_tokens: tuple[int, ...] = ()
+    shard: int = 0
+    table: int | None = None  # handle of its page table in the shard's allocator; None: no pages
+    computed: int = 0  # leading tokens whose keys and values are in the pages; < len(tokens)
+    lane: int = 0  # its lane while running, else its last
+    row_length: int = 0  # leading tokens whose keys and values its last lane's row holds, if the row is still its own
+    block_keys: list[bytes] = dataclasses.field(default_factory=list)  # of leading pages computed by aligned prefill alone
+    prefilled: int = 0  # tokens prefilled in its life, recomputation included
+
+    @property
+    def priority(self) -> tuple[int, int, Path]:
+        """Smaller goes first: earlier rollouts, then deeper threads (children let parents finish), then path order."""
+        return (self.rollout, -len(self.path), self.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Open:
+    """Opens the program's thread: `tokens`, after the tokens of `fork_of` if given, whose full pages it then shares.
+
+    Resumed with the Thread. Raises ValueError (in the engine) for a second Open or an empty thread.
+    """
+
+    tokens: Sequence[int]
+    fork_of: Thread | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """Decodes until one of `stop_tokens` (at most MAX_STOP_TOKENS) or a limit. Resumed with a Stop.
+
+    A thread that is already full or out of steps stops at once, and no Call is recorded.
+    """
+
+    thread: Thread
+    stop_tokens: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Truncate:
+    """Keeps the first `length` tokens (1 <= length <= now) and frees the pages after them. Resumed with None."""
+
+    thread: Thread
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Append:
+    """Appends tokens. They are computed at the next Decode; a thread that grows past max_seq_len stops there (LENGTH)."""
+
+    thread: Thread
+    tokens: Sequence[int]
+
+
+Program = Generator[Any, Any, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spawn:
+    """Starts child programs, which run at once and beside their parent. Resumed with a SpawnHandle, to be joined."""
+
+    programs: Sequence[Program]
+
+
+@dataclasses.dataclass(frozen=True)
+class SpawnHandle:
+    """The `ordinal`-th spawn of a program."""
+
+    ordinal: int
+    num_children: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Join:
+    """Waits for a spawn's children. Resumed with their return values, in spawn order.
+
+    With `success`, the first child (on the clock of sequential tokens) whose value succeeds cancels its siblings: they keep what
+    they wrote up to that clock and their value is None, unless they had ended by then. So what is cancelled doesn't
+    depend on how threads were scheduled.
+    """
+
+    handle: SpawnHandle
+    success: Callable[[Any], bool] | None = None
+
+
+Request = Open | Decode | Truncate | Append | Spawn | Join
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutKey:
+    """Which sample of which problem. With the seed it determines every random draw of the rollout."""
+
+    problem: int
+    sample: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What one Decode wrote."""
+
+    path: Path
+    context: np.ndarray  # int32, all tokens before it
+    tokens: np.ndarray  # int32, generated, the stop token included
+    logprobs: np.ndarray  # float32, under the sampling policy (temperature and banned tokens applied)
+    stop: Stop
+    clock_start: int  # sequential tokens before it
+    start_ms: float  # since the rollout's first request
+    end_ms: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """What one root program and all below it did."""
+
+    key: RolloutKey
+    result: Any  # the root program's return value
+    calls: tuple[Call, ...]  # by path, then time
+    sequential_tokens: int  # the longest causal chain (paper section 5)
+    latency_ms: float
+    prefilled_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a run is."""
+
+    finished: int  # rollouts
+    total: int
+    generated_tokens: int
+    seconds: float
+
+
+def thread_key(seed: int, rollout: RolloutKey, path: Path) -> tuple[int, int]:
+    """Key data (two uint32) of one thread: a BLAKE2b hash of what it is, equal on every machine."""
+    digest = hashlib.blake2b(repr((seed, rollout.problem, rollout.sample, path)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")

@@ -1,0 +1,192 @@
+"""From rollouts to figures: one record a problem, one summary a set (RECIPE section 6 and 8).
+
+A record is a plain dict, ready for JSON. Keys of the summary that other programs rely on: INTERFACES, `evaluate.py`.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from apr_jax.data.tokenizer import Tokenizer
+from apr_jax.engine.threads import Call, Rollout, StopReason
+from apr_jax.reasoning.outcome import Outcome
+from apr_jax.tasks import countdown, trace
+from apr_jax.tasks.countdown import Problem
+
+_Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
+_WRITTEN = re.compile(r"^Exploring Operation: (.*)\n", re.M)
+_OPERATION = re.compile(r"([0-9]{1,18})[-+*/]([0-9]{1,18})=[0-9]{1,18}")
+_FIRST_OPERATIONS = re.compile(r"Current State: [0-9]+:\[[^\]\n]*\], Operations: \[([^\]\n]*)\]\n")
+
+
+def wilson_interval(successes: int, total: int) -> tuple[float, float]:
+    """The Wilson score interval of a share, 95 % two-sided. Raises ValueError unless 0 <= successes <= total > 0."""
+    if not 0 <= successes <= total or total < 1:
+        raise ValueError(f"no share of {successes} in {total}")
+    share, z2 = successes / total, _Z95**2
+    centre = share + z2 / (2 * total)
+    spread = _Z95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total))
+    low, high = (centre - spread) / (1 + z2 / total), (centre + spread) / (1 + z2 / total)
+    return (0.0 if successes == 0 else low), (1.0 if successes == total else high)
+
+
+def count_operations(text: str) -> tuple[int, int]:
+    """How many operations `text` explores (whole lines only), and how many of them are arithmetically right."""
+    written = [line.partition(", Resulting Numbers: ")[0] for line in _WRITTEN.findall(text)]
+    return len(written), sum(map(_is_right, written))
+
+
+def path_solves(path: str, problem: Problem) -> bool:
+    """Whether a child's winning path, with the operations that led to the child, solves the whole problem."""
+    state = _FIRST_OPERATIONS.search(path)
+    before = re.findall(r"'([^']*)'", state[1]) if state else []
+    lines = [f"Exploring Operation: {operation}, Resulting Numbers: []\n" for operation in before]
+    return countdown.verify("".join(lines) + path, problem).correct
+
+
+def record_rollout(
+    problem: Problem, rollout: Rollout, tokenizer: Tokenizer, *, method: str, keep_calls: bool
+) -> dict[str, Any]:
+    """One problem's record. With `keep_calls` also its "calls" and "threads", for the thread viewer.
+
+    Token counts are of generated tokens, each counted once; `sequential_tokens` is the longest causal chain.
+    """
+    outcome: Outcome = rollout.result
+    verdict = countdown.verify(outcome.answer, problem)
+    texts = [tokenizer.decode(_without_end(call.tokens.tolist(), tokenizer)) for call in rollout.calls]
+    counts = [count_operations(text) for text in texts]
+    record: dict[str, Any] = {
+        "problem": rollout.key.problem,
+        "numbers": list(problem.numbers),
+        "target": problem.target,
+        "method": method,
+        "correct": verdict.correct,
+        "verdict": verdict.reason if outcome.status == "answered" else outcome.reason,
+        "status": outcome.status,
+        "reason": outcome.reason,
+        "answer": outcome.answer,
+        "total_tokens": sum(len(call.tokens) for call in rollout.calls),
+        "sequential_tokens": rollout.sequential_tokens,
+        "prefilled_tokens": rollout.prefilled_tokens,
+        "num_calls": len(rollout.calls),
+        "num_spawns": outcome.num_spawns,
+        "num_children": outcome.num_children,
+        "child_reasons": list(outcome.child_reasons),
+        "child_solved": any(path_solves(path, problem) for path in outcome.child_paths),
+        "operations": sum(written for written, _ in counts),
+        "operations_right": sum(right for _, right in counts),
+        "latency_ms": rollout.latency_ms,
+    }
+    if keep_calls:
+        record["calls"] = [
+            {
+                "path": list(call.path),
+                "context": tokenizer.decode(call.context.tolist()[1:]),
+                "text": text,
+                "stop": call.stop.reason.name.lower(),
+                "num_tokens": len(call.tokens),
+                "clock_start": call.clock_start,
+                "start_ms": call.start_ms,
+                "end_ms": call.end_ms,
+            }
+            for call, text in zip(rollout.calls, texts, strict=True)
+        ]
+        record["threads"] = _threads(rollout.calls, record, problem, tokenizer)
+    return record
+
+
+def summarize(records: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
+    """The figures of a set of records that took `seconds` of wall time.
+
+    Rates are shares of problems unless named `child_`: those are shares of children. Token counts and `latency_ms` are
+    means per problem. Raises ValueError for no records.
+    """
+    total = len(records)
+    if not total:
+        raise ValueError("nothing to summarize: no records")
+
+    def mean(key: str) -> float:
+        return float(sum(record[key] for record in records)) / total
+
+    def share(successes: float, of: float) -> float:
+        return successes / of if of else 0.0
+
+    correct = sum(record["correct"] for record in records)
+    low, high = wilson_interval(correct, total)
+    children = sum(record["num_children"] for record in records)
+    tokens = sum(record["total_tokens"] for record in records)
+    statuses = Counter(record["status"] for record in records)
+    child_reasons = Counter(reason for record in records for reason in record["child_reasons"])
+    return {
+        "accuracy": correct / total,
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "num_problems": total,
+        "total_tokens": tokens / total,
+        "sequential_tokens": mean("sequential_tokens"),
+        "prefilled_tokens": mean("prefilled_tokens"),
+        "tokens_per_call": share(tokens, sum(record["num_calls"] for record in records)),
+        "children_per_rollout": children / total,
+        "children_per_spawn": share(children, sum(record["num_spawns"] for record in records)),
+        "malformed_rate": statuses["malformed"] / total,
+        "truncated_rate": statuses["truncated"] / total,
+        "malformed_reasons": _counted(r["reason"] for r in records if r["status"] == "malformed"),
+        "failures": _counted(r["verdict"] for r in records if not r["correct"]),
+        "child_failure_rate": share(sum(child_reasons.values()), children),
+        "child_reasons": _counted(child_reasons.elements()),
+        "child_solved_rate": mean("child_solved"),
+        "child_solved_but_wrong_rate": sum(r["child_solved"] and not r["correct"] for r in records) / total,
+        "operations_right_rate": share(
+            sum(r["operations_right"] for r in records), sum(r["operations"] for r in records)
+        ),
+        "latency_ms": mean("latency_ms"),
+        "tokens_per_second": share(tokens, seconds) if seconds > 0 else 0.0,
+        "seconds": seconds,
+    }
+
+
+def _counted(reasons: Any) -> dict[str, int]:
+    return dict(sorted(Counter(reasons).items(), key=lambda item: (-item[1], item[0])))
+
+
+def _is_right(operation: str) -> bool:
+    match = _OPERATION.fullmatch(operation)
+    return match is not None and operation in [text for _, text in countdown.operations(int(match[1]), int(match[2]))]
+
+
+def _without_end(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
+    return tokens[:-1] if tokens and tokens[-1] == tokenizer.eos_id else tokens
+
+
+def _threads(
+    calls: Sequence[Call], record: Mapping[str, Any], problem: Problem, tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    """How each thread ended: the root's verdict; a child's solved, wrong_path, no_solution, cancelled or a reason."""
+    last = {call.path: call for call in calls}
+    threads = []
+    for path, call in last.items():
+        if not path:
+            result = record["verdict"]
+        elif call.stop.reason is StopReason.CANCELLED:
+            result = "cancelled"
+        elif call.stop.reason is not StopReason.TOKEN:
+            result = "truncated"
+        elif call.stop.token != tokenizer.eos_id:
+            result = "malformed"
+        else:
+            tokens = [*call.context.tolist()[1:], *call.tokens.tolist()[:-1]]
+            result = _child_result(tokenizer.decode(tokens), problem)
+        threads.append({"path": list(path), "result": result})
+    return threads
+
+
+def _child_result(text: str, problem: Problem) -> str:
+    node_id = text.partition("\n")[0].removeprefix("Moving to Node #")
+    result = trace.read_child_result(text, node_id)
+    if isinstance(result, trace.Malformed):
+        return result.reason
+    if result.path is None:
+        return "no_solution"
+    return "solved" if path_solves(result.path, problem) else "wrong_path"

@@ -1,0 +1,52 @@
+"""Which configuration a policy is evaluated under."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from apr_jax.config import Config, ConfigError, ModelConfig, from_config_dict
+from apr_jax.data.tokenizer import Tokenizer
+
+# What may differ between training and evaluation; the rest of a model's config is its weights' shape and meaning.
+_FREE = ("compute_dtype", "attention", "remat", "max_seq_len")
+
+
+def choose_config(
+    model: ModelConfig, saved: Mapping[str, Any] | None, given: ConfigDict | None, overrides: Mapping[str, Any]
+) -> Config:
+    """The configuration to evaluate a policy under.
+
+    Args:
+      model: the policy's own.
+      saved: the whole configuration it was trained with, None where it brings none.
+      given: a config named on the command line, which then takes the saved one's place. One of the two is needed.
+      overrides: {"rollout.num_lanes": 8}, applied to either.
+    Raises: ConfigError for an override that fits no field, or that contradicts the policy's weights.
+    """
+    base = given if given is not None else saved
+    if base is None:
+        raise ConfigError("this policy brings no configuration: name one with --config=FILE")
+    values = ConfigDict(base)
+    values.model = dataclasses.asdict(model)
+    for field, value in overrides.items():
+        section, _, name = field.rpartition(".")
+        if section == "model" and name not in _FREE and getattr(model, name, value) != value:
+            raise ConfigError(f"{field}={value} contradicts the policy's weights, which have {getattr(model, name)}")
+        parent: Any = values
+        for part in section.split(".") if section else []:
+            parent = parent[part]
+        parent[name] = value
+    longest = max(values.model.max_seq_len, values.sft.row_len, values.grpo.row_len)
+    values.sft.row_len = values.grpo.row_len = longest  # read in training only
+    return from_config_dict(values.to_dict())
+
+
+def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError where the tokenizer has ids that the model lacks."""
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} ids: "
+            "this tokenizer is not the policy's"
+        )

@@ -1,0 +1,141 @@
+"""Evaluating a policy on a set of problems."""
+
+import json
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from apr_jax.config import Config, ConfigError
+from apr_jax.data.countdown_builder import OnProgress, load_split
+from apr_jax.data.tokenizer import Tokenizer
+from apr_jax.engine.threads import Program, Progress, Rollout, RolloutKey
+from apr_jax.evaluation.metrics import record_rollout, summarize
+from apr_jax.progress import progress
+from apr_jax.reasoning.outcome import Settings
+from apr_jax.reasoning.programs import make_program
+from apr_jax.tasks.countdown import Problem
+from apr_jax.tasks.generation import Split
+
+Record = dict[str, Any]
+
+
+class RunsPrograms(Protocol):
+    """What evaluation needs of an engine (`engine.engine.Engine`)."""
+
+    def run(
+        self,
+        programs: Sequence[tuple[RolloutKey, Program]],
+        *,
+        seed: int,
+        temperature: float,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> list[Rollout]: ...
+
+
+def evaluate(
+    engine: RunsPrograms,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    *,
+    method: str,
+    settings: Settings,
+    seed: int,
+    temperature: float,
+    on_progress: Callable[[Progress], None] | None = None,
+    keep_calls: int = 16,
+) -> tuple[dict[str, Any], list[Record]]:
+    """Decodes each problem once and returns the summary and one record a problem (evaluation/metrics.py).
+
+    Args:
+      engine: holds the policy's weights.
+      method: a name in `reasoning.programs.PROGRAMS`.
+      seed, temperature: of the sampling; temperature 0 is greedy.
+      keep_calls: the first so many records keep their threads' text, for `save_rollouts`.
+    Raises: ValueError for no problems or an unknown method.
+    """
+    if not problems:
+        raise ValueError("nothing to evaluate: no problems")
+    programs = [
+        (RolloutKey(problem=index, sample=0), make_program(method, problem, settings))
+        for index, problem in enumerate(problems)
+    ]
+    start = time.perf_counter()
+    rollouts = engine.run(programs, seed=seed, temperature=temperature, on_progress=on_progress)
+    seconds = time.perf_counter() - start
+    records = [
+        record_rollout(problem, rollout, tokenizer, method=method, keep_calls=index < keep_calls)
+        for index, (problem, rollout) in enumerate(zip(problems, rollouts, strict=True))
+    ]
+    return summarize(records, seconds), records
+
+
+class ShownProgress:
+    """An `on_progress` for Engine.run that draws it. Use as a context manager."""
+
+    def __init__(self, total: int, desc: str = "Evaluate") -> None:
+        self._bar = progress(total=total, desc=desc, unit="rollout")
+
+    def __call__(self, now: Progress) -> None:
+        rate = now.generated_tokens / now.seconds if now.seconds > 0 else 0.0
+        self._bar.update(now.finished - self._bar.done, tokens=now.generated_tokens, tokens_per_second=rate)
+
+    def __enter__(self) -> "ShownProgress":
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._bar.__exit__(kind, *rest)
+
+
+def load_problems(config: Config, split: Split, limit: int, on_progress: OnProgress | None = None) -> list[Problem]:
+    """The first `limit` problems of a split of the configuration's data set, which is built where it is absent.
+
+    Raises: ConfigError where the split has fewer, DatasetError where it cannot be read.
+    """
+    source = load_split(config, split, on_progress)
+    if limit > len(source):
+        raise ConfigError(f"evaluation.num_problems={limit} is more than the {len(source)} problems of {split}")
+    return [source[index].problem for index in range(limit)]
+
+
+def save_rollouts(path: str | pathlib.Path, records: Mapping[str, Sequence[Record]]) -> None:
+    """Writes the records that kept their calls, one JSON object a line, each with its key as "label".
+
+    The report draws them: `save_rollouts(workdir / "rollouts.jsonl", {"before": records, "after": records})`.
+    """
+    path = pathlib.Path(path)
+    lines = [
+        json.dumps({"label": label, **record}) + "\n"
+        for label, labelled in records.items()
+        for record in labelled
+        if "calls" in record
+    ]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.replace(path)
+
+
+def show_summary(summary: Mapping[str, Any]) -> str:
+    """The summary for people, some lines of text."""
+    low, high = 100 * summary["accuracy_low"], 100 * summary["accuracy_high"]
+    lines = [
+        f"solved          {100 * summary['accuracy']:.1f} % of {summary['num_problems']:,} problems "
+        f"(95 %: {low:.1f} to {high:.1f})",
+        f"tokens          {summary['total_tokens']:,.0f} a problem, {summary['sequential_tokens']:,.0f} of them one "
+        f"after the other; {summary['tokens_per_call']:.0f} a call",
+        f"children        {summary['children_per_rollout']:.1f} a problem, {summary['children_per_spawn']:.1f} a spawn",
+        f"malformed       {_share_and_reasons(summary['malformed_rate'], summary['malformed_reasons'])}",
+        f"cut off         {100 * summary['truncated_rate']:.1f} %",
+        f"not solved      {_share_and_reasons(1 - summary['accuracy'], summary['failures'])}",
+        f"children failed {_share_and_reasons(summary['child_failure_rate'], summary['child_reasons'])}",
+        f"a child had it  {100 * summary['child_solved_rate']:.1f} % of problems",
+        f"operations      {100 * summary['operations_right_rate']:.1f} % of those written are right",
+        f"speed           {summary['tokens_per_second']:,.0f} tokens/s, {summary['latency_ms']:,.0f} ms a problem",
+    ]
+    return "\n".join(lines)
+
+
+def _share_and_reasons(share: float, reasons: Mapping[str, int]) -> str:
+    counts = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
+    return f"{100 * share:.1f} %" + (f" ({counts})" if counts else "")

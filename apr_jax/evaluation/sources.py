@@ -1,0 +1,58 @@
+"""Where problems and policies come from: files and run folders. Light to import, so that mistakes are told at once."""
+
+import json
+import pathlib
+
+from apr_jax.config import ConfigError
+from apr_jax.tasks.countdown import Problem
+
+
+class ProblemFileError(ConfigError):
+    """A problem file that cannot be read. The message names the file and the line."""
+
+
+def read_problems(path: str | pathlib.Path, limit: int | None = None) -> list[Problem]:
+    """Problems from a JSONL file: `{"numbers": [3, 7, 12], "target": 40}` a line; other keys are ignored.
+
+    Raises ProblemFileError, which names the line, for anything else, and for a file that is missing or has no problem.
+    """
+    path = pathlib.Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProblemFileError(f"{path}: cannot be read: {error}") from error
+    problems = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            problems.append(_read_problem(line, f"{path}, line {number}"))
+    if not problems:
+        raise ProblemFileError(f"{path}: holds no problem")
+    return problems if limit is None else problems[:limit]
+
+
+def newest_run(root: str | pathlib.Path) -> pathlib.Path:
+    """The run folder below `root` whose checkpoints were written last. Raises FileNotFoundError where there is none."""
+    folders = [checkpoints for checkpoints in pathlib.Path(root).glob("*/checkpoints") if any(checkpoints.iterdir())]
+    if not folders:
+        raise FileNotFoundError(f"no run with checkpoints in {root}/: train one first, or name a --checkpoint")
+    return max(folders, key=_written).parent
+
+
+def _read_problem(line: str, where: str) -> Problem:
+    example = 'a line takes {"numbers": [3, 7, 12], "target": 40}'
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ProblemFileError(f"{where}: not JSON ({error}); {example}") from error
+    if not isinstance(value, dict) or "numbers" not in value or "target" not in value:
+        raise ProblemFileError(f"{where}: no object with numbers and target; {example}")
+    if not isinstance(value["numbers"], list):
+        raise ProblemFileError(f"{where}: numbers={value['numbers']!r} is not a list; {example}")
+    try:
+        return Problem(numbers=tuple(value["numbers"]), target=value["target"])
+    except ValueError as error:
+        raise ProblemFileError(f"{where}: {error}") from error
+
+
+def _written(checkpoints: pathlib.Path) -> float:
+    return max(path.stat().st_mtime for path in (checkpoints, *checkpoints.glob("*"), *checkpoints.glob("*/*")))

@@ -1,0 +1,271 @@
+"""Llama-2 in Flax NNX: one forward for training (no cache) and for cached decoding.
+
+Letters of shapes, here and everywhere under `apr_jax/model/`:
+
+    B batch    T query time    S key time    N query heads    K key/value heads    G = N / K    H head dim
+    D embed    F mlp           V vocabulary  L lanes          P pages
+
+Leading axes are free: `tokens [..., T]` may be one thread `[T]` (the engine writes its step so and vmaps it) or a batch
+`[B, T]`. Weights are stored in float32, as the two-dimensional matrices that their matmuls read, and cast to the
+compute dtype where they are used. Norms, RoPE, softmax and logits are computed in float32.
+"""
+
+import dataclasses
+import math
+from typing import Any, Protocol, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from apr_jax.config import ModelConfig
+from apr_jax.model.attention import self_attention
+from apr_jax.parallel.mesh import partition_spec
+
+INIT_STDDEV = 0.02
+
+
+class KVCache(Protocol):
+    """What the forward needs of a cache: an immutable pytree that attends and returns its successor."""
+
+    def attend(
+        self, layer: int, q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, positions_T: jax.Array
+    ) -> tuple[jax.Array, Self]:
+        """Stores keys and values at `positions_T`, then attends to all that is stored at positions <= each query's own.
+
+        Queries and keys carry RoPE already; scores are scaled by 1/sqrt(H). Returns `(out_TNH, successor)`.
+        """
+        ...
+
+
+C = TypeVar("C", bound=KVCache)
+Params = nnx.State[Any, Any]  # the weights as a pytree; its keys are the attributes of the modules
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamCount:
+    """Parameters of a model. The embedding share is the token embedding and, when untied, the output head."""
+
+    embedding: int
+    non_embedding: int
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.non_embedding
+
+
+class RMSNorm(nnx.Module):
+    """`x / sqrt(mean(x^2) + eps) * scale`, float32 inside (Zhang and Sennrich 2019, eq. 4)."""
+
+    def __init__(self, dim: int, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x_f32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True)
+        scale = jnp.broadcast_to(self.scale[...], x.shape)
+        return (x_f32 * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(x.dtype)
+
+
+def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of RoPE (Su et al. 2021, eq. 15): `positions [..., T]` to `[..., T, 1, H/2]`."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    frequencies = frequencies.reshape((1,) * (positions.ndim + 1) + (-1,))
+    angles = jnp.expand_dims(positions.astype(jnp.float32), (-2, -1)) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x_TNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates pairs (i, i + H/2) by the angles: the Hugging Face order of pairs, so its weights load unchanged."""
+    cos, sin = angles
+    first, second = jnp.split(x_TNH.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_TNH.dtype)
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param[Any]:
+    return nnx.Param(stddev * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+def _matmul(x: jax.Array, weight: nnx.Param[Any]) -> jax.Array:
+    return jnp.einsum("...D,DF->...F", x, weight[...].astype(x.dtype))
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with RoPE; each of the K key/value heads serves N/K consecutive query heads."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        query_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.query = _normal(rngs, (config.embed_dim, query_dim), INIT_STDDEV)
+        self.key = _normal(rngs, (config.embed_dim, kv_dim), INIT_STDDEV)
+        self.value = _normal(rngs, (config.embed_dim, kv_dim), INIT_STDDEV)
+        self.out = _normal(rngs, (query_dim, config.embed_dim), _residual_stddev(config))
+
+    def project(self, x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`x [..., T, D]` to rotated queries `[..., T, N, H]`, rotated keys and values `[..., T, K, H]`."""
+        heads = (-1, self.config.head_dim)
+        q_TNH = _matmul(x, self.query).reshape(*x.shape[:-1], *heads)
+        k_TKH = _matmul(x, self.key).reshape(*x.shape[:-1], *heads)
+        v_TKH = _matmul(x, self.value).reshape(*x.shape[:-1], *heads)
+        return apply_rope(q_TNH, angles), apply_rope(k_TKH, angles), v_TKH
+
+    def combine(self, out_TNH: jax.Array) -> jax.Array:
+        return _matmul(out_TNH.reshape(*out_TNH.shape[:-2], -1), self.out)
+
+
+class MLP(nnx.Module):
+    """SwiGLU: `(silu(x gate) * (x up)) down` (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.gate = _normal(rngs, (config.embed_dim, config.mlp_dim), INIT_STDDEV)
+        self.up = _normal(rngs, (config.embed_dim, config.mlp_dim), INIT_STDDEV)
+        self.down = _normal(rngs, (config.mlp_dim, config.embed_dim), _residual_stddev(config))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return _matmul(jax.nn.silu(_matmul(x, self.gate)) * _matmul(x, self.up), self.down)
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.attention_norm = RMSNorm(config.embed_dim, config.rms_norm_eps)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.embed_dim, config.rms_norm_eps)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None) -> jax.Array:
+        q_TNH, k_TKH, v_TKH = self.attention.project(self.attention_norm(x), angles)
+        batched = [a.reshape(-1, *a.shape[-3:]) for a in (q_TNH, k_TKH, v_TKH)]
+        segment_ids_BT = None if segment_ids is None else segment_ids.reshape(-1, segment_ids.shape[-1])
+        out_BTNH = self_attention(*batched, segment_ids_BT=segment_ids_BT, impl=self.config.attention)
+        return self._residuals(x, out_BTNH.reshape(q_TNH.shape))
+
+    def cached(
+        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], positions: jax.Array, layer: int, cache: C
+    ) -> tuple[jax.Array, C]:
+        q_TNH, k_TKH, v_TKH = self.attention.project(self.attention_norm(x), angles)
+        out_TNH, cache = cache.attend(layer, q_TNH, k_TKH, v_TKH, positions)
+        return self._residuals(x, out_TNH), cache
+
+    def _residuals(self, x: jax.Array, out_TNH: jax.Array) -> jax.Array:
+        x = x + self.attention.combine(out_TNH)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(nnx.Module):
+    """A decoder. `hidden, cache = model(tokens, positions, ...)`, then `model.logits(hidden)`."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = _normal(rngs, (config.vocab_size, config.embed_dim), INIT_STDDEV)
+        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.final_norm = RMSNorm(config.embed_dim, config.rms_norm_eps)
+        self.head = None if config.tie_embeddings else _normal(rngs, (config.embed_dim, config.vocab_size), INIT_STDDEV)
+
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, *, segment_ids: jax.Array | None = None, cache: C | None = None
+    ) -> tuple[jax.Array, C | None]:
+        """The hidden states `[..., T, D]` after the final norm, in the compute dtype, and the cache's successor.
+
+        Args:
+            tokens: int32 `[..., T]`.
+            positions: int32 `[..., T]`, the tokens' positions in their own sequence (they restart at each segment).
+            segment_ids: int32 `[..., T]`; a token sees earlier tokens of the row with its own id. None = one segment.
+            cache: holds the keys and values of earlier positions; segment ids have no meaning with it.
+
+        Raises:
+            ValueError: shapes differ, or both `segment_ids` and `cache` are given.
+        """
+        if positions.shape != tokens.shape or (segment_ids is not None and segment_ids.shape != tokens.shape):
+            raise ValueError(
+                f"tokens {tokens.shape}, positions {positions.shape} and segment_ids "
+                f"{None if segment_ids is None else segment_ids.shape} must have one shape"
+            )
+        if cache is not None and segment_ids is not None:
+            raise ValueError("segment_ids and cache exclude each other: a cache holds one sequence")
+        config = self.config
+        x = self.embedding[...].astype(config.compute_dtype)[tokens]
+        angles = rope_angles(positions, config.head_dim, config.rope_theta)
+        for layer, block in enumerate(self.blocks):
+            if cache is not None:
+                x, cache = block.cached(x, angles, positions, layer, cache)
+            elif config.remat:
+                x = nnx.remat(Block.__call__)(block, x, angles, segment_ids)
+            else:
+                x = block(x, angles, segment_ids)
+        return self.final_norm(x), cache
+
+    def head_weight(self) -> jax.Array:
+        """The output head `[D, V]`, float32 (tied: the embedding, transposed), for losses that chunk over tokens."""
+        return self.embedding[...].T if self.head is None else self.head[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Float32 logits `[..., T, V]` of hidden states `[..., T, D]`."""
+        weight_DV = self.head_weight().astype(hidden.dtype)
+        return jnp.einsum("...D,DV->...V", hidden, weight_DV, preferred_element_type=jnp.float32)
+
+
+def graphdef(config: ModelConfig) -> nnx.GraphDef[Llama]:
+    """The model's structure without weights; `nnx.merge(graphdef(config), params)` is a model. Allocates nothing."""
+    return nnx.split(_abstract(config))[0]
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """The params' tree with a `jax.ShapeDtypeStruct` for each array."""
+    return nnx.split(_abstract(config))[1]
+
+
+def init_params(config: ModelConfig, seed: int) -> Params:
+    """Fresh float32 weights: normal with standard deviation 0.02, norms one.
+
+    The matrices that write to the residual stream (`out` and `down`) start at 0.02 / sqrt(2 * num_layers), so that the
+    stream's variance does not grow with depth (GPT-2, section 2.3).
+    """
+    return nnx.state(Llama(config, rngs=nnx.Rngs(seed)))  # not jitted: XLA compiles a draw per shape, not per matrix
+
+
+def logical_axes(params: Params) -> Params:
+    """The same tree with a `PartitionSpec` of logical axis names for each array (see `parallel.mesh`).
+
+    Raises KeyError for a parameter that has none: a new one must be given its axes here.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, _: partition_spec(*_LOGICAL_AXES[_name(path)]), params)
+
+
+def num_params(config: ModelConfig) -> ParamCount:
+    """Counts parameters without allocating them."""
+    sizes = {"embedding": 0, "non_embedding": 0}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
+        sizes["embedding" if _name(path) in ("embedding", "head") else "non_embedding"] += math.prod(leaf.shape)
+    return ParamCount(**sizes)
+
+
+_LOGICAL_AXES: dict[str, tuple[str | None, ...]] = {
+    "embedding": ("vocab", "embed"),
+    "head": ("embed", "vocab"),
+    "scale": (None,),
+    "query": ("embed", "heads"),
+    "key": ("embed", "kv_heads"),
+    "value": ("embed", "kv_heads"),
+    "out": ("heads", "embed"),
+    "gate": ("embed", "mlp"),
+    "up": ("embed", "mlp"),
+    "down": ("mlp", "embed"),
+}
+
+
+def _name(path: Any) -> str:
+    """The attribute under which a parameter hangs in its module."""
+    return next(str(entry.key) for entry in reversed(path) if isinstance(entry, jax.tree_util.DictKey))
+
+
+def _abstract(config: ModelConfig) -> Llama:
+    return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+
+
+def _residual_stddev(config: ModelConfig) -> float:
+    return INIT_STDDEV / math.sqrt(2 * config.num_layers)

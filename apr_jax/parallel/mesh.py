@@ -1,0 +1,104 @@
+"""The device mesh, and the rules that map logical axes of arrays to its physical axes.
+
+A mesh has three axes. `data` splits the batch and keeps a copy of the weights per shard; `fsdp` splits the batch and
+the weights' embed axis; `tensor` splits heads, the MLP and the vocabulary (Megatron). Axis types are Auto: the
+partitioner places the collectives.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from apr_jax.config import ConfigError, MeshConfig
+
+DATA_AXIS, FSDP_AXIS, TENSOR_AXIS = AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = (DATA_AXIS, FSDP_AXIS)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes ("data", "fsdp", "tensor") over the first devices, all of JAX's by default.
+
+    Raises ConfigError with both numbers when the mesh needs more devices than there are.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = (config.data, config.fsdp, config.tensor)
+    needed = int(np.prod(shape))
+    if needed > len(devices):
+        raise ConfigError(
+            f"mesh.data={config.data} * mesh.fsdp={config.fsdp} * mesh.tensor={config.tensor} needs {needed} devices, "
+            f"and there are {len(devices)}"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=tuple(devices[:needed]))
+
+
+def partition_spec(*axes: str | tuple[str, ...] | None) -> PartitionSpec:
+    """A `PartitionSpec`, typed."""
+    return PartitionSpec(*axes)  # type: ignore[no-untyped-call]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rules:
+    """The mesh axis that splits each logical axis; None leaves it whole."""
+
+    embed: str | None = FSDP_AXIS
+    heads: str | None = TENSOR_AXIS
+    kv_heads: str | None = TENSOR_AXIS
+    mlp: str | None = TENSOR_AXIS
+    vocab: str | None = TENSOR_AXIS
+
+    def spec(self, logical: Sequence[str | None]) -> PartitionSpec:
+        """The physical spec of an array whose axes have these names.
+
+        Raises ConfigError for an unknown name, and when two axes of one array would be split by one mesh axis.
+        """
+        names = {field.name for field in dataclasses.fields(self)}
+        unknown = [name for name in logical if name is not None and name not in names]
+        if unknown:
+            raise ConfigError(f"logical axis {unknown[0]!r} has no rule; rules: {', '.join(sorted(names))}")
+        physical = [None if name is None else getattr(self, name) for name in logical]
+        counts = collections.Counter(axis for axis in physical if axis is not None)
+        for axis, count in counts.items():
+            if count > 1:
+                raise ConfigError(f"mesh axis {axis!r} would split {count} axes of one array, {tuple(logical)}")
+        return partition_spec(*physical)
+
+
+RULES = Rules()
+
+
+def param_shardings(mesh: Mesh, params: Any, logical_axes: Any, rules: Rules = RULES) -> Any:
+    """The tree of `params` with a NamedSharding for each array.
+
+    Args:
+        params: arrays, or their `jax.ShapeDtypeStruct`s.
+        logical_axes: the same tree with a `PartitionSpec` of logical names a leaf (`llama.logical_axes(params)`).
+
+    Raises ConfigError with both numbers when a mesh axis does not divide the array's axis that it splits.
+    """
+
+    def sharding(path: Any, leaf: Any, logical: PartitionSpec) -> NamedSharding:
+        spec = rules.spec(tuple(logical))
+        for size, name, axis in zip(leaf.shape, logical, spec, strict=True):
+            if axis is not None and size % mesh.shape[axis]:
+                raise ConfigError(
+                    f"{jax.tree_util.keystr(path, simple=True, separator='.')}: its axis {name!r} of {size} is not a "
+                    f"multiple of mesh.{axis}={mesh.shape[axis]}"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, params, logical_axes)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows `[B, ...]` over data and fsdp; the other axes whole."""
+    return NamedSharding(mesh, partition_spec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, partition_spec())

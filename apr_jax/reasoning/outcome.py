@@ -1,0 +1,110 @@
+"""What every way of reasoning is told (`Settings`), what it hands back (`Outcome`), and the steps they share."""
+
+import dataclasses
+from typing import Literal
+
+from apr_jax.config import Config
+from apr_jax.data.tokenizer import Tokenizer
+from apr_jax.engine.threads import Stop, StopReason, Thread
+from apr_jax.tasks import trace
+from apr_jax.tasks.countdown import claims_goal
+
+_TOKEN_BUDGET_BIN, _TOKEN_BUDGET_MAX = 512, 4096  # the bins that SoS+ is conditioned on (paper section 4.2)
+_TRUNCATED = {StopReason.LENGTH: "context_full", StopReason.MAX_STEPS: "max_steps"}
+
+Status = Literal["answered", "no_solution", "malformed", "truncated"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a program may do, and how text becomes tokens."""
+
+    tokenizer: Tokenizer
+    max_children: int  # children one spawn may open
+    max_spawns: int  # spawns one thread may make
+    max_depth: int  # levels of threads below the root
+    cancel_on_success: bool  # the first child that hands back a path ends its siblings
+    budget: int | None  # written into the prompt: sub calls (adaptive) or tokens (serial); None = not conditioned
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How one rollout ended. The answer is the model's claim; `tasks.countdown.verify` judges it."""
+
+    answer: str | None
+    status: Status  # of the root thread
+    reason: str  # "" when answered; otherwise a snake_case reason that can be counted
+    num_spawns: int = 0  # in the whole tree of threads, cancelled children's own spawns left out
+    num_children: int = 0  # the same
+    child_reasons: tuple[str, ...] = ()  # of the children that were malformed or truncated, in spawn order
+    child_paths: tuple[str, ...] = ()  # the winning paths that children handed back, in spawn order
+
+
+def make_settings(config: Config, tokenizer: Tokenizer, budget: int | None = None) -> Settings:
+    """The settings that `config` asks for.
+
+    A policy whose demonstrations named their budget (`data.condition_on_budget`) is always told one: `budget`, or the
+    most that its limits allow, which for `serial` is the bin of `model.max_seq_len`.
+    """
+    rollout = config.rollout
+    if budget is None and config.data.condition_on_budget:
+        bins = -(-config.model.max_seq_len // _TOKEN_BUDGET_BIN)
+        tokens = min(bins * _TOKEN_BUDGET_BIN, _TOKEN_BUDGET_MAX)
+        budget = rollout.max_children if config.data.method == "adaptive" else tokens
+    return Settings(
+        tokenizer=tokenizer,
+        max_children=rollout.max_children,
+        max_spawns=rollout.max_spawns,
+        max_depth=rollout.max_depth,
+        cancel_on_success=rollout.cancel_on_success,
+        budget=budget,
+    )
+
+
+def banned_tokens(tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
+    """Tokens that no thread may ever produce, in ascending order.
+
+    BOS and padding, the opening of a join (only the join itself writes `<Sub Searches>`, RECIPE section 4), and the ids
+    between the tokenizer's vocabulary and the model's `vocab_size`.
+    """
+    unused = range(tokenizer.vocab_size, vocab_size)
+    return tuple(sorted({tokenizer.bos_id, tokenizer.pad_id, tokenizer.join_begin_id, *unused} - {tokenizer.eos_id}))
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """BOS and the prompt. Raises ValueError where the tokenizer cannot spell the prompt."""
+    return [tokenizer.bos_id, *tokenizer.encode(prompt)]
+
+
+def thread_text(tokenizer: Tokenizer, thread: Thread) -> str:
+    """The thread's whole text, prompt and all (BOS and EOS have none)."""
+    return tokenizer.decode(thread.tokens)
+
+
+def token_index(tokenizer: Tokenizer, thread: Thread, offset: int) -> int | None:
+    """The index in `thread.tokens` where the text's character `offset` > 0 begins, or None where that is in a token."""
+    begin = 0
+    for index, piece in enumerate(tokenizer.token_texts(thread.tokens)):
+        if begin >= offset:
+            return index if begin == offset else None
+        begin += len(piece)
+    return None
+
+
+def read_ending(text: str) -> tuple[str | None, Status, str]:
+    """The answer, status and reason of a root thread that ended by itself.
+
+    A thread that ends neither in a goal nor in "No solution found." is malformed ("unfinished"), and so is one that
+    claims the goal but replays no path ("no_replay").
+    """
+    answer = trace.read_answer(text)
+    if answer is not None:
+        return answer, "answered", ""
+    if text.endswith("\n" + trace.NO_SOLUTION):
+        return None, "no_solution", "no_solution"
+    return None, "malformed", "no_replay" if claims_goal(text) else "unfinished"
+
+
+def truncated_reason(stop: Stop) -> str:
+    """Why a decode ended before a stop token. Raises KeyError where a stop token did end it."""
+    return _TRUNCATED[stop.reason]

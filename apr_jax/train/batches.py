@@ -1,0 +1,55 @@
+"""Batches on their way to the mesh, and the forward pass that both trainers share."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from apr_jax.config import ModelConfig
+from apr_jax.model.llama import Params, graphdef
+from apr_jax.parallel.mesh import BATCH_AXES, partition_spec
+from apr_jax.train.losses import LogProbs, TokenScores, token_scores
+
+Batch = dict[str, jax.Array]
+Scorer = Callable[[Params, Batch], TokenScores]
+
+
+def make_scorer(model: ModelConfig, log_probs: LogProbs) -> Scorer:
+    """A function (params, batch of packed rows) -> scores of the batch's targets."""
+    structure = graphdef(model)
+
+    def score(params: Params, batch: Batch) -> TokenScores:
+        llama = nnx.merge(structure, params)
+        hidden_BTD, _ = llama(batch["tokens"], batch["positions"], segment_ids=batch["segment_ids"])
+        return token_scores(hidden_BTD, batch["targets"], llama.logits, log_probs, model.vocab_size)
+
+    return score
+
+
+def to_mesh(rows: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int | None = None) -> Batch:
+    """Puts rows [B, T] on the mesh, split over its batch axes; with `microbatches` M as [M, B / M, T].
+
+    In a multi-host job each process gives its own rows.
+    """
+    batch_axis = partition_spec(BATCH_AXES) if microbatches is None else partition_spec(None, BATCH_AXES)
+    sharding = NamedSharding(mesh, batch_axis)
+
+    def place(rows_BT: np.ndarray) -> jax.Array:
+        shaped = rows_BT if microbatches is None else rows_BT.reshape(microbatches, -1, rows_BT.shape[-1])
+        return jax.make_array_from_process_local_data(sharding, shaped)  # type: ignore[no-untyped-call]
+
+    return {name: place(rows_BT) for name, rows_BT in rows.items()}
+
+
+def pad_rows(rows: Mapping[str, np.ndarray], multiple: int) -> dict[str, np.ndarray]:
+    """Appends empty rows (all zero: segment 0, no weight) until their number is a multiple."""
+    missing = -len(next(iter(rows.values()))) % multiple
+    return {name: np.pad(rows_BT, ((0, missing), (0, 0))) for name, rows_BT in rows.items()}
+
+
+def fetch(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Device scalars as Python floats; waits for them."""
+    return {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}

@@ -1,0 +1,240 @@
+"""Group-relative policy optimisation on the engine's own rollouts (paper section 4.3; RECIPE section 5)."""
+
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from apr_jax.config import Config
+from apr_jax.data.packing import pack
+from apr_jax.data.tokenizer import Tokenizer
+from apr_jax.engine import sampling
+from apr_jax.engine.engine import Engine
+from apr_jax.engine.threads import RolloutKey
+from apr_jax.model.llama import Params
+from apr_jax.parallel.mesh import replicated
+from apr_jax.progress import progress
+from apr_jax.reasoning.outcome import banned_tokens, make_settings
+from apr_jax.reasoning.programs import make_program
+from apr_jax.tasks.countdown import Problem
+from apr_jax.train.batches import Batch, make_scorer, pad_rows, to_mesh
+from apr_jax.train.checkpoint import Checkpoints
+from apr_jax.train.losses import GRPOTerms, GRPOTokens, grpo_loss
+from apr_jax.train.metrics import MetricsWriter
+from apr_jax.train.optimizer import make_optimizer
+from apr_jax.train.rollouts import (
+    Scored,
+    choose_problems,
+    gap_metrics,
+    rollout_metrics,
+    rollout_seed,
+    score,
+    training_sequences,
+)
+from apr_jax.train.signals import StoppedError, StopSignal
+from apr_jax.train.state import TrainState, abstract_state, apply_gradients, create_state, model_shardings
+
+Sums = tuple[Params, GRPOTerms]
+
+
+class Updater:
+    """The jitted parts of a GRPO update. Compiled once, whatever the number of microbatches."""
+
+    def __init__(self, config: Config, mesh: Mesh, tokenizer: Tokenizer) -> None:
+        self._config, self._mesh = config, mesh
+        self.optimizer = make_optimizer(config.grpo.optimizer, config.grpo.num_steps * config.grpo.inner_updates)
+        banned_V = np.zeros(config.model.vocab_size, bool)
+        banned_V[list(banned_tokens(tokenizer, config.model.vocab_size))] = True
+        policy = functools.partial(
+            sampling.log_probs, temperature=config.rollout.temperature, banned_mask_V=jnp.asarray(banned_V)
+        )
+        self._scorer = make_scorer(config.model, policy)
+        self._reference = jax.jit(lambda params, batch: self._scorer(params, batch).logprob_BT)
+        self._accumulate = jax.jit(self._add_gradients, donate_argnums=0)
+        self._apply = jax.jit(lambda state, grads: apply_gradients(state, grads, self.optimizer), donate_argnums=0)
+        self._zeros = jax.jit(
+            lambda params: (jax.tree.map(jnp.zeros_like, params), _zero_terms()),
+            out_shardings=(model_shardings(mesh, config.model), replicated(mesh)),
+        )
+
+    def microbatches(self, sequences: Sequence[dict[str, np.ndarray]]) -> list[Batch]:
+        """Packs sequences into rows, and rows into microbatches on the mesh; the last is filled with empty rows."""
+        if not sequences:
+            return []
+        size = self._config.grpo.rows_per_microbatch
+        rows = pad_rows(pack(sequences, self._config.grpo.row_len).rows, size)
+        count = len(rows["tokens"])
+        return [
+            to_mesh({name: rows_BT[first : first + size] for name, rows_BT in rows.items()}, self._mesh)
+            for first in range(0, count, size)
+        ]
+
+    def update(
+        self, state: TrainState, microbatches: Sequence[Batch], reference: Params | None
+    ) -> tuple[TrainState, dict[str, Any], list[jax.Array]]:
+        """`grpo.inner_updates` optimiser steps on one set of rollouts. The state given is donated.
+
+        The first update is on-policy: its old log-probabilities are its own, with ratio exactly 1, and the later
+        updates refer to the same ones. So they cost no pass of their own.
+
+        Args:
+          reference: the reference policy, read when kl_coef > 0.
+        Returns: the state, device metrics (means over the updates), and the old log-probabilities per microbatch.
+        """
+        references = [None if reference is None else self._reference(reference, batch) for batch in microbatches]
+        old: list[jax.Array | None] = [None] * len(microbatches)
+        metrics: list[dict[str, jax.Array]] = []
+        for _ in range(self._config.grpo.inner_updates):
+            sums: Sums = self._zeros(state.params)
+            new = []
+            for batch, old_BT, reference_BT in zip(microbatches, old, references, strict=True):
+                sums, logprob_BT = self._accumulate(sums, state.params, batch, old_BT, reference_BT)
+                new.append(logprob_BT)
+            old = [logprob_BT if old_BT is None else old_BT for logprob_BT, old_BT in zip(new, old, strict=True)]
+            grads, terms = sums
+            state, grad_norm = self._apply(state, grads)
+            metrics.append(_device_metrics(terms, grad_norm))
+        averaged = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
+        return state, averaged, [old_BT for old_BT in old if old_BT is not None]
+
+    def _add_gradients(
+        self,
+        sums: Sums,
+        params: Params,
+        batch: Batch,
+        old_BT: jax.Array | None,
+        reference_BT: jax.Array | None,
+    ) -> tuple[Sums, jax.Array]:
+        grpo = self._config.grpo
+        tokens = GRPOTokens(batch["advantage"], batch["policy_weight"], batch["kl_weight"], batch["rollout_logprob"])
+
+        def loss_fn(params: Params) -> tuple[jax.Array, tuple[GRPOTerms, jax.Array]]:
+            logprob_BT = self._scorer(params, batch).logprob_BT
+            loss, terms = grpo_loss(
+                logprob_BT,
+                logprob_BT if old_BT is None else old_BT,
+                logprob_BT if reference_BT is None else reference_BT,
+                tokens,
+                clip_ratio=grpo.clip_ratio,
+                importance_cap=grpo.importance_cap,
+            )
+            return loss, (terms, logprob_BT)
+
+        (_, (terms, logprob_BT)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        return jax.tree.map(jnp.add, sums, (grads, terms)), logprob_BT
+
+
+def train_grpo(
+    config: Config,
+    mesh: Mesh,
+    *,
+    params: Params,
+    reference: Params | None,
+    problems: Sequence[Problem],
+    tokenizer: Tokenizer,
+    engine: Engine,
+    checkpoints: Checkpoints,
+    writer: MetricsWriter,
+    stop: StopSignal,
+) -> Params:
+    """Trains from `params`, or from the last checkpoint, to `config.grpo.num_steps`. Returns the policy.
+
+    Args:
+      reference: the policy that the KL term refers to; None when kl_coef is 0.
+      problems: the train split.
+    Raises:
+      StoppedError: a signal came; the last finished step is saved.
+      Whatever a program or the engine raises: a bug is no reward.
+    """
+    grpo = config.grpo
+    updater = Updater(config, mesh, tokenizer)
+    if checkpoints.latest_step() is not None:
+        state, _ = checkpoints.restore(abstract_state(mesh, config.model, updater.optimizer))
+    else:
+        state = create_state(mesh, config.model, updater.optimizer, params)
+    start = int(state.step) // grpo.inner_updates
+    with progress(grpo.num_steps - start, "GRPO", "step") as bar:
+        for step in range(start + 1, grpo.num_steps + 1):
+            began = time.perf_counter()
+            engine.set_params(state.params)
+            try:
+                with stop.interrupting():
+                    scored, asked = sample_step(config, engine, problems, tokenizer, step)
+            except StoppedError:
+                checkpoints.save_if_new(step - 1, state, {})
+                raise
+            rolled_out = time.perf_counter()
+            microbatches = updater.microbatches(training_sequences(scored, grpo.kl_coef))
+            state, device_metrics, old = updater.update(state, microbatches, reference)
+            metrics = {
+                **rollout_metrics(scored, asked, tokenizer, config),
+                **{name: float(value) for name, value in jax.device_get(device_metrics).items()},
+                **_gap(microbatches, old),
+            }
+            ended = time.perf_counter()
+            writer.write("grpo", step, metrics)
+            writer.write_timings("grpo", step, _timings(scored, began, rolled_out, ended))
+            bar.update(1, accuracy=metrics["accuracy"], children=metrics["children_per_rollout"])
+            if step % grpo.checkpoint_every == 0 or step == grpo.num_steps or stop.requested:
+                writer.sync()
+                checkpoints.save(step, state, {})
+            stop.check()
+    return state.params
+
+
+def sample_step(
+    config: Config, engine: Engine, problems: Sequence[Problem], tokenizer: Tokenizer, step: int
+) -> tuple[Scored, list[Problem]]:
+    """The scored rollouts of a step and the problem of each; a function of (seed, step) and the engine's policy."""
+    settings = make_settings(config, tokenizer)
+    chosen = choose_problems(len(problems), config.grpo.prompts_per_step, config.seed, step)
+    keys = [RolloutKey(index, sample) for index in chosen for sample in range(config.grpo.group_size)]
+    asked = [problems[key.problem] for key in keys]
+    programs = [
+        (key, make_program(config.data.method, problem, settings)) for key, problem in zip(keys, asked, strict=True)
+    ]
+    seed = rollout_seed(config.seed, step)
+    rollouts = engine.run(programs, seed=seed, temperature=config.rollout.temperature)
+    return score(rollouts, asked, config.grpo), asked
+
+
+def _gap(microbatches: Sequence[Batch], old: Sequence[jax.Array]) -> dict[str, float]:
+    trainer, rollout = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
+    for batch, old_BT in zip(microbatches, old, strict=True):
+        generated_BT = np.asarray(batch["policy_weight"]) > 0
+        trainer.append(np.asarray(old_BT)[generated_BT])
+        rollout.append(np.asarray(batch["rollout_logprob"])[generated_BT])
+    return gap_metrics(np.concatenate(trainer), np.concatenate(rollout))
+
+
+def _timings(scored: Scored, began: float, rolled_out: float, ended: float) -> dict[str, float]:
+    generated = sum(len(call.tokens) for rollout in scored.rollouts for call in rollout.calls)
+    return {
+        "seconds": ended - began,
+        "rollout_seconds": rolled_out - began,
+        "update_seconds": ended - rolled_out,
+        "rollout_tokens_per_second": generated / (rolled_out - began),
+        "latency_ms": sum(rollout.latency_ms for rollout in scored.rollouts) / len(scored.rollouts),
+    }
+
+
+def _zero_terms() -> GRPOTerms:
+    zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+    return GRPOTerms(policy_loss=zero, kl_loss=zero, clipped=none, k3=zero, tokens=none)
+
+
+def _device_metrics(terms: GRPOTerms, grad_norm: jax.Array) -> dict[str, jax.Array]:
+    tokens = jnp.maximum(terms.tokens, 1)
+    return {
+        "loss": terms.policy_loss + terms.kl_loss,
+        "policy_loss": terms.policy_loss,
+        "kl_loss": terms.kl_loss,
+        "kl": terms.k3 / tokens,
+        "clip_fraction": terms.clipped / tokens,
+        "grad_norm": grad_norm,
+    }

@@ -1,0 +1,187 @@
+"""The losses, as pure functions. Shapes: B rows, T time, D embed, V vocab, C chunks.
+
+Every loss is `sum_t weight_t * loss_t` with weights that the host computed once for the global batch. So gradient
+accumulation, packing and sharding only reorder one sum and cannot change what is learnt.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MAX_LOGITS = 1 << 24  # logits held at a time, in elements: 64 MiB in float32
+
+LogProbs = Callable[[jax.Array], jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenScores:
+    """What one forward pass says about given target tokens."""
+
+    logprob_BT: jax.Array  # float32, log pi(target)
+    top_BT: jax.Array  # bool: the target is the most probable token
+
+
+def num_chunks(batch: int, time: int, vocab: int, max_logits: int = MAX_LOGITS) -> int:
+    """The smallest divisor C of `time` with batch * (time / C) * vocab <= max_logits, or `time` if there is none."""
+    return next((c for c in range(1, time + 1) if time % c == 0 and batch * (time // c) * vocab <= max_logits), time)
+
+
+def token_scores(
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
+    logits: LogProbs,
+    log_probs: LogProbs,
+    vocab: int,
+    max_logits: int = MAX_LOGITS,
+) -> TokenScores:
+    """Scores the targets without ever holding [B, T, V] logits when they are many.
+
+    Args:
+      hidden_BTD: the model's final hidden states.
+      targets_BT: int32 token ids in [0, vocab).
+      logits: hidden [..., D] -> float32 logits [..., V].
+      log_probs: logits [..., V] -> float32 normalised log-probabilities (`jax.nn.log_softmax` in SFT, the engine's
+        sampling policy in GRPO).
+      vocab: V, which with `max_logits` sets how many chunks of time there are; each is recomputed in the backward pass.
+    """
+    batch, time = targets_BT.shape
+
+    def score(hidden_BUD: jax.Array, targets_BU: jax.Array) -> TokenScores:
+        logprobs_BUV = log_probs(logits(hidden_BUD))
+        picked_BU = jnp.take_along_axis(logprobs_BUV, targets_BU[..., None], axis=-1)[..., 0]
+        return TokenScores(picked_BU, jnp.argmax(logprobs_BUV, axis=-1) == targets_BU)
+
+    chunks = num_chunks(batch, time, vocab, max_logits)
+    if chunks == 1:
+        return score(hidden_BTD, targets_BT)
+    hidden_CBUD = hidden_BTD.reshape(batch, chunks, time // chunks, -1).swapaxes(0, 1)
+    targets_CBU = targets_BT.reshape(batch, chunks, time // chunks).swapaxes(0, 1)
+    scores_CBU = jax.lax.map(jax.checkpoint(lambda xs: score(*xs)), (hidden_CBUD, targets_CBU))
+    return jax.tree.map(lambda x_CBU: x_CBU.swapaxes(0, 1).reshape(batch, time), scores_CBU)
+
+
+def weighted_nll(logprob_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
+    """SFT: sum_t weight_t * -log pi(target_t). Weights of a global batch sum to 1 (`normalise`)."""
+    return -jnp.sum(weights_BT * logprob_BT)
+
+
+def normalise(weights: np.ndarray) -> np.ndarray:
+    """Scales a global batch's weights to sum 1 (float32). Raises ValueError when no token carries weight."""
+    total = float(np.sum(weights, dtype=np.float64))
+    if total <= 0:
+        raise ValueError(f"a batch of shape {weights.shape} has no token to learn from: its weights sum to {total}")
+    return (weights / total).astype(np.float32)
+
+
+def group_advantages(rewards: Sequence[float], group_size: int, eps: float) -> np.ndarray:
+    """GRPO's advantages: (r - mean) / (std + eps) within each group, population std (paper section 4.3).
+
+    Args:
+      rewards: one a rollout; groups lie next to each other.
+    Returns: float64 [num rollouts]. A group whose rewards are all equal has advantage exactly 0.
+    """
+    if len(rewards) % group_size:
+        raise ValueError(f"{len(rewards)} rewards do not divide into groups of {group_size}")
+    rewards_RG = np.asarray(rewards, np.float64).reshape(-1, group_size)
+    centred_RG = rewards_RG - rewards_RG.mean(axis=1, keepdims=True)
+    advantages_RG = centred_RG / (rewards_RG.std(axis=1, keepdims=True) + eps)
+    equal_R1 = np.ptp(rewards_RG, axis=1, keepdims=True) == 0
+    return np.where(equal_R1, 0.0, advantages_RG).reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CallWeights:
+    """Weights of every generated token of one call."""
+
+    policy: float
+    kl: float
+
+
+def call_weights(rollout_of_call: Sequence[int], tokens_of_call: Sequence[int], kl_coef: float) -> list[CallWeights]:
+    """The weights that turn GRPO's nested means into one sum over tokens.
+
+    L = 1/N sum_calls [ 1/n_r * mean_t(clip_t) + kl_coef * mean_t(k3_t) ]     (RECIPE section 5)
+      = sum_t policy_t * clip_t + kl_t * k3_t,   policy_t = 1 / (N n_r T_c),   kl_t = kl_coef / (N T_c)
+
+    with N calls, n_r calls in the call's rollout and T_c generated tokens in the call. A call without generated tokens
+    counts in N and n_r and has no token to weigh.
+    """
+    calls_of_rollout: dict[int, int] = {}
+    for rollout in rollout_of_call:
+        calls_of_rollout[rollout] = calls_of_rollout.get(rollout, 0) + 1
+    total = len(rollout_of_call)
+    return [
+        CallWeights(
+            policy=1.0 / (total * calls_of_rollout[rollout] * max(tokens, 1)), kl=kl_coef / (total * max(tokens, 1))
+        )
+        for rollout, tokens in zip(rollout_of_call, tokens_of_call, strict=True)
+    ]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GRPOTokens:
+    """What the GRPO loss needs about each target token; float32 [B, T], 0 where a token carries no loss."""
+
+    advantage_BT: jax.Array
+    policy_weight_BT: jax.Array  # above 0 exactly on generated tokens
+    kl_weight_BT: jax.Array
+    rollout_logprob_BT: jax.Array  # the engine's, when it drew the token
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GRPOTerms:
+    """Sums over tokens, so that microbatches add up."""
+
+    policy_loss: jax.Array
+    kl_loss: jax.Array
+    clipped: jax.Array  # tokens whose clipped objective is the smaller one
+    k3: jax.Array  # unweighted sum of the KL estimate
+    tokens: jax.Array
+
+
+def grpo_loss(
+    logprob_BT: jax.Array,
+    old_logprob_BT: jax.Array,
+    reference_logprob_BT: jax.Array,
+    tokens: GRPOTokens,
+    *,
+    clip_ratio: float,
+    importance_cap: float,
+) -> tuple[jax.Array, GRPOTerms]:
+    """The GRPO objective of a batch (or of a microbatch; they add up).
+
+    ratio_t = exp(new_t - old_t)
+    clip_t = -min(ratio_t A_t, clip(ratio_t, 1 - c, 1 + c) A_t)                      PPO's clipped surrogate
+    k3_t = exp(ref_t - new_t) - (ref_t - new_t) - 1                                  >= 0, unbiased for KL(new || ref)
+    loss = sum_t policy_weight_t * w_t * clip_t + kl_weight_t * k3_t
+
+    w_t = min(exp(old_t - rollout_t), importance_cap) corrects for an engine whose numbers differ from the trainer's
+    (truncated importance sampling); it is 1 when importance_cap is 0. Gradients flow through `logprob_BT` only.
+    """
+    old_BT, reference_BT = jax.lax.stop_gradient((old_logprob_BT, reference_logprob_BT))
+    generated_BT = tokens.policy_weight_BT > 0
+    ratio_BT = jnp.exp(jnp.where(generated_BT, logprob_BT - old_BT, 0.0))
+    plain_BT = ratio_BT * tokens.advantage_BT
+    clipped_BT = jnp.clip(ratio_BT, 1 - clip_ratio, 1 + clip_ratio) * tokens.advantage_BT
+    weight_BT = tokens.policy_weight_BT
+    if importance_cap > 0:
+        gap_BT = jnp.where(generated_BT, old_BT - tokens.rollout_logprob_BT, 0.0)
+        weight_BT = weight_BT * jnp.minimum(jnp.exp(gap_BT), importance_cap)
+    policy_loss = -jnp.sum(weight_BT * jnp.minimum(plain_BT, clipped_BT))
+    to_reference_BT = jnp.where(generated_BT, reference_BT - logprob_BT, 0.0)
+    k3_BT = jnp.exp(to_reference_BT) - to_reference_BT - 1
+    kl_loss = jnp.sum(tokens.kl_weight_BT * k3_BT)
+    terms = GRPOTerms(
+        policy_loss=policy_loss,
+        kl_loss=kl_loss,
+        clipped=jnp.sum((clipped_BT < plain_BT) & generated_BT),
+        k3=jnp.sum(k3_BT),
+        tokens=jnp.sum(generated_BT),
+    )
+    return policy_loss + kl_loss, jax.lax.stop_gradient(terms)

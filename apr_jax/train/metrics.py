@@ -1,0 +1,101 @@
+"""What a run writes about itself: deterministic numbers apart from times.
+
+`metrics.jsonl` holds only values that the seed determines, so that a run which was killed and resumed leaves the same
+file, byte for byte, as one that was not. Times and rates go to `timings.jsonl`; TensorBoard gets both.
+"""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Self
+
+from tensorboardX import SummaryWriter
+
+Values = Mapping[str, float | int | Mapping[str, int]]
+
+
+class MetricsWriter:
+    """Appends one JSON object a step to a run folder. Use as a context manager.
+
+    On opening, what a killed run wrote after its last complete checkpoint is cut: lines of `phase` beyond `step`,
+    lines of later phases, and a torn last line.
+    """
+
+    def __init__(self, workdir: pathlib.Path, phases: tuple[str, ...], phase: str, step: int) -> None:
+        workdir.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "timings.jsonl"):
+            cut(workdir / name, phases, phase, step)
+        self._metrics = (workdir / "metrics.jsonl").open("a")
+        self._timings = (workdir / "timings.jsonl").open("a")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=10)
+
+    def write(self, phase: str, step: int, metrics: Values) -> None:
+        """Raises FloatingPointError for a value that is not finite: nothing after it would mean anything."""
+        for name, value in metrics.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise FloatingPointError(f"{phase} step {step}: {name} is {value}")
+        _append(self._metrics, {"step": step, "phase": phase, **metrics})
+        self._scalars(phase, step, metrics)
+
+    def write_timings(self, phase: str, step: int, timings: Values) -> None:
+        _append(self._timings, {"step": step, "phase": phase, **timings})
+        self._scalars(f"{phase}/time", step, timings)
+
+    def sync(self) -> None:
+        """Makes the lines so far survive a crash of the machine: before a checkpoint that counts on them."""
+        for file in (self._metrics, self._timings):
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _scalars(self, prefix: str, step: int, values: Values) -> None:
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                self._scalars(f"{prefix}/{name}", step, value)
+            else:
+                self._board.add_scalar(f"{prefix}/{name}", value, step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sync()
+        self._metrics.close()
+        self._timings.close()
+        self._board.close()
+
+
+def cut(path: pathlib.Path, phases: tuple[str, ...], phase: str, step: int) -> None:
+    """Drops lines after (`phase`, `step`) in the order of `phases`, and a torn last line. Atomic."""
+    if not path.exists():
+        return
+    kept = []
+    last = (phases.index(phase), step)
+    for line in path.read_text().splitlines(keepends=True):
+        record = _parse(line)
+        if record is not None and (phases.index(record["phase"]), record["step"]) <= last:
+            kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of a metrics file; none when there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    if not line.endswith("\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _append(file: Any, record: Mapping[str, Any]) -> None:
+    file.write(json.dumps(record) + "\n")
+    file.flush()

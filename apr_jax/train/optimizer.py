@@ -1,0 +1,69 @@
+"""Optax optimisers and learning-rate schedules from an `OptimizerConfig`."""
+
+import math
+from typing import Any
+
+import jax
+import optax
+import optax.contrib
+
+from apr_jax.config import OptimizerConfig
+from apr_jax.model.llama import logical_axes
+
+
+def schedule(config: OptimizerConfig, num_steps: int, peak: float) -> optax.Schedule:
+    """Learning rate of the update at a step (0 is the first).
+
+    Linear from initial_scale * peak to peak over warmup_steps; then constant, or a cosine that ends at final_scale *
+    peak at step num_steps (Loshchilov and Hutter 2017, eq. 5 without restarts).
+    """
+    rest = max(num_steps - config.warmup_steps, 1)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_scale)
+    else:
+        after = optax.constant_schedule(peak)
+    if config.warmup_steps == 0:
+        return after
+    warmup = optax.linear_schedule(config.initial_scale * peak, peak, config.warmup_steps)
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """Clips by global norm, then AdamW; or Muon for the hidden matrices with Nesterov's Adam for the rest.
+
+    Weight decay is decoupled and spares norms; under Muon also embeddings and head. Muon: Jordan et al. 2024,
+    orthogonalised Nesterov momentum.
+    """
+    adam_rate = schedule(config, num_steps, config.learning_rate)
+    if config.name == "adamw":
+        update = optax.adamw(adam_rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=_matrices)
+    else:
+        update = optax.contrib.muon(
+            schedule(config, num_steps, config.muon_learning_rate),
+            weight_decay=config.weight_decay,
+            weight_decay_mask=_matrices,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_learning_rate=adam_rate,
+            muon_weight_dimension_numbers=muon_dimensions,
+        )
+    clip = config.clip_norm if config.clip_norm > 0 else math.inf
+    return optax.chain(optax.clip_by_global_norm(clip), update)
+
+
+def muon_dimensions(params: Any) -> Any:
+    """Muon's matrices [in, out] (optax.contrib.MuonDimensionNumbers); None for what Adam updates.
+
+    Embeddings and head are matrices too, but rows of a table rather than a map between hidden spaces: they stay with
+    Adam, as do the norms.
+    """
+
+    def dimensions(param: jax.Array, axes: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        hidden = param.ndim == 2 and "vocab" not in axes
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=0, output_axis=1) if hidden else None
+
+    return jax.tree.map(dimensions, params, logical_axes(params))
+
+
+def _matrices(params: Any) -> Any:
+    return jax.tree.map(lambda param: param.ndim >= 2, params)

@@ -1,0 +1,131 @@
+"""From rollouts to a GRPO batch, on the host: rewards, advantages, one training sequence a call, and what to log."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from apr_jax.config import Config, GRPOConfig
+from apr_jax.data.tokenizer import Tokenizer
+from apr_jax.engine.threads import Call, Rollout
+from apr_jax.evaluation.metrics import record_rollout, summarize
+from apr_jax.tasks.countdown import Problem, verify
+from apr_jax.train.losses import call_weights, group_advantages
+
+_LOGGED = (
+    "total_tokens",
+    "sequential_tokens",
+    "tokens_per_call",
+    "children_per_rollout",
+    "children_per_spawn",
+    "malformed_rate",
+    "malformed_reasons",
+    "truncated_rate",
+    "child_failure_rate",
+    "child_reasons",
+    "child_solved_rate",
+    "operations_right_rate",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """The rollouts of one step with their rewards; groups lie next to each other."""
+
+    rollouts: tuple[Rollout, ...]
+    rewards: tuple[float, ...]  # 1 for a verified answer, else 0
+    advantages: np.ndarray  # float64, one a rollout
+
+
+def choose_problems(num_problems: int, prompts_per_step: int, seed: int, step: int) -> list[int]:
+    """The indices of the problems of a step: distinct, and the same whenever (seed, step) is."""
+    if prompts_per_step > num_problems:
+        raise ValueError(f"grpo.prompts_per_step={prompts_per_step} exceeds the {num_problems} problems there are")
+    chosen = np.random.default_rng((seed, step)).choice(num_problems, prompts_per_step, replace=False)
+    return [int(index) for index in chosen]
+
+
+def rollout_seed(seed: int, step: int) -> int:
+    """The engine's seed of a step, below 2^31."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0] >> 1)
+
+
+def score(rollouts: Sequence[Rollout], problems: Sequence[Problem], config: GRPOConfig) -> Scored:
+    """Verifies every rollout's answer. Malformed and cut-off rollouts have no answer and get reward 0."""
+    answers = [rollout.result.answer for rollout in rollouts]
+    rewards = [float(verify(answer, problem).correct) for answer, problem in zip(answers, problems, strict=True)]
+    advantages = group_advantages(rewards, config.group_size, config.advantage_eps)
+    return Scored(tuple(rollouts), tuple(rewards), advantages)
+
+
+def training_sequences(scored: Scored, kl_coef: float) -> list[dict[str, np.ndarray]]:
+    """One sequence a call: context and generated tokens, with GRPO's weights on the generated ones.
+
+    Each holds, per target token: `tokens`, `targets` (int32), `advantage`, `policy_weight`, `kl_weight` and
+    `rollout_logprob` (float32, 0 on context). With kl_coef 0 a call of advantage 0 has zero loss and zero gradient: it
+    is left out, and counts in the others' weights all the same. So is a call that generated nothing.
+    """
+    calls = [(index, call) for index, rollout in enumerate(scored.rollouts) for call in rollout.calls]
+    weights = call_weights([index for index, _ in calls], [len(call.tokens) for _, call in calls], kl_coef)
+    return [
+        _sequence(call, float(scored.advantages[index]), weight.policy, weight.kl)
+        for (index, call), weight in zip(calls, weights, strict=True)
+        if len(call.tokens) and (kl_coef > 0 or scored.advantages[index] != 0)
+    ]
+
+
+def _sequence(call: Call, advantage: float, policy_weight: float, kl_weight: float) -> dict[str, np.ndarray]:
+    tokens = np.concatenate([call.context, call.tokens]).astype(np.int32)
+    generated = np.arange(1, len(tokens)) >= len(call.context)
+    logprobs = np.zeros(len(tokens) - 1, np.float32)
+    logprobs[generated] = call.logprobs
+    return {
+        "tokens": tokens[:-1],
+        "targets": tokens[1:],
+        "advantage": (advantage * generated).astype(np.float32),
+        "policy_weight": (policy_weight * generated).astype(np.float32),
+        "kl_weight": (kl_weight * generated).astype(np.float32),
+        "rollout_logprob": logprobs,
+    }
+
+
+def rollout_metrics(
+    scored: Scored, problems: Sequence[Problem], tokenizer: Tokenizer, config: Config
+) -> dict[str, Any]:
+    """What one step's rollouts were like: `evaluation.metrics.summarize` without times, and three figures of training.
+
+    `no_signal_groups` is the share of groups whose rewards are all equal. `entropy` estimates the policy's entropy per
+    token, in nats, as -mean log pi of the tokens drawn.
+    """
+    method = config.data.method
+    records = [
+        record_rollout(problem, rollout, tokenizer, method=method, keep_calls=False)
+        for problem, rollout in zip(problems, scored.rollouts, strict=True)
+    ]
+    summary = summarize(records, seconds=0.0)
+    logprobs = [call.logprobs for rollout in scored.rollouts for call in rollout.calls]
+    drawn = sum(len(x) for x in logprobs)
+    rewards_RG = np.asarray(scored.rewards).reshape(-1, config.grpo.group_size)
+    return {
+        "accuracy": float(np.mean(rewards_RG)),
+        **{name: summary[name] for name in _LOGGED},
+        "no_signal_groups": float(np.mean(np.ptp(rewards_RG, axis=1) == 0)),
+        "entropy": -float(sum(np.sum(x, dtype=np.float64) for x in logprobs)) / max(drawn, 1),
+        "calls": len(logprobs),
+    }
+
+
+def gap_metrics(trainer_logprobs: np.ndarray, rollout_logprobs: np.ndarray) -> dict[str, float]:
+    """How far the trainer's log-probabilities of the drawn tokens [N] are from the engine's."""
+    if not len(trainer_logprobs):
+        return {"logp_diff_mean": 0.0, "logp_diff_max": 0.0, "probs_pearson_corr": 1.0}
+    trainer, rollout = trainer_logprobs.astype(np.float64), rollout_logprobs.astype(np.float64)
+    difference = np.abs(trainer - rollout)
+    centred = [np.exp(x) - np.exp(x).mean() for x in (trainer, rollout)]
+    scale = float(np.sqrt(np.sum(centred[0] ** 2) * np.sum(centred[1] ** 2)))
+    return {
+        "logp_diff_mean": float(difference.mean()),
+        "logp_diff_max": float(difference.max()),
+        "probs_pearson_corr": float(np.sum(centred[0] * centred[1])) / scale if scale > 0 else 1.0,
+    }

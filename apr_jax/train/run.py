@@ -1,0 +1,260 @@
+"""One run from nothing to a report: data, SFT, evaluation, GRPO, evaluation. Every stage is resumable and done once.
+
+WORKDIR/config.json         the configuration
+WORKDIR/metrics.jsonl       one object a step (metrics.py)
+WORKDIR/checkpoints/        checkpoint.py
+WORKDIR/evaluations/        one file for each evaluation that is done
+WORKDIR/summary.json, rollouts.jsonl, report.html
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from jax.sharding import Mesh
+
+from apr_jax.config import Config, ConfigError, to_dict
+from apr_jax.data.countdown_builder import load_split
+from apr_jax.data.pipeline import train_iterator, validation_batches
+from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
+from apr_jax.engine.engine import Engine
+from apr_jax.evaluation.report import write_report
+from apr_jax.evaluation.run import ShownProgress, evaluate, load_problems, save_rollouts
+from apr_jax.model.llama import Params
+from apr_jax.parallel.mesh import make_mesh
+from apr_jax.progress import Progress, progress
+from apr_jax.reasoning.outcome import banned_tokens, make_settings
+from apr_jax.tasks.countdown import Problem
+from apr_jax.tasks.trace import Demonstration
+from apr_jax.train.checkpoint import (
+    PHASES,
+    Checkpoints,
+    fields_that_matter,
+    has_reference,
+    load_policy,
+    load_reference,
+    save_reference,
+)
+from apr_jax.train.grpo import train_grpo
+from apr_jax.train.metrics import MetricsWriter
+from apr_jax.train.sft import train_sft
+from apr_jax.train.signals import StopSignal
+from apr_jax.train.state import abstract_params_on, place_params
+
+Stage = Literal["before", "after"]
+
+
+def train(config: Config, workdir: pathlib.Path, checkpoint: pathlib.Path | None = None) -> dict[str, Any]:
+    """Runs what of `config` is not done yet in `workdir`, and returns the summary.
+
+    Args:
+      checkpoint: the policy to start GRPO from (`load_policy`); SFT is then left out.
+    Raises:
+      ConfigError: the mesh needs more devices than there are, or `workdir` or `checkpoint` belongs to another config.
+      StoppedError: SIGTERM or SIGINT came; all that was finished is saved, and the same call goes on from there.
+    """
+    mesh = make_mesh(config.mesh)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with StopSignal().listening() as stop:
+        return _Run(config, workdir, mesh, stop).run(checkpoint)
+
+
+class Problems(Sequence[Problem]):
+    """The problems of a split, read when they are asked for."""
+
+    def __init__(self, demonstrations: Sequence[Demonstration]) -> None:
+        self._demonstrations = demonstrations
+
+    def __len__(self) -> int:
+        return len(self._demonstrations)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._demonstrations[index].problem
+
+
+class _Run:
+    def __init__(self, config: Config, workdir: pathlib.Path, mesh: Mesh, stop: StopSignal) -> None:
+        self.config, self.workdir, self.mesh, self.stop = config, workdir, mesh, stop
+        self.engine: Engine | None = None
+        self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer)
+        if self.tokenizer.vocab_size > config.model.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size={config.model.vocab_size} is below the tokenizer's {self.tokenizer.vocab_size}"
+            )
+
+    def run(self, checkpoint: pathlib.Path | None) -> dict[str, Any]:
+        config = self.config
+        _write_json(self.workdir / "config.json", to_dict(config))
+        with Checkpoints(self.workdir, "sft", config) as sft, Checkpoints(self.workdir, "grpo", config) as grpo:
+            sft.check()
+            grpo.check()
+            started = has_reference(self.workdir)
+            grpo_step = grpo.latest_step() or 0
+            phase, step = (PHASES[1], grpo_step) if started else (PHASES[0], sft.latest_step() or 0)
+            self._build_data()
+            with MetricsWriter(self.workdir, PHASES, phase, step) as writer:
+                if not started:
+                    save_reference(self.workdir, self._first_policy(checkpoint, sft, writer))
+                reference = load_reference(self.workdir, abstract_params_on(self.mesh, config.model))
+                summary = self._evaluate("before", reference)
+                policy = self._grpo(reference, grpo, writer)
+                summary |= self._evaluate("after", policy)
+        _write_json(self.workdir / "summary.json", summary)
+        self._save_rollouts()
+        write_report(self.workdir)
+        return summary
+
+    def _build_data(self) -> None:
+        """Builds the demonstrations where they are absent, under a progress bar for each split."""
+        bars: dict[str, Progress] = {}
+
+        def on_progress(split: str, done: int, total: int) -> None:
+            if split not in bars:
+                bars[split] = progress(total, f"Demonstrations ({split})", "problem")
+                bars[split].__enter__()
+            bars[split].update(done - bars[split].done)
+            if done == total:
+                bars[split].__exit__(None)
+
+        with self.stop.interrupting():
+            self.train_split = load_split(self.config, "train", on_progress)
+
+    def _first_policy(self, checkpoint: pathlib.Path | None, checkpoints: Checkpoints, writer: MetricsWriter) -> Params:
+        """The policy that GRPO starts from: the named checkpoint's, or what SFT leads to."""
+        config = self.config
+        if checkpoint is not None:
+            model, params, _ = load_policy(checkpoint)
+            there, here = dataclasses.asdict(model), dataclasses.asdict(config.model)
+            wrong = [
+                f"  model.{name}: {there[name]!r} there, {here[name]!r} here"
+                for name in _WEIGHT_FIELDS
+                if there[name] != here[name]
+            ]
+            if wrong:
+                raise ConfigError(f"the policy of {checkpoint} is another model:\n" + "\n".join(wrong))
+            return place_params(params, self.mesh, config.model)
+        sft = config.sft
+        how: dict[str, Any] = {
+            "row_len": sft.row_len,
+            "replay_weight": config.data.replay_weight,
+            "loss_on_context": config.data.loss_on_context,
+        }
+        validation = validation_batches(
+            load_split(config, "validation"),
+            self.tokenizer,
+            rows_per_batch=sft.validation_rows,
+            num_rows=sft.validation_rows,
+            **how,
+        )
+        return train_sft(
+            sft,
+            config.model,
+            self.mesh,
+            rows=train_iterator(
+                self.train_split,
+                self.tokenizer,
+                rows_per_batch=sft.rows_per_step,
+                seed=config.seed,
+                shard_index=0,
+                shard_count=1,
+                **how,
+            ),
+            validation_rows=validation[0],
+            seed=config.seed,
+            checkpoints=checkpoints,
+            writer=writer,
+            stop=self.stop,
+        )
+
+    def _grpo(self, reference: Params, checkpoints: Checkpoints, writer: MetricsWriter) -> Params:
+        if self.config.grpo.num_steps == 0:
+            return reference
+        return train_grpo(
+            self.config,
+            self.mesh,
+            params=reference,
+            reference=reference if self.config.grpo.kl_coef > 0 else None,
+            problems=Problems(self.train_split),
+            tokenizer=self.tokenizer,
+            engine=self._engine_with(reference),
+            checkpoints=checkpoints,
+            writer=writer,
+            stop=self.stop,
+        )
+
+    def _engine_with(self, params: Params) -> Engine:
+        """The run's one engine, which compiles its steps once for all stages."""
+        if self.engine is None:
+            banned = banned_tokens(self.tokenizer, self.config.model.vocab_size)
+            self.engine = Engine(self.config.model, self.config.rollout, self.mesh, params=params, banned_tokens=banned)
+        else:
+            self.engine.set_params(params)
+        return self.engine
+
+    def _evaluate(self, stage: Stage, params: Params) -> dict[str, Any]:
+        """The stage's summaries at both temperatures, from disk where they were made before."""
+        evaluation = self.config.evaluation
+        if stage == "after" and self.config.grpo.num_steps == 0:
+            before = self._evaluate("before", params)  # the same policy
+            return {label.replace("before", "after"): summary for label, summary in before.items()}
+        temperatures = {stage: evaluation.temperature, f"{stage}_sampled": evaluation.also_temperature}
+        return {label: self._evaluate_at(stage, label, params, value) for label, value in temperatures.items()}
+
+    def _evaluate_at(self, stage: Stage, label: str, params: Params, temperature: float) -> dict[str, Any]:
+        config, path = self.config, self.workdir / "evaluations" / f"{label}.json"
+        settings = fields_that_matter(to_dict(config), PHASES[0] if stage == "before" else PHASES[1], "evaluation")
+        if path.exists():
+            done = json.loads(path.read_text())
+            if done["settings"] == settings:
+                return done["summary"]
+        problems = load_problems(config, config.evaluation.split, config.evaluation.num_problems)
+        title = f"Evaluate {stage} GRPO, temperature {temperature:g}"
+        with ShownProgress(len(problems), title) as shown, self.stop.interrupting():
+            summary, records = evaluate(
+                self._engine_with(params),
+                self.tokenizer,
+                problems,
+                method=config.data.method,
+                settings=make_settings(config, self.tokenizer),
+                seed=config.seed,
+                temperature=temperature,
+                on_progress=shown,
+            )
+        drawn = [record for record in records if "calls" in record]
+        _write_json(path, {"settings": settings, "summary": summary, "records": drawn})
+        return summary
+
+    def _save_rollouts(self) -> None:
+        """The rollouts that the report draws: those of the first evaluation problems, before and after."""
+        files = {stage: self.workdir / "evaluations" / f"{stage}.json" for stage in ("before", "after")}
+        records = {stage: json.loads(path.read_text())["records"] for stage, path in files.items() if path.exists()}
+        save_rollouts(self.workdir / "rollouts.jsonl", records)
+
+
+# What must agree for weights to fit; the rest of ModelConfig may change from one run to the next.
+_WEIGHT_FIELDS = tuple(
+    [
+        "vocab_size",
+        "num_layers",
+        "embed_dim",
+        "mlp_dim",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "rope_theta",
+        "rms_norm_eps",
+        "tie_embeddings",
+    ]
+)
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    """Atomic: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,178 @@
+"""Supervised fine-tuning on demonstrations (paper section 4.2): every call of every thread is a training sequence."""
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from apr_jax.config import ModelConfig, SFTConfig
+from apr_jax.model.llama import Params
+from apr_jax.progress import progress
+from apr_jax.train.batches import Batch, Scorer, fetch, make_scorer, pad_rows, to_mesh
+from apr_jax.train.checkpoint import Checkpoints
+from apr_jax.train.losses import normalise, weighted_nll
+from apr_jax.train.metrics import MetricsWriter
+from apr_jax.train.optimizer import make_optimizer, schedule
+from apr_jax.train.signals import StopSignal
+from apr_jax.train.state import TrainState, abstract_state, apply_gradients, create_state
+
+Rows = Mapping[str, np.ndarray]
+Metrics = dict[str, jax.Array]
+
+
+class RowIterator(Protocol):
+    """What training reads from: packed rows of a global batch, and a JSON-able position."""
+
+    def __next__(self) -> Rows: ...
+    def get_state(self) -> Any: ...
+    def set_state(self, state: Any) -> None: ...
+
+
+def make_sft_step(
+    model: ModelConfig, optimizer: optax.GradientTransformation, rate: optax.Schedule
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted update: (state, batch [M, B / M, T]) -> (state, metrics). The state given is donated.
+
+    Gradients of the M microbatches are summed; `weights` sum to 1 over the whole batch, so the result does not depend
+    on M. `rate` is only logged.
+    """
+    loss_fn = jax.value_and_grad(functools.partial(_loss, make_scorer(model, jax.nn.log_softmax)), has_aux=True)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        def accumulate(grads: Params, microbatch: Batch) -> tuple[Params, Metrics]:
+            (_, sums), new = loss_fn(state.params, microbatch)
+            return jax.tree.map(jnp.add, grads, new), sums
+
+        if len(batch["tokens"]) == 1:
+            (_, sums), grads = loss_fn(state.params, jax.tree.map(lambda x: x[0], batch))
+        else:
+            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            grads, sums_M = jax.lax.scan(accumulate, zeros, batch)
+            sums = jax.tree.map(jnp.sum, sums_M)
+        updated, grad_norm = apply_gradients(state, grads, optimizer)
+        return updated, {
+            "loss": sums["loss"],
+            "token_accuracy": sums["correct"] / sums["tokens"],
+            "grad_norm": grad_norm,
+            "learning_rate": rate(state.step),
+        }
+
+    return step
+
+
+def make_validation(model: ModelConfig) -> Callable[[Params, Batch], Metrics]:
+    """A jitted (params, batch [M, B / M, T]) -> validation metrics."""
+    loss_fn = functools.partial(_loss, make_scorer(model, jax.nn.log_softmax))
+
+    @jax.jit
+    def validate(params: Params, batch: Batch) -> Metrics:
+        sums = jax.tree.map(jnp.sum, jax.lax.map(lambda microbatch: loss_fn(params, microbatch)[1], batch))
+        return {"validation_loss": sums["loss"], "validation_token_accuracy": sums["correct"] / sums["tokens"]}
+
+    return validate
+
+
+def train_sft(
+    config: SFTConfig,
+    model: ModelConfig,
+    mesh: Mesh,
+    *,
+    rows: RowIterator,
+    validation_rows: Rows,
+    seed: int,
+    checkpoints: Checkpoints | None = None,
+    writer: MetricsWriter | None = None,
+    stop: StopSignal | None = None,
+) -> Params:
+    """Trains from fresh weights, or from the last checkpoint, to `config.num_steps`. Returns the policy.
+
+    Args:
+      rows: batches of `config.rows_per_step` rows; its position is saved and restored with the weights.
+      validation_rows: one batch, whose loss is measured every `config.validate_every` steps and at the end.
+      seed: of the initial weights.
+    Raises:
+      StoppedError: a signal came; the state is saved.
+      FloatingPointError: the loss is not finite.
+    """
+    optimizer = make_optimizer(config.optimizer, config.num_steps)
+    if checkpoints is not None and checkpoints.latest_step() is not None:
+        state, position = checkpoints.restore(abstract_state(mesh, model, optimizer))
+        rows.set_state(position)
+    else:
+        state = create_state(mesh, model, optimizer, seed=seed)
+    start = int(state.step)
+    rate = schedule(config.optimizer, config.num_steps, config.optimizer.learning_rate)
+    step_fn, validate = make_sft_step(model, optimizer, rate), make_validation(model)
+    held_out = _validation_batch(validation_rows, mesh, config.rows_per_step // config.microbatches)
+    log = _Log(writer)
+    with progress(config.num_steps - start, "SFT", "step") as bar:
+        for step in range(start + 1, config.num_steps + 1):
+            batch = dict(next(rows))
+            batch["weights"] = normalise(batch["weights"])
+            tokens = int(np.count_nonzero(batch["segment_ids"]))
+            state, metrics = step_fn(state, to_mesh(batch, mesh, config.microbatches))
+            if step % config.validate_every == 0 or step == config.num_steps:
+                metrics |= validate(state.params, held_out)
+            bar.update(1, **log.add(step, tokens, metrics))
+            stopping = stop is not None and stop.requested
+            if checkpoints is not None and (
+                step % config.checkpoint_every == 0 or step == config.num_steps or stopping
+            ):
+                log.flush()
+                checkpoints.save(step, state, rows.get_state())
+            if stop is not None and stopping:
+                stop.check()
+        log.flush()
+    return state.params
+
+
+class _Log:
+    """Writes a step's metrics when the next step is under way, so that the host never waits for the device."""
+
+    def __init__(self, writer: MetricsWriter | None) -> None:
+        self._writer = writer
+        self._pending: tuple[int, int, Metrics] | None = None
+        self._last = time.perf_counter()
+
+    def add(self, step: int, tokens: int, metrics: Metrics) -> dict[str, float]:
+        """Takes a dispatched step; returns the loss of the one before, for the progress bar."""
+        written = self._write()
+        self._pending = (step, tokens, metrics)
+        return {"loss": written["loss"]} if written else {}
+
+    def flush(self) -> None:
+        self._write()
+        if self._writer is not None:
+            self._writer.sync()
+
+    def _write(self) -> dict[str, float]:
+        if self._pending is None:
+            return {}
+        step, tokens, device_metrics = self._pending
+        self._pending = None
+        metrics = {**fetch(device_metrics), "tokens": tokens}
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        if self._writer is not None:
+            self._writer.write("sft", step, metrics)
+            self._writer.write_timings("sft", step, {"seconds": seconds, "tokens_per_second": tokens / seconds})
+        return metrics
+
+
+def _loss(scorer: Scorer, params: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
+    scores = scorer(params, batch)
+    loss = weighted_nll(scores.logprob_BT, batch["weights"])
+    learnt_BT = batch["weights"] > 0
+    return loss, {"loss": loss, "correct": jnp.sum(scores.top_BT & learnt_BT), "tokens": jnp.sum(learnt_BT)}
+
+
+def _validation_batch(rows: Rows, mesh: Mesh, rows_per_microbatch: int) -> Batch:
+    padded = pad_rows({**rows, "weights": normalise(rows["weights"])}, rows_per_microbatch)
+    return to_mesh(padded, mesh, len(padded["tokens"]) // rows_per_microbatch)

@@ -1,0 +1,94 @@
+"""The training state: one immutable pytree, created in place on the mesh."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from apr_jax.config import ModelConfig
+from apr_jax.model.llama import Params, abstract_params, init_params, logical_axes
+from apr_jax.parallel.mesh import param_shardings, replicated
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything an update changes. `step` counts updates done; parameters are float32."""
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+
+
+def model_shardings(mesh: Mesh, model: ModelConfig) -> Any:
+    """A NamedSharding for each parameter."""
+    params = abstract_params(model)
+    return param_shardings(mesh, params, logical_axes(params))
+
+
+def state_shardings(mesh: Mesh, model: ModelConfig, optimizer: optax.GradientTransformation) -> Any:
+    """A TrainState of NamedShardings: moments lie like their parameter, counters on every device."""
+    params = model_shardings(mesh, model)
+    by_path = {jax.tree_util.keystr(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(params)}
+    everywhere = replicated(mesh)
+
+    def of_moment(path: Any, _: Any) -> NamedSharding:
+        suffixes = (jax.tree_util.keystr(path[start:]) for start in range(len(path)))
+        return next((by_path[suffix] for suffix in suffixes if suffix in by_path), everywhere)
+
+    opt_state = jax.eval_shape(optimizer.init, abstract_params(model))
+    moments = jax.tree_util.tree_map_with_path(of_moment, opt_state)
+    return TrainState(everywhere, params, moments)  # type: ignore[arg-type]
+
+
+def abstract_state(mesh: Mesh, model: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes, types and shardings of the state, without allocating it: what a checkpoint is restored into."""
+
+    def init(params: Params) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    shapes = jax.eval_shape(init, abstract_params(model))
+    return jax.tree.map(_on, shapes, state_shardings(mesh, model, optimizer))
+
+
+def abstract_params_on(mesh: Mesh, model: ModelConfig) -> Params:
+    """The parameters' shapes, types and shardings: what a saved policy is restored into."""
+    return jax.tree.map(_on, abstract_params(model), model_shardings(mesh, model))
+
+
+def place_params(params: Any, mesh: Mesh, model: ModelConfig) -> Params:
+    """Puts parameters on the mesh."""
+    return jax.device_put(params, model_shardings(mesh, model))
+
+
+def create_state(
+    mesh: Mesh,
+    model: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    params: Params | None = None,
+    seed: int = 0,
+) -> TrainState:
+    """A state at step 0 with `params` (copied, so that the state may be donated), or fresh ones from `seed`."""
+    target = state_shardings(mesh, model, optimizer)
+    start = init_params(model, seed) if params is None else params
+
+    def init(params: Params) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+    return jax.jit(init, out_shardings=target)(jax.device_put(start, target.params))
+
+
+def apply_gradients(
+    state: TrainState, grads: Params, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, jax.Array]:
+    """One optimiser update. Returns the new state and the gradients' global norm before clipping."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, opt_state), optax.tree.norm(grads)
+
+
+def _on(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # type: ignore[no-untyped-call]

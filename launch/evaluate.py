@@ -1,0 +1,117 @@
+"""Evaluates a policy on held-out Countdown problems.
+
+    python launch/evaluate.py                                       # the newest run in runs/
+    python launch/evaluate.py --checkpoint=runs/laptop --temperature=1 --json=figures.json
+    python launch/evaluate.py --checkpoint=runs/laptop --problems=mine.jsonl --rollouts=threads.jsonl
+
+A policy brings the configuration it was trained with; --config.a.b=c changes a field of it, and --config=FILE takes
+another in its place. A Hugging Face folder brings its model and, where it has one, its tokenizer.json.
+Exit codes: 0 done, 1 failed, 2 bad arguments or config.
+"""
+
+import json
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from apr_jax import entry
+from apr_jax.config import Config, ConfigError
+from apr_jax.evaluation.sources import newest_run, read_problems
+from apr_jax.tasks.countdown import Problem
+from apr_jax.tasks.generation import SPLITS, Split, split_size
+
+if TYPE_CHECKING:
+    from apr_jax.data.tokenizer import Tokenizer
+
+_RUNS = "runs"
+_CONFIG = entry.define_config("grpo.py")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, f"Run, checkpoint or Hugging Face folder [newest in {_RUNS}/].")
+_SPLIT = flags.DEFINE_enum("split", None, list(SPLITS), "Which problems [evaluation.split].")
+_NUM_PROBLEMS = flags.DEFINE_integer("num_problems", None, "How many [evaluation.num_problems].", lower_bound=1)
+_PROBLEMS = flags.DEFINE_string("problems", None, 'JSONL file, {"numbers": [3, 7, 12], "target": 40} a line.')
+_TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy [evaluation.temperature].", lower_bound=0.0)
+_BUDGET = flags.DEFINE_integer("budget", None, "Written into prompts: sub calls; serial: tokens.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "Write the figures here as one JSON object.")
+_ROLLOUTS = flags.DEFINE_string("rollouts", None, "Write the first problems' threads here, one JSON object a rollout.")
+
+
+def main() -> None:
+    # What can be refused is refused at once, before JAX and its friends have loaded.
+    _CONFIG.config()
+    own_problems = read_problems(_PROBLEMS.value, _NUM_PROBLEMS.value) if _PROBLEMS.value else None
+    if _CHECKPOINT.value and not pathlib.Path(_CHECKPOINT.value).is_dir():
+        raise ConfigError(f"--checkpoint={_CHECKPOINT.value}: no such folder")
+    try:
+        checkpoint = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else newest_run(_RUNS)
+    except FileNotFoundError as error:
+        raise entry.FailedError(str(error)) from error
+    from apr_jax.data.countdown_builder import DatasetError
+    from apr_jax.model.hf import HuggingFaceError
+
+    try:
+        _evaluate(checkpoint, own_problems)
+    except (DatasetError, FileNotFoundError, HuggingFaceError) as error:
+        raise entry.FailedError(str(error)) from error
+
+
+def _evaluate(checkpoint: pathlib.Path, own_problems: list[Problem] | None) -> None:
+    from apr_jax.engine.engine import Engine
+    from apr_jax.evaluation.policy import check_vocabulary, choose_config
+    from apr_jax.evaluation.run import ShownProgress, evaluate, save_rollouts, show_summary
+    from apr_jax.parallel.mesh import make_mesh
+    from apr_jax.reasoning.outcome import banned_tokens, make_settings
+    from apr_jax.train.checkpoint import load_policy
+
+    model, params, saved = load_policy(checkpoint)
+    given = _CONFIG.config_dict() if _CONFIG.is_given or saved is None else None
+    config = choose_config(model, saved, given, _CONFIG.overrides)
+    tokenizer = _tokenizer(checkpoint, config, saved)
+    check_vocabulary(config.model, tokenizer)
+    problems, source = (own_problems, _PROBLEMS.value) if own_problems else _problems(config)
+    banned = banned_tokens(tokenizer, config.model.vocab_size)
+    engine = Engine(config.model, config.rollout, make_mesh(config.mesh), params=params, banned_tokens=banned)
+    engine.warm_up()  # so that no rate or latency counts compilation
+    temperature = config.evaluation.temperature if _TEMPERATURE.value is None else _TEMPERATURE.value
+    with ShownProgress(len(problems)) as on_progress:
+        summary, records = evaluate(
+            engine,
+            tokenizer,
+            problems,
+            method=config.data.method,
+            settings=make_settings(config, tokenizer, _BUDGET.value),
+            seed=config.seed,
+            temperature=temperature,
+            on_progress=on_progress,
+        )
+    print(f"{checkpoint} on {source}, temperature {temperature:g}\n{show_summary(summary)}")
+    about = {"checkpoint": str(checkpoint), "problems": source, "temperature": temperature}
+    if _JSON.value:
+        pathlib.Path(_JSON.value).write_text(json.dumps(summary | about, indent=1) + "\n", encoding="utf-8")
+    if _ROLLOUTS.value:
+        save_rollouts(_ROLLOUTS.value, {checkpoint.name: records})
+
+
+def _problems(config: Config) -> tuple[list[Problem], str]:
+    """The problems to evaluate on and what to call them. A split named by --split may be smaller than the config's."""
+    from apr_jax.evaluation.run import load_problems
+
+    split: Split = _SPLIT.value or config.evaluation.split  # type: ignore[assignment]
+    wanted = config.evaluation.num_problems
+    if _NUM_PROBLEMS.value is not None:
+        wanted = _NUM_PROBLEMS.value
+    elif _SPLIT.value is not None:
+        wanted = min(wanted, split_size(config.data, split))
+    return load_problems(config, split, wanted), split
+
+
+def _tokenizer(checkpoint: pathlib.Path, config: Config, saved: dict[str, Any] | None) -> "Tokenizer":
+    """The configuration's tokenizer, or a Hugging Face folder's own."""
+    from apr_jax.data.tokenizer import load_tokenizer
+
+    own = checkpoint / "tokenizer.json"
+    return load_tokenizer(str(own) if saved is None and own.exists() else config.data.tokenizer)
+
+
+if __name__ == "__main__":
+    entry.run(main)

@@ -1,0 +1,57 @@
+"""Trains a policy: SFT on demonstrations (unless a checkpoint is named), then GRPO, evaluated before and after.
+
+    python launch/train.py                                     # configs/grpo.py:laptop
+    python launch/train.py --config=configs/grpo.py:smoke --workdir=/tmp/smoke
+    python launch/train.py --config=configs/sft.py
+    python launch/train.py --checkpoint=runs/laptop --workdir=runs/more_grpo --config.grpo.num_steps=40
+
+Starting again with the same workdir goes on from its last checkpoint. Exit codes: 0 done, 1 failed, 2 bad arguments or
+config, 75 stopped by a signal with everything saved.
+"""
+
+import json
+import pathlib
+import sys
+
+from absl import flags, logging
+
+from apr_jax import entry
+from apr_jax.config import ConfigError
+
+_CONFIG = entry.define_config("grpo.py")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder [runs/NAME, with the config's name].")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Start GRPO from this policy instead of SFT: a run, checkpoint or Hugging Face folder."
+)
+_JSON = flags.DEFINE_string("json", None, "Write the summary here as one JSON object.")
+
+
+def main() -> int:
+    config = _CONFIG.config()  # a config that cannot work is refused before JAX and its friends have loaded
+    checkpoint = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
+    if checkpoint is not None and not checkpoint.is_dir():
+        raise ConfigError(f"--checkpoint={checkpoint}: no such folder")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.ERROR)  # Orbax tells of every file
+    from apr_jax.data.countdown_builder import DatasetError
+    from apr_jax.train.run import train
+    from apr_jax.train.signals import StoppedError
+
+    workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / config.name)
+    try:
+        summary = train(config, workdir, checkpoint)
+    except StoppedError:
+        print(f"Stopped by a signal; everything is saved in {workdir}. Start again to go on.", file=sys.stderr)
+        return entry.STOPPED
+    except (DatasetError, OSError, FloatingPointError) as error:
+        raise entry.FailedError(str(error)) from error
+    for label, figures in summary.items():
+        print(f"{label:16} solved {figures['accuracy']:.1%} of {figures['num_problems']:,} problems")
+    print(f"{'report':16} {workdir / 'report.html'}")
+    if _JSON.value:
+        pathlib.Path(_JSON.value).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    entry.run(main)

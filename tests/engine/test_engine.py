@@ -1,0 +1,250 @@
+"""The engine's results: equal to naive decoding, whatever the schedule, the cache's size, the mesh and the neighbours."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from apr_jax.config import ConfigError
+from apr_jax.engine.threads import Append, Decode, Join, Open, RolloutKey, Spawn, StopReason, Truncate
+from tests.engine.helpers import (
+    BANNED,
+    MODEL,
+    all_calls,
+    assert_close,
+    assert_equals_naive,
+    assert_same_bits,
+    keyed,
+    make_engine,
+    make_mesh,
+    make_params,
+    plain,
+    prompt,
+    searching,
+)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return make_engine()
+
+
+def mixed_programs():
+    return [searching(seed, depth=3) for seed in (1, 2)] + [plain(4), plain(5, length=1), plain(6, length=95)]
+
+
+def test_greedy_equals_naive_decoding(engine):
+    rollouts = engine.run(keyed(mixed_programs()), seed=0, temperature=0.0)
+    assert max(len(call.path) for call in all_calls(rollouts)) == 6, "three levels of spawns"
+    for rollout, program in zip(rollouts, mixed_programs(), strict=True):
+        assert_equals_naive(rollout, program)
+
+
+def test_greedy_equals_naive_decoding_in_a_tenth_of_the_cache():
+    small = make_engine(num_pages=13)
+    rollouts = small.run(keyed(mixed_programs()), seed=0, temperature=0.0)
+    assert small.stats.preemptions > 0
+    small._scheduler.check()
+    assert all(allocator.num_held == 0 for allocator in small._scheduler.allocators)
+    for rollout, program in zip(rollouts, mixed_programs(), strict=True):
+        assert_equals_naive(rollout, program)
+
+
+def test_sampled_bits_do_not_depend_on_neighbours_or_order(engine):
+    alone = engine.run([(RolloutKey(1, 0), searching(1, depth=2))], seed=5, temperature=1.0)[0]
+    others = [(RolloutKey(10 + seed, 0), plain(seed, length=5 + 7 * seed)) for seed in range(12)]
+    target = lambda: (RolloutKey(1, 0), searching(1, depth=2))
+    last = engine.run([*others, target()], seed=5, temperature=1.0)[-1]
+    others = [(RolloutKey(10 + seed, 0), plain(seed, length=3 + 5 * seed)) for seed in range(9)]
+    first = engine.run([target(), *others], seed=5, temperature=1.0)[0]
+    assert sum(len(call.tokens) for call in alone.calls) > 50
+    assert_same_bits(alone, last)
+    assert_same_bits(alone, first)
+
+
+def test_sampled_bits_do_not_depend_on_prefix_reuse(engine):
+    """Eight samples of one problem: with reuse one prefills the prompt, without it all do."""
+    group = lambda: [(RolloutKey(3, sample), plain(3, length=40)) for sample in range(8)]
+    without = make_engine(prefix_reuse=False)
+    expected = without.run(group(), seed=1, temperature=1.0)
+    assert without.stats.reused == 0
+    engine.run([], seed=0, temperature=1.0)
+    for _ in range(2):
+        rollouts = engine.run(group(), seed=1, temperature=1.0)
+        assert engine.stats.reused >= 7 * 32
+        for one, other in zip(rollouts, expected, strict=True):
+            assert_same_bits(one, other)
+
+
+def test_draws_depend_on_seed_problem_sample_and_path(engine):
+    def children(seed):
+        thread = yield Open(prompt(seed, 5))
+        handle = yield Spawn([plain(1), plain(1)])
+        yield Join(handle)
+        return (yield Decode(thread, ()))
+
+    def wrote(seed, *keys, program=lambda: plain(1, stop_tokens=())):
+        rollouts = engine.run([(RolloutKey(*key), program()) for key in keys], seed=seed, temperature=1.0)
+        return [call.tokens.tolist() for call in all_calls(rollouts)]
+
+    base, other_problem, other_sample = wrote(0, (1, 0), (2, 0), (1, 1))
+    assert len({tuple(tokens) for tokens in (base, other_problem, other_sample)}) == 3
+    assert wrote(0, (1, 0)) == [base]
+    assert wrote(1, (1, 0)) != [base]
+    _, first, second = wrote(0, (1, 0), program=lambda: children(1))
+    assert first != second
+
+
+def test_lane_widths_agree():
+    programs = lambda: keyed([searching(1, depth=1), *(plain(seed, length=3 + seed) for seed in range(6))])
+    wide = make_engine(num_lanes=64, num_pages=64 * 12 + 1).run(programs(), seed=2, temperature=1.0)
+    for lanes in (1, 3):
+        narrow = make_engine(num_lanes=lanes, prefill_lanes=1).run(programs(), seed=2, temperature=1.0)
+        for one, other in zip(wide, narrow, strict=True):
+            assert_close(one, other)
+
+
+def test_eight_data_shards_equal_one_device():
+    programs = lambda: keyed([searching(1, depth=2), searching(2, depth=1), *(plain(seed) for seed in range(20))])
+    one = make_engine().run(programs(), seed=3, temperature=1.0)
+    sharded = make_engine(make_mesh(data=8), num_lanes=64, num_pages=8 * 97, prefill_lanes=32)
+    eight = sharded.run(programs(), seed=3, temperature=1.0)
+    for a, b in zip(one, eight, strict=True):
+        assert_same_bits(a, b)
+
+
+def test_heads_over_tensor_equal_one_device():
+    programs = lambda: keyed([searching(1, depth=2), plain(2), plain(3, length=30)])
+    one = make_engine().run(programs(), seed=3, temperature=1.0)
+    two = make_engine(make_mesh(data=2, tensor=2), num_lanes=16, num_pages=2 * 97, prefill_lanes=8)
+    for a, b in zip(one, two.run(programs(), seed=3, temperature=1.0), strict=True):
+        assert_close(a, b)
+
+
+def test_banned_tokens_are_never_drawn(engine):
+    rollouts = engine.run(keyed([plain(seed, stop_tokens=()) for seed in range(16)]), seed=0, temperature=5.0)
+    drawn = np.concatenate([call.tokens for call in all_calls(rollouts)])
+    assert len(drawn) == 16 * 32
+    assert not set(drawn.tolist()) & set(BANNED)
+
+
+def test_stops_and_limits(engine):
+    def program():
+        thread = yield Open(prompt(0, 90))
+        stops = [(yield Decode(thread, ()))]
+        stops.append((yield Decode(thread, ())))
+        yield Truncate(thread, 10)
+        stops.append((yield Decode(thread, ())))
+        assert len(thread.tokens) == 10 + 32 - 6
+        stops.append((yield Decode(thread, ())))
+        yield Append(thread, prompt(1, 90))
+        stops.append((yield Decode(thread, ())))
+        return [stop.reason for stop in stops]
+
+    rollout = engine.run(keyed([program()]), seed=0, temperature=1.0)[0]
+    full, out = StopReason.LENGTH, StopReason.MAX_STEPS
+    assert rollout.result == [full, full, out, out, full]
+    assert [len(call.tokens) for call in rollout.calls] == [6, 26]
+    assert [call.stop.reason for call in rollout.calls] == [full, out]
+
+
+def test_clock_is_the_longest_chain(engine):
+    def child(steps):
+        thread = yield Open(prompt(steps, 70 + 26 - steps))
+        yield Decode(thread, ())
+
+    def parent():
+        thread = yield Open(prompt(0, 92))
+        yield Decode(thread, ())
+        handle = yield Spawn([child(5), child(11), child(2)])
+        yield Join(handle)
+        yield Truncate(thread, 90)
+        yield Decode(thread, ())
+
+    rollout = engine.run(keyed([parent()]), seed=0, temperature=1.0)[0]
+    assert rollout.sequential_tokens == 4 + 11 + 6
+    starts = {call.path + (len(call.tokens),): call.clock_start for call in rollout.calls}
+    assert starts == {(4,): 0, (6,): 15, (0, 0, 5): 4, (0, 1, 11): 4, (0, 2, 2): 4}
+
+
+def test_an_exception_in_a_program_propagates_and_the_engine_goes_on(engine):
+    def broken():
+        thread = yield Open([1, 2, 3])
+        yield Decode(thread, ())
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError, match="a bug"):
+        engine.run(keyed([plain(1), broken(), plain(2)]), seed=0, temperature=1.0)
+    engine._scheduler.check()
+    assert engine._scheduler.num_running == 0
+    assert all(allocator.num_held == 0 for allocator in engine._scheduler.allocators)
+    assert len(engine.run(keyed([plain(1)]), seed=0, temperature=1.0)) == 1
+
+
+def test_new_params_are_used_and_old_pages_never_read(engine):
+    program = lambda: keyed([plain(1, length=40)])
+    before = engine.run(program(), seed=0, temperature=0.0)
+    engine.set_params(make_params(seed=1))
+    after = engine.run(program(), seed=0, temperature=0.0)
+    assert engine.stats.reused == 0
+    fresh = make_engine()
+    fresh.set_params(make_params(seed=1))
+    assert_same_bits(after[0], fresh.run(program(), seed=0, temperature=0.0)[0])
+    engine.set_params(make_params())
+    again = engine.run(program(), seed=0, temperature=0.0)
+    assert_same_bits(before[0], again[0])
+
+
+def test_nothing_compiles_after_warm_up():
+    engine, compiled = make_engine(), []
+    engine.warm_up()
+    listener = lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        engine.run(keyed(mixed_programs()), seed=0, temperature=1.0)
+        engine.set_params(make_params(seed=1))
+        engine.run(keyed(mixed_programs()), seed=0, temperature=0.0)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert compiled == []
+    assert engine.stats.compilations == 0
+
+
+def test_idle_lanes_write_to_the_trash_page_only(engine):
+    """With one thread in eight lanes, no page but its own and the trash page changes."""
+    marked = jax.tree.map(lambda x: x * 0 + 7.0, engine._pages)
+    engine._pages = jax.device_put(marked, engine._pages.keys[0].sharding)
+    engine.set_params(make_params())
+    engine.run(keyed([plain(1, length=10, stop_tokens=())]), seed=0, temperature=1.0)
+    keys = np.asarray(engine._pages.keys[0])[0]
+    changed = np.flatnonzero((keys != 7.0).any(axis=(1, 2, 3)))
+    assert set(changed) <= {0, 1, 2, 3, 4, 5, 6}
+    assert len(changed) >= -(-41 // 8)
+
+
+def test_progress_and_stats(engine):
+    seen = []
+    engine.run(keyed([plain(s, stop_tokens=()) for s in range(20)]), seed=0, temperature=1.0, on_progress=seen.append)
+    assert seen[-1].finished == seen[-1].total == 20
+    assert seen[-1].generated_tokens == engine.stats.generated == 20 * 32
+    assert 0 < engine.stats.lane_occupancy <= 1
+    assert 0 <= engine.stats.host_share <= 1
+    assert 0 <= engine.stats.cache_waste < 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_pages": 12}, "11 usable pages.*needs 12"),
+        ({"num_lanes": 3}, "num_lanes=3"),
+        ({"prefill_lanes": 3}, "prefill_lanes=3"),
+        ({"banned": tuple(range(64))}, "all 64 tokens are banned"),
+        ({"banned": (64,)}, "vocab_size=64"),
+        ({"model": dataclasses.replace(MODEL, num_kv_heads=1)}, "num_kv_heads=1"),
+    ],
+)
+def test_impossible_settings_are_refused(changes, message):
+    mesh = make_mesh() if "num_pages" in changes else make_mesh(data=2, tensor=2)
+    with pytest.raises(ConfigError, match=message):
+        make_engine(mesh, **{"num_pages": 2 * 97, **changes})

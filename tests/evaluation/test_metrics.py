@@ -1,0 +1,178 @@
+"""Metrics against figures that were worked out by hand or by an independent formula."""
+
+import math
+
+import numpy as np
+import pytest
+
+from apr_jax.engine.threads import Call, Rollout, RolloutKey, Stop, StopReason
+from apr_jax.evaluation.metrics import (
+    count_operations,
+    path_solves,
+    record_rollout,
+    summarize,
+    wilson_interval,
+)
+from apr_jax.reasoning.adaptive import adaptive
+from apr_jax.reasoning.outcome import Outcome
+from apr_jax.tasks.countdown import Problem
+from tests.reasoning.fixtures import TOKENIZER, TextScript, settings
+from tests.reasoning.scripted_engine import ScriptedEngine
+from tests.reasoning.test_adaptive import EXPLORED, GOOD, LAST, LOSES, PROBLEM, SPAWN, STATE_6_4
+
+
+@pytest.mark.parametrize(
+    ("successes", "total", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0), (587, 1000, 0.5562, 0.6171)],
+)
+def test_wilson_interval(successes, total, low, high):
+    assert wilson_interval(successes, total) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_bounds_are_where_the_score_test_rejects():
+    for successes, total in ((3, 17), (120, 300)):
+        for bound in wilson_interval(successes, total):
+            z = abs(successes / total - bound) / math.sqrt(bound * (1 - bound) / total)
+            assert z == pytest.approx(1.959964, abs=1e-5)
+
+
+@pytest.mark.parametrize(("successes", "total"), [(1, 0), (-1, 5), (6, 5)])
+def test_wilson_refuses_what_is_no_share(successes, total):
+    with pytest.raises(ValueError, match="no share"):
+        wilson_interval(successes, total)
+
+
+def test_count_operations_reads_whole_lines_only():
+    text = (
+        "Exploring Operation: 3+2=5, Resulting Numbers: [4, 5]\n"
+        "Generated Node #0,0: 24:[4, 5] Operation: 3+2=6\n"  # a copy, not counted
+        "Exploring Operation: 3*4=13, Resulting Numbers: [13]\n"  # wrong
+        "Exploring Operation: 2-4=2, Resulting Numbers: [2]\n"  # the larger comes first
+        "Exploring Operation: 9/2=4, Resulting Numbers: [4]\n"  # does not divide
+        "Exploring Operation: 8/2=4, Resulting Numbers: [4]\n"
+        "Exploring Operation: 8//2, Resulting Numbers: [4]\n"  # no operation
+        "Exploring Operation: 7-4=3"  # cut off
+    )
+    assert count_operations(text) == (6, 2)
+
+
+def test_path_solves_counts_the_operations_before_the_child():
+    path = (STATE_6_4 + LAST).rstrip("\n")
+    assert path_solves(path, PROBLEM)
+    assert not path_solves(path, Problem((2, 5, 4), 24))  # 2*3 needs a 3
+    assert not path_solves(path.replace("2*3=6", "2+3=6"), PROBLEM)
+    assert not path_solves(path.replace("4*6=24", "4*6=25"), PROBLEM)
+    assert not path_solves("no path at all", PROBLEM)
+
+
+def run(texts, problem=PROBLEM):
+    engine = ScriptedEngine(TextScript(texts))
+    (rollout,) = engine.run([(RolloutKey(0, 0), adaptive(problem, settings()))])
+    return record_rollout(problem, rollout, TOKENIZER, method="adaptive", keep_calls=True)
+
+
+def test_record_of_a_solved_rollout():
+    record = run(GOOD)
+    lengths = {path: [len(TOKENIZER.encode(text)) for text in texts] for path, texts in GOOD.items()}
+    parent, child_0, child_1 = sum(lengths[()]) + 1, lengths[(0, 0)][0] + 1, lengths[(0, 1)][0] + 1
+    assert record["correct"]
+    assert record["verdict"] == "correct"
+    assert record["child_solved"]
+    assert record["total_tokens"] == parent + child_0 + child_1
+    assert record["sequential_tokens"] == parent + max(child_0, child_1)
+    assert (record["num_calls"], record["num_spawns"], record["num_children"]) == (4, 1, 2)
+    assert (record["operations"], record["operations_right"]) == (7, 7)
+    assert [thread["result"] for thread in record["threads"]] == ["correct", "no_solution", "solved"]
+    assert record["calls"][0]["text"] == SPAWN
+    assert record["calls"][2]["context"] + record["calls"][2]["text"] == (
+        "Moving to Node #0,0\nCurrent State: 24:[4, 5], Operations: ['3+2=5']\n" + LOSES
+    )
+    assert [call["stop"] for call in record["calls"]] == ["token"] * 4
+
+
+@pytest.mark.parametrize(
+    ("child", "result"),
+    [
+        (LAST + STATE_6_4.replace("2*3", "2+3") + LAST, "wrong_path"),
+        ("Exploring Operation: 4*6=24, Resulting Numbers: [24]\n", "unfinished"),
+        (EXPLORED + "<Calling Sub Searches>\n<End Calling Sub Searches>\n", "malformed"),
+    ],
+)
+def test_how_a_child_ended_is_told(child, result):
+    record = run({(): [SPAWN, "No solution found.\n"], (0, 0): [LOSES], (0, 1): [child]})
+    assert record["threads"][2] == {"path": [0, 1], "result": result}
+    assert not record["child_solved"]
+    assert record["verdict"] == "no_solution"
+
+
+def test_wrong_answers_are_counted_by_the_verifiers_reason():
+    wrong = run({**GOOD, (): [SPAWN, GOOD[()][1].replace("4*6=24", "4*6=25")]})
+    assert (wrong["status"], wrong["correct"], wrong["verdict"]) == ("answered", False, "wrong_arithmetic")
+    assert wrong["child_solved"]
+    summary = summarize([wrong, run(GOOD)], seconds=2.0)
+    assert summary["failures"] == {"wrong_arithmetic": 1}
+    assert summary["child_solved_but_wrong_rate"] == 0.5
+
+
+def fake_record(index, outcome, tokens, sequential, latency):
+    calls = tuple(
+        Call(
+            (),
+            np.zeros(3, np.int32),
+            np.zeros(n, np.int32),
+            np.zeros(n, np.float32),
+            Stop(StopReason.TOKEN, 0),
+            0,
+            0,
+            1,
+        )
+        for n in tokens
+    )
+    rollout = Rollout(RolloutKey(index, 0), outcome, calls, sequential, latency, prefilled_tokens=7)
+    return record_rollout(PROBLEM, rollout, TOKENIZER, method="adaptive", keep_calls=False)
+
+
+def test_summary_by_hand():
+    right = Outcome(answer=GOOD[()][1].strip(), status="answered", reason="", num_spawns=1, num_children=4)
+    lost = Outcome(answer=None, status="no_solution", reason="no_solution", num_spawns=2, num_children=5)
+    broken = Outcome(
+        answer=None,
+        status="malformed",
+        reason="unknown_node",
+        num_spawns=1,
+        num_children=1,
+        child_reasons=("max_steps",),
+    )
+    cut = Outcome(answer=None, status="truncated", reason="max_steps")
+    records = [
+        fake_record(0, right, [100, 20, 30], 120, 40.0),
+        fake_record(1, lost, [50, 50], 100, 60.0),
+        fake_record(2, broken, [10], 10, 20.0),
+        fake_record(3, cut, [40], 40, 80.0),
+    ]
+    assert "calls" not in records[0]
+    summary = summarize(records, seconds=10.0)
+    assert summary["accuracy"] == 0.25
+    assert (summary["accuracy_low"], summary["accuracy_high"]) == wilson_interval(1, 4)
+    assert summary["num_problems"] == 4
+    assert summary["total_tokens"] == 300 / 4
+    assert summary["sequential_tokens"] == 270 / 4
+    assert summary["tokens_per_call"] == 300 / 7
+    assert summary["children_per_rollout"] == 10 / 4
+    assert summary["children_per_spawn"] == 10 / 4
+    assert summary["malformed_rate"] == 0.25
+    assert summary["malformed_reasons"] == {"unknown_node": 1}
+    assert summary["truncated_rate"] == 0.25
+    assert summary["failures"] == {"max_steps": 1, "no_solution": 1, "unknown_node": 1}
+    assert summary["child_reasons"] == {"max_steps": 1}
+    assert summary["child_failure_rate"] == 0.1
+    assert summary["latency_ms"] == 50.0
+    assert summary["tokens_per_second"] == 30.0
+
+
+def test_summary_of_threads_that_never_spawn_and_of_nothing():
+    lost = Outcome(answer=None, status="no_solution", reason="no_solution")
+    summary = summarize([fake_record(0, lost, [], 0, 1.0)], seconds=0.0)
+    assert summary["children_per_spawn"] == summary["tokens_per_call"] == summary["tokens_per_second"] == 0.0
+    with pytest.raises(ValueError, match="no records"):
+        summarize([], seconds=1.0)

@@ -1,0 +1,146 @@
+"""Every kernel is causal, sees one segment only, and equals plain softmax attention."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from apr_jax.config import ConfigError, MeshConfig
+from apr_jax.model.attention import choose_impl, cudnn_attention, self_attention, splash_attention, xla_attention
+from apr_jax.parallel.mesh import make_mesh
+
+
+def plain_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    groups, T = q_BTNH.shape[2] // k_BTKH.shape[2], q_BTNH.shape[1]
+    k_BSNH, v_BSNH = jnp.repeat(k_BTKH, groups, axis=2), jnp.repeat(v_BTKH, groups, axis=2)
+    scores = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) / q_BTNH.shape[-1] ** 0.5
+    visible = jnp.tril(jnp.ones((T, T), bool))[None] & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+    weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights, v_BSNH)
+
+
+def random_inputs(B: int, T: int, N: int, K: int, H: int) -> tuple[jax.Array, ...]:
+    keys = jax.random.split(jax.random.key(T), 4)
+    q_BTNH = jax.random.normal(keys[0], (B, T, N, H))
+    k_BTKH, v_BTKH = (jax.random.normal(key, (B, T, K, H)) for key in keys[1:3])
+    starts_BT = jax.random.bernoulli(keys[3], 0.05, (B, T)).astype(jnp.int32)
+    return q_BTNH, k_BTKH, v_BTKH, 1 + jnp.cumsum(starts_BT, axis=1)
+
+
+def out_and_grads(attend: Any, *inputs: jax.Array) -> Any:
+    def loss(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BT: jax.Array) -> Any:
+        out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, ids_BT)
+        return jnp.sum(jnp.sin(out_BTNH.astype(jnp.float32))), out_BTNH
+
+    (_, out_BTNH), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*inputs)
+    return out_BTNH, *grads
+
+
+def assert_all_close(ours: Any, theirs: Any, atol: float = 2e-5) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, atol=atol)
+
+
+@pytest.mark.parametrize(("T", "N", "K"), [(1, 2, 2), (100, 4, 2), (128, 3, 3), (300, 4, 1), (1100, 2, 1)])
+def test_xla_equals_plain_attention(T: int, N: int, K: int) -> None:
+    inputs = random_inputs(2, T, N, K, 8)
+    assert_all_close(out_and_grads(xla_attention, *inputs), out_and_grads(plain_attention, *inputs))
+
+
+def test_no_segment_ids_is_one_segment() -> None:
+    q_BTNH, k_BTKH, v_BTKH, ids_BT = random_inputs(2, 20, 2, 2, 4)
+    assert len(np.unique(ids_BT)) > 1
+    out_BTNH = self_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=None, impl="xla")
+    np.testing.assert_allclose(out_BTNH, plain_attention(q_BTNH, k_BTKH, v_BTKH, jnp.ones_like(ids_BT)), atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["xla", "splash"])
+def test_gradients_flow_only_from_earlier_tokens_of_the_own_segment(impl: str) -> None:
+    q_BTNH, k_BTKH, v_BTKH, _ = random_inputs(1, 160, 2, 1, 8)
+    ids_BT = jnp.asarray([[1] * 40 + [2] * 100 + [0] * 20])  # the second segment crosses a block's border
+    attend = xla_attention if impl == "xla" else functools.partial(splash_attention, interpret=True)
+
+    @jax.jit
+    def influence(t: jax.Array) -> jax.Array:
+        """How far the output at t depends on the keys and values at each s."""
+
+        def out(k_BTKH: jax.Array, v_BTKH: jax.Array) -> jax.Array:
+            return jnp.sum(jax.lax.dynamic_index_in_dim(attend(q_BTNH, k_BTKH, v_BTKH, ids_BT), t, 1))
+
+        grads = jax.grad(out, argnums=(0, 1))(k_BTKH, v_BTKH)
+        return sum((jnp.sum(jnp.abs(grad), axis=(0, 2, 3)) for grad in grads), start=jnp.zeros(160))
+
+    for t in (0, 39, 40, 130, 139, 150):
+        s = np.arange(160)
+        visible = (s <= t) & (np.asarray(ids_BT[0]) == np.asarray(ids_BT[0, t]))
+        np.testing.assert_array_equal(np.asarray(influence(t)) > 0, visible)
+
+
+def test_memory_of_a_long_row_is_far_below_its_square() -> None:
+    def temporary_bytes(attend: Any, T: int) -> int:
+        inputs = [jax.ShapeDtypeStruct((1, T, 4, 16), jnp.float32)] * 3 + [jax.ShapeDtypeStruct((1, T), jnp.int32)]
+        grad = jax.grad(lambda *args: jnp.sum(attend(*args)), argnums=(0, 1, 2))
+        return int(jax.jit(grad).lower(*inputs).compile().memory_analysis().temp_size_in_bytes)
+
+    short, long = temporary_bytes(xla_attention, 2048), temporary_bytes(xla_attention, 4096)
+    print("temporary bytes", short, long, temporary_bytes(plain_attention, 4096))
+    assert long < 2.5 * short  # linear in T
+    assert 5 * long < temporary_bytes(plain_attention, 4096)
+
+
+@pytest.mark.parametrize(("T", "N", "K"), [(128, 2, 2), (200, 2, 1)])
+def test_splash_in_interpret_mode_equals_xla(T: int, N: int, K: int) -> None:
+    inputs = random_inputs(2, T, N, K, 16)
+    ours = out_and_grads(functools.partial(splash_attention, interpret=True), *inputs)
+    assert_all_close(ours, out_and_grads(xla_attention, *inputs))
+
+
+def test_splash_is_mapped_over_the_mesh() -> None:
+    inputs = random_inputs(4, 128, 4, 2, 16)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        ours = jax.jit(functools.partial(splash_attention, interpret=True))(*inputs)
+    np.testing.assert_allclose(ours, xla_attention(*inputs), atol=2e-5)
+
+
+def test_splash_lowers_for_tpu() -> None:
+    lowered = jax.jit(lambda *a: out_and_grads(splash_attention, *a)).trace(*random_inputs(2, 256, 4, 2, 64))
+    assert "tpu_custom_call" in lowered.lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_cudnn_lowers_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91100)  # as on a machine that has cuDNN
+    q_BTNH, k_BTKH, v_BTKH, ids_BT = random_inputs(2, 255, 4, 2, 64)
+    halves = [array.astype(jnp.bfloat16) for array in (q_BTNH, k_BTKH, v_BTKH)]
+    traced = jax.jit(lambda *a: out_and_grads(cudnn_attention, *a)).trace(*halves, ids_BT)
+    assert "cudnn" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_cudnn_refuses_float32() -> None:
+    q_BTNH, k_BTKH, v_BTKH, ids_BT = random_inputs(1, 8, 1, 1, 8)
+    with pytest.raises(ConfigError, match=r"model\.compute_dtype='float32'"):
+        self_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=ids_BT, impl="cudnn")
+
+
+def test_auto_picks_by_backend() -> None:
+    bfloat16, float32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
+    assert choose_impl("cpu", bfloat16, 64) == "xla"
+    assert choose_impl("tpu", float32, 64) == "splash"
+    assert choose_impl("gpu", bfloat16, 64) == "cudnn"
+    assert choose_impl("gpu", float32, 64) == choose_impl("gpu", bfloat16, 60) == "xla"
+    q_BTNH, k_BTKH, v_BTKH, ids_BT = random_inputs(1, 8, 1, 1, 8)
+    auto = self_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=ids_BT)
+    np.testing.assert_array_equal(auto, self_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=ids_BT, impl="xla"))
+
+
+def test_bad_arguments_are_named() -> None:
+    q_BTNH, k_BTKH, v_BTKH, ids_BT = random_inputs(1, 8, 2, 2, 8)
+    with pytest.raises(ValueError, match="choose one of"):
+        self_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=ids_BT, impl="flash")
+    with pytest.raises(ValueError, match="do not fit together"):
+        self_attention(q_BTNH, k_BTKH[:, :4], v_BTKH, segment_ids_BT=ids_BT)
+    with pytest.raises(ValueError, match="segment ids"):
+        self_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=ids_BT[:, :4])

@@ -1,0 +1,227 @@
+"""The model equals transformers' numbers: logits, loss, gradients, greedy tokens."""
+
+import dataclasses
+import pathlib
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from apr_jax.config import ModelConfig
+from apr_jax.model import llama
+from apr_jax.model.hf import load_hf
+from tests.model.naive import naive_decode
+
+ORACLES = pathlib.Path(__file__).parents[1] / "oracles"
+BOTH = pytest.mark.parametrize("name", ["llama_tiny", "llama_tiny_gqa"])
+TINY = ModelConfig(
+    vocab_size=61,
+    num_layers=2,
+    embed_dim=24,
+    mlp_dim=40,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    max_seq_len=64,
+    rope_theta=10000.0,
+    rms_norm_eps=1e-6,
+    tie_embeddings=True,
+    compute_dtype="float32",
+    attention="xla",
+    remat=False,
+)
+PAPER = dataclasses.replace(
+    TINY,
+    vocab_size=32000,
+    num_layers=18,
+    embed_dim=1024,
+    mlp_dim=2752,
+    num_heads=16,
+    num_kv_heads=16,
+    head_dim=64,
+    max_seq_len=4096,
+    tie_embeddings=False,
+)
+
+
+def positions_like(tokens: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(tokens.shape[-1]).reshape((1,) * (tokens.ndim - 1) + (-1,)), tokens.shape)
+
+
+def next_token_loss(config: ModelConfig, params: Any, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean cross-entropy of each row's next tokens (transformers' loss for labels = inputs), and the logits."""
+    model = nnx.merge(llama.graphdef(config), params)
+    hidden, _ = model(tokens_BT, positions_like(tokens_BT))
+    logits = model.logits(hidden)
+    log_probs = jax.nn.log_softmax(logits[:, :-1])
+    return -jnp.mean(jnp.take_along_axis(log_probs, tokens_BT[:, 1:, None], axis=-1)), logits
+
+
+@nnx.jit
+def forward(model: llama.Llama, tokens: jax.Array, positions: jax.Array, segment_ids: Any = None) -> jax.Array:
+    return model(tokens, positions, segment_ids=segment_ids)[0]
+
+
+def random_tokens(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
+    return jax.random.randint(jax.random.key(seed), shape, 0, TINY.vocab_size)
+
+
+@BOTH
+@pytest.mark.parametrize("remat", [False, True])
+def test_logits_loss_and_gradients_equal_transformers(name: str, remat: bool) -> None:
+    config, params = load_hf(ORACLES / name, attention="xla", remat=remat)
+    expected = np.load(ORACLES / name / "expected.npz")
+    step = jax.jit(jax.value_and_grad(lambda p, t: next_token_loss(config, p, t), has_aux=True))
+    (loss, logits), grads = step(params, jnp.asarray(expected["input_ids"]))
+    np.testing.assert_allclose(logits, expected["logits"], atol=1e-5)
+    np.testing.assert_allclose(loss, expected["loss"], atol=1e-5)
+    for ours, theirs in (
+        (grads["embedding"][...], expected["grad_embed"]),
+        (grads["blocks"][0]["attention"]["query"][...].T, expected["grad_q0"]),
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+
+
+@BOTH
+def test_greedy_tokens_equal_transformers(name: str) -> None:
+    config, params = load_hf(ORACLES / name)
+    expected = np.load(ORACLES / name / "expected.npz")
+    prompt, output = expected["greedy_prompt"][0].tolist(), expected["greedy_output"][0].tolist()
+    model = nnx.merge(llama.graphdef(config), params)
+    new_tokens = output[len(prompt) :] if output[: len(prompt)] == prompt else output
+    assert naive_decode(model, prompt, len(new_tokens)) == new_tokens
+
+
+def test_leading_axes_are_free() -> None:
+    model = nnx.merge(llama.graphdef(TINY), llama.init_params(TINY, 0))
+    tokens = random_tokens((2, 3, 10))
+    together = forward(model, tokens, positions_like(tokens))
+    assert together.shape == (2, 3, 10, TINY.embed_dim)
+    alone = forward(model, tokens[1, 2], positions_like(tokens[1, 2]))
+    np.testing.assert_allclose(together[1, 2], alone, atol=1e-5)
+
+
+def test_a_packed_row_equals_its_sequences() -> None:
+    model = nnx.merge(llama.graphdef(TINY), llama.init_params(TINY, 0))
+    tokens = random_tokens((12,))
+    positions = jnp.concatenate([jnp.arange(5), jnp.arange(7)])
+    segment_ids = jnp.asarray([1] * 5 + [2] * 7)
+    packed = forward(model, tokens, positions, segment_ids)
+    for part in (slice(0, 5), slice(5, 12)):
+        alone = forward(model, tokens[part], positions[part])
+        np.testing.assert_allclose(packed[part], alone, atol=1e-5)
+
+
+def test_positions_are_relative_but_order_matters() -> None:
+    model = nnx.merge(llama.graphdef(TINY), llama.init_params(TINY, 0))
+    tokens = random_tokens((9,))
+    hidden = forward(model, tokens, jnp.arange(9))
+    shifted = forward(model, tokens, jnp.arange(9) + 20)
+    np.testing.assert_allclose(hidden, shifted, atol=1e-4)
+    stretched = forward(model, tokens, jnp.arange(9) * 3)
+    assert jnp.max(jnp.abs(hidden - stretched)) > 1e-3
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DenseCache:
+    """The simplest KVCache: arrays [layers, S, K, H], and nothing outside what was written is seen."""
+
+    keys: jax.Array
+    values: jax.Array
+
+    def attend(
+        self, layer: int, q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, positions_T: jax.Array
+    ) -> tuple[jax.Array, Self]:
+        keys, values = self.keys.at[layer, positions_T].set(k_TKH), self.values.at[layer, positions_T].set(v_TKH)
+        groups = q_TNH.shape[1] // k_TKH.shape[1]
+        k_SNH, v_SNH = jnp.repeat(keys[layer], groups, axis=1), jnp.repeat(values[layer], groups, axis=1)
+        scores = jnp.einsum("TNH,SNH->NTS", q_TNH, k_SNH) / q_TNH.shape[-1] ** 0.5
+        visible_TS = jnp.arange(keys.shape[1])[None, :] <= positions_T[:, None]
+        weights = jax.nn.softmax(jnp.where(visible_TS[None], scores, -jnp.inf), axis=-1)
+        return jnp.einsum("NTS,SNH->TNH", weights, v_SNH), DenseCache(keys, values)
+
+
+def test_decoding_with_a_cache_equals_the_whole_forward_also_under_vmap() -> None:
+    model = nnx.merge(llama.graphdef(TINY), llama.init_params(TINY, 0))
+    tokens = random_tokens((3, 11))
+    whole = forward(model, tokens, positions_like(tokens))
+    zeros = jnp.zeros((3, TINY.num_layers, 16, TINY.num_kv_heads, TINY.head_dim))
+    cache = DenseCache(zeros, zeros)
+    step = jax.jit(jax.vmap(lambda t, p, c: model(t, p, cache=c)))
+    for start, end in ((0, 6), (6, 7), (7, 11)):
+        hidden, cache = step(tokens[:, start:end], positions_like(tokens)[:, start:end], cache)
+        np.testing.assert_allclose(hidden, whole[:, start:end], atol=1e-5)
+
+
+def test_bfloat16_computes_in_bfloat16_and_ends_in_float32() -> None:
+    config = dataclasses.replace(TINY, compute_dtype="bfloat16")
+    params = llama.init_params(config, 0)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    tokens = random_tokens((2, 8))
+    hidden = forward(nnx.merge(llama.graphdef(config), params), tokens, positions_like(tokens))
+    exact = forward(nnx.merge(llama.graphdef(TINY), params), tokens, positions_like(tokens))
+    assert hidden.dtype == jnp.bfloat16
+    assert nnx.merge(llama.graphdef(config), params).logits(hidden).dtype == jnp.float32
+    np.testing.assert_allclose(hidden.astype(jnp.float32), exact, atol=0.1)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_are_the_head_weight(tied: bool) -> None:
+    config = dataclasses.replace(TINY, tie_embeddings=tied)
+    params = llama.init_params(config, 0)
+    model = nnx.merge(llama.graphdef(config), params)
+    assert ("head" in params) is not tied
+    hidden = jax.random.normal(jax.random.key(1), (4, config.embed_dim))
+    assert model.head_weight().shape == (config.embed_dim, config.vocab_size)
+    np.testing.assert_allclose(model.logits(hidden), hidden @ model.head_weight(), atol=1e-5)
+
+
+def test_init_is_reproducible_and_scaled() -> None:
+    config = dataclasses.replace(TINY, embed_dim=128, mlp_dim=256)
+    params, again, other = (llama.init_params(config, seed) for seed in (0, 0, 1))
+    assert all(map(np.array_equal, jax.tree.leaves(params), jax.tree.leaves(again)))
+    block = params["blocks"][1]
+    assert not np.array_equal(block["mlp"]["up"][...], other["blocks"][1]["mlp"]["up"][...])
+    assert not np.array_equal(block["mlp"]["up"][...], params["blocks"][0]["mlp"]["up"][...])
+    np.testing.assert_allclose(jnp.std(block["mlp"]["up"][...]), 0.02, rtol=0.05)
+    np.testing.assert_allclose(jnp.std(block["mlp"]["down"][...]), 0.02 / 2, rtol=0.05)
+
+
+def test_graphdef_and_params_fit_together() -> None:
+    params = llama.init_params(TINY, 0)
+    graphdef, split = nnx.split(nnx.merge(llama.graphdef(TINY), params))
+    assert graphdef == llama.graphdef(TINY)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    assert jax.tree.structure(split) == jax.tree.structure(llama.abstract_params(TINY)) == jax.tree.structure(shapes)
+    assert jax.tree.leaves(llama.abstract_params(TINY)) == jax.tree.leaves(shapes)
+
+
+def test_every_axis_has_a_logical_name() -> None:
+    params = llama.abstract_params(dataclasses.replace(TINY, tie_embeddings=False))
+    sizes = {"embed": 24, "mlp": 40, "heads": 24, "kv_heads": 12, "vocab": 61, None: 24}
+    for leaf, axes in zip(jax.tree.leaves(params), jax.tree.leaves(llama.logical_axes(params)), strict=True):
+        assert leaf.shape == tuple(sizes[name] for name in axes)
+
+
+def test_the_papers_model_has_its_size() -> None:
+    count = llama.num_params(PAPER)
+    assert count.non_embedding == 18 * (4 * 1024**2 + 3 * 1024 * 2752 + 2 * 1024) + 1024  # 228M
+    assert count.embedding == 2 * 32000 * 1024
+    assert round(count.non_embedding / 1e6) == 228
+    assert round(count.total / 1e6) == 293
+    tied = dataclasses.replace(PAPER, tie_embeddings=True)
+    assert llama.num_params(tied).embedding == 32000 * 1024
+    assert llama.num_params(TINY).total == sum(leaf.size for leaf in jax.tree.leaves(llama.init_params(TINY, 0)))
+
+
+def test_wrong_shapes_are_named() -> None:
+    model = nnx.merge(llama.graphdef(TINY), llama.init_params(TINY, 0))
+    with pytest.raises(ValueError, match=r"tokens \(4,\), positions \(5,\)"):
+        model(jnp.zeros(4, jnp.int32), jnp.arange(5))
+    ids, zeros = jnp.ones(4, jnp.int32), jnp.zeros((TINY.num_layers, 16, TINY.num_kv_heads, TINY.head_dim))
+    with pytest.raises(ValueError, match="exclude each other"):
+        model(ids, jnp.arange(4), segment_ids=ids, cache=DenseCache(zeros, zeros))

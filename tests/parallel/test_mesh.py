@@ -1,0 +1,112 @@
+"""Sharded equals unsharded; what cannot be sharded is refused with both numbers."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
+
+from apr_jax.config import ConfigError, MeshConfig, ModelConfig
+from apr_jax.model import llama
+from apr_jax.parallel.mesh import Rules, batch_sharding, make_mesh, param_shardings, replicated
+
+MODEL = ModelConfig(
+    vocab_size=32,
+    num_layers=2,
+    embed_dim=16,
+    mlp_dim=24,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    max_seq_len=64,
+    rope_theta=10000.0,
+    rms_norm_eps=1e-6,
+    tie_embeddings=True,
+    compute_dtype="float32",
+    attention="xla",
+    remat=False,
+)
+
+
+def loss_and_grads(config: ModelConfig, params: Any, batch: dict[str, jax.Array]) -> Any:
+    def loss(params: Any) -> jax.Array:
+        model = nnx.merge(llama.graphdef(config), params)
+        hidden, _ = model(batch["tokens"], batch["positions"], segment_ids=batch["segment_ids"])
+        log_probs = jax.nn.log_softmax(model.logits(hidden))
+        return -jnp.mean(jnp.take_along_axis(log_probs, batch["targets"][..., None], axis=-1))
+
+    return jax.value_and_grad(loss)(params)
+
+
+def random_batch() -> dict[str, jax.Array]:
+    tokens = jax.random.randint(jax.random.key(1), (8, 17), 0, MODEL.vocab_size)
+    positions = jnp.broadcast_to(jnp.concatenate([jnp.arange(6), jnp.arange(10)])[None], (8, 16))
+    segment_ids = jnp.broadcast_to(jnp.asarray([1] * 6 + [2] * 10)[None], (8, 16))
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions, "segment_ids": segment_ids}
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (4, 1, 2)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_sharded_loss_and_gradients_equal_one_device(shape: tuple[int, int, int], tied: bool) -> None:
+    config = dataclasses.replace(MODEL, tie_embeddings=tied, remat=tied)
+    params, batch = llama.init_params(config, 0), random_batch()
+    step = jax.jit(lambda params, batch: loss_and_grads(config, params, batch))
+    expected_loss, expected_grads = step(params, batch)
+    mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor"), shape, strict=True))))
+    shardings = param_shardings(mesh, params, llama.logical_axes(params))
+    params, batch = jax.device_put(params, shardings), jax.device_put(batch, batch_sharding(mesh))
+    up = params["blocks"][0]["mlp"]["up"][...]
+    assert up.addressable_shards[0].data.shape == (16 // shape[1], 24 // shape[2])
+    assert batch["tokens"].addressable_shards[0].data.shape == (8 // (shape[0] * shape[1]), 16)
+    loss, grads = jax.jit(step, out_shardings=(replicated(mesh), shardings))(params, batch)
+    np.testing.assert_allclose(loss, expected_loss, atol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert grads["blocks"][0]["mlp"]["up"][...].sharding == up.sharding
+
+
+def test_mesh_axes() -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 2}
+    assert mesh.axis_types == (AxisType.Auto,) * 3
+    chosen = jax.devices()[4:]
+    assert set(make_mesh(MeshConfig(data=1, fsdp=2, tensor=1), chosen).devices.flat) == set(chosen[:2])
+
+
+def test_too_few_devices_are_counted() -> None:
+    with pytest.raises(ConfigError, match="needs 16 devices, and there are 8"):
+        make_mesh(MeshConfig(data=4, fsdp=2, tensor=2))
+
+
+def test_rules_map_names_to_mesh_axes() -> None:
+    assert Rules().spec(("embed", "heads")) == PartitionSpec("fsdp", "tensor")
+    assert Rules(vocab=None).spec(("vocab", "embed")) == PartitionSpec(None, "fsdp")
+    assert Rules().spec((None,)) == PartitionSpec(None)
+
+
+def test_collisions_and_unknown_names_are_refused() -> None:
+    with pytest.raises(ConfigError, match="mesh axis 'tensor' would split 2 axes"):
+        Rules(embed="tensor").spec(("embed", "heads"))
+    with pytest.raises(ConfigError, match="'expert' has no rule"):
+        Rules().spec(("expert",))
+
+
+@pytest.mark.parametrize(
+    ("field", "size", "message"),
+    [
+        ("vocab_size", 31, r"embedding.*'vocab' of 31 is not a multiple of mesh\.tensor=2"),
+        ("embed_dim", 14, r"'embed' of 14 is not a multiple of mesh\.fsdp=4"),
+        ("mlp_dim", 25, r"mlp.*'mlp' of 25 is not a multiple of mesh\.tensor=2"),
+    ],
+)
+def test_an_axis_that_does_not_divide_is_named(field: str, size: int, message: str) -> None:
+    params = llama.abstract_params(dataclasses.replace(MODEL, **{field: size}))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    with pytest.raises(ConfigError, match=message):
+        param_shardings(mesh, params, llama.logical_axes(params))
+    if field == "vocab_size":
+        param_shardings(mesh, params, llama.logical_axes(params), Rules(vocab=None))

@@ -1,0 +1,61 @@
+"""Settings, tasks and scripts that the tests of reasoning and evaluation share."""
+
+import dataclasses
+import random
+from collections.abc import Iterable, Sequence
+
+from apr_jax.config import TaskConfig, from_config_dict
+from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
+from apr_jax.engine.threads import Path
+from apr_jax.reasoning.outcome import Settings
+from apr_jax.tasks import trace
+from apr_jax.tasks.countdown import sample_problem
+from apr_jax.tasks.solver import demonstrate
+from configs.grpo import get_config
+
+TOKENIZER = load_tokenizer("builtin")
+SMALL = from_config_dict(get_config()).task  # three numbers, fixed order
+REFERENCE = from_config_dict(get_config("paper")).task  # four numbers, shuffled, spawns by chance
+
+
+def settings(**changes: object) -> Settings:
+    values = Settings(
+        tokenizer=TOKENIZER, max_children=100, max_spawns=8, max_depth=1, cancel_on_success=False, budget=None
+    )
+    return dataclasses.replace(values, **changes)
+
+
+def demonstrations(
+    task: TaskConfig, method: str, count: int, *, budget: bool = False, seed: int = 0
+) -> Iterable[trace.Demonstration]:
+    for index in range(count):
+        rng = random.Random(f"{seed}/{index}")
+        problem = sample_problem(rng, task)
+        yield demonstrate(problem, rng, task, method, budget, lambda text: len(TOKENIZER.encode(text)))
+
+
+def call_tokens(call: trace.Call, tokenizer: Tokenizer = TOKENIZER) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A demonstrated call as the engine should see it: the context's tokens, and the generated ones."""
+    context = (tokenizer.bos_id, *tokenizer.encode(call.context))
+    return context, (*tokenizer.encode(call.completion), *(() if call.ends_in_spawn else (tokenizer.eos_id,)))
+
+
+class Replay:
+    """Writes what demonstrations wrote in the very same context; KeyError where a context differs in one token."""
+
+    def __init__(self, demos: Iterable[trace.Demonstration]) -> None:
+        self.script = dict(call_tokens(call) for demo in demos for call in demo.calls)
+
+    def __call__(self, path: Path, tokens: list[int]) -> Sequence[int]:
+        return self.script[tuple(tokens)]
+
+
+class TextScript:
+    """Per thread path, what its successive calls write. A text that doesn't end in a spawn is ended by EOS."""
+
+    def __init__(self, texts: dict[Path, list[str]]) -> None:
+        self._texts = {path: list(calls) for path, calls in texts.items()}
+
+    def __call__(self, path: Path, tokens: list[int]) -> Sequence[int]:
+        text = self._texts[path].pop(0)
+        return [*TOKENIZER.encode(text), *([] if text.endswith(trace.CALL_END) else [TOKENIZER.eos_id])]

@@ -1,0 +1,108 @@
+"""The engine's side of the generator protocol, played from prepared completions instead of a model."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from apr_jax.engine.threads import (
+    Append,
+    Call,
+    Decode,
+    Join,
+    Open,
+    Path,
+    Program,
+    Rollout,
+    RolloutKey,
+    Spawn,
+    SpawnHandle,
+    Stop,
+    StopReason,
+    Thread,
+    Truncate,
+)
+
+Complete = Callable[[Path, list[int]], Sequence[int]]  # what a thread with these tokens writes, stop token included
+
+
+class ScriptedEngine:
+    """Runs programs one after the other; children in spawn order. Clocks as the engine counts them."""
+
+    def __init__(self, complete: Complete, *, max_seq_len: int = 100_000, max_steps: int = 100_000) -> None:
+        self._complete, self._max_seq_len, self._max_steps = complete, max_seq_len, max_steps
+
+    def run(
+        self,
+        programs: Sequence[tuple[RolloutKey, Program]],
+        *,
+        seed: int = 0,
+        temperature: float = 0.0,
+        on_progress: Callable[..., None] | None = None,
+    ) -> list[Rollout]:
+        del seed, temperature, on_progress
+        rollouts = []
+        for key, program in programs:
+            calls: list[Call] = []
+            result, clock = self._drive(program, (), 0, calls)
+            calls.sort(key=lambda call: call.path)
+            rollouts.append(Rollout(key, result, tuple(calls), clock, latency_ms=clock / 10, prefilled_tokens=0))
+        return rollouts
+
+    def _drive(self, program: Program, path: Path, clock: int, calls: list[Call]) -> tuple[Any, int]:
+        thread = Thread(path=path, tokens=[], rollout=0, key=(0, 0))
+        spawned: list[list[tuple[Any, int]]] = []
+        reply: Any = None
+        while True:
+            try:
+                request = program.send(reply)
+            except StopIteration as end:
+                return end.value, clock
+            match request:
+                case Open(tokens):
+                    thread.tokens = list(tokens)
+                    reply = thread
+                case Decode(asked, stop_tokens):
+                    assert asked is thread
+                    reply, clock = self._decode(thread, stop_tokens, clock, calls)
+                case Truncate(_, length):
+                    assert 1 <= length <= len(thread.tokens)
+                    del thread.tokens[length:]
+                    reply = None
+                case Append(_, tokens):
+                    thread.tokens += tokens
+                    reply = None
+                case Spawn(programs):
+                    ordinal = len(spawned)
+                    ended = [self._drive(p, (*path, ordinal, i), clock, calls) for i, p in enumerate(programs)]
+                    spawned.append(ended)
+                    reply = SpawnHandle(ordinal, len(programs))
+                case Join(handle, success):
+                    reply, clock = self._join(spawned[handle.ordinal], success, clock)
+
+    def _join(self, ended: list[tuple[Any, int]], success: Any, clock: int) -> tuple[list[Any], int]:
+        """Values in spawn order. With `success`, what ends after the first success is None (calls stay whole)."""
+        succeeded = [end for value, end in ended if success is not None and success(value)]
+        until = min(succeeded, default=max((end for _, end in ended), default=clock))
+        return [value if end <= until else None for value, end in ended], max(clock, until)
+
+    def _decode(self, thread: Thread, stop_tokens: tuple[int, ...], clock: int, calls: list[Call]) -> tuple[Stop, int]:
+        wanted = list(self._complete(thread.path, list(thread.tokens)))
+        assert wanted[-1] in stop_tokens, "a script ends in a stop token"
+        room = min(self._max_seq_len - len(thread.tokens), self._max_steps - thread.generated)
+        written = wanted[: max(0, room)]
+        if written == wanted:
+            stop = Stop(StopReason.TOKEN, wanted[-1])
+        elif len(thread.tokens) + len(written) >= self._max_seq_len:
+            stop = Stop(StopReason.LENGTH, None)
+        else:
+            stop = Stop(StopReason.MAX_STEPS, None)
+        context, tokens = np.array(thread.tokens, np.int32), np.array(written, np.int32)
+        thread.tokens += written
+        thread.generated += len(written)
+        end = clock + len(written)
+        if written:
+            calls.append(
+                Call(thread.path, context, tokens, np.zeros(len(written), np.float32), stop, clock, clock, end)
+            )
+        return stop, end

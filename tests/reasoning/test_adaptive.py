@@ -1,0 +1,226 @@
+"""APR as a program: it must rebuild its demonstrations token by token, and give every failure a reason."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from apr_jax.engine.threads import RolloutKey, StopReason
+from apr_jax.reasoning.adaptive import adaptive
+from apr_jax.reasoning.outcome import Outcome
+from apr_jax.tasks import trace
+from apr_jax.tasks.countdown import Problem, verify
+from tests.reasoning.fixtures import (
+    REFERENCE,
+    SMALL,
+    TOKENIZER,
+    Replay,
+    TextScript,
+    call_tokens,
+    demonstrations,
+    settings,
+)
+from tests.reasoning.scripted_engine import ScriptedEngine
+
+PROBLEM = Problem((2, 3, 4), 24)
+PROMPT = trace.parent_prompt(PROBLEM)
+STATE_5_4 = "Moving to Node #0,0\nCurrent State: 24:[4, 5], Operations: ['3+2=5']\n"
+STATE_6_4 = "Moving to Node #0,1\nCurrent State: 24:[4, 6], Operations: ['2*3=6']\n"
+EXPLORED = (
+    "Exploring Operation: 3+2=5, Resulting Numbers: [4, 5]\n"
+    "Generated Node #0,0: 24:[4, 5] Operation: 3+2=5\n"
+    "Exploring Operation: 2*3=6, Resulting Numbers: [4, 6]\n"
+    "Generated Node #0,1: 24:[4, 6] Operation: 2*3=6\n"
+)
+SPAWN = EXPLORED + trace.render_spawn(["0,0", "0,1"])
+LAST = "Exploring Operation: 4*6=24, Resulting Numbers: [24]\n24,24 equal: Goal Reached\n"
+LOSES = "Exploring Operation: 4*5=20, Resulting Numbers: [20]\n20,24 unequal: No Solution\nNo solution found.\n"
+WINS = LAST + STATE_6_4 + LAST
+PARENT_WINS = (
+    "Moving to Node #0\nCurrent State: 24:[2, 3, 4], Operations: []\n"
+    "Exploring Operation: 2*3=6, Resulting Numbers: [4, 6]\nGenerated Node #0,1: 24:[4, 6] Operation: 2*3=6\n"
+    + STATE_6_4
+    + LAST
+)
+GOOD = {(): [SPAWN, PARENT_WINS], (0, 0): [LOSES], (0, 1): [WINS]}
+
+
+def run(texts, problem=PROBLEM, engine=None, **changes):
+    engine = engine or {}
+    scripted = ScriptedEngine(TextScript(texts), **engine)
+    return scripted.run([(RolloutKey(0, 0), adaptive(problem, settings(**changes)))])[0]
+
+
+def joined(rollout) -> str:
+    """The parent's context after its join, from where the spawn stood."""
+    text = TOKENIZER.decode(rollout.calls[1].context)
+    return text.removeprefix(PROMPT + EXPLORED)
+
+
+@pytest.mark.parametrize("budget", [False, True])
+@pytest.mark.parametrize("task", [SMALL, REFERENCE], ids=["small", "reference"])
+def test_rebuilds_demonstrations_token_by_token(task, budget):
+    spawned = 0
+    for demo in demonstrations(task, "adaptive", 12 if task is REFERENCE else 40, budget=budget):
+        children = [call for call in demo.calls if call.depth == 1]
+        parents = [call for call in demo.calls if call.depth == 0]
+        engine = ScriptedEngine(Replay([demo]))
+        asked = settings(budget=len(children) if budget else None)
+        (rollout,) = engine.run([(RolloutKey(0, 0), adaptive(demo.problem, asked))])
+        outcome: Outcome = rollout.result
+        assert outcome.answer == demo.answer
+        assert outcome.status == ("no_solution" if demo.answer is None else "answered")
+        assert (outcome.num_children, outcome.num_spawns) == (len(children), len(parents) - 1)
+        assert outcome.child_reasons == ()
+        seen = Counter((tuple(call.context.tolist()), tuple(call.tokens.tolist())) for call in rollout.calls)
+        assert seen == Counter(map(call_tokens, demo.calls))
+        assert verify(outcome.answer, demo.problem).correct == demo.correct
+        spawned += outcome.num_spawns
+    assert spawned > 5
+
+
+def test_join_replaces_the_spawn_text():
+    rollout = run(GOOD)
+    assert joined(rollout) == (
+        "<Sub Searches>\n<No Solution in Sub Search 0 at level 1 at Node #0,0>\n"
+        "<Goal Reached in Sub Search 1 at level 1 at Node #0,1>\n" + STATE_6_4 + LAST + "<End Sub Searches>\n"
+    )
+    outcome = rollout.result
+    assert (outcome.status, outcome.num_spawns, outcome.num_children) == ("answered", 1, 2)
+    assert verify(outcome.answer, PROBLEM).correct
+    assert outcome.child_paths == ((STATE_6_4 + LAST).rstrip("\n"),)
+    parent = [len(call.tokens) for call in rollout.calls if call.path == ()]
+    children = [len(call.tokens) for call in rollout.calls if call.path]
+    assert rollout.sequential_tokens == sum(parent) + max(children)
+
+
+@pytest.mark.parametrize(
+    ("child", "reason"),
+    [
+        ("Exploring Operation: 4*6=24, Resulting Numbers: [24]\n", "unfinished"),
+        (LAST, "no_replay"),
+        (EXPLORED + trace.render_spawn(["0,1,0"], level=2), "unknown_node"),
+        (trace.CALL_BEGIN + trace.CALL_END, "empty_spawn"),
+    ],
+)
+def test_a_failed_child_hands_back_no_solution_and_its_reason_is_counted(child, reason):
+    rollout = run({(): [SPAWN, trace.NO_SOLUTION], (0, 0): [LOSES], (0, 1): [child]})
+    assert "<No Solution in Sub Search 1 at level 1 at Node #0,1>" in joined(rollout)
+    assert rollout.result.child_reasons == (reason,)
+    assert (rollout.result.status, rollout.result.num_children) == ("no_solution", 2)
+
+
+def test_a_child_that_is_cut_off_is_counted():
+    longest = len(TOKENIZER.encode(SPAWN)) + len(TOKENIZER.encode(PARENT_WINS)) + 1
+    long = {**GOOD, (0, 0): [LOSES * 40]}
+    assert run(long, engine={"max_steps": longest}).result.child_reasons == ("max_steps",)
+    assert run(long, engine={"max_seq_len": 300}).result.child_reasons == ("context_full",)
+
+
+@pytest.mark.parametrize(
+    ("engine", "reason"), [({"max_steps": 60}, "max_steps"), ({"max_seq_len": 115}, "context_full")]
+)
+def test_a_parent_that_is_cut_off_has_no_answer(engine, reason):
+    outcome = run(GOOD, engine=engine).result
+    assert (outcome.answer, outcome.status, outcome.reason) == (None, "truncated", reason)
+
+
+def test_a_join_may_fill_the_context():
+    lengths = [len(TOKENIZER.encode(text)) for text in (PROMPT, SPAWN)]
+    outcome = run(GOOD, engine={"max_seq_len": 1 + sum(lengths)}).result
+    assert (outcome.status, outcome.reason, outcome.num_children) == ("truncated", "context_full", 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (EXPLORED + trace.render_spawn(["0,7"]), "unknown_node"),
+        (EXPLORED + trace.render_spawn(["0,0", "0,0"]), "duplicate_node"),
+        (EXPLORED + trace.render_spawn(["0,0"], level=2), "wrong_level"),
+        (EXPLORED + trace.CALL_END, "no_call_begin"),
+        (EXPLORED, "unfinished"),
+        (LAST, "no_replay"),
+    ],
+)
+def test_a_malformed_parent_ends_with_a_reason(text, reason):
+    outcome = run({(): [text]}).result
+    assert (outcome.answer, outcome.status, outcome.reason) == (None, "malformed", reason)
+    assert outcome.num_spawns == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"max_children": 1}, "too_many_children"),
+        ({"max_spawns": 0}, "too_many_spawns"),
+        ({"max_depth": 0}, "too_deep"),
+    ],
+)
+def test_each_cap_has_its_own_reason(changes, reason):
+    outcome = run(GOOD, **changes).result
+    assert (outcome.status, outcome.reason) == ("malformed", reason)
+    assert run(GOOD, max_children=2, max_spawns=1, max_depth=1).result.status == "answered"
+
+
+def test_max_spawns_counts_a_threads_own_spawns():
+    again = "Exploring Operation: 4-2=2, Resulting Numbers: [3, 2]\nGenerated Node #0,2: 24:[3, 2] Operation: 4-2=2\n"
+    second = again + trace.render_spawn(["0,2"])
+    texts = {**GOOD, (): [SPAWN, second, PARENT_WINS], (1, 0): ["No solution found.\n"]}
+    assert run(texts, max_spawns=2).result.num_children == 3
+    outcome = run(texts, max_spawns=1).result
+    assert (outcome.reason, outcome.num_spawns, outcome.num_children) == ("too_many_spawns", 1, 2)
+
+
+def test_a_spawn_that_begins_inside_a_token_is_malformed():
+    class Splitting:
+        """The built-in tokens, with the one that opens a spawn glued to the token before it."""
+
+        def __getattr__(self, name):
+            return getattr(TOKENIZER, name)
+
+        def token_texts(self, ids):
+            texts = TOKENIZER.token_texts(ids)
+            place = texts.index(trace.CALL_BEGIN)
+            return [*texts[: place - 1], "", texts[place - 1] + texts[place], *texts[place + 1 :]]
+
+    outcome = run(GOOD, tokenizer=Splitting()).result
+    assert (outcome.status, outcome.reason) == ("malformed", "split_token")
+
+
+def test_spawns_nest_when_depth_allows():
+    problem = Problem((1, 2, 3, 4), 24)
+    root = (
+        "Exploring Operation: 2*1=2, Resulting Numbers: [3, 4, 2]\nGenerated Node #0,0: 24:[3, 4, 2] Operation: 2*1=2\n"
+    )
+    child = (
+        "Exploring Operation: 3*4=12, Resulting Numbers: [2, 12]\nGenerated Node #0,0,0: 24:[2, 12] Operation: 3*4=12\n"
+    )
+    texts = {
+        (): [root + trace.render_spawn(["0,0"]), "No solution found.\n"],
+        (0, 0): [child + trace.render_spawn(["0,0,0"], level=2), "No solution found.\n"],
+        (0, 0, 0, 0): ["No solution found.\n"],
+    }
+    rollout = run(texts, problem, max_depth=2)
+    assert (rollout.result.num_spawns, rollout.result.num_children) == (2, 2)
+    assert [call.path for call in rollout.calls] == [(), (), (0, 0), (0, 0), (0, 0, 0, 0)]
+    grandchild = TOKENIZER.decode(rollout.calls[-1].context)
+    assert grandchild == "Moving to Node #0,0,0\nCurrent State: 24:[2, 12], Operations: ['2*1=2', '3*4=12']\n"
+    assert "in Sub Search 0 at level 2 at Node #0,0,0>" in TOKENIZER.decode(rollout.calls[3].context)
+    assert run(texts, problem, max_depth=1).result.child_reasons == ("too_deep",)
+    assert rollout.sequential_tokens == sum(len(call.tokens) for call in rollout.calls)
+
+
+def test_cancel_on_success_joins_the_others_as_no_solution():
+    slow = {**GOOD, (0, 0): [LOSES.replace("No solution found.\n", "") * 9 + "No solution found.\n"]}
+    patient, eager = run(slow), run(slow, cancel_on_success=True)
+    assert joined(patient) == joined(eager)
+    assert eager.result.child_reasons == ()
+    assert eager.sequential_tokens < patient.sequential_tokens
+
+
+def test_budget_stands_in_the_prompt():
+    rollout = run(GOOD, budget=10)
+    assert TOKENIZER.decode(rollout.calls[0].context) == "Sub Call Budget: 10 " + PROMPT
+    assert rollout.calls[0].context[0] == TOKENIZER.bos_id
+    assert rollout.calls[0].stop.reason is StopReason.TOKEN
+    np.testing.assert_array_equal(rollout.calls[0].context[1:], TOKENIZER.encode("Sub Call Budget: 10 " + PROMPT))

@@ -1,0 +1,272 @@
+"""GRPO: its gradient from the definition, invariances, resume, and that reward rises."""
+
+import contextlib
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from apr_jax.data.tokenizer import load_tokenizer
+from apr_jax.engine import sampling
+from apr_jax.engine.engine import Engine
+from apr_jax.engine.threads import Call, Decode, Open, Rollout, RolloutKey, Stop, StopReason
+from apr_jax.model.llama import graphdef, init_params
+from apr_jax.parallel.mesh import make_mesh
+from apr_jax.reasoning.outcome import Outcome, banned_tokens
+from apr_jax.tasks.countdown import Problem, Verdict
+from apr_jax.train import grpo, rollouts
+from apr_jax.train.checkpoint import PHASES, Checkpoints
+from apr_jax.train.metrics import MetricsWriter, read
+from apr_jax.train.signals import StoppedError, StopSignal
+from apr_jax.train.state import create_state
+from tests.train.small import on_mesh, small_config
+
+TOKENIZER = load_tokenizer("builtin")
+CONFIG = small_config(
+    **{
+        "rollout.temperature": 0.8,
+        "grpo.group_size": 4,
+        "grpo.inner_updates": 1,
+        "grpo.kl_coef": 0.05,
+        "grpo.optimizer.clip_norm": 0.0,
+        "grpo.optimizer.b1": 0.5,
+    }
+)
+BANNED = banned_tokens(TOKENIZER, CONFIG.model.vocab_size)
+
+
+def _scored(seed=0):
+    """Two groups of made-up rollouts; the second group has no signal."""
+    rng = np.random.default_rng(seed)
+    allowed = np.setdiff1d(np.arange(CONFIG.model.vocab_size), BANNED)
+
+    def call(path):
+        context = rng.choice(allowed, rng.integers(1, 20)).astype(np.int32)
+        tokens = rng.choice(allowed, rng.integers(1, 30)).astype(np.int32)
+        logprobs = rng.normal(-5, 1, len(tokens)).astype(np.float32)
+        return Call(path, context, tokens, logprobs, Stop(StopReason.MAX_STEPS, None), 0, 0.0, 0.0)
+
+    outcome = Outcome(answer=None, status="no_solution", reason="no_solution")
+    made = [
+        Rollout(RolloutKey(i // 4, i % 4), outcome, tuple(call((0, c)) for c in range(rng.integers(1, 4))), 0, 0.0, 0)
+        for i in range(8)
+    ]
+    rewards = (1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+    advantages = np.asarray([1.0, -1.0, -1.0, 1.0, 0, 0, 0, 0])
+    return rollouts.Scored(tuple(made), rewards, advantages)
+
+
+def _moved(config, params, seed):
+    noise = jax.tree.map(lambda p: 0.05 * jax.random.normal(jax.random.key(seed + p.size), p.shape), params)
+    return jax.tree.map(jnp.add, params, noise)
+
+
+def _update(config, sequences, reference=True):
+    """Metrics and gradient of one update from given sequences."""
+    mesh = make_mesh(config.mesh)
+    updater = grpo.Updater(config, mesh, TOKENIZER)
+    params = init_params(config.model, 0)
+    state = create_state(mesh, config.model, updater.optimizer, params)
+    behind = create_state(mesh, config.model, updater.optimizer, _moved(config, params, 1)).params
+    batches = updater.microbatches(sequences)
+    state, metrics, old = updater.update(state, batches, behind if reference else None)
+    moments = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(state.opt_state)}
+    scale = 1 - config.grpo.optimizer.b1
+    grads = {name: np.asarray(x) / scale for name, x in moments.items() if ".mu" in name}
+    assert grads
+    return {name: float(value) for name, value in metrics.items()}, grads, batches, old
+
+
+def _by_definition(config, scored):
+    """L = 1/N sum_calls [1/n_r mean_t(-ratio A) + beta mean_t(k3)], each call on its own, at ratio 1."""
+    structure, params = graphdef(config.model), init_params(config.model, 0)
+    reference = _moved(config, params, 1)
+    banned = jnp.zeros(config.model.vocab_size, bool).at[jnp.asarray(BANNED)].set(True)
+    calls = [(i, call) for i, rollout in enumerate(scored.rollouts) for call in rollout.calls]
+
+    def logprobs(params, whole, length):
+        model = nnx.merge(structure, params)
+        hidden, _ = model(whole, jnp.arange(64))
+        scores = sampling.log_probs(model.logits(hidden), config.rollout.temperature, banned)
+        return jnp.take_along_axis(scores[:-1], whole[1:, None], axis=1)[:, 0]
+
+    @jax.jit
+    def loss(params, whole_CT, generated_CT, advantage_C, calls_C):
+        new_CT = jax.vmap(logprobs, (None, 0, None))(params, whole_CT, None)
+        gap_CT = jax.vmap(logprobs, (None, 0, None))(reference, whole_CT, None) - new_CT
+        ratio_CT = jnp.exp(new_CT - jax.lax.stop_gradient(new_CT))
+        counts_C = generated_CT.sum(1)
+        policy_C = (-ratio_CT * advantage_C[:, None] * generated_CT).sum(1) / counts_C
+        k3_C = jnp.where(generated_CT, jnp.exp(gap_CT) - gap_CT - 1, 0).sum(1) / counts_C
+        return jnp.mean(policy_C / calls_C + config.grpo.kl_coef * k3_C)
+
+    wholes = [np.concatenate([call.context, call.tokens]) for _, call in calls]
+    arguments = (
+        np.stack([np.pad(whole, (0, 64 - len(whole))) for whole in wholes]),
+        np.stack(
+            [
+                (np.arange(1, 64) >= len(call.context)) & (np.arange(1, 64) < len(whole))
+                for (_, call), whole in zip(calls, wholes, strict=True)
+            ]
+        ),
+        np.asarray([scored.advantages[i] for i, _ in calls], np.float32),
+        np.asarray([len(scored.rollouts[i].calls) for i, _ in calls], np.float32),
+    )
+    value, grads = jax.value_and_grad(loss)(params, *map(jnp.asarray, arguments))
+    return float(value), jax.tree.leaves(grads)
+
+
+def test_update_follows_the_definition():
+    scored = _scored()
+    metrics, grads, _, _ = _update(CONFIG, rollouts.training_sequences(scored, CONFIG.grpo.kl_coef))
+    loss, expected = _by_definition(CONFIG, scored)
+    np.testing.assert_allclose(metrics["loss"], loss, atol=1e-6)
+    for actual, grad in zip(grads.values(), expected, strict=True):
+        np.testing.assert_allclose(actual, grad, atol=1e-5)
+    assert metrics["clip_fraction"] == 0
+    assert metrics["kl"] > 0
+
+
+@pytest.mark.parametrize("change", ["rows", "order", "mesh"])
+def test_same_update_however_the_batch_is_cut(change):
+    sequences = rollouts.training_sequences(_scored(), CONFIG.grpo.kl_coef)
+    expected, expected_grads, _, _ = _update(CONFIG, sequences)
+    config = CONFIG
+    if change == "rows":
+        config = dataclasses.replace(CONFIG, grpo=dataclasses.replace(CONFIG.grpo, rows_per_microbatch=1))
+    elif change == "order":
+        sequences = [sequences[i] for i in np.random.default_rng(0).permutation(len(sequences))]
+    else:
+        config = on_mesh(CONFIG, data=2, fsdp=2)
+    metrics, grads, batches, _ = _update(config, sequences)
+    assert len(batches) > 1 or change != "rows"
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, atol=1e-5, err_msg=name)
+    for name, grad in expected_grads.items():
+        np.testing.assert_allclose(grads[name], grad, atol=1e-5, err_msg=name)
+
+
+def test_leaving_out_calls_without_signal_changes_no_gradient():
+    config = dataclasses.replace(CONFIG, grpo=dataclasses.replace(CONFIG.grpo, kl_coef=0.0))
+    scored = _scored()
+    everything = rollouts.training_sequences(scored, 1.0)
+    everything = [{**s, "kl_weight": np.zeros_like(s["kl_weight"])} for s in everything]
+    kept = rollouts.training_sequences(scored, 0.0)
+    assert len(kept) < len(everything)
+    expected, expected_grads, _, _ = _update(config, everything, reference=False)
+    metrics, grads, _, _ = _update(config, kept, reference=False)
+    np.testing.assert_allclose(metrics["policy_loss"], expected["policy_loss"], atol=1e-6)
+    for name, grad in expected_grads.items():
+        np.testing.assert_allclose(grads[name], grad, atol=1e-6, err_msg=name)
+
+
+def test_later_inner_updates_refer_to_the_first_policy():
+    config = dataclasses.replace(
+        CONFIG,
+        grpo=dataclasses.replace(
+            CONFIG.grpo,
+            inner_updates=3,
+            optimizer=dataclasses.replace(CONFIG.grpo.optimizer, learning_rate=0.02),
+        ),
+    )
+    sequences = rollouts.training_sequences(_scored(), CONFIG.grpo.kl_coef)
+    _, _, _, first = _update(CONFIG, sequences)
+    metrics, _, _, old = _update(config, sequences)
+    jax.tree.map(np.testing.assert_array_equal, old, first)
+    assert metrics["clip_fraction"] > 0  # the ratio moved away from 1
+
+
+def _guess(problem, settings):
+    """A program of one token, whose answer is that token."""
+    thread = yield Open((settings.tokenizer.bos_id, 5 + problem.target % 2))
+    yield Decode(thread, (settings.tokenizer.eos_id,))
+    return Outcome(answer=str(thread.tokens[-1]), status="answered", reason="")
+
+
+def _is_even(answer, problem):
+    return Verdict(int(answer) % 2 == 0, "")
+
+
+PROBLEMS = [Problem((1, 2), target) for target in range(2, 10)]
+
+
+@pytest.fixture
+def bandit(monkeypatch):
+    """GRPO on the one-token program, rewarded for even tokens: (config, workdir, signal) -> final policy."""
+    monkeypatch.setattr(grpo, "make_program", lambda method, problem, settings: _guess(problem, settings))
+    monkeypatch.setattr(rollouts, "verify", _is_even)
+    config = small_config(
+        **{
+            "rollout.max_steps": 1,
+            "grpo.num_steps": 10,
+            "grpo.prompts_per_step": 2,
+            "grpo.group_size": 8,
+            "grpo.inner_updates": 2,
+            "grpo.optimizer.learning_rate": 0.02,
+            "grpo.checkpoint_every": 4,
+        }
+    )
+    mesh = make_mesh(config.mesh)
+    params = init_params(config.model, 0)
+    engine = Engine(config.model, config.rollout, mesh, params=params, banned_tokens=BANNED)
+
+    def train(workdir, stop=None):
+        with contextlib.ExitStack() as stack:
+            checkpoints = stack.enter_context(Checkpoints(workdir, "grpo", config))
+            step = checkpoints.latest_step() or 0
+            return grpo.train_grpo(
+                config,
+                mesh,
+                params=params,
+                reference=params,
+                problems=PROBLEMS,
+                tokenizer=TOKENIZER,
+                engine=engine,
+                checkpoints=checkpoints,
+                writer=stack.enter_context(MetricsWriter(workdir, PHASES, "grpo", step)),
+                stop=stop or StopSignal(),
+            )
+
+    return train
+
+
+class StopInRollouts(StopSignal):
+    """As if a signal came while the rollouts of the n-th step were decoded."""
+
+    def __init__(self, count):
+        super().__init__()
+        self._left = count
+
+    def interrupting(self):
+        self._left -= 1
+        self.requested = self._left == 0
+        return super().interrupting()
+
+
+def test_reward_rises_and_resumed_equals_uninterrupted(bandit, tmp_path):
+    expected = bandit(tmp_path / "whole")
+    records = read(tmp_path / "whole" / "metrics.jsonl")
+    assert len(records) == 10
+    assert np.mean([r["accuracy"] for r in records[:2]]) < 0.8
+    assert np.mean([r["accuracy"] for r in records[-2:]]) > 0.9
+    assert all(record["logp_diff_max"] < 1e-4 for record in records)
+    assert all(record["probs_pearson_corr"] > 0.9999 for record in records)
+
+    with pytest.raises(StoppedError):
+        bandit(tmp_path / "parts", StopInRollouts(7))  # after step 6, between checkpoints
+    actual = bandit(tmp_path / "parts")
+    assert (tmp_path / "parts" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_a_bug_in_a_program_stops_the_run(bandit, tmp_path, monkeypatch):
+    def broken(method, problem, settings):
+        yield Open((settings.tokenizer.bos_id,))
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(grpo, "make_program", broken)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        bandit(tmp_path)
