@@ -49,8 +49,8 @@ def laptop() -> ConfigDict:
         serial_beam_max=5,
         serial_dfs_probability=0.5,
         parent_beam_min=4,
-        parent_beam_max=10,
-        child_beam_max=15,
+        parent_beam_max=8,
+        child_beam_max=8,
         spawn_probability=1.0,
         shuffle=False,
     )
@@ -58,7 +58,7 @@ def laptop() -> ConfigDict:
         directory="runs/data",
         method="adaptive",
         tokenizer="builtin",
-        num_train=8_000,
+        num_train=6_000,
         num_validation=300,
         num_test=1_000,
         num_test_unseen_targets=300,
@@ -173,6 +173,8 @@ def paper() -> ConfigDict:
         max_number=99,
         max_target=100,
         parent_beam_min=1,
+        parent_beam_max=10,
+        child_beam_max=15,
         spawn_probability=0.9,
         shuffle=True,
     )

@@ -1,7 +1,7 @@
 """The engine: runs programs over threads, thousands at a time, on the lanes of a mesh.
 
-One *visit*: the scheduler fills lanes and reserves pages, new tokens are prefilled page by page, the device decodes a chunk
-for all lanes, and the programs whose Decode ended go on.
+One *visit*: the scheduler fills lanes and reserves pages, new tokens are prefilled page by page, the device decodes a
+chunk for all lanes, and the programs whose Decode ended go on.
 """
 
 import dataclasses
@@ -127,7 +127,7 @@ class Engine:
             self._copy([[] for _ in range(self.limits.num_shards)], force=True)
             self._pages = self._steps.prefill(self._pages, self._params, self._prefill_lanes([]))
             written = self._decode(self._decode_lanes()[0], policy)
-            jax.block_until_ready(written)
+            jax.device_get(written)
         return time.perf_counter() - start
 
     def run(
@@ -140,13 +140,17 @@ class Engine:
     ) -> list[Rollout]:
         """Runs all programs to their end and returns their rollouts in the order given.
 
-        A rollout's tokens depend on the weights, `seed`, `temperature`, its key and its program only. An exception inside a program
-        propagates; the engine can be used again afterwards.
+        A rollout's tokens depend on the weights, `seed`, `temperature`, its key and its program only. An exception
+        inside a program propagates; the engine can be used again afterwards.
         """
         if temperature < 0:
             raise ValueError(f"temperature={temperature} must be >= 0 (0 is greedy)")
         begin = time.perf_counter()
-        compiled, preempted, reused = self._steps.num_compilations, self._scheduler.preemptions, self._scheduler.reused_tokens
+        compiled, preempted, reused = (
+            self._steps.num_compilations,
+            self._scheduler.preemptions,
+            self._scheduler.reused_tokens,
+        )
         self.stats = EngineStats()
         run = Programs(
             programs,
@@ -292,6 +296,6 @@ class Engine:
         return jax.device_put(tree, NamedSharding(self._mesh, SHARDED))
 
     def _place(self, params: Any) -> Any:
-        """Weights split over "tensor" and whole on every data shard (over "fsdp" too: decode would gather them each step)."""
+        """Weights split over "tensor" and whole elsewhere (split over "fsdp", each step would gather them)."""
         rules = dataclasses.replace(RULES, embed=None)
         return jax.device_put(params, param_shardings(self._mesh, params, logical_axes(params), rules))

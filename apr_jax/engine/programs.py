@@ -1,7 +1,7 @@
 """Drives programs: turns their requests into work for the scheduler, keeps the clock and records calls. No JAX.
 
-The clock counts sequential tokens: a child's starts at its parent's at the spawn, decoding n tokens adds n, and a join sets
-the parent's to the latest of its own and its children's.
+The clock counts sequential tokens: a child's starts at its parent's at the spawn, decoding n tokens adds n, and a
+join sets the parent's to the latest of its own and its children's.
 """
 
 import collections
@@ -57,7 +57,7 @@ class _Node:
     clock: int
     thread: Thread | None = None
     spawns: list[list["_Node"]] = dataclasses.field(default_factory=list)
-    joined: int = 0  # spawns joined so far
+    unjoined: set[int] = dataclasses.field(default_factory=set)  # ordinals of spawns not joined yet
     join: Join | None = None  # what it waits for
     call: _OpenCall | None = None
     calls: list[Call] = dataclasses.field(default_factory=list)
@@ -116,7 +116,7 @@ class Programs:
         return True
 
     def decoded(self, thread: Thread, tokens: list[int], logprobs: list[float]) -> None:
-        """The device wrote these tokens for a running thread. Queues its program when the Decode is over; then `drain`."""
+        """The device wrote these tokens for a thread. Queues its program if its Decode is over (see `drain`)."""
         node = self._node_of[thread]
         assert node.call is not None
         self._scheduler.decoded(thread, tokens)
@@ -242,12 +242,14 @@ class Programs:
             for child, program in enumerate(programs)
         ]
         node.spawns.append(children)
+        node.unjoined.add(ordinal)
         self._queue.extend((child, None) for child in children)
         return SpawnHandle(ordinal, len(children))
 
     def _join(self, node: _Node, request: Join) -> None:
-        if request.handle.ordinal >= len(node.spawns):
-            raise ValueError(f"program {node.path} joined a spawn that it never made")
+        if request.handle.ordinal not in node.unjoined:
+            raise ValueError(f"program {node.path} joined a spawn that it never made, or joined before")
+        node.unjoined.remove(request.handle.ordinal)
         node.join = request
         if node.thread is not None:
             node.thread.status = Status.WAITING_ON_CHILDREN
@@ -255,10 +257,11 @@ class Programs:
             if child.ended:
                 child.succeeded = request.success is not None and request.success(child.value)
         self._settle(node)
+        self._settle_above(node)
 
     def _end(self, node: _Node, value: Any) -> None:
-        if node.joined != len(node.spawns):
-            raise RuntimeError(f"program {node.path} returned without joining {len(node.spawns) - node.joined} of its spawns")
+        if node.unjoined:
+            raise RuntimeError(f"program {node.path} returned without joining {len(node.unjoined)} of its spawns")
         node.ended, node.value = True, value
         if node.thread is not None:
             self._scheduler.release(node.thread)
@@ -268,6 +271,7 @@ class Programs:
         elif parent.join is not None and node.path[-2] == parent.join.handle.ordinal:
             node.succeeded = parent.join.success is not None and parent.join.success(value)
             self._settle(parent)
+            self._settle_above(parent)
 
     def _settle(self, node: _Node) -> None:
         """Applies the first success to the children that `node` waits for, and resumes it when all have ended."""
@@ -282,7 +286,7 @@ class Programs:
         if not all(child.ended for child in children):
             return
         node.clock = max([node.clock, *(child.clock for child in children)])
-        node.join, node.joined = None, node.joined + 1
+        node.join = None
         if node.thread is not None:
             node.thread.status = Status.IDLE
         self._queue.append((node, [None if child.cancelled else child.value for child in children]))
@@ -300,7 +304,11 @@ class Programs:
         """The thread has reached its cutoff: its pages are free at once, and whoever waits for it is told."""
         assert node.thread is not None
         self._scheduler.release(node.thread)
-        ancestor = node.parent
+        self._settle_above(node)
+
+    def _settle_above(self, node: _Node) -> None:
+        """A program below a cutoff came to rest: cancels the ancestors that thereby cannot end by it, inner ones first."""
+        ancestor = node.parent if node.cutoff is not None else None
         while ancestor is not None:
             if ancestor.join is not None and any(c.succeeded for c in ancestor.spawns[ancestor.join.handle.ordinal]):
                 self._settle(ancestor)

@@ -1,8 +1,8 @@
 """The sampling policy: what the engine draws from and the trainer scores with.
 
-Randomness is counter-based. A thread's key is a 64-bit hash of (seed, problem, sample, path) (`threads.thread_key`), and its n-th generated token
-(counted over the thread's life, since truncation revisits positions) uses `fold_in(key, n)` for one uniform number. So a draw
-depends on nothing else in the batch, on no schedule and on no resume.
+Randomness is counter-based. A thread's key is a 64-bit hash of (seed, problem, sample, path) (`threads.thread_key`),
+and its n-th generated token (counted over the thread's life, since truncation revisits positions) uses `fold_in(key,
+n)` for one uniform number. So a draw depends on nothing else in the batch, on no schedule and on no resume.
 """
 
 import math
@@ -31,11 +31,12 @@ def log_probs(logits: jax.Array, temperature: jax.Array | float, banned_mask_V: 
 def sample(logprobs_V: jax.Array, uniform: jax.Array, temperature: jax.Array | float) -> jax.Array:
     """One token id (int32 scalar): the argmax at temperature 0, else by inverse CDF at `uniform` in [0, 1).
 
-    The CDF is summed in two levels of about sqrt(V), so that no long scan is needed. A token of probability 0 is never drawn.
+    The CDF is summed in two levels of about sqrt(V), so that no long scan is needed. A token of probability 0 is
+    never drawn.
     """
-    return jnp.where(jnp.asarray(temperature) > 0, _inverse_cdf(jnp.exp(logprobs_V), uniform), jnp.argmax(logprobs_V)).astype(
-        jnp.int32
-    )
+    return jnp.where(
+        jnp.asarray(temperature) > 0, _inverse_cdf(jnp.exp(logprobs_V), uniform), jnp.argmax(logprobs_V)
+    ).astype(jnp.int32)
 
 
 def _inverse_cdf(probs_V: jax.Array, uniform: jax.Array) -> jax.Array:

@@ -1,9 +1,9 @@
 """Which threads hold pages and lanes. Host only, no JAX, deterministic.
 
-Order is `Thread.priority`: earlier rollouts first, and within a rollout deeper threads first. A thread may take pages only
-from threads that come after it, and gives up its own when there are none. The first thread that wants to decode can
-therefore always run (one full thread fits in a shard, which the constructor checks), so every thread ends. A thread whose
-pages were taken keeps its tokens and is recomputed by prefill when it runs again.
+Order is `Thread.priority`: earlier rollouts first, and within a rollout deeper threads first. A thread may take pages
+only from threads that come after it, and gives up its own when there are none. The first thread that wants to decode
+can therefore always run (one full thread fits in a shard, which the constructor checks), so every thread ends. A
+thread whose pages were taken keeps its tokens and is recomputed by prefill when it runs again.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ class Limits:
         needed = -(-self.max_seq_len // self.page_size)
         if self.pages - 1 < needed:
             raise ConfigError(
-                f"a data shard has {self.pages - 1} usable pages, and one thread of model.max_seq_len={self.max_seq_len} "
-                f"tokens needs {needed} of rollout.page_size={self.page_size}"
+                f"a data shard has {self.pages - 1} usable pages, and one thread of model.max_seq_len="
+                f"{self.max_seq_len} tokens needs {needed} of rollout.page_size={self.page_size}"
             )
 
 
@@ -83,7 +83,7 @@ class Scheduler:
         self._push(thread)
 
     def fork(self, parent: Thread, child: Thread) -> None:
-        """Lets the child, whose tokens begin with all the parent's, share the parent's pages where that costs at most one."""
+        """Lets a child, whose tokens begin with all its parent's, share the parent's pages (at most one is copied)."""
         if parent.table is None:
             return
         length = parent.computed
@@ -136,20 +136,19 @@ class Scheduler:
                 if thread.status is Status.RUNNING and not self._reserve(thread):
                     self._preempt(thread)
         while self._free_shard() is not None:
-            thread = self._pop()
-            if thread is None:
+            waiting = self._pop()
+            if waiting is None:
                 if not next_root():
                     return
-                continue
-            if not self._admit_one(thread):
-                self._push(thread)
+            elif not self._admit_one(waiting):
+                self._push(waiting)
                 return
 
     def prefill_chunks(self, shard: int) -> list[PrefillChunk]:
         """The next prefill call's work on a shard: at most one chunk a thread and `prefill_lanes` in all.
 
-        Threads that find their next page published adopt it instead. Of several threads that need the same page one computes
-        it, and the others wait for it. Call `prefilled` when the chunks have been sent to the device.
+        Threads that find their next page published adopt it instead. Of several threads that need the same page one
+        computes it, and the others wait for it. Call `prefilled` when the chunks have been sent to the device.
         """
         chunks: list[PrefillChunk] = []
         in_flight: set[bytes] = set()
@@ -179,7 +178,7 @@ class Scheduler:
         return thread.computed == len(thread.tokens) - 1
 
     def refresh_row(self, thread: Thread) -> range:
-        """Ordinals of the pages to copy into the row of the thread's lane before it decodes; they then count as copied."""
+        """Ordinals of the pages to copy into its lane's row before a thread decodes; they then count as copied."""
         owners = self._row_owners[thread.shard]
         if owners[thread.lane] is not thread:
             owners[thread.lane], thread.row_length = thread, 0
@@ -308,7 +307,7 @@ class Scheduler:
         thread.block_keys = []
 
     def _next_chunk(self, thread: Thread) -> PrefillChunk | None:
-        """The thread's next chunk to compute after adopting what is published, or None when only its last token is left."""
+        """Adopts what is published; returns the thread's next chunk, or None when only its last token is left."""
         assert thread.table is not None
         page_size, last = self.limits.page_size, len(thread.tokens) - 1
         while thread.computed < last:

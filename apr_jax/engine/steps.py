@@ -1,11 +1,11 @@
 """What runs on the device: prefill, decode and page copies, each compiled once.
 
-The per-thread step (`decode_thread`, `prefill_thread`) is written for one thread and lifted over lanes by `jax.vmap`. Each
-data shard then runs its own lanes on its own pages (`shard_map` over the mesh axis "data"), with a loop of its own length and
-no communication; within a shard, heads may be split over "tensor" by the compiler.
+The per-thread step (`decode_thread`, `prefill_thread`) is written for one thread and lifted over lanes by `jax.vmap`.
+Each data shard then runs its own lanes on its own pages (`shard_map` over the mesh axis "data"), with a loop of its
+own length and no communication; within a shard, heads may be split over "tensor" by the compiler.
 
-Every shape is fixed by the configuration, and no floating-point reduction runs over lanes. So a lane's numbers don't depend
-on its neighbours, bit for bit.
+Every shape is fixed by the configuration, and no floating-point reduction runs over lanes. So a lane's numbers don't
+depend on its neighbours, bit for bit.
 """
 
 import dataclasses
@@ -41,10 +41,13 @@ SHARDED = partition_spec(DATA_AXIS)
 PAGES = partition_spec(DATA_AXIS, None, TENSOR_AXIS)
 
 
+_constrain: Callable[..., jax.Array] = jax.lax.with_sharding_constraint
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeLanes:
-    """What the lanes of a decode chunk need from the host. Arrays lead with [shards, L] (or no axes inside the step)."""
+    """What the lanes of a decode chunk need from the host, [shards, L, ...]."""
 
     token: jax.Array  # int32: the thread's last token, not yet computed
     length: jax.Array  # int32: tokens before it = its position
@@ -102,13 +105,14 @@ def decode_thread(
     (0 once it stopped; a stopped thread's results are not used).
     """
     position = view.length + view.step
-    hidden_TD, view = model(token[None], position[None], cache=view)
+    hidden_TD, successor = model(token[None], position[None], cache=view)
+    assert successor is not None
     # Gathered over "tensor" before the draw: sampling on split logits would take a dozen small collectives.
-    logits_V = jax.lax.with_sharding_constraint(model.logits(hidden_TD)[0], partition_spec(None))
+    logits_V: jax.Array = _constrain(model.logits(hidden_TD)[0], partition_spec(None))
     logprobs_V = log_probs(logits_V, policy.temperature, policy.banned_mask)
     drawn = sample(logprobs_V, uniform, policy.temperature)
     stopped = jnp.any(drawn == stop_tokens)
-    return view.fresh, drawn, logprobs_V[drawn], jnp.where(stopped, 0, jnp.maximum(remaining - 1, 0))
+    return successor.fresh, drawn, logprobs_V[drawn], jnp.where(stopped, 0, jnp.maximum(remaining - 1, 0))
 
 
 def prefill_thread(
@@ -122,8 +126,9 @@ def prefill_thread(
 ) -> tuple[Any, ...]:
     """Keys and values of one thread's next positions, within a page; per layer `[K, C, H]` twice."""
     view = PrefillView(pages, table_R, (), start, num_blocks, layout)
-    _, view = model(tokens_C, start + jnp.arange(tokens_C.shape[0]), cache=view)
-    return view.fresh
+    _, successor = model(tokens_C, start + jnp.arange(tokens_C.shape[0]), cache=view)
+    assert successor is not None
+    return successor.fresh
 
 
 def decode_shard(
@@ -138,8 +143,8 @@ def decode_shard(
 ) -> tuple[PagedKVCache, DecodeRows, Written]:
     """A decode chunk on one shard (no shard axis): up to `steps` tokens for every lane, fewer when all have stopped.
 
-    A chunk is not left while any lane goes on: where a thread's chunks begin, and with that how its attention is summed, is then
-    a function of the thread alone.
+    A chunk is not left while any lane goes on: where a thread's chunks begin, and with that how its attention is
+    summed, is then a function of the thread alone.
     """
     num_lanes = lanes.token.shape[0]
     num_blocks = layout.blocks_for(jnp.max(jnp.where(lanes.remaining > 0, lanes.length, 0)))
@@ -158,7 +163,9 @@ def decode_shard(
         step, fresh, token_L, remaining_L, counts_L, tokens_CL, logprobs_CL = state
         view = DecodeView(rows.blocks, fresh, lanes.length, num_blocks, step)
         uniform_L = jax.lax.dynamic_index_in_dim(uniforms_LC, step, axis=1, keepdims=False)
-        fresh, drawn_L, logprob_L, left_L = lifted(model, view, token_L, remaining_L, lanes.stop_tokens, uniform_L, policy)
+        fresh, drawn_L, logprob_L, left_L = lifted(
+            model, view, token_L, remaining_L, lanes.stop_tokens, uniform_L, policy
+        )
         tokens_CL = jax.lax.dynamic_update_index_in_dim(tokens_CL, drawn_L, step, axis=0)
         logprobs_CL = jax.lax.dynamic_update_index_in_dim(logprobs_CL, logprob_L, step, axis=0)
         counts_L = counts_L + (remaining_L > 0).astype(jnp.int32)

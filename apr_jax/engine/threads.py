@@ -1,7 +1,7 @@
 """Threads, what programs ask of the engine, and what a rollout leaves behind. No JAX.
 
-A *program* is a generator that yields the requests below and is resumed with their results. It owns one thread, a sequence
-of tokens with pages of KV cache. Children that it spawns are programs of their own.
+A *program* is a generator that yields the requests below and is resumed with their results. It owns one thread, a
+sequence of tokens with pages of KV cache. Children that it spawns are programs of their own.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class Stop:
 
 
 class Status(enum.Enum):
-    """A thread's state. Every state but RUNNING and DONE may hold pages or have had them taken (`Thread.table` None)."""
+    """A thread's state. In all but RUNNING and DONE its pages may have been taken (`Thread.table` is None)."""
 
     IDLE = "idle"  # its program has asked for nothing yet, or is about to
     READY = "ready"  # wants to decode, has no lane
@@ -60,7 +60,8 @@ class Thread:
     computed: int = 0  # leading tokens whose keys and values are in the pages; < len(tokens)
     lane: int = 0  # its lane while running, else its last
     row_length: int = 0  # leading tokens whose keys and values its last lane's row holds, if the row is still its own
-    block_keys: list[bytes] = dataclasses.field(default_factory=list)  # of leading pages computed by aligned prefill alone
+    # Keys of its leading pages that were computed by prefill alone, a whole page at a time: they may be shared.
+    block_keys: list[bytes] = dataclasses.field(default_factory=list)
     prefilled: int = 0  # tokens prefilled in its life, recomputation included
 
     @property
@@ -101,7 +102,7 @@ class Truncate:
 
 @dataclasses.dataclass(frozen=True)
 class Append:
-    """Appends tokens. They are computed at the next Decode; a thread that grows past max_seq_len stops there (LENGTH)."""
+    """Appends tokens, computed at the next Decode. A thread that grows past max_seq_len stops there (LENGTH)."""
 
     thread: Thread
     tokens: Sequence[int]
@@ -129,9 +130,9 @@ class SpawnHandle:
 class Join:
     """Waits for a spawn's children. Resumed with their return values, in spawn order.
 
-    With `success`, the first child (on the clock of sequential tokens) whose value succeeds cancels its siblings: they keep what
-    they wrote up to that clock and their value is None, unless they had ended by then. So what is cancelled doesn't
-    depend on how threads were scheduled.
+    With `success`, the first child (on the clock of sequential tokens) whose value succeeds cancels its siblings:
+    they keep what they wrote up to that clock and their value is None, unless they had ended by then. So what is
+    cancelled doesn't depend on how threads were scheduled.
     """
 
     handle: SpawnHandle

@@ -2,11 +2,12 @@
 
 Letters as in `llama.py`; besides, S positions of one block of a row, C new positions of one chunk or one page.
 
-A *row* is one thread's cache in order of position, cut into blocks of S positions. Attention goes over the blocks in order
-with an online softmax (Milakov and Gimelshein 2018), then over the new positions. A block that is wholly masked changes no
-bit of the result, so a thread's result does not depend on how far the longest of its neighbours reaches, and blocks behind
-that are skipped. Prefill gathers each block from the pages where it uses it. Decode uses every block at every step, so it
-keeps the rows of its lanes contiguous (`DecodeRows`), and brings them up to date from the pages once per chunk.
+A *row* is one thread's cache in order of position, cut into blocks of S positions. Attention goes over the blocks in
+order with an online softmax (Milakov and Gimelshein 2018), then over the new positions. A block that is wholly masked
+changes no bit of the result, so a thread's result does not depend on how far the longest of its neighbours reaches,
+and blocks behind that are skipped. Prefill gathers each block from the pages where it uses it. Decode uses every
+block at every step, so it keeps the rows of its lanes contiguous (`DecodeRows`), and brings them up to date from the
+pages once per chunk.
 """
 
 import dataclasses
@@ -27,10 +28,14 @@ Block = tuple[jax.Array, jax.Array]  # keys and values [K, S, H]
 Carry = tuple[jax.Array, jax.Array, jax.Array]  # running maximum and sum [K, M], weighted values [K, M, H]; float32
 
 
+def _zeros(shape: tuple[int, ...], config: ModelConfig) -> jax.Array:
+    return jnp.zeros(shape, config.compute_dtype)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PagedKVCache:
-    """All pages, one array per layer and kind. Immutable; the engine donates it to each step and keeps the successor."""
+    """All pages, one array per layer and kind. Immutable; the engine donates it to each step."""
 
     keys: tuple[jax.Array, ...]  # per layer [shards, P, K, page, H], compute dtype; page 0 of each shard is trash
     values: tuple[jax.Array, ...]
@@ -39,8 +44,8 @@ class PagedKVCache:
     def create(cls, config: ModelConfig, num_shards: int, pages_per_shard: int, page_size: int) -> Self:
         """An empty cache. Only shapes matter: what was never written is never read."""
         shape = (num_shards, pages_per_shard, config.num_kv_heads, page_size, config.head_dim)
-        zeros = lambda: tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.num_layers))  # noqa: E731
-        return cls(zeros(), zeros())
+        keys, values = (tuple(_zeros(shape, config) for _ in range(config.num_layers)) for _ in range(2))
+        return cls(keys, values)
 
     @property
     def page_size(self) -> int:
@@ -84,9 +89,12 @@ class DecodeRows:
     @classmethod
     def create(cls, config: ModelConfig, num_shards: int, num_lanes: int, layout: RowLayout) -> Self:
         shape = (num_shards, num_lanes, config.num_kv_heads, layout.block_size, config.head_dim)
-        zeros = lambda: jnp.zeros(shape, config.compute_dtype)  # noqa: E731
-        layer = lambda: tuple((zeros(), zeros()) for _ in range(layout.num_blocks))  # noqa: E731
-        return cls(tuple(layer() for _ in range(config.num_layers)))
+        return cls(
+            tuple(
+                tuple((_zeros(shape, config), _zeros(shape, config)) for _ in range(layout.num_blocks))
+                for _ in range(config.num_layers)
+            )
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -110,9 +118,7 @@ def refresh_rows(rows: DecodeRows, pages: PagedKVCache, refresh: Refresh, layout
                 start = (lane, jnp.int32(0), place * layout.page_size, jnp.int32(0))
                 return jax.lax.dynamic_update_slice(row_LKSH, content, start)
 
-            return [
-                (move(k, pages.keys[layer]), move(v, pages.values[layer])) for layer, (k, v) in enumerate(layers)
-            ]
+            return [(move(k, pages.keys[layer]), move(v, pages.values[layer])) for layer, (k, v) in enumerate(layers)]
 
         return jax.lax.fori_loop(0, refresh.counts[block], copy, [layer[block] for layer in rows.blocks])
 
@@ -159,9 +165,7 @@ def _attend(
     for index, block in enumerate(row):
         mask_MS = jnp.broadcast_to(index * size + jnp.arange(size)[None] < length, (G * T, size))
 
-        def merge(
-            carry: Carry, block: Callable[[], Block] = block, mask_MS: jax.Array = mask_MS
-        ) -> Carry:
+        def merge(carry: Carry, block: Callable[[], Block] = block, mask_MS: jax.Array = mask_MS) -> Carry:
             return _merge(carry, q_KMH, block(), mask_MS)
 
         carry = jax.lax.cond(index < num_blocks, merge, lambda carry: carry, carry)
@@ -177,8 +181,8 @@ def _attend(
 class DecodeView:
     """One thread's cache inside a decode chunk: its row as it was before the chunk, and what the chunk has added.
 
-    New keys and values stand at the chunk's step, which is the same number for every lane, so that lifting over lanes keeps
-    the write a slice update.
+    New keys and values stand at the chunk's step, which is the same number for every lane, so that lifting over lanes
+    keeps the write a slice update.
     """
 
     row: tuple[tuple[Block, ...], ...]  # per layer, per block
@@ -248,8 +252,8 @@ def write_rows(
 ) -> PagedKVCache:
     """Writes each lane's `counts_L` new positions, from position `starts_L` on, into one shard's pages.
 
-    Whole pages are rewritten (old contents merged with new), so that the update is a copy per page, not per token. Lanes
-    and pages with nothing new write to the trash page.
+    Whole pages are rewritten (old contents merged with new), so that the update is a copy per page, not per token.
+    Lanes and pages with nothing new write to the trash page.
 
     Args:
         fresh: per layer, keys and values `[L, K, C, H]`, C >= counts_L.
@@ -283,7 +287,8 @@ def write_rows(
 
 
 def copy_pages(pages: PagedKVCache, sources: jax.Array, targets: jax.Array) -> PagedKVCache:
-    """Copies pages within one shard, in the order given (a page may be a target and later a source); int32 `[...]` each.
+    """Copies pages within one shard, in the order given (a page may be a target and later a source); int32 `[...]`
+    each.
 
     Pairs of the trash page with itself do nothing.
     """

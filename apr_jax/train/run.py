@@ -236,19 +236,17 @@ class _Run:
 
 
 # What must agree for weights to fit; the rest of ModelConfig may change from one run to the next.
-_WEIGHT_FIELDS = tuple(
-    [
-        "vocab_size",
-        "num_layers",
-        "embed_dim",
-        "mlp_dim",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-        "rope_theta",
-        "rms_norm_eps",
-        "tie_embeddings",
-    ]
+_WEIGHT_FIELDS = (
+    "vocab_size",
+    "num_layers",
+    "embed_dim",
+    "mlp_dim",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "rope_theta",
+    "rms_norm_eps",
+    "tie_embeddings",
 )
 
 

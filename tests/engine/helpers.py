@@ -1,4 +1,4 @@
-"""A tiny model, scripted programs, and a naive interpreter of programs: full forwards, one token at a time, no cache."""
+"""A tiny model, scripted programs, and a naive interpreter of programs (full forwards, token by token, no cache)."""
 
 import dataclasses
 import functools
@@ -129,8 +129,8 @@ def _forward(model: ModelConfig, banned_mask: bytes) -> Any:
 class NaiveInterpreter:
     """Runs one program at a time, children one after the other, greedily, by full forwards without any cache.
 
-    Where a token that the engine chose (`chosen`, by path) is within TOLERANCE of the best, it is taken: ties aside, the
-    interpreter decides for itself.
+    Where a token that the engine chose (`chosen`, by path) is within TOLERANCE of the best, it is taken: ties aside,
+    the interpreter decides for itself.
     """
 
     def __init__(
