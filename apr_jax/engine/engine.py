@@ -18,7 +18,7 @@ from apr_jax.engine.programs import Programs
 from apr_jax.engine.scheduler import Limits, PrefillChunk, Scheduler
 from apr_jax.engine.steps import COPIES_PER_CALL, PAGES, SHARDED, DecodeLanes, Policy, PrefillLanes, Steps, Written
 from apr_jax.engine.threads import MAX_STOP_TOKENS, Program, Progress, Rollout, RolloutKey, Thread
-from apr_jax.model.kv_cache import DecodeRows, PagedKVCache, Refresh
+from apr_jax.model.kv_cache import PagedKVCache
 from apr_jax.model.llama import logical_axes
 from apr_jax.parallel.mesh import RULES, param_shardings, partition_spec
 
@@ -105,11 +105,8 @@ class Engine:
         self._banned_mask[list(banned_tokens)] = True
         self._scheduler = Scheduler(self.limits)
         self._steps = Steps(model, self.limits, mesh)
-        self._pages, self._rows = jax.jit(
-            lambda: (
-                PagedKVCache.create(model, shards, self.limits.pages, self.limits.page_size),
-                DecodeRows.create(model, shards, self.limits.lanes, self._steps.layout),
-            ),
+        self._pages = jax.jit(
+            lambda: PagedKVCache.create(model, shards, self.limits.pages, self.limits.page_size),
             out_shardings=NamedSharding(mesh, PAGES),
         )()
         self._params = self._place(params)
@@ -212,7 +209,7 @@ class Engine:
         stats.page_places += places
 
     def _decode(self, lanes: DecodeLanes, policy: Policy) -> Written:
-        self._pages, self._rows, written = self._steps.decode(self._pages, self._rows, self._params, lanes, policy)
+        self._pages, written = self._steps.decode(self._pages, self._params, lanes, policy)
         return written
 
     def _copy(self, copies: list[list[Any]], *, force: bool = False) -> None:
@@ -234,7 +231,6 @@ class Engine:
         stop_tokens = np.full((*shape, MAX_STOP_TOKENS), -1, np.int32)
         key_data = np.zeros((*shape, 2), np.uint32)
         tables = np.zeros((*shape, self._steps.layout.pages_per_row), np.int32)
-        refresh = self._no_refresh()
         placed = []
         for shard in range(limits.num_shards):
             for thread in self._scheduler.running(shard):
@@ -249,8 +245,7 @@ class Engine:
                 stop_tokens[place][: len(thread.stop_tokens)] = thread.stop_tokens
                 key_data[place] = thread.key
                 self._fill_table(tables[place], thread)
-                self._add_refresh(refresh, thread, tables[place])
-        lanes = DecodeLanes(token, length, remaining, stop_tokens, key_data, generated, tables, refresh)  # type: ignore[arg-type]
+        lanes = DecodeLanes(token, length, remaining, stop_tokens, key_data, generated, tables)  # type: ignore[arg-type]
         return self._put(lanes), placed
 
     def _prefill_lanes(self, chunks: Sequence[PrefillChunk]) -> PrefillLanes:
@@ -268,20 +263,6 @@ class Engine:
             start[place], count[place] = chunk.start, chunk.count
             self._fill_table(tables[place], thread)
         return self._put(PrefillLanes(tokens, start, count, tables))  # type: ignore[arg-type]
-
-    def _no_refresh(self) -> Refresh:
-        layout, limits = self._steps.layout, self.limits
-        counts = np.zeros((limits.num_shards, layout.num_blocks), np.int32)
-        entries = np.zeros((*counts.shape, limits.lanes * layout.pages_per_block, 3), np.int32)
-        return Refresh(counts, entries)  # type: ignore[arg-type]
-
-    def _add_refresh(self, refresh: Refresh, thread: Thread, table: np.ndarray) -> None:
-        counts, entries = np.asarray(refresh.counts), np.asarray(refresh.entries)
-        for ordinal in self._scheduler.refresh_row(thread):
-            block, place = divmod(ordinal, self._steps.layout.pages_per_block)
-            index = (thread.shard, block, counts[thread.shard, block])
-            entries[index] = thread.lane, place, table[ordinal]
-            counts[thread.shard, block] += 1
 
     def _fill_table(self, row: np.ndarray, thread: Thread) -> None:
         assert thread.table is not None

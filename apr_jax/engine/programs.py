@@ -307,7 +307,7 @@ class Programs:
         self._settle_above(node)
 
     def _settle_above(self, node: _Node) -> None:
-        """A program below a cutoff came to rest: cancels the ancestors that thereby cannot end by it, inner ones first."""
+        """A program below a cutoff came to rest: cancels ancestors that thereby cannot end by it, inner ones first."""
         ancestor = node.parent if node.cutoff is not None else None
         while ancestor is not None:
             if ancestor.join is not None and any(c.succeeded for c in ancestor.spawns[ancestor.join.handle.ordinal]):

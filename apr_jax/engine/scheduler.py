@@ -60,7 +60,6 @@ class Scheduler:
         self._tickets = 0
         self._holders: list[dict[Thread, None]] = [{} for _ in range(limits.num_shards)]
         self._copies: list[list[PageCopy]] = [[] for _ in range(limits.num_shards)]
-        self._row_owners: list[list[Thread | None]] = [[None] * limits.lanes for _ in range(limits.num_shards)]
         self._policy_version = 0
 
     def new_policy(self) -> None:
@@ -103,7 +102,6 @@ class Scheduler:
         del thread.tokens[length:]
         # The last token is always computed by decode, so that there is a hidden state to go on from.
         thread.computed = min(thread.computed, length - 1)
-        thread.row_length = min(thread.row_length, thread.computed)
         del thread.block_keys[thread.computed // self.limits.page_size :]
         if thread.table is not None:
             self.allocators[thread.shard].truncate(thread.table, length)
@@ -177,15 +175,6 @@ class Scheduler:
         """All tokens but the last are computed: decode takes the last as its first input."""
         return thread.computed == len(thread.tokens) - 1
 
-    def refresh_row(self, thread: Thread) -> range:
-        """Ordinals of the pages to copy into its lane's row before a thread decodes; they then count as copied."""
-        owners = self._row_owners[thread.shard]
-        if owners[thread.lane] is not thread:
-            owners[thread.lane], thread.row_length = thread, 0
-        pages = range(thread.row_length // self.limits.page_size, -(-thread.computed // self.limits.page_size))
-        thread.row_length = thread.computed
-        return pages
-
     def decoded(self, thread: Thread, tokens: list[int]) -> None:
         """A chunk wrote these tokens; the device computed every one but the last."""
         thread.tokens.extend(tokens)
@@ -251,8 +240,7 @@ class Scheduler:
             return False
         thread.status = Status.RUNNING
         lanes = self.lanes[thread.shard]
-        if not (self._row_owners[thread.shard][thread.lane] is thread and lanes[thread.lane] is None):
-            thread.lane = lanes.index(None)
+        thread.lane = lanes.index(None)
         lanes[thread.lane] = thread
         return True
 
@@ -303,7 +291,7 @@ class Scheduler:
         if thread.table is not None:
             self.allocators[thread.shard].free(thread.table)
             del self._holders[thread.shard][thread]
-        thread.table, thread.computed, thread.row_length = None, 0, 0
+        thread.table, thread.computed = None, 0
         thread.block_keys = []
 
     def _next_chunk(self, thread: Thread) -> PrefillChunk | None:

@@ -22,14 +22,12 @@ from apr_jax.engine.sampling import log_probs, sample, uniforms
 from apr_jax.engine.scheduler import Limits
 from apr_jax.model.kv_cache import (
     Block,
-    DecodeRows,
     DecodeView,
     PagedKVCache,
     PrefillView,
-    Refresh,
     RowLayout,
     copy_pages,
-    refresh_rows,
+    pack_rows,
     write_rows,
 )
 from apr_jax.model.llama import Llama, graphdef
@@ -56,7 +54,6 @@ class DecodeLanes:
     key_data: jax.Array  # uint32 [.., 2]
     generated: jax.Array  # int32: tokens that the thread has generated before
     tables: jax.Array  # int32 [.., pages of a row]
-    refresh: Refresh  # [shards, ...]: the pages that changed since the lanes' rows were last brought up to date
 
 
 @jax.tree_util.register_dataclass
@@ -137,22 +134,20 @@ def decode_shard(
     steps: int,
     layout: RowLayout,
     pages: PagedKVCache,
-    rows: DecodeRows,
     lanes: DecodeLanes,
     policy: Policy,
-) -> tuple[PagedKVCache, DecodeRows, Written]:
+) -> tuple[PagedKVCache, Written]:
     """A decode chunk on one shard (no shard axis): up to `steps` tokens for every lane, fewer when all have stopped.
 
     A chunk is not left while any lane goes on: where a thread's chunks begin, and with that how its attention is
     summed, is then a function of the thread alone.
     """
     num_lanes = lanes.token.shape[0]
-    num_blocks = layout.blocks_for(jnp.max(jnp.where(lanes.remaining > 0, lanes.length, 0)))
-    rows = refresh_rows(rows, pages, lanes.refresh, layout)
+    rows, own_LB = pack_rows(pages, lanes.tables, jnp.where(lanes.remaining > 0, lanes.length, 0), layout)
     uniforms_LC = jax.vmap(lambda key, first: uniforms(key, first, steps))(lanes.key_data, lanes.generated)
     fresh_shape = (num_lanes, config.num_kv_heads, steps, config.head_dim)
     zeros = jnp.zeros(fresh_shape, pages.keys[0].dtype)
-    view_axes = DecodeView(row=0, fresh=0, length=0, num_blocks=None, step=None)  # type: ignore[arg-type]
+    view_axes = DecodeView(rows=None, own_B=0, fresh=0, length=0, step=None)  # type: ignore[arg-type]
     lifted = jax.vmap(decode_thread, in_axes=(None, view_axes, 0, 0, 0, 0, None))
 
     def live(state: tuple[Any, ...]) -> jax.Array:
@@ -161,7 +156,7 @@ def decode_shard(
 
     def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
         step, fresh, token_L, remaining_L, counts_L, tokens_CL, logprobs_CL = state
-        view = DecodeView(rows.blocks, fresh, lanes.length, num_blocks, step)
+        view = DecodeView(rows, own_LB, fresh, lanes.length, step)
         uniform_L = jax.lax.dynamic_index_in_dim(uniforms_LC, step, axis=1, keepdims=False)
         fresh, drawn_L, logprob_L, left_L = lifted(
             model, view, token_L, remaining_L, lanes.stop_tokens, uniform_L, policy
@@ -182,7 +177,7 @@ def decode_shard(
     )
     ran, fresh, _, _, counts_L, tokens_CL, logprobs_CL = jax.lax.while_loop(live, body, state)
     pages = write_rows(pages, lanes.tables, lanes.length, counts_L, fresh, -(-(steps - 1) // layout.page_size) + 1)
-    return pages, rows, Written(tokens_CL, logprobs_CL, counts_L, ran)
+    return pages, Written(tokens_CL, logprobs_CL, counts_L, ran)
 
 
 def prefill_shard(model: Llama, layout: RowLayout, pages: PagedKVCache, lanes: PrefillLanes) -> tuple[Block, ...]:
@@ -196,7 +191,7 @@ def prefill_shard(model: Llama, layout: RowLayout, pages: PagedKVCache, lanes: P
 
 
 class Steps:
-    """The jitted steps of one engine. Each donates the cache (decode: and the rows) and returns the successor."""
+    """The jitted steps of one engine. Each donates the cache and returns the successor."""
 
     def __init__(self, config: ModelConfig, limits: Limits, mesh: Mesh):
         layout = RowLayout.of(config.max_seq_len, limits.page_size)
@@ -204,10 +199,10 @@ class Steps:
         structure = graphdef(config)
 
         def decode(
-            pages: PagedKVCache, rows: DecodeRows, params: Any, lanes: DecodeLanes, policy: Policy
-        ) -> tuple[PagedKVCache, DecodeRows, Written]:
+            pages: PagedKVCache, params: Any, lanes: DecodeLanes, policy: Policy
+        ) -> tuple[PagedKVCache, Written]:
             model = nnx.merge(structure, params)
-            return decode_shard(model, config, limits.steps_per_visit, layout, pages, rows, lanes, policy)
+            return decode_shard(model, config, limits.steps_per_visit, layout, pages, lanes, policy)
 
         def compute(pages: PagedKVCache, params: Any, lanes: PrefillLanes) -> tuple[Block, ...]:
             return prefill_shard(nnx.merge(structure, params), layout, pages, lanes)
@@ -217,9 +212,7 @@ class Steps:
 
         whole = partition_spec()
         pages_out, written_out = NamedSharding(mesh, PAGES), NamedSharding(mesh, SHARDED)
-        self.decode = _lift(
-            decode, mesh, (SHARDED, SHARDED, whole, SHARDED, whole), (pages_out, pages_out, written_out), donated=(0, 1)
-        )
+        self.decode = _lift(decode, mesh, (SHARDED, whole, SHARDED, whole), (pages_out, written_out))
         self._compute = _lift(compute, mesh, (SHARDED, whole, SHARDED), pages_out, donated=())
         self._write = _lift(write, mesh, (SHARDED, SHARDED, SHARDED), pages_out)
         self.copy_pages = _lift(copy_pages, mesh, (SHARDED, SHARDED, SHARDED), pages_out)

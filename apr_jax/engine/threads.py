@@ -58,8 +58,7 @@ class Thread:
     shard: int = 0
     table: int | None = None  # handle of its page table in the shard's allocator; None: no pages
     computed: int = 0  # leading tokens whose keys and values are in the pages; < len(tokens)
-    lane: int = 0  # its lane while running, else its last
-    row_length: int = 0  # leading tokens whose keys and values its last lane's row holds, if the row is still its own
+    lane: int = 0  # its lane while running
     # Keys of its leading pages that were computed by prefill alone, a whole page at a time: they may be shared.
     block_keys: list[bytes] = dataclasses.field(default_factory=list)
     prefilled: int = 0  # tokens prefilled in its life, recomputation included

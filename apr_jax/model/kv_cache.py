@@ -1,27 +1,32 @@
 """The paged KV cache and what a forward sees of it.
 
-Letters as in `llama.py`; besides, S positions of one block of a row, C new positions of one chunk or one page.
+Letters as in `llama.py`; besides, S positions of one block of a row, C new positions of one chunk or one page, E entries.
 
-A *row* is one thread's cache in order of position, cut into blocks of S positions. Attention goes over the blocks in
-order with an online softmax (Milakov and Gimelshein 2018), then over the new positions. A block that is wholly masked
-changes no bit of the result, so a thread's result does not depend on how far the longest of its neighbours reaches,
-and blocks behind that are skipped. Prefill gathers each block from the pages where it uses it. Decode uses every
-block at every step, so it keeps the rows of its lanes contiguous (`DecodeRows`), and brings them up to date from the
-pages once per chunk.
+A *row* is one thread's cache in order of position, cut into blocks of S positions. Attention treats each block on its own
+and merges the parts (online softmax, Milakov and Gimelshein 2018), then adds the new positions. A block that is wholly
+masked changes no bit of the result. So a thread's result does not depend on its neighbours, and blocks that a thread
+doesn't need are skipped.
+
+Prefill gathers each block from the pages where it uses it. Decode uses every block at every step: it gathers them once
+per chunk, and only those that hold something, as one list of *entries* over all lanes (`PackedRows`). What a step reads
+is then the sum of the threads' lengths, not the number of lanes times the longest of them.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
 from apr_jax.config import ModelConfig
 
-MIN_BLOCK = 128  # positions; large enough to amortise a matmul's overhead
-MAX_BLOCKS = 8  # of a row; each is a branch in the compiled program
+MIN_BLOCK = 64  # positions
+MAX_BLOCKS = 8  # of a row; each is a branch in the compiled prefill
+MIN_ENTRIES = 32  # of a chunk of packed rows; large enough to amortise a matmul's overhead
+MAX_CHUNKS = 16  # of packed rows; each is a branch in the compiled decode step
 MASKED_SCORE = -1e30
 
 Block = tuple[jax.Array, jax.Array]  # keys and values [K, S, H]
@@ -81,49 +86,61 @@ class RowLayout:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class DecodeRows:
-    """The rows of the decode lanes, a copy of what their pages hold. Immutable and donated, as the pages are."""
+class PackedRows:
+    """The blocks that the lanes' rows fill, gathered from the pages: entry after entry, in chunks of equally many.
 
-    blocks: tuple[tuple[Block, ...], ...]  # per layer, per block: keys and values [shards, L, K, S, H]
+    Entries are ordered by lane, then by place in the row. Chunks behind the last entry are not gathered.
+    """
 
-    @classmethod
-    def create(cls, config: ModelConfig, num_shards: int, num_lanes: int, layout: RowLayout) -> Self:
-        shape = (num_shards, num_lanes, config.num_kv_heads, layout.block_size, config.head_dim)
-        return cls(
-            tuple(
-                tuple((_zeros(shape, config), _zeros(shape, config)) for _ in range(layout.num_blocks))
-                for _ in range(config.num_layers)
-            )
+    lane_E: jax.Array  # int32: whose block it is
+    length_E: jax.Array  # int32: positions that it holds, the rest is masked
+    num_entries: jax.Array  # int32 scalar
+    blocks: tuple[tuple[Block, ...], ...]  # per layer, per chunk: keys and values [E / chunks, K, S, H]
+
+
+def pack_rows(
+    pages: PagedKVCache, tables_LR: jax.Array, lengths_L: jax.Array, layout: RowLayout
+) -> tuple[PackedRows, jax.Array]:
+    """Gathers the first `lengths_L` positions of each lane (one shard, no shard axis).
+
+    Returns:
+        The rows, and int32 `[L, blocks of a row]`: which entries are a lane's; E where it has no further block.
+    """
+    num_lanes, B = len(lengths_L), layout.num_blocks
+    size = max(MIN_ENTRIES, -(-num_lanes * B // MAX_CHUNKS))  # of a chunk
+    num_chunks = -(-num_lanes * B // size)
+    E = num_chunks * size
+    filled_L = layout.blocks_for(lengths_L)
+    ends_L = jnp.cumsum(filled_L)
+    num_entries = ends_L[-1]
+    entry_E = jnp.arange(E)
+    lane_E = jnp.minimum(jnp.searchsorted(ends_L, entry_E, side="right"), num_lanes - 1).astype(jnp.int32)
+    block_E = jnp.clip(entry_E - (ends_L - filled_L)[lane_E], 0, B - 1)
+    live_E = entry_E < num_entries
+    length_E = jnp.where(live_E, jnp.clip(lengths_L[lane_E] - block_E * layout.block_size, 0, layout.block_size), 0)
+    tables_EW = tables_LR.reshape(num_lanes, B, layout.pages_per_block)[lane_E, block_E]
+    tables_EW = jnp.where(live_E[:, None], tables_EW, 0)
+    block_B = jnp.arange(B)[None]
+    own_LB = jnp.where(block_B < filled_L[:, None], (ends_L - filled_L)[:, None] + block_B, E).astype(jnp.int32)
+
+    def gather(pages_PKCH: jax.Array, chunk: int) -> jax.Array:
+        indices = tables_EW[chunk * size : (chunk + 1) * size]
+        _, K, _, H = pages_PKCH.shape
+        gathered_EWKCH = pages_PKCH.at[indices].get(mode="promise_in_bounds")
+        return gathered_EWKCH.transpose(0, 2, 1, 3, 4).reshape(size, K, layout.block_size, H)
+
+    def blocks(layer: int, chunk: int) -> Block:
+        sources = (pages.keys[layer], pages.values[layer])
+        shape = (size, sources[0].shape[1], layout.block_size, sources[0].shape[3])
+        return jax.lax.cond(
+            chunk * size < num_entries,
+            lambda: (gather(sources[0], chunk), gather(sources[1], chunk)),
+            lambda: (jnp.zeros(shape, sources[0].dtype), jnp.zeros(shape, sources[1].dtype)),
         )
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Refresh:
-    """Which pages are to be copied into which rows."""
-
-    counts: jax.Array  # int32 [.., blocks]: entries of each block's list
-    entries: jax.Array  # int32 [.., blocks, L x pages of a block, 3]: lane, place of the page in the block, page
-
-
-def refresh_rows(rows: DecodeRows, pages: PagedKVCache, refresh: Refresh, layout: RowLayout) -> DecodeRows:
-    """Copies pages into rows (one shard, no shard axis); the work is that of the pages named, not of the rows' size."""
-
-    def copy_into(block: int) -> list[Block]:
-        def copy(index: jax.Array, layers: list[Block]) -> list[Block]:
-            lane, place, page = refresh.entries[block, index]
-
-            def move(row_LKSH: jax.Array, pages_PKCH: jax.Array) -> jax.Array:
-                content = jax.lax.dynamic_index_in_dim(pages_PKCH, page)
-                start = (lane, jnp.int32(0), place * layout.page_size, jnp.int32(0))
-                return jax.lax.dynamic_update_slice(row_LKSH, content, start)
-
-            return [(move(k, pages.keys[layer]), move(v, pages.values[layer])) for layer, (k, v) in enumerate(layers)]
-
-        return jax.lax.fori_loop(0, refresh.counts[block], copy, [layer[block] for layer in rows.blocks])
-
-    by_block = [copy_into(block) for block in range(layout.num_blocks)]
-    return DecodeRows(tuple(zip(*by_block, strict=True)))
+    layers = range(len(pages.keys))
+    packed = tuple(tuple(blocks(layer, chunk) for chunk in range(num_chunks)) for layer in layers)
+    return PackedRows(lane_E, length_E, num_entries, packed), own_LB
 
 
 def _merge(carry: Carry, q_KMH: jax.Array, block: Block, mask_MS: jax.Array) -> Carry:
@@ -176,6 +193,75 @@ def _attend(
     return out_KGTH.transpose(2, 0, 1, 3).reshape(T, N, H).astype(q_TNH.dtype)
 
 
+def _attend_entries(q_LKGH: jax.Array, own_LB: jax.Array, rows: PackedRows, layer: int) -> Carry:
+    """Every lane's online softmax over its own entries: maximum and sum `[L, K, G]`, weighted values `[L, K, G, H]`."""
+    parts = []
+    for chunk, (k_EKSH, v_EKSH) in enumerate(rows.blocks[layer]):
+        size, K, S, H = k_EKSH.shape
+        part = slice(chunk * size, (chunk + 1) * size)
+        G = q_LKGH.shape[2]
+
+        def attend(k_EKSH: jax.Array = k_EKSH, v_EKSH: jax.Array = v_EKSH, part: slice = part, S: int = S) -> Carry:
+            q_EKGH = q_LKGH.at[rows.lane_E[part]].get(mode="promise_in_bounds")
+            mask_E11S = (jnp.arange(S)[None] < rows.length_E[part][:, None])[:, None, None]
+            return _softmax_parts(q_EKGH, k_EKSH, v_EKSH, mask_E11S)
+
+        nothing = _nothing((size, K, G), H)
+        parts.append(jax.lax.cond(chunk * size < rows.num_entries, attend, lambda nothing=nothing: nothing))
+    tops, sums, outs = (
+        jnp.concatenate([*each, empty])
+        for each, empty in zip(
+            zip(*parts, strict=True), _nothing((1, *parts[0][0].shape[1:]), parts[0][2].shape[-1]), strict=True
+        )
+    )
+    top_LBKG, sum_LBKG, out_LBKGH = (x.at[own_LB].get(mode="promise_in_bounds") for x in (tops, sums, outs))
+    top_LKG = jnp.max(top_LBKG, axis=1)
+    scale_LBKG = jnp.exp(top_LBKG - top_LKG[:, None])
+    # One after the other: XLA's CPU backend runs a reduction that it fuses with the output projection at a tenth of the
+    # speed.
+    scales = [scale_LBKG[:, block] for block in range(own_LB.shape[1])]
+    sum_LKG = functools.reduce(jnp.add, [sum_LBKG[:, block] * scale for block, scale in enumerate(scales)])
+    weighted = [out_LBKGH[:, block] * scale[..., None] for block, scale in enumerate(scales)]
+    return top_LKG, sum_LKG, functools.reduce(jnp.add, weighted)
+
+
+def _softmax_parts(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> Carry:
+    """Softmax of `q [..., K, G, H]` over one block `[..., K, S, H]`, not yet normalised: maximum, sum, weighted values."""
+    scores = jnp.einsum("...KGH,...KSH->...KGS", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, scores, MASKED_SCORE)
+    top = jnp.max(scores, axis=-1)
+    weights = jnp.where(mask, jnp.exp(scores - top[..., None]), 0.0)
+    values = jnp.einsum("...KGS,...KSH->...KGH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return top, jnp.sum(weights, axis=-1), values
+
+
+def _nothing(shape: tuple[int, ...], head_dim: int) -> Carry:
+    """The part that a block without positions contributes."""
+    return (
+        jnp.full(shape, MASKED_SCORE, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros((*shape, head_dim), jnp.float32),
+    )
+
+
+def _attend_row(q_KGH: jax.Array, own_B: jax.Array, rows: PackedRows, layer: int) -> Carry:
+    """One thread's online softmax over its row.
+
+    Lifted over lanes it does not become one such computation a lane: all lanes together go through the list of entries.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def attend(q_KGH: jax.Array, own_B: jax.Array, rows: PackedRows) -> Carry:
+        return jax.tree.map(lambda x: x[0], _attend_entries(q_KGH[None], own_B[None], rows, layer))
+
+    @attend.def_vmap
+    def lifted(axis_size: int, in_batched: Any, q: jax.Array, own: jax.Array, rows: PackedRows) -> tuple[Carry, Any]:
+        assert in_batched[0] and in_batched[1] and not any(jax.tree.leaves(in_batched[2]))
+        return _attend_entries(q, own, rows, layer), (True, True, True)
+
+    return attend(q_KGH, own_B, rows)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeView:
@@ -185,10 +271,10 @@ class DecodeView:
     keeps the write a slice update.
     """
 
-    row: tuple[tuple[Block, ...], ...]  # per layer, per block
+    rows: PackedRows  # of all lanes (the same for all)
+    own_B: jax.Array  # int32, the thread's entries in it
     fresh: tuple[Block, ...]  # per layer, keys and values [K, C, H]; C = steps of a chunk
     length: jax.Array  # int32 scalar, positions in the row
-    num_blocks: jax.Array  # int32 scalar, blocks that any lane needs (the same for all lanes)
     step: jax.Array  # int32 scalar, steps of the chunk before this one (the same for all lanes)
 
     def attend(
@@ -196,16 +282,22 @@ class DecodeView:
     ) -> tuple[jax.Array, Self]:
         """See `llama.KVCache`. T = 1, and `positions_T` = length + step."""
         del positions_T
-        new = tuple(
+        k_KCH, v_KCH = (
             jax.lax.dynamic_update_slice_in_dim(old, fresh.transpose(1, 0, 2), self.step, axis=1)
             for old, fresh in zip(self.fresh[layer], (k_TKH, v_TKH), strict=True)
         )
-        block: Block = (new[0], new[1])
-        mask_TC = jnp.arange(block[0].shape[1])[None] <= self.step
-        row = [lambda old=old: old for old in self.row[layer]]
-        size = self.row[layer][0][0].shape[1]
-        out = _attend(q_TNH, row, size, self.num_blocks, self.length, block, mask_TC)
-        return out, dataclasses.replace(self, fresh=(*self.fresh[:layer], block, *self.fresh[layer + 1 :]))
+        K, C, H = k_KCH.shape
+        q_KGH = (q_TNH / math.sqrt(H)).astype(q_TNH.dtype).reshape(K, -1, H)
+        row = _attend_row(q_KGH, self.own_B, self.rows, layer)
+        mask_11C = (jnp.arange(C) <= self.step)[None, None]
+        new = _softmax_parts(q_KGH, k_KCH, v_KCH, mask_11C)
+        top_KG = jnp.maximum(row[0], new[0])
+        scales = [jnp.exp(part[0] - top_KG) for part in (row, new)]
+        sum_KG = row[1] * scales[0] + new[1] * scales[1]
+        out_KGH = row[2] * scales[0][..., None] + new[2] * scales[1][..., None]
+        out_TNH = (out_KGH / sum_KG[..., None]).reshape(q_TNH.shape).astype(q_TNH.dtype)
+        fresh = (*self.fresh[:layer], (k_KCH, v_KCH), *self.fresh[layer + 1 :])
+        return out_TNH, dataclasses.replace(self, fresh=fresh)
 
 
 @jax.tree_util.register_dataclass

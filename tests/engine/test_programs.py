@@ -10,7 +10,7 @@ import zlib
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from apr_jax.config import ConfigError
 from apr_jax.engine.programs import Programs
@@ -150,7 +150,16 @@ schedules = st.builds(
 )
 
 
-@settings(max_examples=120, deadline=None)
+# Once lost: an ended child left its parent with only children stopped at an outer cutoff.
+ENDED_BESIDE_CUT = (
+    [([], 1), ([], 1), ([[[], [[]], [[[], []]]]], 7)],
+    dataclasses.replace(WIDE, lanes=1, pages=11),
+    True,
+)
+
+
+@settings(max_examples=250, deadline=None)
+@example(*ENDED_BESIDE_CUT)
 @given(st.lists(st.tuples(shapes, st.integers(1, 30)), min_size=1, max_size=6), schedules, st.booleans())
 def test_every_schedule_gives_the_same_rollouts(trees, limits, cancel):
     """Also with a cache of one full thread, and with children cancelled by a sibling's success."""
@@ -253,7 +262,7 @@ def test_roots_start_only_when_lanes_are_free():
 def test_wrong_requests_are_bugs_of_the_program(requests, error, message):
     def program():
         thread = yield Open([1, 2])
-        yield from requests(thread)
+        yield from (request for request in requests(thread))
 
     with pytest.raises(error, match=message):
         StandIn(WIDE, [program()]).finish()

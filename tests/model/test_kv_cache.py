@@ -23,7 +23,7 @@ from apr_jax.model.kv_cache import (
 
 PAGE, K, N, H, NUM_PAGES = 8, 2, 4, 16, 80
 LAYOUT = RowLayout.of(300, PAGE)
-LENGTHS = (0, 5, 130, 256, 299)
+LENGTHS = (0, 5, 130, 256, 16)
 
 
 def draws(seed, *shape):
@@ -43,22 +43,24 @@ def threads():
     tables[4, :2] = tables[3, :2]  # a shared prefix; the fifth thread holds 16 positions
     tables[4, 2:5] = [next(free) for _ in range(3)]
     keys, values = keys.at[4, :16].set(keys[3, :16]), values.at[4, :16].set(values[3, :16])
-    lengths = np.asarray([*LENGTHS[:-1], 16], np.int32)
+    lengths = np.asarray(LENGTHS, np.int32)
     fresh = ((jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)),)
     pages = write_rows(pages, jnp.asarray(tables), jnp.zeros(5, jnp.int32), jnp.asarray(lengths), fresh, 38)
     return keys, values, pages, tables, lengths
 
 
-def dense(q_TNH, k_SKH, v_SKH):
-    """Attention of the last T of S positions."""
-    S, T = k_SKH.shape[0], q_TNH.shape[0]
-    q = jnp.concatenate([jnp.zeros((S - T, N, H)), q_TNH])
-    return self_attention(q[None], k_SKH[None], v_SKH[None], segment_ids_BT=None, impl="xla")[0, -T:]
+QUERIES = draws(4, 5, 300, N, H)
 
 
-def test_prefill_equals_dense(threads):
+@pytest.fixture(scope="module")
+def dense(threads):
+    """Dense causal attention of every position of the threads, [L, 300, N, H]."""
+    keys, values, *_ = threads
+    return np.asarray(self_attention(QUERIES, keys, values, segment_ids_BT=None, impl="xla"))
+
+
+def test_prefill_equals_dense(threads, dense):
     keys, values, pages, tables, lengths = threads
-    q = draws(4, 5, PAGE, N, H)
     blocks = LAYOUT.blocks_for(jnp.max(jnp.asarray(lengths)))
 
     def attend(q_TNH, table, length, k, v):
@@ -66,11 +68,10 @@ def test_prefill_equals_dense(threads):
         return view.attend(0, q_TNH, k, v, length + jnp.arange(PAGE))[0]
 
     new = [slice(int(length), int(length) + PAGE) for length in lengths]
-    k_new, v_new = (jnp.stack([x[lane, new[lane]] for lane in range(5)]) for x in (keys, values))
+    q, k_new, v_new = (jnp.stack([x[lane, new[lane]] for lane in range(5)]) for x in (QUERIES, keys, values))
     out = jax.jit(jax.vmap(attend))(q, jnp.asarray(tables), jnp.asarray(lengths), k_new, v_new)
     for lane, length in enumerate(lengths):
-        expected = dense(q[lane], keys[lane, : length + PAGE], values[lane, : length + PAGE])
-        np.testing.assert_allclose(out[lane], expected, atol=1e-5)
+        np.testing.assert_allclose(out[lane], dense[lane, length : length + PAGE], atol=1e-5)
 
 
 def refreshed(pages, tables, lengths):
@@ -118,33 +119,32 @@ def decode_steps(threads, steps, num_blocks):
     )
     outs = []
     for step in range(steps):
-        k, v = (jnp.stack([x[lane, int(n) + step][None] for lane, n in enumerate(lengths)]) for x in (keys, values))
+        at = lengths + step
+        q, k, v = (jnp.stack([x[lane, n][None] for lane, n in enumerate(at)]) for x in (QUERIES, keys, values))
         view = dataclasses.replace(view, step=jnp.int32(step))
-        out, view = attend(view, draws(5 + step, 5, 1, N, H), k, v)
+        out, view = attend(view, q, k, v)
         outs.append(out[:, 0])
     return jnp.stack(outs, axis=1), view
 
 
-def test_decode_equals_dense_and_is_written_back(threads):
+def test_decode_equals_dense_and_is_written_back(threads, dense):
     keys, values, pages, tables, lengths = threads
     steps = 6
     out, view = decode_steps(threads, steps, LAYOUT.blocks_for(jnp.max(jnp.asarray(lengths))))
     for lane, length in enumerate(lengths):
-        for step in range(steps):
-            end = int(length) + step + 1
-            expected = dense(draws(5 + step, 5, 1, N, H)[lane], keys[lane, :end], values[lane, :end])[0]
-            np.testing.assert_allclose(out[lane, step], expected, atol=1e-5)
-    counts = jnp.asarray([6, 3, 0, 6, 1], jnp.int32)
-    written = write_rows(pages, jnp.asarray(tables), jnp.asarray(lengths), counts, view.fresh, 2)
+        np.testing.assert_allclose(out[lane], dense[lane, length : length + steps], atol=1e-5)
+    counts = np.asarray([6, 3, 0, 6, 1], np.int32)
+    written = write_rows(pages, jnp.asarray(tables), jnp.asarray(lengths), jnp.asarray(counts), view.fresh, 2)
+    new_keys, new_values = np.asarray(written.keys[0]), np.asarray(written.values[0])
     for lane, count in enumerate(counts):
-        for position in range(int(lengths[lane]) + int(count)):
+        for position in range(lengths[lane] + count):
             page, place = tables[lane, position // PAGE], position % PAGE
-            np.testing.assert_array_equal(written.keys[0][page, :, place], keys[lane, position])
-            np.testing.assert_array_equal(written.values[0][page, :, place], values[lane, position])
+            np.testing.assert_array_equal(new_keys[page, :, place], np.asarray(keys)[lane, position])
+            np.testing.assert_array_equal(new_values[page, :, place], np.asarray(values)[lane, position])
     touched = {
         tables[lane, p // PAGE] for lane, c in enumerate(counts) for p in range(lengths[lane], lengths[lane] + int(c))
     }
-    same = np.asarray((written.keys[0] == pages.keys[0]).all(axis=(1, 2, 3)))
+    same = (new_keys == np.asarray(pages.keys[0])).all(axis=(1, 2, 3))
     assert set(np.flatnonzero(~same)) <= touched | {0}
 
 
