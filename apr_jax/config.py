@@ -63,7 +63,7 @@ class TaskConfig:
     parent_beam_max: int
     child_beam_max: int  # APR: the children's beam is drawn from [parent's beam, this]
     spawn_probability: float  # APR: chance that a parent's expansion is handed to children
-    shuffle: bool  # write the kept operations in random order (the reference) or by heuristic (fixed)
+    shuffle: bool  # kept operations: in random order (the reference) or the order in which they were generated (fixed)
 
     def __post_init__(self) -> None:
         _positive(self, "task", "num_numbers min_number serial_beam_min parent_beam_min")

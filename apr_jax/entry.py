@@ -5,6 +5,7 @@
 A bug is none of these: it keeps its traceback (and exits with 1).
 """
 
+import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -71,6 +72,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     ConfigError, and everything that is wrong with the command line, exits with 2; FailedError exits with 1.
     """
 
+    _prefer_huge_pages()
+
     def quietly(argv: list[str]) -> int | None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # libraries log each file that they touch
@@ -83,6 +86,17 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except FailedError as error:
         _exit(error, FAILED)
     sys.exit(0)
+
+
+def _prefer_huge_pages() -> None:
+    """Starts the process anew with glibc's malloc asking for huge pages, once and on Linux only.
+
+    XLA's CPU programs take fresh memory at every call; in pages of 4 KiB their faults cost a tenth of a training step
+    (docs/performance.md). A value of GLIBC_TUNABLES that was set from outside stands.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -68,9 +68,9 @@ def laptop() -> ConfigDict:
         replay_weight=4.0,
         loss_on_context=False,
     )
-    config.mesh = dict(data=1, fsdp=1, tensor=1)
+    config.mesh = dict(data=2, fsdp=1, tensor=1)
     config.sft = dict(
-        num_steps=1_200,
+        num_steps=1_100,
         rows_per_step=8,
         row_len=512,
         microbatches=1,
@@ -93,21 +93,21 @@ def laptop() -> ConfigDict:
     )
     config.rollout = dict(
         num_lanes=64,
-        page_size=16,
-        num_pages=2_560,
-        steps_per_visit=32,
-        prefill_lanes=32,
+        page_size=32,
+        num_pages=1_280,
+        steps_per_visit=16,
+        prefill_lanes=8,
         max_steps=512,
         max_children=16,
         max_spawns=4,
         max_depth=1,
-        temperature=1.0,
+        temperature=0.5,
         cancel_on_success=False,
         prefix_reuse=True,
     )
     config.grpo = dict(
-        num_steps=12,
-        prompts_per_step=16,
+        num_steps=8,
+        prompts_per_step=32,
         group_size=8,
         inner_updates=1,
         clip_ratio=0.2,
@@ -118,7 +118,7 @@ def laptop() -> ConfigDict:
         rows_per_microbatch=8,
         optimizer=dict(
             name="adamw",
-            learning_rate=3e-4,
+            learning_rate=2e-5,
             muon_learning_rate=0.0,
             schedule="constant",
             warmup_steps=0,
@@ -155,6 +155,7 @@ def paper() -> ConfigDict:
     """The paper's model and schedules (arXiv 2504.15466, section 4 and appendix; RL: its released code)."""
     config = laptop()
     config.name = "paper"
+    config.mesh.data = 1
     config.model.update(
         vocab_size=32_000,
         num_layers=18,
@@ -193,7 +194,7 @@ def paper() -> ConfigDict:
     config.sft.optimizer.update(
         name="adamw", learning_rate=5e-5, warmup_steps=190, initial_scale=0.1, final_scale=0.01, b2=0.999
     )
-    config.rollout.update(page_size=64, num_pages=1_024, steps_per_visit=64, max_steps=4_096)
+    config.rollout.update(page_size=64, num_pages=1_024, steps_per_visit=64, max_steps=4_096, temperature=1.0)
     config.grpo.update(
         num_steps=150,
         prompts_per_step=64,

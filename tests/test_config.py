@@ -67,7 +67,7 @@ def test_unknown_variant_names_the_known_ones():
         ({"sft__microbatches": 3}, r"rows_per_step=8 must be a multiple of sft\.microbatches=3"),
         ({"grpo__group_size": 1}, r"group_size=1: an advantage needs at least 2"),
         ({"rollout__temperature": -1.0}, r"temperature=-1\.0 must be >= 0"),
-        ({"task__parent_beam_min": 11}, r"parent_beam_min=11 is above task\.parent_beam_max=10"),
+        ({"task__parent_beam_min": 11}, r"parent_beam_min=11 is above task\.parent_beam_max=8"),
         ({"task__spawn_probability": 1.5}, r"spawn_probability=1\.5 must lie in \[0, 1\]"),
         ({"task__num_numbers": 1}, r"at least 2 numbers"),
         ({"data__num_train": 0}, r"data\.num_train=0 must be at least 1"),

@@ -8,7 +8,13 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = ["config", "parallel", "model", "engine", "reasoning", "evaluation", "train", "launch"]
 # Leaves: what they may import of apr_jax themselves.
-LEAVES = {"tasks": {"tasks", "config"}, "data": {"data", "tasks", "config"}, "progress": set(), "config": set(), "entry": {"config"}}
+LEAVES = {
+    "tasks": {"tasks", "config"},
+    "data": {"data", "tasks", "config"},
+    "progress": set(),
+    "config": set(),
+    "entry": {"config"},
+}
 MAY_USE_LEAVES = {"reasoning", "evaluation", "train", "launch"}
 NO_JAX = ["apr_jax/tasks", "apr_jax/data", "apr_jax/engine/pages.py", "apr_jax/engine/threads.py"]
 NO_JAX += ["apr_jax/engine/scheduler.py", "apr_jax/config.py"]

@@ -1,11 +1,12 @@
 """The paged KV cache and what a forward sees of it.
 
-Letters as in `llama.py`; besides, S positions of one block of a row, C new positions of one chunk or one page, E entries.
+Letters as in `llama.py`; besides, S positions of one block of a row, C new positions of one chunk or one page,
+E entries.
 
-A *row* is one thread's cache in order of position, cut into blocks of S positions. Attention treats each block on its own
-and merges the parts (online softmax, Milakov and Gimelshein 2018), then adds the new positions. A block that is wholly
-masked changes no bit of the result. So a thread's result does not depend on its neighbours, and blocks that a thread
-doesn't need are skipped.
+A *row* is one thread's cache in order of position, cut into blocks of S positions. Attention treats each block on its
+own and merges the parts (online softmax, Milakov and Gimelshein 2018), then adds the new positions. A block that is
+wholly masked changes no bit of the result. So a thread's result does not depend on its neighbours, and blocks that a
+thread doesn't need are skipped.
 
 Prefill gathers each block from the pages where it uses it. Decode uses every block at every step: it gathers them once
 per chunk, and only those that hold something, as one list of *entries* over all lanes (`PackedRows`). What a step reads
@@ -226,7 +227,10 @@ def _attend_entries(q_LKGH: jax.Array, own_LB: jax.Array, rows: PackedRows, laye
 
 
 def _softmax_parts(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> Carry:
-    """Softmax of `q [..., K, G, H]` over one block `[..., K, S, H]`, not yet normalised: maximum, sum, weighted values."""
+    """Softmax of `q [..., K, G, H]` over one block `[..., K, S, H]`, not yet normalised.
+
+    Returns maximum and sum `[..., K, G]`, weighted values `[..., K, G, H]`.
+    """
     scores = jnp.einsum("...KGH,...KSH->...KGS", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask, scores, MASKED_SCORE)
     top = jnp.max(scores, axis=-1)
@@ -256,7 +260,10 @@ def _attend_row(q_KGH: jax.Array, own_B: jax.Array, rows: PackedRows, layer: int
 
     @attend.def_vmap
     def lifted(axis_size: int, in_batched: Any, q: jax.Array, own: jax.Array, rows: PackedRows) -> tuple[Carry, Any]:
-        assert in_batched[0] and in_batched[1] and not any(jax.tree.leaves(in_batched[2]))
+        q_lifted, own_lifted, rows_lifted = in_batched
+        assert q_lifted
+        assert own_lifted
+        assert not any(jax.tree.leaves(rows_lifted))
         return _attend_entries(q, own, rows, layer), (True, True, True)
 
     return attend(q_KGH, own_B, rows)

@@ -6,7 +6,9 @@ partitioner places the collectives.
 """
 
 import collections
+import contextlib
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,17 +25,29 @@ BATCH_AXES = (DATA_AXIS, FSDP_AXIS)
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with axes ("data", "fsdp", "tensor") over the first devices, all of JAX's by default.
 
+    On a machine whose only device is the CPU, the CPU serves as so many devices as the mesh needs, unless JAX has
+    started already or their number was set from outside (`JAX_NUM_CPU_DEVICES`).
+
     Raises ConfigError with both numbers when the mesh needs more devices than there are.
     """
-    devices = jax.devices() if devices is None else devices
     shape = (config.data, config.fsdp, config.tensor)
     needed = int(np.prod(shape))
+    if devices is None:
+        _offer_cpu_devices(needed)
+        devices = jax.devices()
     if needed > len(devices):
         raise ConfigError(
             f"mesh.data={config.data} * mesh.fsdp={config.fsdp} * mesh.tensor={config.tensor} needs {needed} devices, "
             f"and there are {len(devices)}"
         )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=tuple(devices[:needed]))
+
+
+def _offer_cpu_devices(count: int) -> None:
+    set_outside = "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in os.environ.get("XLA_FLAGS", "")
+    if not set_outside:
+        with contextlib.suppress(RuntimeError):  # JAX has started
+            jax.config.update("jax_num_cpu_devices", count)  # type: ignore[no-untyped-call]
 
 
 def partition_spec(*axes: str | tuple[str, ...] | None) -> PartitionSpec:

@@ -8,8 +8,8 @@ from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.threads import Stop, StopReason, Thread
 from apr_jax.tasks import trace
 from apr_jax.tasks.countdown import claims_goal
+from apr_jax.tasks.solver import token_budget
 
-_TOKEN_BUDGET_BIN, _TOKEN_BUDGET_MAX = 512, 4096  # the bins that SoS+ is conditioned on (paper section 4.2)
 _TRUNCATED = {StopReason.LENGTH: "context_full", StopReason.MAX_STEPS: "max_steps"}
 
 Status = Literal["answered", "no_solution", "malformed", "truncated"]
@@ -48,9 +48,8 @@ def make_settings(config: Config, tokenizer: Tokenizer, budget: int | None = Non
     """
     rollout = config.rollout
     if budget is None and config.data.condition_on_budget:
-        bins = -(-config.model.max_seq_len // _TOKEN_BUDGET_BIN)
-        tokens = min(bins * _TOKEN_BUDGET_BIN, _TOKEN_BUDGET_MAX)
-        budget = rollout.max_children if config.data.method == "adaptive" else tokens
+        adaptive = config.data.method == "adaptive"
+        budget = rollout.max_children if adaptive else token_budget(config.model.max_seq_len)
     return Settings(
         tokenizer=tokenizer,
         max_children=rollout.max_children,

@@ -19,9 +19,14 @@ from apr_jax.tasks import countdown, trace
 from apr_jax.tasks.countdown import Problem
 from apr_jax.tasks.trace import Call, ChildResult, Demonstration
 
-TOKEN_BUDGETS = tuple(range(512, 4096 + 1, 512))
+TOKEN_BUDGETS = tuple(range(512, 4096 + 1, 512))  # what SoS+ is conditioned on (paper section 4.2)
 
 _GENERATION_INDEX = operator.itemgetter(1)  # of a candidate: a tuple of heuristic, generation index, and more
+
+
+def token_budget(length: int) -> int:
+    """The smallest budget that `length` tokens keep to, or the largest of all."""
+    return next((budget for budget in TOKEN_BUDGETS if budget >= length), TOKEN_BUDGETS[-1])
 
 
 def demonstrate(
@@ -253,8 +258,7 @@ def _serial_calls(search: _Search, task: TaskConfig, count_tokens: Callable[[str
     call = _last_call(search, search.root, prompt, lines, goal, depth=0, exits="".join(exits))
     if count_tokens is not None:
         length = count_tokens(call.context + call.completion)
-        budget = next((budget for budget in TOKEN_BUDGETS if budget >= length), TOKEN_BUDGETS[-1])
-        call = dataclasses.replace(call, context=trace.serial_prompt(search.problem, budget))
+        call = dataclasses.replace(call, context=trace.serial_prompt(search.problem, token_budget(length)))
     return (call,)
 
 

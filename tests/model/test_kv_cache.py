@@ -1,23 +1,22 @@
 """Paged attention equals dense attention, and pages are written where they should be and nowhere else."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from apr_jax.config import ModelConfig
+from apr_jax.model import kv_cache
 from apr_jax.model.attention import self_attention
 from apr_jax.model.kv_cache import (
-    DecodeRows,
     DecodeView,
     PagedKVCache,
     PrefillView,
-    Refresh,
     RowLayout,
     copy_pages,
-    refresh_rows,
+    pack_rows,
     write_rows,
 )
 
@@ -74,63 +73,59 @@ def test_prefill_equals_dense(threads, dense):
         np.testing.assert_allclose(out[lane], dense[lane, length : length + PAGE], atol=1e-5)
 
 
-def refreshed(pages, tables, lengths):
-    config = dataclasses.replace(CONFIG, num_layers=1)
-    rows = jax.tree.map(lambda x: x[0] + 9.0, DecodeRows.create(config, 1, 5, LAYOUT))
-    counts = np.zeros((LAYOUT.num_blocks,), np.int32)
-    entries = np.zeros((LAYOUT.num_blocks, 5 * LAYOUT.pages_per_block, 3), np.int32)
-    for lane, length in enumerate(lengths):
-        for ordinal in range(-(-int(length) // PAGE)):
-            block, place = divmod(ordinal, LAYOUT.pages_per_block)
-            entries[block, counts[block]] = lane, place, tables[lane, ordinal]
-            counts[block] += 1
-    return refresh_rows(rows, pages, Refresh(jnp.asarray(counts), jnp.asarray(entries)), LAYOUT)
+VIEW_AXES = DecodeView(rows=None, own_B=0, fresh=0, length=0, step=None)
 
 
-CONFIG = ModelConfig(
-    vocab_size=8,
-    num_layers=1,
-    embed_dim=8,
-    mlp_dim=8,
-    num_heads=N,
-    num_kv_heads=K,
-    head_dim=H,
-    max_seq_len=300,
-    rope_theta=1e4,
-    rms_norm_eps=1e-6,
-    tie_embeddings=True,
-    compute_dtype="float32",
-    attention="xla",
-    remat=False,
-)
+@functools.cache
+def compiled(min_entries):
+    """`pack_rows`, and `DecodeView.attend` for all lanes and for one thread, traced anew for each chunk size."""
+    assert min_entries == kv_cache.MIN_ENTRIES
+
+    def pack(pages, tables, lengths):
+        return pack_rows(pages, tables, lengths, LAYOUT)
+
+    def attend(view, q, k, v):
+        return view.attend(0, q, k, v, view.length[None] + view.step)
+
+    return jax.jit(pack), jax.jit(jax.vmap(attend, (VIEW_AXES, 0, 0, 0), (0, VIEW_AXES))), jax.jit(attend)
 
 
-def decode_steps(threads, steps, num_blocks):
-    """`steps` positions of each thread, one after the other, from its row: outputs [L, steps, N, H] and the view."""
-    keys, values, pages, tables, lengths = threads
-    rows = refreshed(pages, tables, lengths)
+def decode_steps(threads, steps, lanes=range(5)):
+    """`steps` positions of each thread, one after the other, from its row: outputs [L, steps, N, H] and the view.
+
+    Lanes outside of `lanes` are idle: their rows hold nothing.
+    """
+    *_, pages, tables, lengths = threads
+    lengths = np.where(np.isin(np.arange(5), list(lanes)), lengths, 0)
+    pack, attend, _ = compiled(kv_cache.MIN_ENTRIES)
+    rows, own_LB = pack(pages, tables, jnp.asarray(lengths))
     empty = jnp.zeros((5, K, steps, H))
-    view = DecodeView(rows.blocks, ((empty, empty),), jnp.asarray(lengths), num_blocks, jnp.int32(0))
-    axes = DecodeView(row=0, fresh=0, length=0, num_blocks=None, step=None)
-    attend = jax.jit(
-        jax.vmap(
-            lambda view, q, k, v: view.attend(0, q, k, v, view.length[None] + view.step), (axes, 0, 0, 0), (0, axes)
-        )
-    )
+    view = DecodeView(rows, own_LB, ((empty, empty),), jnp.asarray(lengths), jnp.int32(0))
     outs = []
     for step in range(steps):
-        at = lengths + step
-        q, k, v = (jnp.stack([x[lane, n][None] for lane, n in enumerate(at)]) for x in (QUERIES, keys, values))
         view = dataclasses.replace(view, step=jnp.int32(step))
-        out, view = attend(view, q, k, v)
+        out, view = attend(view, *new_positions(threads, lengths + step))
         outs.append(out[:, 0])
-    return jnp.stack(outs, axis=1), view
+    return np.asarray(jnp.stack(outs, axis=1)), view
 
 
-def test_decode_equals_dense_and_is_written_back(threads, dense):
+def new_positions(threads, at):
+    """Queries, keys and values [L, 1, .., H] of one position of each thread."""
+    keys, values, *_ = threads
+    return (jnp.stack([x[lane, n][None] for lane, n in enumerate(at)]) for x in (QUERIES, keys, values))
+
+
+@pytest.fixture
+def many_chunks(monkeypatch):
+    """Chunks of four entries: the threads' nine fill two and a bit of seven."""
+    monkeypatch.setattr(kv_cache, "MIN_ENTRIES", 4)
+
+
+def check_decode(threads, dense, num_chunks):
     keys, values, pages, tables, lengths = threads
     steps = 6
-    out, view = decode_steps(threads, steps, LAYOUT.blocks_for(jnp.max(jnp.asarray(lengths))))
+    out, view = decode_steps(threads, steps)
+    assert len(view.rows.blocks[0]) == num_chunks
     for lane, length in enumerate(lengths):
         np.testing.assert_allclose(out[lane], dense[lane, length : length + steps], atol=1e-5)
     counts = np.asarray([6, 3, 0, 6, 1], np.int32)
@@ -148,12 +143,60 @@ def test_decode_equals_dense_and_is_written_back(threads, dense):
     assert set(np.flatnonzero(~same)) <= touched | {0}
 
 
-def test_blocks_beyond_a_thread_change_no_bit(threads):
-    """Threads of one block or less get the same bits whether two or all blocks are visited."""
-    few, _ = decode_steps(threads, 2, jnp.int32(2))
-    every, _ = decode_steps(threads, 2, jnp.int32(LAYOUT.num_blocks))
-    assert LAYOUT.num_blocks == 3
-    assert few.tobytes() == every.tobytes()
+def test_decode_equals_dense_and_is_written_back(threads, dense):
+    check_decode(threads, dense, num_chunks=1)
+
+
+@pytest.mark.usefixtures("many_chunks")
+def test_decode_from_many_chunks_equals_dense_and_is_written_back(threads, dense):
+    check_decode(threads, dense, num_chunks=7)
+
+
+@pytest.mark.usefixtures("many_chunks")
+def test_packed_entries_are_the_filled_blocks(threads):
+    """Entries are the lanes' blocks in order, hold their pages' contents, and no chunk behind the last is gathered."""
+    keys, values, pages, tables, lengths = threads
+    rows, own_LB = compiled(kv_cache.MIN_ENTRIES)[0](pages, tables, jnp.asarray(lengths))
+    blocks = [(lane, start) for lane, n in enumerate(lengths) for start in range(0, n, LAYOUT.block_size)]
+    assert int(rows.num_entries) == len(blocks) == 9
+    assert [len(k) for k, _ in rows.blocks[0]] == [4] * 7
+    stored = [np.concatenate([np.asarray(chunk[kind]) for chunk in rows.blocks[0]]) for kind in range(2)]
+    for entry, (lane, start) in enumerate(blocks):
+        held = min(lengths[lane] - start, LAYOUT.block_size)
+        assert (rows.lane_E[entry], rows.length_E[entry]) == (lane, held)
+        assert own_LB[lane, start // LAYOUT.block_size] == entry
+        for packed, source in zip(stored, (keys, values), strict=True):
+            expected = np.asarray(source)[lane, start : start + held].swapaxes(0, 1)
+            np.testing.assert_array_equal(packed[entry, :, :held], expected)
+    assert not rows.length_E[len(blocks) :].any()
+    assert not any(packed[3 * 4 :].any() for packed in stored)
+    assert int((own_LB == len(rows.lane_E)).sum()) == own_LB.size - len(blocks)
+
+
+@pytest.mark.usefixtures("many_chunks")
+@pytest.mark.parametrize("lanes", [(0, 1, 4), (2, 4), (3,), (1, 2)])
+def test_neighbours_entries_change_no_bit(threads, lanes):
+    """A thread gets the same bits with long neighbours and with none, wherever among the chunks its entries lie."""
+    together, _ = decode_steps(threads, 2)
+    apart, view = decode_steps(threads, 2, lanes)
+    assert len(view.rows.blocks[0]) == 7
+    for lane in lanes:
+        assert together[lane].tobytes() == apart[lane].tobytes()
+
+
+@pytest.mark.usefixtures("many_chunks")
+def test_one_thread_equals_its_lane(threads):
+    """The view of one thread is complete by itself: not lifted, it computes what it computes as one of many lanes."""
+    *_, pages, tables, lengths = threads
+    lifted, _ = decode_steps(threads, 1)
+    pack, _, attend = compiled(kv_cache.MIN_ENTRIES)
+    rows, own_LB = pack(pages, tables, jnp.asarray(lengths))
+    q, k, v = new_positions(threads, lengths)
+    for lane, length in enumerate(lengths):
+        empty = jnp.zeros((K, 1, H))
+        view = DecodeView(rows, own_LB[lane], ((empty, empty),), jnp.int32(length), jnp.int32(0))
+        out, _ = attend(view, q[lane], k[lane], v[lane])
+        np.testing.assert_allclose(out[0], lifted[lane, 0], atol=1e-6)
 
 
 def test_copies_are_made_in_order():
