@@ -1,11 +1,11 @@
-# make train | make test | make lint | make lock; PYTHON=python3.13 picks another interpreter (and its own environment).
-PYTHON ?= python3.11
+# make train | make test | make test-peers | make lint | make lock; PYTHON=python3.13 picks another interpreter (and its own environment).
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv-$(notdir $(PYTHON))
 BIN := $(VENV)/bin
 CONFIG ?= configs/grpo.py
 WORKDIR ?=
 
-.PHONY: train test lint format lock env clean
+.PHONY: train test test-peers lint format lock env clean
 
 env: $(VENV)/.installed
 
@@ -20,6 +20,10 @@ train: env
 
 test: env
 	$(BIN)/python -m pytest -n 2
+
+test-peers: env
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
+	$(BIN)/python -m pytest -m peers
 
 lint: env
 	$(BIN)/ruff check .

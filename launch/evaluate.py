@@ -59,10 +59,11 @@ def _evaluate(checkpoint: pathlib.Path, own_problems: list[Problem] | None) -> N
     from apr_jax.engine.engine import Engine
     from apr_jax.evaluation.policy import check_vocabulary, choose_config
     from apr_jax.evaluation.run import ShownProgress, evaluate, save_rollouts, show_summary
-    from apr_jax.parallel.mesh import make_mesh
+    from apr_jax.parallel.mesh import make_mesh, offer_cpu_devices
     from apr_jax.reasoning.outcome import banned_tokens, make_settings
     from apr_jax.train.checkpoint import load_policy
 
+    offer_cpu_devices()  # before the weights start JAX; how many the mesh needs, they will tell
     model, params, saved = load_policy(checkpoint)
     given = _CONFIG.config_dict() if _CONFIG.is_given or saved is None else None
     config = choose_config(model, saved, given, _CONFIG.overrides)

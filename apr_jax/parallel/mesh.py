@@ -21,6 +21,8 @@ from apr_jax.config import ConfigError, MeshConfig
 DATA_AXIS, FSDP_AXIS, TENSOR_AXIS = AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = (DATA_AXIS, FSDP_AXIS)
 
+_MIN_CPU_DEVICES = 8
+
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with axes ("data", "fsdp", "tensor") over the first devices, all of JAX's by default.
@@ -33,7 +35,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     shape = (config.data, config.fsdp, config.tensor)
     needed = int(np.prod(shape))
     if devices is None:
-        _offer_cpu_devices(needed)
+        offer_cpu_devices(needed)
         devices = jax.devices()
     if needed > len(devices):
         raise ConfigError(
@@ -43,11 +45,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=tuple(devices[:needed]))
 
 
-def _offer_cpu_devices(count: int) -> None:
+def offer_cpu_devices(count: int = 1) -> None:
+    """Splits a CPU into at least `count` devices, and enough for a larger mesh later; nothing once JAX has started."""
     set_outside = "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in os.environ.get("XLA_FLAGS", "")
     if not set_outside:
         with contextlib.suppress(RuntimeError):  # JAX has started
-            jax.config.update("jax_num_cpu_devices", count)  # type: ignore[no-untyped-call]
+            offered = max(count, os.cpu_count() or 1, _MIN_CPU_DEVICES)
+            jax.config.update("jax_num_cpu_devices", offered)  # type: ignore[no-untyped-call]
 
 
 def partition_spec(*axes: str | tuple[str, ...] | None) -> PartitionSpec:

@@ -22,6 +22,7 @@ def small_config(**overrides: Any) -> Config:
 def small_config_dict(directory: str) -> ConfigDict:
     """The smoke configuration, smaller yet."""
     config = grpo_config.get_config("smoke")
+    config.mesh.data = 1
     config.data.update(directory=directory, num_train=24, num_validation=8, num_test=8, num_test_unseen_targets=8)
     config.data.num_workers = 1
     config.model.update(max_seq_len=128)
