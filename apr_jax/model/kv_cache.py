@@ -175,11 +175,7 @@ def _attend(
     K = new[0].shape[0]
     G = N // K
     q_KMH = (q_TNH / math.sqrt(H)).astype(q_TNH.dtype).reshape(T, K, G, H).transpose(1, 2, 0, 3).reshape(K, G * T, H)
-    carry = (
-        jnp.full((K, G * T), MASKED_SCORE, jnp.float32),
-        jnp.zeros((K, G * T), jnp.float32),
-        jnp.zeros((K, G * T, H), jnp.float32),
-    )
+    carry = _nothing((K, G * T), H)
     for index, block in enumerate(row):
         mask_MS = jnp.broadcast_to(index * size + jnp.arange(size)[None] < length, (G * T, size))
 
