@@ -6,7 +6,6 @@ value of the wrong type raise `ConfigError` and say what was probably meant. Not
 
 import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -59,23 +58,27 @@ class TaskConfig:
     serial_beam_min: int  # SoS+: nodes kept per expansion, drawn per problem
     serial_beam_max: int
     serial_dfs_probability: float  # SoS+: chance that an expansion's nodes are searched depth-first in place
-    parent_beam_min: int  # APR: the parent's beam, drawn per problem
-    parent_beam_max: int
+    parent_beams: tuple[int, ...]  # APR: the parent's beam is one of these, drawn per problem; repeats weigh more
     child_beam_max: int  # APR: the children's beam is drawn from [parent's beam, this]
     spawn_probability: float  # APR: chance that a parent's expansion is handed to children
     shuffle: bool  # kept operations: in random order (the reference) or the order in which they were generated (fixed)
 
     def __post_init__(self) -> None:
-        _positive(self, "task", "num_numbers min_number serial_beam_min parent_beam_min")
+        _positive(self, "task", "num_numbers min_number serial_beam_min")
+        if not self.parent_beams or min(self.parent_beams) < 1:
+            raise ConfigError(f"task.parent_beams={self.parent_beams}: name at least one beam, each at least 1")
         for low, high in (
             ("min_number", "max_number"),
             ("min_target", "max_target"),
             ("serial_beam_min", "serial_beam_max"),
-            ("parent_beam_min", "parent_beam_max"),
-            ("parent_beam_max", "child_beam_max"),
         ):
             if getattr(self, low) > getattr(self, high):
                 raise ConfigError(f"task.{low}={getattr(self, low)} is above task.{high}={getattr(self, high)}")
+        if max(self.parent_beams) > self.child_beam_max:
+            raise ConfigError(
+                f"task.parent_beams={self.parent_beams} holds {max(self.parent_beams)}, which is above "
+                f"task.child_beam_max={self.child_beam_max}"
+            )
         _share(self, "task", "serial_dfs_probability spawn_probability")
         if self.num_numbers < 2:
             raise ConfigError(f"task.num_numbers={self.num_numbers}: Countdown needs at least 2 numbers")
@@ -285,8 +288,10 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The nested plain dict that `from_config_dict` takes back."""
-    return dataclasses.asdict(config)
+    """The nested plain dict that `from_config_dict` takes back, as JSON has it: tuples become lists."""
+    return dataclasses.asdict(
+        config, dict_factory=lambda items: {key: list(v) if isinstance(v, tuple) else v for key, v in items}
+    )
 
 
 def _convert(cls: type, values: Mapping[str, Any], path: str) -> Any:
@@ -318,9 +323,15 @@ def _convert_value(hint: Any, value: Any, path: str) -> Any:
                 + (f"; did you mean {close[0]!r}?" if close else "")
             )
         return value
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(
+                f"{path}={value!r}: wrong type, it takes a list of {_type_name(typing.get_args(hint)[0])}"
+            )
+        return tuple(_convert_value(typing.get_args(hint)[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(hint, types.GenericAlias) and (type(value) is not hint):
+    if type(value) is not hint:
         raise ConfigError(f"{path}={value!r}: wrong type, it takes {_type_name(hint)}, not {type(value).__name__}")
     return value
 

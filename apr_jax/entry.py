@@ -5,13 +5,15 @@
 A bug is none of these: it keeps its traceback (and exits with 1).
 """
 
+import logging
 import os
 import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from absl import app, flags, logging
+import absl.logging
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from apr_jax.config import Config, ConfigError, from_config_dict
@@ -76,7 +78,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
     def quietly(argv: list[str]) -> int | None:
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # libraries log each file that they touch
+            absl.logging.set_verbosity(absl.logging.ERROR)  # libraries log each file that they touch
+            logging.getLogger("apr_jax").setLevel(logging.WARNING)
         return main()
 
     try:

@@ -24,7 +24,7 @@ def laptop() -> ConfigDict:
     config.name = "laptop"
     config.seed = 0
     config.model = dict(
-        vocab_size=320,
+        vocab_size=336,
         num_layers=3,
         embed_dim=192,
         mlp_dim=512,
@@ -42,14 +42,13 @@ def laptop() -> ConfigDict:
     config.task = dict(
         num_numbers=3,
         min_number=1,
-        max_number=20,
+        max_number=15,
         min_target=10,
         max_target=40,
         serial_beam_min=1,
         serial_beam_max=5,
         serial_dfs_probability=0.5,
-        parent_beam_min=4,
-        parent_beam_max=8,
+        parent_beams=(4, 4, 8),
         child_beam_max=8,
         spawn_probability=1.0,
         shuffle=False,
@@ -70,7 +69,7 @@ def laptop() -> ConfigDict:
     )
     config.mesh = dict(data=2, fsdp=1, tensor=1)
     config.sft = dict(
-        num_steps=1_100,
+        num_steps=1_200,
         rows_per_step=8,
         row_len=512,
         microbatches=1,
@@ -173,8 +172,7 @@ def paper() -> ConfigDict:
         num_numbers=4,
         max_number=99,
         max_target=100,
-        parent_beam_min=1,
-        parent_beam_max=10,
+        parent_beams=tuple(range(1, 11)),
         child_beam_max=15,
         spawn_probability=0.9,
         shuffle=True,

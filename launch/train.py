@@ -13,7 +13,7 @@ import json
 import pathlib
 import sys
 
-from absl import flags, logging
+from absl import flags
 
 from apr_jax import entry
 from apr_jax.config import ConfigError
@@ -31,8 +31,6 @@ def main() -> int:
     checkpoint = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
     if checkpoint is not None and not checkpoint.is_dir():
         raise ConfigError(f"--checkpoint={checkpoint}: no such folder")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.ERROR)  # Orbax tells of every file
     from apr_jax.data.countdown_builder import DatasetError
     from apr_jax.train.run import train
     from apr_jax.train.signals import StoppedError

@@ -19,6 +19,7 @@ from apr_jax.tasks.trace import CALL_BEGIN, CALL_END, JOIN_BEGIN, JOIN_END
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 LARGEST_NUMBER = 255  # the largest number that is one token; larger ones are spelt in digit tokens
+LARGEST_CHILD = 9  # a step of a node id, ",9", is one token up to this one; targets, which follow a comma too, are not
 
 # The trace grammar's fixed phrases. Lists and operations keep distinct last tokens: "], Operations: []\n" ends a state
 # without operations, "']\n" one with, "\n" a Generated Node line.
@@ -59,6 +60,7 @@ PHRASES = (
     ": Moving to Node #0",
     "Exit Sub Search at level ",
     "No solution found in sub search\n",
+    *(f",{child}" for child in range(LARGEST_CHILD + 1)),
 )
 SYMBOLS = tuple("#,:[]'+-*/=<> \n")  # single characters; letters occur only inside phrases
 

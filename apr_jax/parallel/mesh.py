@@ -112,6 +112,19 @@ def param_shardings(mesh: Mesh, params: Any, logical_axes: Any, rules: Rules = R
     return jax.tree_util.tree_map_with_path(sharding, params, logical_axes)
 
 
+def split_over_data(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """The sharding with the longest axis of `shape` that divides split over data, too; the same where none does."""
+    mesh = sharding.mesh
+    splits = [() if axis is None else (axis,) if isinstance(axis, str) else tuple(axis) for axis in sharding.spec]
+    parts = [int(np.prod([mesh.shape[name] for name in (*split, DATA_AXIS)])) for split in splits]
+    dividing = [axis for axis, size in enumerate(shape) if size % parts[axis] == 0]
+    if not dividing:
+        return sharding
+    chosen = max(dividing, key=lambda axis: shape[axis])
+    splits[chosen] = (*splits[chosen], DATA_AXIS)
+    return NamedSharding(mesh, partition_spec(*(split or None for split in splits)))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows `[B, ...]` over data and fsdp; the other axes whole."""
     return NamedSharding(mesh, partition_spec(BATCH_AXES))

@@ -192,7 +192,7 @@ class _Search:
 
 def _adaptive_calls(search: _Search, task: TaskConfig, condition_on_budget: bool) -> tuple[Call, ...]:
     """APR: a parent that hands expansions to children."""
-    parent_beam = search.rng.randint(task.parent_beam_min, task.parent_beam_max)
+    parent_beam = search.rng.choice(task.parent_beams)
     child_beam = search.rng.randint(parent_beam, task.child_beam_max)
     context = ""  # what the parent has after its prompt when its current call begins
     lines: list[str] = []  # what it has written since

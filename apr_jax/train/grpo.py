@@ -37,7 +37,14 @@ from apr_jax.train.rollouts import (
     training_sequences,
 )
 from apr_jax.train.signals import StoppedError, StopSignal
-from apr_jax.train.state import TrainState, abstract_state, apply_gradients, create_state, model_shardings
+from apr_jax.train.state import (
+    TrainState,
+    abstract_state,
+    apply_gradients,
+    create_state,
+    model_shardings,
+    state_shardings,
+)
 
 Sums = tuple[Params, GRPOTerms]
 
@@ -56,7 +63,11 @@ class Updater:
         self._scorer = make_scorer(config.model, policy)
         self._reference = jax.jit(lambda params, batch: self._scorer(params, batch).logprob_BT)
         self._accumulate = jax.jit(self._add_gradients, donate_argnums=0)
-        self._apply = jax.jit(lambda state, grads: apply_gradients(state, grads, self.optimizer), donate_argnums=0)
+        self._apply = jax.jit(
+            lambda state, grads: apply_gradients(state, grads, self.optimizer),
+            donate_argnums=0,
+            out_shardings=(state_shardings(mesh, config.model, self.optimizer), None),
+        )
         self._zeros = jax.jit(
             lambda params: (jax.tree.map(jnp.zeros_like, params), _zero_terms()),
             out_shardings=(model_shardings(mesh, config.model), replicated(mesh)),

@@ -4,7 +4,7 @@ WORKDIR/config.json         the configuration
 WORKDIR/metrics.jsonl       one object a step (metrics.py)
 WORKDIR/checkpoints/        checkpoint.py
 WORKDIR/evaluations/        one file for each evaluation that is done
-WORKDIR/summary.json, rollouts.jsonl, report.html
+WORKDIR/summary.json, rollouts.jsonl, report.html, figure.svg
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ from apr_jax.data.countdown_builder import load_split
 from apr_jax.data.pipeline import train_iterator, validation_batches
 from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
 from apr_jax.engine.engine import Engine
-from apr_jax.evaluation.report import write_report
+from apr_jax.evaluation.policy import check_vocabulary
+from apr_jax.evaluation.report import write_figure, write_report
 from apr_jax.evaluation.run import ShownProgress, evaluate, load_problems, save_rollouts
 from apr_jax.model.llama import Params
 from apr_jax.parallel.mesh import make_mesh
@@ -81,10 +82,7 @@ class _Run:
         self.config, self.workdir, self.mesh, self.stop = config, workdir, mesh, stop
         self.engine: Engine | None = None
         self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer)
-        if self.tokenizer.vocab_size > config.model.vocab_size:
-            raise ConfigError(
-                f"model.vocab_size={config.model.vocab_size} is below the tokenizer's {self.tokenizer.vocab_size}"
-            )
+        check_vocabulary(config.model, self.tokenizer)
 
     def run(self, checkpoint: pathlib.Path | None) -> dict[str, Any]:
         config = self.config
@@ -106,6 +104,7 @@ class _Run:
         _write_json(self.workdir / "summary.json", summary)
         self._save_rollouts()
         write_report(self.workdir)
+        write_figure(self.workdir, self.workdir / "figure.svg")
         return summary
 
     def _build_data(self) -> None:
@@ -191,6 +190,7 @@ class _Run:
         if self.engine is None:
             banned = banned_tokens(self.tokenizer, self.config.model.vocab_size)
             self.engine = Engine(self.config.model, self.config.rollout, self.mesh, params=params, banned_tokens=banned)
+            self.engine.warm_up()  # so that no rate or latency counts compilation
         else:
             self.engine.set_params(params)
         return self.engine

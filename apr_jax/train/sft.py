@@ -20,7 +20,7 @@ from apr_jax.train.losses import normalise, weighted_nll
 from apr_jax.train.metrics import MetricsWriter
 from apr_jax.train.optimizer import make_optimizer, schedule
 from apr_jax.train.signals import StopSignal
-from apr_jax.train.state import TrainState, abstract_state, apply_gradients, create_state
+from apr_jax.train.state import TrainState, abstract_state, apply_gradients, create_state, state_shardings
 
 Rows = Mapping[str, np.ndarray]
 Metrics = dict[str, jax.Array]
@@ -35,7 +35,7 @@ class RowIterator(Protocol):
 
 
 def make_sft_step(
-    model: ModelConfig, optimizer: optax.GradientTransformation, rate: optax.Schedule
+    model: ModelConfig, optimizer: optax.GradientTransformation, rate: optax.Schedule, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted update: (state, batch [M, B / M, T]) -> (state, metrics). The state given is donated.
 
@@ -44,7 +44,7 @@ def make_sft_step(
     """
     loss_fn = jax.value_and_grad(functools.partial(_loss, make_scorer(model, jax.nn.log_softmax)), has_aux=True)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(state_shardings(mesh, model, optimizer), None))
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def accumulate(grads: Params, microbatch: Batch) -> tuple[Params, Metrics]:
             (_, sums), new = loss_fn(state.params, microbatch)
@@ -109,7 +109,7 @@ def train_sft(
         state = create_state(mesh, model, optimizer, seed=seed)
     start = int(state.step)
     rate = schedule(config.optimizer, config.num_steps, config.optimizer.learning_rate)
-    step_fn, validate = make_sft_step(model, optimizer, rate), make_validation(model)
+    step_fn, validate = make_sft_step(model, optimizer, rate, mesh), make_validation(model)
     held_out = _validation_batch(validation_rows, mesh, config.rows_per_step // config.microbatches)
     log = _Log(writer)
     with progress(config.num_steps - start, "SFT", "step") as bar:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ModelConfig
 from apr_jax.model.llama import Params, abstract_params, init_params, logical_axes
-from apr_jax.parallel.mesh import param_shardings, replicated
+from apr_jax.parallel.mesh import param_shardings, replicated, split_over_data
 
 
 @jax.tree_util.register_dataclass
@@ -30,14 +30,19 @@ def model_shardings(mesh: Mesh, model: ModelConfig) -> Any:
 
 
 def state_shardings(mesh: Mesh, model: ModelConfig, optimizer: optax.GradientTransformation) -> Any:
-    """A TrainState of NamedShardings: moments lie like their parameter, counters on every device."""
+    """A TrainState of NamedShardings: moments lie like their parameter and split over data too; counters are copied.
+
+    So each device does its part of the optimiser's work, and the new parameters are gathered (ZeRO stage 1: Rajbhandari
+    et al. 2020, section 5.1).
+    """
     params = model_shardings(mesh, model)
     by_path = {jax.tree_util.keystr(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(params)}
     everywhere = replicated(mesh)
 
-    def of_moment(path: Any, _: Any) -> NamedSharding:
+    def of_moment(path: Any, leaf: Any) -> NamedSharding:
         suffixes = (jax.tree_util.keystr(path[start:]) for start in range(len(path)))
-        return next((by_path[suffix] for suffix in suffixes if suffix in by_path), everywhere)
+        found = next((by_path[suffix] for suffix in suffixes if suffix in by_path), None)
+        return everywhere if found is None else split_over_data(found, leaf.shape)
 
     opt_state = jax.eval_shape(optimizer.init, abstract_params(model))
     moments = jax.tree_util.tree_map_with_path(of_moment, opt_state)

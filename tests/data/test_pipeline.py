@@ -146,7 +146,7 @@ def weights_of(call: Call, **changes) -> list[tuple[str, float]]:
 def test_weights_follow_the_kind_of_target():
     call = Call(f"{JOIN_BEGIN}7\n", f"1,1\n2\n{JOIN_BEGIN}", 0, ends_in_spawn=False, replay_start=len("1,1\n"))
     context = [(JOIN_BEGIN, 0.0), ("7", 0.0), ("\n", 0.0)]
-    plain, replay = [("1", 1.0), (",", 1.0), ("1", 1.0), ("\n", 1.0)], [("2", 4.0), ("\n", 4.0), (JOIN_BEGIN, 0.0)]
+    plain, replay = [("1", 1.0), (",1", 1.0), ("\n", 1.0)], [("2", 4.0), ("\n", 4.0), (JOIN_BEGIN, 0.0)]
     assert weights_of(call) == [*context, *plain, *replay, ("", 1.0)]
     with_context = [(JOIN_BEGIN, 0.0), ("7", 1.0), ("\n", 1.0)]
     assert weights_of(call, loss_on_context=True) == [*with_context, *plain, *replay, ("", 1.0)]

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from apr_jax.config import ConfigError, MeshConfig, ModelConfig
 from apr_jax.model import llama
-from apr_jax.parallel.mesh import Rules, batch_sharding, make_mesh, param_shardings, replicated
+from apr_jax.parallel.mesh import Rules, batch_sharding, make_mesh, param_shardings, replicated, split_over_data
 
 MODEL = ModelConfig(
     vocab_size=32,
@@ -110,3 +110,23 @@ def test_an_axis_that_does_not_divide_is_named(field: str, size: int, message: s
         param_shardings(mesh, params, llama.logical_axes(params))
     if field == "vocab_size":
         param_shardings(mesh, params, llama.logical_axes(params), Rules(vocab=None))
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "expected"),
+    [
+        ((None, None), (4, 6), (None, "data")),
+        (("fsdp", None), (8, 6), (("fsdp", "data"), None)),
+        (("fsdp", "tensor"), (6, 4), ("fsdp", ("tensor", "data"))),  # 6 rows do not divide by fsdp * data = 4
+        ((None,), (3,), (None,)),
+        ((), (), ()),
+    ],
+)
+def test_the_longest_axis_that_divides_is_split_over_data(spec: Any, shape: Any, expected: Any) -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    sharding = split_over_data(jax.sharding.NamedSharding(mesh, PartitionSpec(*spec)), shape)
+    assert sharding.spec == PartitionSpec(*expected)
+    assert sharding.shard_shape(shape) == tuple(
+        size // int(np.prod([mesh.shape[name] for name in np.atleast_1d(axes or [])], dtype=int))
+        for size, axes in zip(shape, expected, strict=True)
+    )

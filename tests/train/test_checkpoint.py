@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from apr_jax.config import ConfigError
+from apr_jax.config import ConfigError, to_dict
 from apr_jax.model.hf import save_hf
 from apr_jax.model.llama import init_params
 from apr_jax.parallel.mesh import make_mesh
@@ -96,7 +96,7 @@ def test_policy_loads_from_any_of_its_folders(saved, folder):
     workdir, state = saved
     model, params, config = load_policy(workdir / folder)
     assert model == CONFIG.model
-    assert config == dataclasses.asdict(CONFIG)
+    assert config == to_dict(CONFIG)
     jax.tree.map(np.testing.assert_array_equal, params, state.params)
 
 

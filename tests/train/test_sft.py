@@ -46,7 +46,7 @@ def _one_step(config, rows, microbatches, order=None):
     mesh = make_mesh(config.mesh)
     sgd = dataclasses.replace(config.sft.optimizer, name="adamw", clip_norm=0.0)
     optimizer = make_optimizer(sgd, 10)
-    step = make_sft_step(config.model, optimizer, schedule(sgd, 10, 1.0))
+    step = make_sft_step(config.model, optimizer, schedule(sgd, 10, 1.0), mesh)
     rows = {**rows, "weights": normalise(rows["weights"])}
     if order is not None:
         rows = {name: rows_BT[order] for name, rows_BT in rows.items()}
@@ -55,6 +55,24 @@ def _one_step(config, rows, microbatches, order=None):
     grads = {name: np.asarray(x) / (1 - sgd.b1) for name, x in moment.items() if ".mu" in name}
     assert grads
     return {name: float(value) for name, value in metrics.items()}, grads
+
+
+def test_moments_are_split_over_data_and_parameters_are_not():
+    config = on_mesh(CONFIG, data=2, fsdp=2)
+    mesh = make_mesh(config.mesh)
+    optimizer = make_optimizer(config.sft.optimizer, 10)
+    state = create_state(mesh, config.model, optimizer)
+    step = make_sft_step(config.model, optimizer, schedule(config.sft.optimizer, 10, 1.0), mesh)
+    rows = next(Rows(config))
+    state, _ = step(state, to_mesh({**rows, "weights": normalise(rows["weights"])}, mesh, 1))
+
+    def parts(tree):
+        matrices = [x for x in jax.tree.leaves(tree) if x.ndim == 2]
+        assert matrices
+        return {x.size // x.addressable_shards[0].data.size for x in matrices}
+
+    assert parts(state.params) == {2}
+    assert parts(state.opt_state) == {4}
 
 
 @pytest.mark.parametrize(
