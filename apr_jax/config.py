@@ -61,6 +61,7 @@ class TaskConfig:
     parent_beams: tuple[int, ...]  # APR: the parent's beam is one of these, drawn per problem; repeats weigh more
     child_beam_max: int  # APR: the children's beam is drawn from [parent's beam, this]
     spawn_probability: float  # APR: chance that a parent's expansion is handed to children
+    retry_probability: float  # APR: chance that the next best operations follow when all children failed; reference: 0
     shuffle: bool  # kept operations: in random order (the reference) or the order in which they were generated (fixed)
 
     def __post_init__(self) -> None:
@@ -79,7 +80,7 @@ class TaskConfig:
                 f"task.parent_beams={self.parent_beams} holds {max(self.parent_beams)}, which is above "
                 f"task.child_beam_max={self.child_beam_max}"
             )
-        _share(self, "task", "serial_dfs_probability spawn_probability")
+        _share(self, "task", "serial_dfs_probability spawn_probability retry_probability")
         if self.num_numbers < 2:
             raise ConfigError(f"task.num_numbers={self.num_numbers}: Countdown needs at least 2 numbers")
 

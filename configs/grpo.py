@@ -42,22 +42,23 @@ def laptop() -> ConfigDict:
     config.task = dict(
         num_numbers=3,
         min_number=1,
-        max_number=15,
+        max_number=20,
         min_target=10,
         max_target=40,
         serial_beam_min=1,
         serial_beam_max=5,
         serial_dfs_probability=0.5,
-        parent_beams=(4, 4, 8),
+        parent_beams=(4,),
         child_beam_max=8,
         spawn_probability=1.0,
+        retry_probability=0.4,
         shuffle=False,
     )
     config.data = dict(
         directory="runs/data",
         method="adaptive",
         tokenizer="builtin",
-        num_train=6_000,
+        num_train=8_000,
         num_validation=300,
         num_test=1_000,
         num_test_unseen_targets=300,
@@ -175,6 +176,7 @@ def paper() -> ConfigDict:
         parent_beams=tuple(range(1, 11)),
         child_beam_max=15,
         spawn_probability=0.9,
+        retry_probability=0.0,
         shuffle=True,
     )
     config.data.update(

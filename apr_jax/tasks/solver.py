@@ -104,9 +104,18 @@ class _Search:
         self._age = 0
 
     def breadth_first(
-        self, root: _Node, beam: int, lines: list[str], delegate: _Delegate | None = None
+        self,
+        root: _Node,
+        beam: int,
+        lines: list[str],
+        delegate: _Delegate | None = None,
+        retry_probability: float = 0.0,
     ) -> _Goal | None:
-        """Searches below `root`, writing to `lines`; the caller has written the root's header and writes the ending."""
+        """Searches below `root`, writing to `lines`; the caller has written the root's header and writes the ending.
+
+        An expansion that was delegated in vain is taken up again with `retry_probability`, with the next best `beam`
+        operations (iterative broadening: Ginsberg and Harvey 1992), until none is left.
+        """
         heap = [root]
         while heap:
             for node in [heapq.heappop(heap) for _ in range(min(beam, len(heap)))]:
@@ -117,13 +126,19 @@ class _Search:
                     if goal is not None:
                         return goal
                     continue
-                nodes = self._expand(node, beam, lines)
-                delegated = delegate(nodes) if delegate is not None else None
-                if delegated is None:
-                    for generated in nodes:
-                        heapq.heappush(heap, generated)
-                elif delegated.goal is not None:
-                    return delegated.goal
+                tried, trying = 0, True
+                while trying:
+                    nodes, more = self._expand(node, beam, lines, tried)
+                    delegated = delegate(nodes) if delegate is not None else None
+                    if delegated is None:
+                        for generated in nodes:
+                            heapq.heappush(heap, generated)
+                    elif delegated.goal is not None:
+                        return delegated.goal
+                    trying = delegated is not None and more and self.rng.random() < retry_probability
+                    if trying:
+                        tried += beam
+                        lines.append(self.header(node))
         return None
 
     def order(self, nodes: list[_Node]) -> list[_Node]:
@@ -146,7 +161,8 @@ class _Search:
         parts.append(self.header(root))
         return "".join(reversed(parts))
 
-    def _expand(self, node: _Node, beam: int, lines: list[str]) -> list[_Node]:
+    def _expand(self, node: _Node, beam: int, lines: list[str], tried: int = 0) -> tuple[list[_Node], bool]:
+        """Writes the `beam` best operations that come after the `tried` best; also tells whether more are left."""
         numbers, target, distances = node.numbers, self.problem.target, self._distances
         own = [distances[n] if n <= target else n - target for n in numbers]
         total = sum(own)
@@ -158,18 +174,19 @@ class _Search:
                     distance = distances[result] if result <= target else result - target
                     candidates.append((kept + distance, len(candidates), i, j, result, operation))
         candidates.sort()
-        del candidates[beam:]
+        more = len(candidates) > tried + beam
+        candidates = candidates[tried : tried + beam]
         self._arrange(candidates)
         nodes = []
         before = f"{node.operations}, " if node.operations else ""
-        for index, (heuristic, _, i, j, result, operation) in enumerate(candidates):
+        for index, (heuristic, _, i, j, result, operation) in enumerate(candidates, start=tried):
             remaining = [*numbers[:i], *numbers[i + 1 : j], *numbers[j + 1 :], result]
             node_id = f"{node.node_id},{index}"
             generated = trace.generated_lines(node_id, target, remaining, operation)
             lines.append(generated)
             self._age += 1
             nodes.append(_Node(heuristic, self._age, node_id, remaining, f"{before}'{operation}'", node, generated))
-        return nodes
+        return nodes, more
 
     def _expand_final(self, node: _Node, beam: int, lines: list[str]) -> _Goal | None:
         left, right = node.numbers
@@ -219,7 +236,7 @@ def _adaptive_calls(search: _Search, task: TaskConfig, condition_on_budget: bool
         lines.append(trace.goal_line(search.problem.target))
         return _Delegated(goals[0])
 
-    goal = search.breadth_first(search.root, parent_beam, lines, delegate)
+    goal = search.breadth_first(search.root, parent_beam, lines, delegate, task.retry_probability)
     prompt = trace.parent_prompt(search.problem, len(child_calls) if condition_on_budget else None)
     calls = [Call(prompt + before, completion, 0, True, len(completion)) for before, completion in spawning_calls]
     return (*calls, _last_call(search, search.root, prompt + context, lines, goal, depth=0), *child_calls)

@@ -68,7 +68,7 @@ def test_the_folder_depends_on_what_the_data_depend_on_and_on_nothing_else(confi
         if field.name == "serial_beam_min":
             changed = value
         elif isinstance(value, tuple):
-            changed = value[1:]
+            changed = (1, *value)
         else:
             changed = not value if isinstance(value, bool) else value / 2 if isinstance(value, float) else value + 1
         names.add(fingerprint(dataclasses.replace(task, **{field.name: changed}), data, config.seed))

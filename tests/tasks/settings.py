@@ -14,6 +14,7 @@ LAPTOP = TaskConfig(
     parent_beams=tuple(range(4, 11)),
     child_beam_max=15,
     spawn_probability=1.0,
+    retry_probability=0.0,
     shuffle=False,
 )
 REFERENCE = TaskConfig(
@@ -28,6 +29,7 @@ REFERENCE = TaskConfig(
     parent_beams=tuple(range(1, 11)),
     child_beam_max=15,
     spawn_probability=0.9,
+    retry_probability=0.0,
     shuffle=True,
 )
 SMALL_DATA = DataConfig(

@@ -1,6 +1,8 @@
 import dataclasses
+import itertools
 import random
 import re
+from collections import Counter
 from typing import Any, Literal
 
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apr_jax.config import TaskConfig
-from apr_jax.tasks import trace
+from apr_jax.tasks import countdown, trace
 from apr_jax.tasks.countdown import Problem, sample_problem, verify
 from apr_jax.tasks.solver import demonstrate
 from apr_jax.tasks.trace import Call, ChildResult, Demonstration, SpawnCall
@@ -31,7 +33,16 @@ def _threads(demonstration: Demonstration) -> list[str]:
     return [call.context + call.completion for call in demonstration.calls if not call.ends_in_spawn]
 
 
-tasks = st.sampled_from([LAPTOP, REFERENCE, dataclasses.replace(REFERENCE, shuffle=False)])
+BROADENING = dataclasses.replace(LAPTOP, parent_beams=(4,), retry_probability=1.0)
+tasks = st.sampled_from(
+    [
+        LAPTOP,
+        REFERENCE,
+        dataclasses.replace(REFERENCE, shuffle=False),
+        BROADENING,
+        dataclasses.replace(REFERENCE, retry_probability=0.5),
+    ]
+)
 methods: st.SearchStrategy[Method] = st.sampled_from(["adaptive", "serial"])
 seeds = st.integers(0, 2**32)
 
@@ -191,6 +202,27 @@ def test_the_same_draws_give_the_same_search_whatever_the_budget() -> None:
         assert [call.completion for call in plain.calls] == [call.completion for call in conditioned.calls]
 
 
+def test_a_parent_that_always_tries_again_ends_by_trying_everything() -> None:
+    rounds = set()
+    for seed in range(100):
+        demonstration = _demonstrate(seed, BROADENING, "adaptive")
+        assert demonstration.correct
+        parents = [call for call in demonstration.calls if call.depth == 0]
+        thread = parents[-1].context + parents[-1].completion
+        searched = thread[: thread.rindex(trace.JOIN_BEGIN)]
+        ids = [node_id for node_id, _, _ in GENERATED.findall(searched) if node_id.count(",") == 1]
+        assert ids == [f"0,{index}" for index in range(len(ids))]
+        written = Counter(operation for operation, _ in EXPLORED.findall(searched)[: len(ids)])
+        pairs = itertools.combinations(demonstration.problem.numbers, 2)
+        assert written <= Counter(operation for pair in pairs for _, operation in countdown.operations(*pair))
+        rounds.add(len(parents) - 1)
+        # Each round but the last was in vain, and the next one begins at the root again.
+        for call in parents[1:-1]:
+            assert "Goal Reached" not in call.context
+            assert call.completion.startswith("Moving to Node #0\nCurrent State: ")
+    assert rounds >= {1, 2, 3}
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -206,6 +238,7 @@ def test_the_same_draws_give_the_same_search_whatever_the_budget() -> None:
         ("parent_beams", (1,)),
         ("child_beam_max", 10),
         ("spawn_probability", 0.0),
+        ("retry_probability", 0.5),
         ("shuffle", False),
     ],
 )
