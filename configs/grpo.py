@@ -51,14 +51,14 @@ def laptop() -> ConfigDict:
         parent_beams=(4,),
         child_beam_max=8,
         spawn_probability=1.0,
-        retry_probability=0.4,
+        retry_probability=0.5,
         shuffle=False,
     )
     config.data = dict(
         directory="runs/data",
         method="adaptive",
         tokenizer="builtin",
-        num_train=8_000,
+        num_train=10_000,
         num_validation=300,
         num_test=1_000,
         num_test_unseen_targets=300,
@@ -70,7 +70,7 @@ def laptop() -> ConfigDict:
     )
     config.mesh = dict(data=2, fsdp=1, tensor=1)
     config.sft = dict(
-        num_steps=1_200,
+        num_steps=1_400,
         rows_per_step=8,
         row_len=512,
         microbatches=1,
@@ -106,7 +106,7 @@ def laptop() -> ConfigDict:
         prefix_reuse=True,
     )
     config.grpo = dict(
-        num_steps=8,
+        num_steps=9,
         prompts_per_step=32,
         group_size=8,
         inner_updates=1,
@@ -118,12 +118,12 @@ def laptop() -> ConfigDict:
         rows_per_microbatch=8,
         optimizer=dict(
             name="adamw",
-            learning_rate=2e-5,
+            learning_rate=6e-5,
             muon_learning_rate=0.0,
-            schedule="constant",
+            schedule="cosine",
             warmup_steps=0,
             initial_scale=1.0,
-            final_scale=1.0,
+            final_scale=0.1,
             b1=0.9,
             b2=0.95,
             weight_decay=0.0,
@@ -205,5 +205,5 @@ def paper() -> ConfigDict:
         rows_per_microbatch=4,
         checkpoint_every=10,
     )
-    config.grpo.optimizer.update(learning_rate=1e-5, b2=0.999, weight_decay=0.01)
+    config.grpo.optimizer.update(learning_rate=1e-5, schedule="constant", b2=0.999, weight_decay=0.01)
     return config
