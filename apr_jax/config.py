@@ -62,6 +62,7 @@ class TaskConfig:
     child_beam_max: int  # APR: the children's beam is drawn from [parent's beam, this]
     spawn_probability: float  # APR: chance that a parent's expansion is handed to children
     retry_probability: float  # APR: chance that the next best operations follow when all children failed; reference: 0
+    heuristic: Literal["mult", "none"]  # what ranks operations; none: the order in which they were generated
     shuffle: bool  # kept operations: in random order (the reference) or the order in which they were generated (fixed)
 
     def __post_init__(self) -> None:

@@ -48,10 +48,11 @@ def laptop() -> ConfigDict:
         serial_beam_min=1,
         serial_beam_max=5,
         serial_dfs_probability=0.5,
-        parent_beams=(4,),
+        parent_beams=(5,),
         child_beam_max=8,
         spawn_probability=1.0,
         retry_probability=0.5,
+        heuristic="none",
         shuffle=False,
     )
     config.data = dict(
@@ -70,7 +71,7 @@ def laptop() -> ConfigDict:
     )
     config.mesh = dict(data=2, fsdp=1, tensor=1)
     config.sft = dict(
-        num_steps=1_400,
+        num_steps=1_200,
         rows_per_step=8,
         row_len=512,
         microbatches=1,
@@ -106,7 +107,7 @@ def laptop() -> ConfigDict:
         prefix_reuse=True,
     )
     config.grpo = dict(
-        num_steps=9,
+        num_steps=8,
         prompts_per_step=32,
         group_size=8,
         inner_updates=1,
@@ -118,7 +119,7 @@ def laptop() -> ConfigDict:
         rows_per_microbatch=8,
         optimizer=dict(
             name="adamw",
-            learning_rate=6e-5,
+            learning_rate=5e-5,
             muon_learning_rate=0.0,
             schedule="cosine",
             warmup_steps=0,
@@ -177,6 +178,7 @@ def paper() -> ConfigDict:
         child_beam_max=15,
         spawn_probability=0.9,
         retry_probability=0.0,
+        heuristic="mult",
         shuffle=True,
     )
     config.data.update(

@@ -52,7 +52,7 @@ def demonstrate(
     """
     if method == "serial" and condition_on_budget and count_tokens is None:
         raise ValueError("a serial budget counts tokens: pass count_tokens")
-    search = _Search(problem, rng, task.shuffle)
+    search = _Search(problem, rng, task)
     calls = (
         _adaptive_calls(search, task, condition_on_budget)
         if method == "adaptive"
@@ -95,10 +95,11 @@ _Delegate = Callable[[list[_Node]], _Delegated | None]
 class _Search:
     """What every search of one problem shares: its target, its random draws, and how a state is expanded."""
 
-    def __init__(self, problem: Problem, rng: random.Random, shuffle: bool) -> None:
+    def __init__(self, problem: Problem, rng: random.Random, task: TaskConfig) -> None:
         self.problem = problem
         self.rng = rng
-        self.shuffle = shuffle
+        self.shuffle = task.shuffle
+        self._guided = task.heuristic == "mult"
         self.root = _Node(0, 0, trace.ROOT_ID, list(problem.numbers), "", None, "")
         self._distances = _factor_distances(problem.target)
         self._age = 0
@@ -172,7 +173,8 @@ class _Search:
                 kept = total - own[i] - own[j]
                 for result, operation in countdown.operations(numbers[i], numbers[j]):
                     distance = distances[result] if result <= target else result - target
-                    candidates.append((kept + distance, len(candidates), i, j, result, operation))
+                    heuristic = kept + distance if self._guided else 0
+                    candidates.append((heuristic, len(candidates), i, j, result, operation))
         candidates.sort()
         more = len(candidates) > tried + beam
         candidates = candidates[tried : tried + beam]

@@ -69,6 +69,8 @@ def test_the_folder_depends_on_what_the_data_depend_on_and_on_nothing_else(confi
             changed = value
         elif isinstance(value, tuple):
             changed = (1, *value)
+        elif isinstance(value, str):
+            changed = "mult" if value == "none" else "none"
         else:
             changed = not value if isinstance(value, bool) else value / 2 if isinstance(value, float) else value + 1
         names.add(fingerprint(dataclasses.replace(task, **{field.name: changed}), data, config.seed))

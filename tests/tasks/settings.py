@@ -15,6 +15,7 @@ LAPTOP = TaskConfig(
     child_beam_max=15,
     spawn_probability=1.0,
     retry_probability=0.0,
+    heuristic="mult",
     shuffle=False,
 )
 REFERENCE = TaskConfig(
@@ -30,6 +31,7 @@ REFERENCE = TaskConfig(
     child_beam_max=15,
     spawn_probability=0.9,
     retry_probability=0.0,
+    heuristic="mult",
     shuffle=True,
 )
 SMALL_DATA = DataConfig(

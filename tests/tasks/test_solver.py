@@ -239,6 +239,7 @@ def test_a_parent_that_always_tries_again_ends_by_trying_everything() -> None:
         ("child_beam_max", 10),
         ("spawn_probability", 0.0),
         ("retry_probability", 0.5),
+        ("heuristic", "none"),
         ("shuffle", False),
     ],
 )
