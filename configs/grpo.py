@@ -48,10 +48,10 @@ def laptop() -> ConfigDict:
         serial_beam_min=1,
         serial_beam_max=5,
         serial_dfs_probability=0.5,
-        parent_beams=(5,),
+        parent_beams=(4,),
         child_beam_max=8,
         spawn_probability=1.0,
-        retry_probability=0.5,
+        retry_probability=0.4,
         heuristic="none",
         shuffle=False,
     )
@@ -119,7 +119,7 @@ def laptop() -> ConfigDict:
         rows_per_microbatch=8,
         optimizer=dict(
             name="adamw",
-            learning_rate=5e-5,
+            learning_rate=4e-5,
             muon_learning_rate=0.0,
             schedule="cosine",
             warmup_steps=0,
