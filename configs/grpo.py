@@ -107,7 +107,7 @@ def laptop() -> ConfigDict:
         prefix_reuse=True,
     )
     config.grpo = dict(
-        num_steps=8,
+        num_steps=12,
         prompts_per_step=32,
         group_size=8,
         inner_updates=1,
@@ -119,7 +119,7 @@ def laptop() -> ConfigDict:
         rows_per_microbatch=8,
         optimizer=dict(
             name="adamw",
-            learning_rate=4e-5,
+            learning_rate=4.5e-5,
             muon_learning_rate=0.0,
             schedule="cosine",
             warmup_steps=0,
