@@ -213,9 +213,10 @@ class _Run:
                 return done["summary"]
         problems = load_problems(config, config.evaluation.split, config.evaluation.num_problems)
         title = f"Evaluate {stage} GRPO, temperature {temperature:g}"
+        engine = self._engine_with(params)
         with ShownProgress(len(problems), title) as shown, self.stop.interrupting():
             summary, records = evaluate(
-                self._engine_with(params),
+                engine,
                 self.tokenizer,
                 problems,
                 method=config.data.method,

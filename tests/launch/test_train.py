@@ -104,17 +104,19 @@ def test_killed_and_started_again_gives_the_same_metrics(place, undisturbed):
 def test_a_signal_saves_and_exits_with_75_and_grpo_starts_from_a_checkpoint(place, undisturbed):
     whole, _ = undisturbed
     workdir = place / "stopped"
-    process = _start(place, workdir, f"--checkpoint={whole / 'checkpoints' / 'sft'}")
+    longer = "--config.grpo.num_steps=24"  # enough that the signal comes before the end, also on a busy machine
+    process = _start(place, workdir, longer, f"--checkpoint={whole / 'checkpoints' / 'sft'}")
     _when(process, workdir, "grpo", 1)
     process.send_signal(signal.SIGTERM)
     _, errors = _finish(process, 75)
     assert "Start again to go on" in errors
-    _finish(_start(place, workdir))  # the policy that was named is saved, and needs no name any more
+    _finish(_start(place, workdir, longer))  # the policy that was named is saved, and needs no name any more
     ours, theirs = (
         [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"grpo"' in line]
         for run in (workdir, whole)
     )
-    assert ours == theirs
+    assert [json.loads(line)["step"] for line in ours] == list(range(1, 25))
+    assert ours[: len(theirs)] == theirs
 
 
 @pytest.mark.parametrize(
