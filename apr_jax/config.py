@@ -326,11 +326,10 @@ def _convert_value(hint: Any, value: Any, path: str) -> Any:
             )
         return value
     if typing.get_origin(hint) is tuple:
+        item_hint = typing.get_args(hint)[0]
         if not isinstance(value, list | tuple):
-            raise ConfigError(
-                f"{path}={value!r}: wrong type, it takes a list of {_type_name(typing.get_args(hint)[0])}"
-            )
-        return tuple(_convert_value(typing.get_args(hint)[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+            raise ConfigError(f"{path}={value!r}: wrong type, it takes a list of {_type_name(item_hint)}")
+        return tuple(_convert_value(item_hint, item, f"{path}[{i}]") for i, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not hint:
