@@ -18,9 +18,9 @@ from apr_jax.engine.programs import Programs
 from apr_jax.engine.scheduler import Limits, PrefillChunk, Scheduler
 from apr_jax.engine.steps import COPIES_PER_CALL, PAGES, SHARDED, DecodeLanes, Policy, PrefillLanes, Steps, Written
 from apr_jax.engine.threads import MAX_STOP_TOKENS, Program, Progress, Rollout, RolloutKey, Thread
-from apr_jax.model.kv_cache import PagedKVCache
-from apr_jax.model.llama import logical_axes
-from apr_jax.parallel.mesh import RULES, param_shardings, partition_spec
+from apr_jax.model.decode_weights import choose_layout, layout_shardings, to_layout
+from apr_jax.model.kv_cache import PagedKVCache, RowLayout
+from apr_jax.parallel.mesh import partition_spec
 
 
 @dataclasses.dataclass
@@ -87,15 +87,19 @@ class Engine:
             raise ConfigError(f"banned_tokens {banned_tokens} must lie in [0, model.vocab_size={model.vocab_size})")
         if len(set(banned_tokens)) == model.vocab_size:
             raise ConfigError(f"all {model.vocab_size} tokens are banned")
+        lanes, pages = rollout.num_lanes // shards, rollout.num_pages // shards
+        rows = RowLayout.of(model.max_seq_len, rollout.page_size)
         self.limits = Limits(
             num_shards=shards,
-            lanes=rollout.num_lanes // shards,
-            pages=rollout.num_pages // shards,
+            lanes=lanes,
+            pages=pages,
             page_size=rollout.page_size,
             max_seq_len=model.max_seq_len,
             steps_per_visit=rollout.steps_per_visit,
             prefill_lanes=rollout.prefill_lanes // shards,
             prefix_reuse=rollout.prefix_reuse,
+            block_size=rows.block_size,
+            row_blocks=min(lanes * rows.num_blocks, max(rows.num_blocks, pages // rows.pages_per_block + lanes)),
         )
         self.stats = EngineStats()
         self._model = model
@@ -104,16 +108,20 @@ class Engine:
         self._banned_mask = np.zeros((model.vocab_size,), bool)
         self._banned_mask[list(banned_tokens)] = True
         self._scheduler = Scheduler(self.limits)
-        self._steps = Steps(model, self.limits, mesh)
+        layout = choose_layout(model, mesh)
+        self._steps = Steps(model, self.limits, mesh, layout)
+        self._to_layout = jax.jit(
+            lambda params: to_layout(params, model, layout), out_shardings=layout_shardings(mesh, model, layout)
+        )
         self._pages = jax.jit(
             lambda: PagedKVCache.create(model, shards, self.limits.pages, self.limits.page_size),
             out_shardings=NamedSharding(mesh, PAGES),
         )()
-        self._params = self._place(params)
+        self._params = self._to_layout(params)
 
     def set_params(self, params: Any) -> None:
         """New weights, a new policy: nothing that older weights computed is ever read again."""
-        self._params = self._place(params)
+        self._params = self._to_layout(params)
         self._scheduler.new_policy()
 
     def warm_up(self) -> float:
@@ -275,8 +283,3 @@ class Engine:
 
     def _put(self, tree: Any) -> Any:
         return jax.device_put(tree, NamedSharding(self._mesh, SHARDED))
-
-    def _place(self, params: Any) -> Any:
-        """Weights split over "tensor" and whole elsewhere (split over "fsdp", each step would gather them)."""
-        rules = dataclasses.replace(RULES, embed=None)
-        return jax.device_put(params, param_shardings(self._mesh, params, logical_axes(params), rules))

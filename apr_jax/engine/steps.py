@@ -9,6 +9,7 @@ depend on its neighbours, bit for bit.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,7 @@ from apr_jax.model.kv_cache import (
     pack_rows,
     write_rows,
 )
-from apr_jax.model.llama import Llama, graphdef
+from apr_jax.model.llama import Llama, WeightLayout, graphdef
 from apr_jax.parallel.mesh import DATA_AXIS, TENSOR_AXIS, partition_spec
 
 COPIES_PER_CALL = 16  # page copies a call; more take more calls
@@ -116,13 +117,13 @@ def prefill_thread(
     model: Llama,
     layout: RowLayout,
     pages: PagedKVCache,
-    num_blocks: jax.Array,
+    num_spans: jax.Array,
     table_R: jax.Array,
     tokens_C: jax.Array,
     start: jax.Array,
 ) -> tuple[Any, ...]:
     """Keys and values of one thread's next positions, within a page; per layer `[K, C, H]` twice."""
-    view = PrefillView(pages, table_R, (), start, num_blocks, layout)
+    view = PrefillView(pages, table_R, (), start, num_spans, layout)
     _, successor = model(tokens_C, start + jnp.arange(tokens_C.shape[0]), cache=view)
     assert successor is not None
     return successor.fresh
@@ -131,19 +132,20 @@ def prefill_thread(
 def decode_shard(
     model: Llama,
     config: ModelConfig,
-    steps: int,
+    limits: Limits,
     layout: RowLayout,
     pages: PagedKVCache,
     lanes: DecodeLanes,
     policy: Policy,
 ) -> tuple[PagedKVCache, Written]:
-    """A decode chunk on one shard (no shard axis): up to `steps` tokens for every lane, fewer when all have stopped.
+    """A decode chunk on one shard (no shard axis): up to `steps_per_visit` tokens a lane, fewer when all have stopped.
 
     A chunk is not left while any lane goes on: where a thread's chunks begin, and with that how its attention is
     summed, is then a function of the thread alone.
     """
-    num_lanes = lanes.token.shape[0]
-    rows, own_LB = pack_rows(pages, lanes.tables, jnp.where(lanes.remaining > 0, lanes.length, 0), layout)
+    num_lanes, steps = lanes.token.shape[0], limits.steps_per_visit
+    lengths_L = jnp.where(lanes.remaining > 0, lanes.length, 0)
+    rows, own_LB = pack_rows(pages, lanes.tables, lengths_L, layout, limits.row_blocks)
     uniforms_LC = jax.vmap(lambda key, first: uniforms(key, first, steps))(lanes.key_data, lanes.generated)
     fresh_shape = (num_lanes, config.num_kv_heads, steps, config.head_dim)
     zeros = jnp.zeros(fresh_shape, pages.keys[0].dtype)
@@ -185,24 +187,25 @@ def prefill_shard(model: Llama, layout: RowLayout, pages: PagedKVCache, lanes: P
 
     They are written by a call of their own: in one program XLA would copy every page, since branches read them.
     """
-    num_blocks = layout.blocks_for(jnp.max(jnp.where(lanes.count > 0, lanes.start, 0)))
+    num_spans = layout.spans_for(jnp.max(jnp.where(lanes.count > 0, lanes.start, 0)))
     lifted = jax.vmap(prefill_thread, in_axes=(None, None, None, None, 0, 0, 0))
-    return lifted(model, layout, pages, num_blocks, lanes.tables, lanes.tokens, lanes.start)
+    return lifted(model, layout, pages, num_spans, lanes.tables, lanes.tokens, lanes.start)
 
 
 class Steps:
     """The jitted steps of one engine. Each donates the cache and returns the successor."""
 
-    def __init__(self, config: ModelConfig, limits: Limits, mesh: Mesh):
+    def __init__(self, config: ModelConfig, limits: Limits, mesh: Mesh, weights: WeightLayout):
         layout = RowLayout.of(config.max_seq_len, limits.page_size)
         self.layout = layout
-        structure = graphdef(config)
+        assert layout.block_size == limits.block_size
+        structure = graphdef(config, weights)
 
         def decode(
             pages: PagedKVCache, params: Any, lanes: DecodeLanes, policy: Policy
         ) -> tuple[PagedKVCache, Written]:
             model = nnx.merge(structure, params)
-            return decode_shard(model, config, limits.steps_per_visit, layout, pages, lanes, policy)
+            return decode_shard(model, config, limits, layout, pages, lanes, policy)
 
         def compute(pages: PagedKVCache, params: Any, lanes: PrefillLanes) -> tuple[Block, ...]:
             return prefill_shard(nnx.merge(structure, params), layout, pages, lanes)
@@ -247,4 +250,11 @@ def _lift(
     lifted = jax.shard_map(
         local, mesh=mesh, in_specs=in_specs, out_specs=SHARDED, axis_names={DATA_AXIS}, check_vma=False
     )
-    return jax.jit(lifted, donate_argnums=donated, out_shardings=out_shardings)
+    options = _compiler_options(mesh)
+    return jax.jit(lifted, donate_argnums=donated, out_shardings=out_shardings, compiler_options=options)
+
+
+def _compiler_options(mesh: Mesh) -> dict[str, Any]:
+    """Where every core is a device of the mesh, products that share out their work among cores only get in the way."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return {"xla_cpu_multi_thread_eigen": False} if on_cpu and mesh.size >= (os.cpu_count() or 1) else {}

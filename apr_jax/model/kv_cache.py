@@ -8,9 +8,9 @@ own and merges the parts (online softmax, Milakov and Gimelshein 2018), then add
 wholly masked changes no bit of the result. So a thread's result does not depend on its neighbours, and blocks that a
 thread doesn't need are skipped.
 
-Prefill gathers each block from the pages where it uses it. Decode uses every block at every step: it gathers them once
-per chunk, and only those that hold something, as one list of *entries* over all lanes (`PackedRows`). What a step reads
-is then the sum of the threads' lengths, not the number of lanes times the longest of them.
+Prefill gathers a *span*, some blocks, from the pages where it uses it. Decode uses every block at every step: it gathers
+them once per chunk, and only those that hold something, as one list of *entries* over all lanes (`PackedRows`). What a
+step reads is then the sum of the threads' lengths, not the number of lanes times the longest of them.
 """
 
 import dataclasses
@@ -24,8 +24,9 @@ import jax.numpy as jnp
 
 from apr_jax.config import ModelConfig
 
-MIN_BLOCK = 64  # positions
-MAX_BLOCKS = 8  # of a row; each is a branch in the compiled prefill
+BLOCK = 64  # positions, rounded up to whole pages
+MAX_SPANS = 8  # of a row; each is a branch in the compiled prefill
+MERGED_BLOCKS = 8  # blocks of a lane that are merged at once
 MIN_ENTRIES = 32  # of a chunk of packed rows; large enough to amortise a matmul's overhead
 MAX_CHUNKS = 16  # of packed rows; each is a branch in the compiled decode step
 MASKED_SCORE = -1e30
@@ -60,21 +61,31 @@ class PagedKVCache:
 
 @dataclasses.dataclass(frozen=True)
 class RowLayout:
-    """How a row of `max_seq_len` positions is cut into blocks of whole pages."""
+    """How a row of `max_seq_len` positions is cut into blocks of whole pages, and these are counted into spans."""
 
-    num_blocks: int
+    num_spans: int
+    blocks_per_span: int
     pages_per_block: int
     page_size: int
 
     @classmethod
     def of(cls, max_seq_len: int, page_size: int) -> Self:
-        size = max(MIN_BLOCK, -(-max_seq_len // MAX_BLOCKS))
-        pages_per_block = max(1, -(-size // page_size))
-        return cls(-(-max_seq_len // (pages_per_block * page_size)), pages_per_block, page_size)
+        pages_per_block = -(-min(BLOCK, max_seq_len) // page_size)
+        num_blocks = -(-max_seq_len // (pages_per_block * page_size))
+        blocks_per_span = -(-num_blocks // MAX_SPANS)
+        return cls(-(-num_blocks // blocks_per_span), blocks_per_span, pages_per_block, page_size)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.num_spans * self.blocks_per_span
 
     @property
     def block_size(self) -> int:
         return self.pages_per_block * self.page_size
+
+    @property
+    def span_size(self) -> int:
+        return self.blocks_per_span * self.block_size
 
     @property
     def pages_per_row(self) -> int:
@@ -83,6 +94,10 @@ class RowLayout:
     def blocks_for(self, length: jax.Array) -> jax.Array:
         """Blocks that hold `length` positions."""
         return (length + self.block_size - 1) // self.block_size
+
+    def spans_for(self, length: jax.Array) -> jax.Array:
+        """Spans that hold `length` positions."""
+        return (length + self.span_size - 1) // self.span_size
 
 
 @jax.tree_util.register_dataclass
@@ -100,16 +115,19 @@ class PackedRows:
 
 
 def pack_rows(
-    pages: PagedKVCache, tables_LR: jax.Array, lengths_L: jax.Array, layout: RowLayout
+    pages: PagedKVCache, tables_LR: jax.Array, lengths_L: jax.Array, layout: RowLayout, max_entries: int
 ) -> tuple[PackedRows, jax.Array]:
     """Gathers the first `lengths_L` positions of each lane (one shard, no shard axis).
+
+    Args:
+        max_entries: blocks that the lanes fill, at most; what lies above is lost (the scheduler sees to it).
 
     Returns:
         The rows, and int32 `[L, blocks of a row]`: which entries are a lane's; E where it has no further block.
     """
     num_lanes, B = len(lengths_L), layout.num_blocks
-    size = max(MIN_ENTRIES, -(-num_lanes * B // MAX_CHUNKS))  # of a chunk
-    num_chunks = -(-num_lanes * B // size)
+    size = max(min(MIN_ENTRIES, max_entries), -(-max_entries // MAX_CHUNKS))  # of a chunk
+    num_chunks = -(-max_entries // size)
     E = num_chunks * size
     filled_L = layout.blocks_for(lengths_L)
     ends_L = jnp.cumsum(filled_L)
@@ -211,15 +229,37 @@ def _attend_entries(q_LKGH: jax.Array, own_LB: jax.Array, rows: PackedRows, laye
             zip(*parts, strict=True), _nothing((1, *parts[0][0].shape[1:]), parts[0][2].shape[-1]), strict=True
         )
     )
-    top_LBKG, sum_LBKG, out_LBKGH = (x.at[own_LB].get(mode="promise_in_bounds") for x in (tops, sums, outs))
-    top_LKG = jnp.max(top_LBKG, axis=1)
-    scale_LBKG = jnp.exp(top_LBKG - top_LKG[:, None])
+    merged = _merge_parts(own_LB[:, :MERGED_BLOCKS], (tops, sums, outs))
+    for first in range(MERGED_BLOCKS, own_LB.shape[1], MERGED_BLOCKS):
+        own_LM = own_LB[:, first : first + MERGED_BLOCKS]
+
+        def further(merged: Carry, own_LM: jax.Array = own_LM) -> Carry:
+            return _merge_two(merged, _merge_parts(own_LM, (tops, sums, outs)))
+
+        needed = jnp.any(own_LM[:, 0] < len(tops) - 1)
+        merged = jax.lax.cond(needed, further, lambda merged: merged, merged)
+    return merged
+
+
+def _merge_parts(own_LM: jax.Array, parts: Carry) -> Carry:
+    """For each lane, the softmax over those of the parts `[E, ...]` that are its own."""
+    top_LMKG, sum_LMKG, out_LMKGH = (x.at[own_LM].get(mode="promise_in_bounds") for x in parts)
+    top_LKG = jnp.max(top_LMKG, axis=1)
+    scale_LMKG = jnp.exp(top_LMKG - top_LKG[:, None])
     # One after the other: XLA's CPU backend runs a reduction that it fuses with the output projection at a tenth of the
     # speed.
-    scales = [scale_LBKG[:, block] for block in range(own_LB.shape[1])]
-    sum_LKG = functools.reduce(jnp.add, [sum_LBKG[:, block] * scale for block, scale in enumerate(scales)])
-    weighted = [out_LBKGH[:, block] * scale[..., None] for block, scale in enumerate(scales)]
+    scales = [scale_LMKG[:, block] for block in range(own_LM.shape[1])]
+    sum_LKG = functools.reduce(jnp.add, [sum_LMKG[:, block] * scale for block, scale in enumerate(scales)])
+    weighted = [out_LMKGH[:, block] * scale[..., None] for block, scale in enumerate(scales)]
     return top_LKG, sum_LKG, functools.reduce(jnp.add, weighted)
+
+
+def _merge_two(first: Carry, second: Carry) -> Carry:
+    """The softmax over both parts; a part without positions changes no bit of the other."""
+    top = jnp.maximum(first[0], second[0])
+    scales = [jnp.exp(part[0] - top) for part in (first, second)]
+    total = first[1] * scales[0] + second[1] * scales[1]
+    return top, total, first[2] * scales[0][..., None] + second[2] * scales[1][..., None]
 
 
 def _softmax_parts(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> Carry:
@@ -293,11 +333,7 @@ class DecodeView:
         q_KGH = (q_TNH / math.sqrt(H)).astype(q_TNH.dtype).reshape(K, -1, H)
         row = _attend_row(q_KGH, self.own_B, self.rows, layer)
         mask_11C = (jnp.arange(C) <= self.step)[None, None]
-        new = _softmax_parts(q_KGH, k_KCH, v_KCH, mask_11C)
-        top_KG = jnp.maximum(row[0], new[0])
-        scales = [jnp.exp(part[0] - top_KG) for part in (row, new)]
-        sum_KG = row[1] * scales[0] + new[1] * scales[1]
-        out_KGH = row[2] * scales[0][..., None] + new[2] * scales[1][..., None]
+        _, sum_KG, out_KGH = _merge_two(row, _softmax_parts(q_KGH, k_KCH, v_KCH, mask_11C))
         out_TNH = (out_KGH / sum_KG[..., None]).reshape(q_TNH.shape).astype(q_TNH.dtype)
         fresh = (*self.fresh[:layer], (k_KCH, v_KCH), *self.fresh[layer + 1 :])
         return out_TNH, dataclasses.replace(self, fresh=fresh)
@@ -312,7 +348,7 @@ class PrefillView:
     table_R: jax.Array  # int32, the row's pages; entries without one name the trash page
     fresh: tuple[Block, ...]  # per layer computed so far, keys and values [K, C, H]
     length: jax.Array  # int32 scalar, positions in the row
-    num_blocks: jax.Array  # int32 scalar, blocks that any lane needs (the same for all lanes)
+    num_spans: jax.Array  # int32 scalar, spans that any lane needs (the same for all lanes)
     layout: RowLayout = dataclasses.field(metadata={"static": True})
 
     def attend(
@@ -321,18 +357,18 @@ class PrefillView:
         """See `llama.KVCache`. T = C, and `positions_T` = length, length + 1, ..."""
         block: Block = (k_TKH.transpose(1, 0, 2), v_TKH.transpose(1, 0, 2))
         mask_TC = positions_T[:, None] >= positions_T[None]
-        row = [lambda index=index: self._gather(layer, index) for index in range(self.layout.num_blocks)]
-        out = _attend(q_TNH, row, self.layout.block_size, self.num_blocks, self.length, block, mask_TC)
+        row = [lambda index=index: self._gather(layer, index) for index in range(self.layout.num_spans)]
+        out = _attend(q_TNH, row, self.layout.span_size, self.num_spans, self.length, block, mask_TC)
         return out, dataclasses.replace(self, fresh=(*self.fresh, block))
 
-    def _gather(self, layer: int, block: int) -> Block:
-        width = self.layout.pages_per_block
-        indices = self.table_R[block * width : (block + 1) * width]
+    def _gather(self, layer: int, span: int) -> Block:
+        width = self.layout.blocks_per_span * self.layout.pages_per_block
+        indices = self.table_R[span * width : (span + 1) * width]
 
         def gather(pages_PKCH: jax.Array) -> jax.Array:
             _, K, _, H = pages_PKCH.shape
             gathered_RKCH = pages_PKCH.at[indices].get(mode="promise_in_bounds")
-            return gathered_RKCH.transpose(1, 0, 2, 3).reshape(K, self.layout.block_size, H)
+            return gathered_RKCH.transpose(1, 0, 2, 3).reshape(K, self.layout.span_size, H)
 
         return gather(self.pages.keys[layer]), gather(self.pages.values[layer])
 

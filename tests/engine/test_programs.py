@@ -36,6 +36,8 @@ WIDE = Limits(
     steps_per_visit=4,
     prefill_lanes=8,
     prefix_reuse=True,
+    block_size=PAGE,
+    row_blocks=2000,
 )
 
 

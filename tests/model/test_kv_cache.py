@@ -82,7 +82,7 @@ def compiled(min_entries):
     assert min_entries == kv_cache.MIN_ENTRIES
 
     def pack(pages, tables, lengths):
-        return pack_rows(pages, tables, lengths, LAYOUT)
+        return pack_rows(pages, tables, lengths, LAYOUT, 5 * LAYOUT.num_blocks)
 
     def attend(view, q, k, v):
         return view.attend(0, q, k, v, view.length[None] + view.step)
