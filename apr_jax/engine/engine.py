@@ -19,7 +19,7 @@ from apr_jax.engine.scheduler import Limits, PrefillChunk, Scheduler
 from apr_jax.engine.steps import COPIES_PER_CALL, PAGES, SHARDED, DecodeLanes, Policy, PrefillLanes, Steps, Written
 from apr_jax.engine.threads import MAX_STOP_TOKENS, Program, Progress, Rollout, RolloutKey, Thread
 from apr_jax.model.decode_weights import choose_layout, layout_shardings, to_layout
-from apr_jax.model.kv_cache import PagedKVCache, RowLayout
+from apr_jax.model.kv_cache import PagedKVCache, RowBuffers, RowLayout
 from apr_jax.parallel.mesh import partition_spec
 
 
@@ -113,8 +113,11 @@ class Engine:
         self._to_layout = jax.jit(
             lambda params: to_layout(params, model, layout), out_shardings=layout_shardings(mesh, model, layout)
         )
-        self._pages = jax.jit(
-            lambda: PagedKVCache.create(model, shards, self.limits.pages, self.limits.page_size),
+        self._pages, self._rows = jax.jit(
+            lambda: (
+                PagedKVCache.create(model, shards, self.limits.pages, self.limits.page_size),
+                RowBuffers.create(model, shards, rows, self.limits.row_blocks),
+            ),
             out_shardings=NamedSharding(mesh, PAGES),
         )()
         self._params = self._to_layout(params)
@@ -217,7 +220,7 @@ class Engine:
         stats.page_places += places
 
     def _decode(self, lanes: DecodeLanes, policy: Policy) -> Written:
-        self._pages, written = self._steps.decode(self._pages, self._params, lanes, policy)
+        self._pages, self._rows, written = self._steps.decode(self._pages, self._rows, self._params, lanes, policy)
         return written
 
     def _copy(self, copies: list[list[Any]], *, force: bool = False) -> None:

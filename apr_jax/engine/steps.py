@@ -26,6 +26,7 @@ from apr_jax.model.kv_cache import (
     DecodeView,
     PagedKVCache,
     PrefillView,
+    RowBuffers,
     RowLayout,
     copy_pages,
     pack_rows,
@@ -135,9 +136,10 @@ def decode_shard(
     limits: Limits,
     layout: RowLayout,
     pages: PagedKVCache,
+    buffers: RowBuffers,
     lanes: DecodeLanes,
     policy: Policy,
-) -> tuple[PagedKVCache, Written]:
+) -> tuple[PagedKVCache, RowBuffers, Written]:
     """A decode chunk on one shard (no shard axis): up to `steps_per_visit` tokens a lane, fewer when all have stopped.
 
     A chunk is not left while any lane goes on: where a thread's chunks begin, and with that how its attention is
@@ -145,7 +147,7 @@ def decode_shard(
     """
     num_lanes, steps = lanes.token.shape[0], limits.steps_per_visit
     lengths_L = jnp.where(lanes.remaining > 0, lanes.length, 0)
-    rows, own_LB = pack_rows(pages, lanes.tables, lengths_L, layout, limits.row_blocks)
+    rows, own_LB = pack_rows(buffers, pages, lanes.tables, lengths_L, layout)
     uniforms_LC = jax.vmap(lambda key, first: uniforms(key, first, steps))(lanes.key_data, lanes.generated)
     fresh_shape = (num_lanes, config.num_kv_heads, steps, config.head_dim)
     zeros = jnp.zeros(fresh_shape, pages.keys[0].dtype)
@@ -179,7 +181,7 @@ def decode_shard(
     )
     ran, fresh, _, _, counts_L, tokens_CL, logprobs_CL = jax.lax.while_loop(live, body, state)
     pages = write_rows(pages, lanes.tables, lanes.length, counts_L, fresh, -(-(steps - 1) // layout.page_size) + 1)
-    return pages, Written(tokens_CL, logprobs_CL, counts_L, ran)
+    return pages, rows.buffers, Written(tokens_CL, logprobs_CL, counts_L, ran)
 
 
 def prefill_shard(model: Llama, layout: RowLayout, pages: PagedKVCache, lanes: PrefillLanes) -> tuple[Block, ...]:
@@ -202,10 +204,10 @@ class Steps:
         structure = graphdef(config, weights)
 
         def decode(
-            pages: PagedKVCache, params: Any, lanes: DecodeLanes, policy: Policy
-        ) -> tuple[PagedKVCache, Written]:
+            pages: PagedKVCache, buffers: RowBuffers, params: Any, lanes: DecodeLanes, policy: Policy
+        ) -> tuple[PagedKVCache, RowBuffers, Written]:
             model = nnx.merge(structure, params)
-            return decode_shard(model, config, limits, layout, pages, lanes, policy)
+            return decode_shard(model, config, limits, layout, pages, buffers, lanes, policy)
 
         def compute(pages: PagedKVCache, params: Any, lanes: PrefillLanes) -> tuple[Block, ...]:
             return prefill_shard(nnx.merge(structure, params), layout, pages, lanes)
@@ -215,7 +217,13 @@ class Steps:
 
         whole = partition_spec()
         pages_out, written_out = NamedSharding(mesh, PAGES), NamedSharding(mesh, SHARDED)
-        self.decode = _lift(decode, mesh, (SHARDED, whole, SHARDED, whole), (pages_out, written_out))
+        self.decode = _lift(
+            decode,
+            mesh,
+            (SHARDED, SHARDED, whole, SHARDED, whole),
+            (pages_out, pages_out, written_out),
+            donated=(0, 1),
+        )
         self._compute = _lift(compute, mesh, (SHARDED, whole, SHARDED), pages_out, donated=())
         self._write = _lift(write, mesh, (SHARDED, SHARDED, SHARDED), pages_out)
         self.copy_pages = _lift(copy_pages, mesh, (SHARDED, SHARDED, SHARDED), pages_out)

@@ -100,35 +100,54 @@ class RowLayout:
         return (length + self.span_size - 1) // self.span_size
 
 
+Chunks = tuple[Block, ...]  # chunks of entries, each keys and values [entries of a chunk, K, S, H]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowBuffers:
+    """Room for the packed rows, kept from one chunk of decoding to the next: fresh memory would have to be faulted in."""
+
+    layers: tuple[Chunks, ...]  # arrays [shards, entries of a chunk, K, S, H]
+
+    @classmethod
+    def create(cls, config: ModelConfig, num_shards: int, layout: RowLayout, max_entries: int) -> Self:
+        """Room for `max_entries` blocks a shard, in chunks of equally many."""
+        size = max(min(MIN_ENTRIES, max_entries), -(-max_entries // MAX_CHUNKS))
+        shape = (num_shards, size, config.num_kv_heads, layout.block_size, config.head_dim)
+        chunks = range(-(-max_entries // size))
+        return cls(tuple(tuple((_zeros(shape, config),) * 2 for _ in chunks) for _ in range(config.num_layers)))
+
+
+jax.tree_util.register_dataclass(RowBuffers, data_fields=["layers"], meta_fields=[])
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedRows:
-    """The blocks that the lanes' rows fill, gathered from the pages: entry after entry, in chunks of equally many.
+    """The blocks that the lanes' rows fill, copied from the pages: entry after entry, in chunks of equally many.
 
-    Entries are ordered by lane, then by place in the row. Chunks behind the last entry are not gathered.
+    Entries are ordered by lane, then by place in the row. What lies behind the last entry has no meaning.
     """
 
     lane_E: jax.Array  # int32: whose block it is
     length_E: jax.Array  # int32: positions that it holds, the rest is masked
     num_entries: jax.Array  # int32 scalar
-    blocks: tuple[tuple[Block, ...], ...]  # per layer, per chunk: keys and values [E / chunks, K, S, H]
+    buffers: RowBuffers  # without the shard axis
 
 
 def pack_rows(
-    pages: PagedKVCache, tables_LR: jax.Array, lengths_L: jax.Array, layout: RowLayout, max_entries: int
+    buffers: RowBuffers, pages: PagedKVCache, tables_LR: jax.Array, lengths_L: jax.Array, layout: RowLayout
 ) -> tuple[PackedRows, jax.Array]:
-    """Gathers the first `lengths_L` positions of each lane (one shard, no shard axis).
+    """Copies the first `lengths_L` positions of each lane into the buffers (one shard, no shard axis).
 
-    Args:
-        max_entries: blocks that the lanes fill, at most; what lies above is lost (the scheduler sees to it).
+    What does not fit the buffers is lost; the scheduler sees to it that all does.
 
     Returns:
         The rows, and int32 `[L, blocks of a row]`: which entries are a lane's; E where it has no further block.
     """
-    num_lanes, B = len(lengths_L), layout.num_blocks
-    size = max(min(MIN_ENTRIES, max_entries), -(-max_entries // MAX_CHUNKS))  # of a chunk
-    num_chunks = -(-max_entries // size)
-    E = num_chunks * size
+    num_lanes, B, W = len(lengths_L), layout.num_blocks, layout.pages_per_block
+    size = len(buffers.layers[0][0][0])
+    E = size * len(buffers.layers[0])
     filled_L = layout.blocks_for(lengths_L)
     ends_L = jnp.cumsum(filled_L)
     num_entries = ends_L[-1]
@@ -137,29 +156,31 @@ def pack_rows(
     block_E = jnp.clip(entry_E - (ends_L - filled_L)[lane_E], 0, B - 1)
     live_E = entry_E < num_entries
     length_E = jnp.where(live_E, jnp.clip(lengths_L[lane_E] - block_E * layout.block_size, 0, layout.block_size), 0)
-    tables_EW = tables_LR.reshape(num_lanes, B, layout.pages_per_block)[lane_E, block_E]
-    tables_EW = jnp.where(live_E[:, None], tables_EW, 0)
+    tables_EW = tables_LR.reshape(num_lanes, B, W)[lane_E, block_E]
     block_B = jnp.arange(B)[None]
     own_LB = jnp.where(block_B < filled_L[:, None], (ends_L - filled_L)[:, None] + block_B, E).astype(jnp.int32)
 
-    def gather(pages_PKCH: jax.Array, chunk: int) -> jax.Array:
-        indices = tables_EW[chunk * size : (chunk + 1) * size]
-        _, K, _, H = pages_PKCH.shape
-        gathered_EWKCH = pages_PKCH.at[indices].get(mode="promise_in_bounds")
-        return gathered_EWKCH.transpose(0, 2, 1, 3, 4).reshape(size, K, layout.block_size, H)
+    def fill(chunk: int) -> list[Block]:
+        """The layers' chunk with its entries' pages, one page after the other."""
 
-    def blocks(layer: int, chunk: int) -> Block:
-        sources = (pages.keys[layer], pages.values[layer])
-        shape = (size, sources[0].shape[1], layout.block_size, sources[0].shape[3])
-        return jax.lax.cond(
-            chunk * size < num_entries,
-            lambda: (gather(sources[0], chunk), gather(sources[1], chunk)),
-            lambda: (jnp.zeros(shape, sources[0].dtype), jnp.zeros(shape, sources[1].dtype)),
-        )
+        def copy(index: jax.Array, blocks: list[Block]) -> list[Block]:
+            entry, part = index // W, index % W
+            page = tables_EW[chunk * size + entry, part]
+            target = (entry, 0, part * layout.page_size, 0)
 
-    layers = range(len(pages.keys))
-    packed = tuple(tuple(blocks(layer, chunk) for chunk in range(num_chunks)) for layer in layers)
-    return PackedRows(lane_E, length_E, num_entries, packed), own_LB
+            def move(pages_PKCH: jax.Array, block_EKSH: jax.Array) -> jax.Array:
+                page_1KCH = jax.lax.dynamic_index_in_dim(pages_PKCH, page, keepdims=True)
+                return jax.lax.dynamic_update_slice(block_EKSH, page_1KCH, target)
+
+            sources = zip(pages.keys, pages.values, strict=True)
+            return [(move(k, old_k), move(v, old_v)) for (k, v), (old_k, old_v) in zip(sources, blocks, strict=True)]
+
+        count = jnp.clip(num_entries - chunk * size, 0, size) * W
+        return jax.lax.fori_loop(0, count, copy, [layer[chunk] for layer in buffers.layers])
+
+    chunks = [fill(chunk) for chunk in range(len(buffers.layers[0]))]
+    layers = tuple(tuple(chunk[layer] for chunk in chunks) for layer in range(len(buffers.layers)))
+    return PackedRows(lane_E, length_E, num_entries, RowBuffers(layers)), own_LB
 
 
 def _merge(carry: Carry, q_KMH: jax.Array, block: Block, mask_MS: jax.Array) -> Carry:
@@ -211,7 +232,7 @@ def _attend(
 def _attend_entries(q_LKGH: jax.Array, own_LB: jax.Array, rows: PackedRows, layer: int) -> Carry:
     """Every lane's online softmax over its own entries: maximum and sum `[L, K, G]`, weighted values `[L, K, G, H]`."""
     parts = []
-    for chunk, (k_EKSH, v_EKSH) in enumerate(rows.blocks[layer]):
+    for chunk, (k_EKSH, v_EKSH) in enumerate(rows.buffers.layers[layer]):
         size, K, S, H = k_EKSH.shape
         part = slice(chunk * size, (chunk + 1) * size)
         G = q_LKGH.shape[2]
