@@ -162,6 +162,21 @@ def test_stops_and_limits(engine):
     assert [call.stop.reason for call in rollout.calls] == [full, out]
 
 
+def test_a_rollout_writes_no_more_than_its_tokens(engine, monkeypatch):
+    """Whoever else decodes: shares are fixed at spawns, so the same bits come out."""
+
+    def target():
+        return (RolloutKey(1, 0), searching(1, depth=2))
+
+    free = engine.run([target()], seed=5, temperature=1.0)[0]
+    monkeypatch.setattr(engine, "_max_total_tokens", 60)
+    alone = engine.run([target()], seed=5, temperature=1.0)[0]
+    assert sum(len(call.tokens) for call in alone.calls) <= 60 < sum(len(call.tokens) for call in free.calls)
+    assert StopReason.BUDGET in {call.stop.reason for call in alone.calls}
+    others = [(RolloutKey(10 + seed, 0), plain(seed, length=5 + 7 * seed)) for seed in range(9)]
+    assert_same_bits(alone, engine.run([*others, target()], seed=5, temperature=1.0)[-1])
+
+
 def test_clock_is_the_longest_chain(engine):
     def child(steps):
         thread = yield Open(prompt(steps, 70 + 26 - steps))
