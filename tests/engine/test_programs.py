@@ -54,6 +54,7 @@ class StandIn:
             max_total_tokens=max_total_tokens,
             now=lambda: 0.0,
         )
+        self.max_steps = max_steps
         self.visits = 0
 
     def finish(self):
