@@ -41,6 +41,13 @@ def test_greedy_equals_naive_decoding(engine):
         assert_equals_naive(rollout, program)
 
 
+def test_four_levels_of_spawns_equal_naive_decoding(engine):
+    rollout = engine.run(keyed([searching(2, depth=4)]), seed=0, temperature=0.0)[0]
+    assert len({call.path for call in rollout.calls}) == 1 + 2 + 4 + 8 + 16
+    assert max(len(call.path) for call in rollout.calls) == 2 * 4
+    assert_equals_naive(rollout, searching(2, depth=4))
+
+
 def test_greedy_equals_naive_decoding_in_a_tenth_of_the_cache():
     small = make_engine(num_pages=13)
     rollouts = small.run(keyed(mixed_programs()), seed=0, temperature=0.0)
