@@ -20,6 +20,7 @@ from tests.reasoning.fixtures import (
     demonstrations,
     settings,
 )
+from tests.reasoning.forced_engine import ForcedEngine
 from tests.reasoning.scripted_engine import ScriptedEngine
 
 PROBLEM = Problem((2, 3, 4), 24)
@@ -238,6 +239,24 @@ def test_cancel_on_success_joins_the_others_as_no_solution():
     assert joined(patient) == joined(eager)
     assert eager.result.child_reasons == ()
     assert eager.sequential_tokens < patient.sequential_tokens
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 16])
+def test_what_a_success_cancels_depends_on_no_schedule(lanes):
+    """The loser is cut at the winner's clock, whether it had run far ahead, beside it or not at all."""
+    slow = {**GOOD, (0, 0): [LOSES.replace("No solution found.\n", "") * 9 + "No solution found.\n"]}
+    engine = ForcedEngine(TextScript(slow), lanes=lanes, max_seq_len=640, pages=42)
+    rollout = engine.run([(RolloutKey(0, 0), adaptive(PROBLEM, settings(cancel_on_success=True)))])[0]
+    loser, winner = ([call for call in rollout.calls if call.path == (0, child)] for child in (0, 1))
+    assert (
+        [len(call.tokens) for call in loser]
+        == [len(call.tokens) for call in winner]
+        == [len(TOKENIZER.encode(WINS)) + 1]
+    )
+    assert (loser[0].stop.reason, winner[0].stop.reason) == (StopReason.CANCELLED, StopReason.TOKEN)
+    assert (rollout.result.status, rollout.result.child_reasons) == ("answered", ())
+    parent = [len(call.tokens) for call in rollout.calls if call.path == ()]
+    assert rollout.sequential_tokens == sum(parent) + len(winner[0].tokens)
 
 
 def test_budget_stands_in_the_prompt():

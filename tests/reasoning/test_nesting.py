@@ -27,7 +27,7 @@ def explored(node, numbers):
 
 
 def nested(path=(), node="0", numbers=PROBLEM.numbers, level=1):
-    """What each thread writes: the upper ones explore, spawn both nodes and give up after the join, the last at once."""
+    """What each thread writes: the upper ones explore, spawn both nodes and then give up, the last give up at once."""
     if level > DEPTH:
         return {path: [trace.NO_SOLUTION]}
     text, nodes = explored(node, numbers)
