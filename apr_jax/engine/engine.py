@@ -103,7 +103,7 @@ class Engine:
         )
         self.stats = EngineStats()
         self._model = model
-        self._max_steps = rollout.max_steps
+        self._max_steps, self._max_total_tokens = rollout.max_steps, rollout.max_total_tokens
         self._mesh = mesh
         self._banned_mask = np.zeros((model.vocab_size,), bool)
         self._banned_mask[list(banned_tokens)] = True
@@ -166,6 +166,7 @@ class Engine:
             seed=seed,
             max_seq_len=self._model.max_seq_len,
             max_steps=self._max_steps,
+            max_total_tokens=self._max_total_tokens,
             now=time.perf_counter,
         )
         policy = self._policy(temperature)
@@ -251,7 +252,7 @@ class Engine:
                 place = (shard, thread.lane)
                 token[place] = thread.tokens[-1]
                 length[place] = len(thread.tokens) - 1
-                remaining[place] = min(self._max_steps - thread.generated, limits.max_seq_len - len(thread.tokens))
+                remaining[place] = min(thread.max_generated - thread.generated, limits.max_seq_len - len(thread.tokens))
                 generated[place] = thread.generated
                 stop_tokens[place][: len(thread.stop_tokens)] = thread.stop_tokens
                 key_data[place] = thread.key
