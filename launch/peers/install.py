@@ -2,9 +2,10 @@
 
     python launch/peers/install.py [NAME ...]
 
-Only the standard library is used. A peer that cannot be installed leaves the installer's last lines in
-`.venv-peers/NAME.failed` (the benchmark quotes them), and the next one is tried. An environment that is up to date
-stays as it is. Exit code 0 even where peers failed: what is missing is the benchmark's to report.
+The lists are complete and installed as they stand, without pip's resolver. A peer that cannot be installed leaves the
+installer's last lines in `.venv-peers/NAME.failed` (the benchmark quotes them), and the next one is tried. An
+environment that is up to date stays as it is. Exit code 0 even where peers failed: what is missing is the benchmark's
+to report. Only the standard library is used.
 """
 
 import pathlib
@@ -31,7 +32,7 @@ def install(name: str) -> str:
     lines = requirements.read_text().splitlines()
     cpu_builds = [line for line in lines if "+cpu" in line and not line.startswith("#")]
     reason = _install_cpu_builds(folder, cpu_builds) if cpu_builds else ""
-    reason = reason or _pip(folder, "--requirement", str(requirements))
+    reason = reason or _pip(folder, "--no-deps", "--requirement", str(requirements))
     if reason:
         failed.write_text(reason)
     else:

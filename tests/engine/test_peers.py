@@ -1,4 +1,4 @@
-"""The runner of peers, with a fake peer: a script that speaks the protocol through the real launch/peers/protocol.py."""
+"""The runner of peers, with a fake peer: a script that speaks through the real launch/peers/protocol.py."""
 
 import dataclasses
 import json
