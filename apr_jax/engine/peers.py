@@ -47,11 +47,11 @@ def run_peers(
 ) -> dict[str, dict[str, Any]]:
     """Runs each named peer, one after the other; what each reported, by name, in the order given.
 
-    A report holds `name`, `version`, `method` (how decode was told from prefill) and, by lane count,
-    `lanes[L] = {tokens_per_second, ms_per_step, prefill_seconds, warm_up_seconds, mode}`; `greedy_tokens`, what it
-    wrote for the first prompt; `equal_tokens` and `same_model` of `compare` with `expected_tokens` (ours for that
-    prompt); and `error`, the reason, where it failed or was stopped. A peer that fails half-way keeps the lanes that it
-    had measured.
+    A report holds `name`, `version`, `method` (how decode was told from prefill) and, by lane count, `lanes[L]`:
+    `tokens_per_second`, `ms_per_step`, `prefill_seconds`, `warm_up_seconds`, `mode` (the fastest one in `modes`) and
+    `contention`: seconds of waiting for a core per second, 0 on a machine of its own. `greedy_tokens` is what it wrote
+    for the first prompt, `equal_tokens` and `same_model` its comparison with `expected_tokens`, ours (`compare`), and
+    `error` the reason why it failed or was stopped; the lanes that it had measured before that stay.
 
     Raises:
         ConfigError: a name that is not a peer's.
@@ -75,6 +75,9 @@ def compare(tokens: Sequence[int], expected: Sequence[int]) -> dict[str, Any]:
     Two correct implementations part ways at the first near-tie of two logits, and never meet again after it, so that
     equality cannot be asked for all the way. Equal first MIN_EQUAL_TOKENS tokens (or all, if there are fewer) are:
     a tie within float32's error comes about once in thousands of tokens.
+
+    Weights straight from `init_params` prove little: the text repeats its last token, whatever attention does. With the
+    matrices of the blocks times 4 every token differs, and a wrong base of RoPE shows at the first one.
     """
     equal = 0
     for token, wanted in zip(tokens, expected, strict=False):

@@ -12,6 +12,7 @@ A cache that all sequences share (kv_unified) is left out: every lane would atte
 import importlib.metadata
 import json
 import pathlib
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ import protocol
 from safetensors import safe_open
 
 METHOD = "the calls of llama_decode are timed one by one, with the choice of tokens; the first one holds the prompts"
+_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 _TENSORS = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -38,7 +40,14 @@ _TENSORS = {
 _TOP_LEVEL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
+@llama_cpp.llama_log_callback
+def _log_errors(level: int, text: bytes, _: Any) -> None:
+    if level == _ERROR:
+        print(text.decode(errors="replace"), end="", file=sys.stderr)
+
+
 def modes(workload: protocol.Workload) -> dict[str, Callable[[], protocol.Decode]]:
+    llama_cpp.llama_log_set(_log_errors, None)
     llama_cpp.llama_backend_init()
     with tempfile.TemporaryDirectory(prefix="gguf-") as folder:
         path = pathlib.Path(folder) / "model.gguf"

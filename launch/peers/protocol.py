@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-REPEATS = 3  # the fastest pass counts: other work on the machine only ever slows one down
+REPEATS = 2  # the fastest pass counts: other work on the machine only ever slows one down
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,9 @@ def _measure(decode: Decode, prompts: list[list[int]], new_tokens: int) -> tuple
     started = time.perf_counter()
     decode(prompts)
     warm_up = time.perf_counter() - started
+    waited, began = _waited_for_a_core(), time.perf_counter()
     passes = [decode(prompts) for _ in range(REPEATS)]
+    waited, wall = _waited_for_a_core() - waited, time.perf_counter() - began
     best = min(passes, key=lambda run: run.decode_seconds / run.steps)
     if any(len(tokens) != new_tokens for tokens in best.tokens):
         sys.exit(f"lanes wrote {sorted({len(tokens) for tokens in best.tokens})} tokens instead of {new_tokens}")
@@ -104,8 +106,18 @@ def _measure(decode: Decode, prompts: list[list[int]], new_tokens: int) -> tuple
         "ms_per_step": best.decode_seconds / best.steps * 1e3,
         "prefill_seconds": min(run.prefill_seconds for run in passes),
         "warm_up_seconds": warm_up,
+        "contention": max(0.0, waited / wall),
     }
     return row, best.tokens
+
+
+def _waited_for_a_core() -> float:
+    """Seconds that this process's threads were ready to run and did not: other work had the cores (Linux only, else 0).
+
+    Per second of a measurement it says how far to trust it: near 0 on a machine of its own.
+    """
+    waits = [path.read_text().split()[1] for path in pathlib.Path("/proc/self/task").glob("*/schedstat")]
+    return sum(map(int, waits)) / 1e9
 
 
 def _write(path: pathlib.Path, report: dict[str, Any]) -> None:

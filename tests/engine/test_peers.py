@@ -68,6 +68,7 @@ def test_report_of_a_peer(root: pathlib.Path):
         assert row["tokens_per_second"] == pytest.approx(lanes * 1000)
         assert row["ms_per_step"] == pytest.approx(1.0)
         assert row["prefill_seconds"] == 0.25
+        assert row["contention"] >= 0.0
     assert peers.summary("hf", report) == "hf: 1,000.0 at 1, 3,000.0 at 3 lanes"
 
 
