@@ -8,6 +8,7 @@ thread whose pages were taken keeps its tokens and is recomputed by prefill when
 
 import dataclasses
 import heapq
+import sys
 from collections.abc import Callable, Iterator
 
 from apr_jax.config import ConfigError
@@ -27,8 +28,8 @@ class Limits:
     steps_per_visit: int
     prefill_lanes: int
     prefix_reuse: bool
-    block_size: int  # positions that a decode step reads at once
-    row_blocks: int  # blocks that the running threads may fill together
+    block_size: int = 1  # positions that a decode step reads at once
+    row_blocks: int = sys.maxsize  # blocks that the running threads may fill together
 
     def __post_init__(self) -> None:
         needed = -(-self.max_seq_len // self.page_size)

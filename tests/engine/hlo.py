@@ -27,7 +27,7 @@ def step_texts(engine: Any) -> dict[str, str]:
     fresh = jax.eval_shape(steps._compute, pages, params, prefill)
     pairs = engine._put(np.zeros((engine.limits.num_shards, 16), np.int32))
     lowered = {
-        "decode": steps.decode.lower(pages, params, engine._decode_lanes()[0], policy),
+        "decode": steps.decode.lower(pages, engine._rows, params, engine._decode_lanes()[0], policy),
         "prefill": steps._compute.lower(pages, params, prefill),
         "write": steps._write.lower(pages, prefill, fresh),
         "copy_pages": steps.copy_pages.lower(pages, pairs, pairs),
