@@ -104,9 +104,11 @@ class Engine:
         self._banned_mask = np.zeros((model.vocab_size,), bool)
         self._banned_mask[list(banned_tokens)] = True
         self._scheduler = Scheduler(self.limits)
-        self._steps = Steps(model, self.limits, mesh)
+        self._steps = Steps(model, self.limits, mesh, rollout.decode_attention)
         self._pages = jax.jit(
-            lambda: PagedKVCache.create(model, shards, self.limits.pages, self.limits.page_size),
+            lambda: PagedKVCache.create(
+                model, shards, self.limits.pages, self.limits.page_size, self._steps.layout.tile
+            ),
             out_shardings=NamedSharding(mesh, PAGES),
         )()
         self._params = self._place(params)

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from apr_jax.config import ModelConfig
+from apr_jax.model.paged_attention import PLAIN, HeadTile
 
 MIN_BLOCK = 64  # positions
 MAX_BLOCKS = 8  # of a row; each is a branch in the compiled prefill
@@ -44,12 +45,20 @@ class PagedKVCache:
     """All pages, one array per layer and kind. Immutable; the engine donates it to each step."""
 
     keys: tuple[jax.Array, ...]  # per layer [shards, P, K, page, H], compute dtype; page 0 of each shard is trash
-    values: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]  # for a TPU's kernel heads are tiled, [shards, P, J, page, W] (`HeadTile`)
 
     @classmethod
-    def create(cls, config: ModelConfig, num_shards: int, pages_per_shard: int, page_size: int) -> Self:
+    def create(
+        cls,
+        config: ModelConfig,
+        num_shards: int,
+        pages_per_shard: int,
+        page_size: int,
+        tile: HeadTile = PLAIN,
+    ) -> Self:
         """An empty cache. Only shapes matter: what was never written is never read."""
-        shape = (num_shards, pages_per_shard, config.num_kv_heads, page_size, config.head_dim)
+        groups, width = config.num_kv_heads // tile.heads, tile.heads * config.head_dim + tile.padding
+        shape = (num_shards, pages_per_shard, groups, page_size, width)
         keys, values = (tuple(_zeros(shape, config) for _ in range(config.num_layers)) for _ in range(2))
         return cls(keys, values)
 
@@ -65,12 +74,13 @@ class RowLayout:
     num_blocks: int
     pages_per_block: int
     page_size: int
+    tile: HeadTile = PLAIN
 
     @classmethod
-    def of(cls, max_seq_len: int, page_size: int) -> Self:
+    def of(cls, max_seq_len: int, page_size: int, tile: HeadTile = PLAIN) -> Self:
         size = max(MIN_BLOCK, -(-max_seq_len // MAX_BLOCKS))
         pages_per_block = max(1, -(-size // page_size))
-        return cls(-(-max_seq_len // (pages_per_block * page_size)), pages_per_block, page_size)
+        return cls(-(-max_seq_len // (pages_per_block * page_size)), pages_per_block, page_size, tile)
 
     @property
     def block_size(self) -> int:
@@ -280,6 +290,11 @@ class DecodeView:
     length: jax.Array  # int32 scalar, positions in the row
     step: jax.Array  # int32 scalar, steps of the chunk before this one (the same for all lanes)
 
+    @property
+    def carried(self) -> tuple[Block, ...]:
+        """What a step hands to the next one."""
+        return self.fresh
+
     def attend(
         self, layer: int, q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, positions_T: jax.Array
     ) -> tuple[jax.Array, Self]:
@@ -330,8 +345,8 @@ class PrefillView:
         indices = self.table_R[block * width : (block + 1) * width]
 
         def gather(pages_PKCH: jax.Array) -> jax.Array:
-            _, K, _, H = pages_PKCH.shape
-            gathered_RKCH = pages_PKCH.at[indices].get(mode="promise_in_bounds")
+            gathered_RKCH = self.layout.tile.unpack(pages_PKCH.at[indices].get(mode="promise_in_bounds"))
+            _, K, _, H = gathered_RKCH.shape
             return gathered_RKCH.transpose(1, 0, 2, 3).reshape(K, self.layout.block_size, H)
 
         return gather(self.pages.keys[layer]), gather(self.pages.values[layer])
