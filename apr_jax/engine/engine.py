@@ -19,7 +19,7 @@ from apr_jax.engine.scheduler import Limits, PrefillChunk, Scheduler
 from apr_jax.engine.steps import COPIES_PER_CALL, PAGES, SHARDED, DecodeLanes, Policy, PrefillLanes, Steps, Written
 from apr_jax.engine.threads import MAX_STOP_TOKENS, Program, Progress, Rollout, RolloutKey, Thread
 from apr_jax.model.kv_cache import PagedKVCache
-from apr_jax.model.llama import logical_axes
+from apr_jax.model.llama import inference_params, logical_axes
 from apr_jax.parallel.mesh import RULES, param_shardings, partition_spec
 
 
@@ -281,4 +281,5 @@ class Engine:
     def _place(self, params: Any) -> Any:
         """Weights split over "tensor" and whole elsewhere (split over "fsdp", each step would gather them)."""
         rules = dataclasses.replace(RULES, embed=None)
+        params = inference_params(params, self._model)
         return jax.device_put(params, param_shardings(self._mesh, params, logical_axes(params), rules))

@@ -231,6 +231,11 @@ def init_params(config: ModelConfig, seed: int) -> Params:
     return nnx.state(Llama(config, rngs=nnx.Rngs(seed)))  # not jitted: XLA compiles a draw per shape, not per matrix
 
 
+def inference_params(params: Params, config: ModelConfig) -> Params:
+    """The weights with matrices in the compute dtype, to which a forward casts them anyway: fewer bytes a step."""
+    return jax.tree.map(lambda w: w.astype(config.compute_dtype) if w.ndim > 1 else w, params)
+
+
 def logical_axes(params: Params) -> Params:
     """The same tree with a `PartitionSpec` of logical axis names for each array (see `parallel.mesh`).
 

@@ -17,6 +17,7 @@ from tests.engine.helpers import (
     keyed,
     make_engine,
     make_mesh,
+    make_params,
     plain,
     searching,
 )
@@ -82,6 +83,7 @@ def test_bits_do_not_depend_on_neighbours(paged_engine):
 
 
 def test_idle_lanes_write_to_the_trash_page_only(paged_engine):
+    paged_engine.set_params(make_params())  # no page is shared with an earlier run
     marked = jax.tree.map(lambda x: x * 0 + 7.0, paged_engine._pages)
     paged_engine._pages = jax.device_put(marked, paged_engine._pages.keys[0].sharding)
     rollout = paged_engine.run(keyed([plain(1, length=10, stop_tokens=())]), seed=0, temperature=1.0)[0]

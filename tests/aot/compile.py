@@ -1,0 +1,159 @@
+"""Compiles the engine's programs of the 228M model for accelerators that are not there, and says what came out.
+
+    python -m tests.aot.compile v5e:2x2 --table      # or v5p:2x2x1, or h100
+
+One JSON object, or a Markdown table. `make test-aot` makes the environment that this needs (docs/accelerators.md).
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import time
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4")
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from apr_jax.config import Config, MeshConfig, from_config_dict
+from apr_jax.engine.scheduler import Limits
+from apr_jax.engine.steps import COPIES_PER_CALL, PAGES, SHARDED, DecodeLanes, Policy, PrefillLanes, Steps
+from apr_jax.engine.threads import MAX_STOP_TOKENS
+from apr_jax.model.kv_cache import PagedKVCache
+from apr_jax.model.llama import abstract_params, inference_params, logical_axes
+from apr_jax.parallel.mesh import RULES, make_mesh, param_shardings
+from configs.grpo import get_config
+
+MESHES = {"v5e:2x2": [(1, 1), (2, 2)], "v5p:2x2x1": [(1, 1), (2, 2)], "h100": [(1, 1), (2, 2), (8, 1)]}  # data, tensor
+KERNEL = re.compile(r'custom_call_target="(tpu_custom_call|__gpu\$xla\.gpu\.triton|[^"]*triton[^"]*|__cudnn[^"]*)"')
+COLLECTIVE = re.compile(r"= .*\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\(")
+
+
+def devices(target: str) -> list[Any]:
+    """Devices to compile for, named as TPU topologies are; "h100" is eight in one machine."""
+    if target != "h100":
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=target).devices)
+    spec = pathlib.Path(__file__).with_name("h100.txtpb").read_text(encoding="utf-8")
+    found = topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", target_config=spec, topology="1x1x8"
+    ).devices
+    return list(found)
+
+
+def paper_config(data: int, tensor: int) -> Config:
+    """The `:paper` variant on a mesh; lanes and pages are per data shard."""
+    values = get_config("paper")
+    values.mesh.update(data=data, fsdp=1, tensor=tensor)
+    for field in ("num_lanes", "num_pages", "prefill_lanes"):
+        values.rollout[field] *= data
+    for section, field in (("sft", "rows_per_step"), ("sft", "validation_rows"), ("grpo", "rows_per_microbatch")):
+        values[section][field] *= data
+    return from_config_dict(values)
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def programs(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """What the engine runs, lowered for the mesh's devices."""
+    model, rollout, shards = config.model, config.rollout, config.mesh.data
+    limits = Limits(
+        num_shards=shards,
+        lanes=rollout.num_lanes // shards,
+        pages=rollout.num_pages // shards,
+        page_size=rollout.page_size,
+        max_seq_len=model.max_seq_len,
+        steps_per_visit=rollout.steps_per_visit,
+        prefill_lanes=rollout.prefill_lanes // shards,
+        prefix_reuse=True,
+    )
+    steps = Steps(model, limits, mesh, "auto")
+
+    def array(shape: tuple[int, ...], dtype: Any = jnp.int32, spec: PartitionSpec = SHARDED) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    params = abstract_params(model)
+    rules = dataclasses.replace(RULES, embed=None)
+    shardings = param_shardings(mesh, params, logical_axes(params), rules)
+    params = abstract(jax.eval_shape(lambda p: inference_params(p, model), params), shardings)
+    pages = jax.eval_shape(
+        lambda: PagedKVCache.create(model, shards, limits.pages, limits.page_size, steps.layout.tile)
+    )
+    pages = jax.tree.map(lambda x: array(x.shape, x.dtype, PAGES), pages)
+    L, R, whole = (shards, limits.lanes), steps.layout.pages_per_row, PartitionSpec()
+    lanes = DecodeLanes(
+        *[array(L)] * 3, array((*L, MAX_STOP_TOKENS)), array((*L, 2), jnp.uint32), array(L), array((*L, R))
+    )
+    policy = Policy(array((), jnp.float32, whole), array((model.vocab_size,), bool, whole))
+    L = (shards, limits.prefill_lanes)
+    prefill = PrefillLanes(array((*L, limits.page_size)), array(L), array(L), array((*L, R)))
+    fresh = jax.eval_shape(steps._compute, pages, params, prefill)
+    fresh = jax.tree.map(lambda x: array(x.shape, x.dtype, PAGES), fresh)
+    copies = array((shards, COPIES_PER_CALL))
+    return {
+        "decode": steps.decode.lower(pages, params, lanes, policy),
+        "prefill": steps._compute.lower(pages, params, prefill),
+        "prefill_write": steps._write.lower(pages, prefill, fresh),
+        "copy_pages": steps.copy_pages.lower(pages, copies, copies),
+    }
+
+
+def describe(lowered: Any, config: Config) -> dict[str, Any]:
+    """What the compiled program needs, calls and communicates."""
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    memory, costs, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    if isinstance(costs, list):
+        costs = costs[0]
+    pages = config.rollout.num_pages // config.mesh.data
+    copied = re.compile(rf"= bf16\[(1,)?{pages},\d+,\d+,\d+\]\S* copy\(")
+    groups = [re.search(r"replica_groups=(\S+?),? ", line) for line in text.splitlines() if COLLECTIVE.search(line)]
+    return {
+        "compile_seconds": round(seconds, 1),
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "flops": costs.get("flops"),
+        "bytes_accessed": costs.get("bytes accessed"),
+        "kernels": sorted(set(KERNEL.findall(text))),
+        "num_kernels": len(KERNEL.findall(text)),
+        "page_copies": sum(bool(copied.search(line)) for line in text.splitlines()),
+        "replica_groups": sorted({found.group(1) if found else "?" for found in groups}),
+        "text": text,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("target", choices=MESHES)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--hlo", help="write the optimised programs into this folder")
+    arguments = parser.parse_args()
+    found = devices(arguments.target)
+    results = {}
+    for data, tensor in MESHES[arguments.target]:
+        config = paper_config(data, tensor)
+        mesh = make_mesh(MeshConfig(data=data, fsdp=1, tensor=tensor), found)
+        for name, lowered in programs(config, mesh).items():
+            result = describe(lowered, config)
+            text = result.pop("text")
+            if arguments.hlo:
+                folder = pathlib.Path(arguments.hlo)
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / f"{name}_data{data}_tensor{tensor}.txt").write_text(text)
+            results[f"{name} data={data} tensor={tensor}"] = result
+    print(json.dumps({"target": arguments.target, "device": found[0].device_kind, "programs": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
