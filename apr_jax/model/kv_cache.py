@@ -389,6 +389,8 @@ def write_rows(
         old = pages_PKCH.at[targets_LW].get(mode="promise_in_bounds")
         is_new = is_new_LX.reshape(num_lanes, touched, 1, page_size, 1)
         merged = jnp.where(is_new, new, old).reshape(num_lanes * touched, K, page_size, H)
+        # Apart from the update: where XLA's GPU compiler fuses the two, it copies all pages.
+        merged = jax.lax.optimization_barrier(merged)  # type: ignore[no-untyped-call]
         return pages_PKCH.at[targets_LW.reshape(-1)].set(merged, mode="promise_in_bounds")
 
     keys = tuple(write(old, k) for old, (k, _) in zip(pages.keys, fresh, strict=True))

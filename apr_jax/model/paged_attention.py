@@ -228,6 +228,15 @@ def _pad_last(x: jax.Array, count: int) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, count)]) if count else x
 
 
+def _write(pages_PJCW: jax.Array, new_LJW: jax.Array, page_L: jax.Array, place_L: jax.Array) -> jax.Array:
+    """One position a lane. As rows of one long list: with (page, place) as the scatter's index XLA gives the pages
+    another layout than the kernels want, and copies all of them in every layer of every step."""
+    (P, J, C, W), L = pages_PJCW.shape, len(page_L)
+    rows_LJ = (page_L[:, None] * J + jnp.arange(J)[None]) * C + place_L[:, None]
+    rows = pages_PJCW.reshape(P * J * C, W).at[rows_LJ.reshape(-1)]
+    return rows.set(new_LJW.reshape(L * J, W), mode="promise_in_bounds").reshape(pages_PJCW.shape)
+
+
 def write_then_attend(
     q_LNH: jax.Array,
     k_LKH: jax.Array,
@@ -260,9 +269,8 @@ def write_then_attend(
         page_size = k_pages.shape[2]
         page_L = jnp.take_along_axis(tables_LR, lengths_L[:, None] // page_size, axis=1)[:, 0]
         page_L = jnp.where(live_L, page_L, 0)
-        place_L = lengths_L % page_size
         k_pages, v_pages = (
-            pages.at[page_L, :, place_L].set(tile.pack(new[:, :, None])[:, :, 0], mode="promise_in_bounds")
+            _write(pages, tile.pack(new[:, :, None])[:, :, 0], page_L, lengths_L % page_size)
             for pages, new in ((k_pages, k_LKH), (v_pages, v_LKH))
         )
         seen_L = jnp.where(live_L, lengths_L + 1, 0)
