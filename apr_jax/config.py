@@ -168,6 +168,7 @@ class RolloutConfig:
     num_pages: int  # pages of KV cache (over all data shards)
     steps_per_visit: int  # tokens decoded on device between two visits of the host
     prefill_lanes: int  # threads prefilled together; each advances up to one page a call
+    decode_attention: Literal["auto", "packed", "paged"]  # rows gathered once a visit, or pages where they lie
     max_steps: int  # tokens one thread may generate
     max_children: int  # children one spawn may open
     max_spawns: int  # spawns one thread may make

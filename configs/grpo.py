@@ -98,6 +98,7 @@ def laptop() -> ConfigDict:
         num_pages=1_280,
         steps_per_visit=16,
         prefill_lanes=8,
+        decode_attention="auto",
         max_steps=512,
         max_children=16,
         max_spawns=4,

@@ -19,7 +19,7 @@ from apr_jax.engine.scheduler import Limits, PrefillChunk, Scheduler
 from apr_jax.engine.steps import COPIES_PER_CALL, PAGES, SHARDED, DecodeLanes, Policy, PrefillLanes, Steps, Written
 from apr_jax.engine.threads import MAX_STOP_TOKENS, Program, Progress, Rollout, RolloutKey, Thread
 from apr_jax.model.decode_weights import choose_layout, layout_shardings, to_layout
-from apr_jax.model.kv_cache import PagedKVCache, RowBuffers, RowLayout
+from apr_jax.model.kv_cache import PagedKVCache, RowLayout
 from apr_jax.parallel.mesh import partition_spec
 
 
@@ -109,14 +109,14 @@ class Engine:
         self._banned_mask[list(banned_tokens)] = True
         self._scheduler = Scheduler(self.limits)
         layout = choose_layout(model, mesh)
-        self._steps = Steps(model, self.limits, mesh, layout)
+        self._steps = Steps(model, self.limits, mesh, layout, rollout.decode_attention)
         self._to_layout = jax.jit(
             lambda params: to_layout(params, model, layout), out_shardings=layout_shardings(mesh, model, layout)
         )
         self._pages, self._rows = jax.jit(
             lambda: (
-                PagedKVCache.create(model, shards, self.limits.pages, self.limits.page_size),
-                RowBuffers.create(model, shards, rows, self.limits.row_blocks),
+                PagedKVCache.create(model, shards, self.limits.pages, self.limits.page_size, self._steps.layout.tile),
+                self._steps.row_buffers(),
             ),
             out_shardings=NamedSharding(mesh, PAGES),
         )()

@@ -19,20 +19,20 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apr_jax.config import ModelConfig
+from apr_jax.engine.decode_cache import DecodeCache, View, open_cache
 from apr_jax.engine.sampling import log_probs, sample, uniforms
 from apr_jax.engine.scheduler import Limits
 from apr_jax.model.kv_cache import (
     Block,
-    DecodeView,
     PagedKVCache,
     PrefillView,
     RowBuffers,
     RowLayout,
     copy_pages,
-    pack_rows,
     write_rows,
 )
 from apr_jax.model.llama import Llama, WeightLayout, graphdef
+from apr_jax.model.paged_attention import HeadTile, check_page_size, choose_impl
 from apr_jax.parallel.mesh import DATA_AXIS, TENSOR_AXIS, partition_spec
 
 COPIES_PER_CALL = 16  # page copies a call; more take more calls
@@ -91,7 +91,7 @@ class Written:
 
 def decode_thread(
     model: Llama,
-    view: DecodeView,
+    view: View,
     token: jax.Array,
     remaining: jax.Array,
     stop_tokens: jax.Array,
@@ -100,8 +100,8 @@ def decode_thread(
 ) -> tuple[tuple[Any, ...], jax.Array, jax.Array, jax.Array]:
     """One token of one thread: attention over its pages, logits, a draw, stop matching.
 
-    Returns the cache's new keys and values, the next token, its log-probability, and how many tokens may still follow
-    (0 once it stopped; a stopped thread's results are not used).
+    Returns what the loop carries of the cache, the next token, its log-probability, and how many tokens may still
+    follow (0 once it stopped; a stopped thread's results are not used).
     """
     position = view.length + view.step
     hidden_TD, successor = model(token[None], position[None], cache=view)
@@ -111,7 +111,7 @@ def decode_thread(
     logprobs_V = log_probs(logits_V, policy.temperature, policy.banned_mask)
     drawn = sample(logprobs_V, uniform, policy.temperature)
     stopped = jnp.any(drawn == stop_tokens)
-    return successor.fresh, drawn, logprobs_V[drawn], jnp.where(stopped, 0, jnp.maximum(remaining - 1, 0))
+    return successor.carried, drawn, logprobs_V[drawn], jnp.where(stopped, 0, jnp.maximum(remaining - 1, 0))
 
 
 def prefill_thread(
@@ -131,57 +131,48 @@ def prefill_thread(
 
 
 def decode_shard(
-    model: Llama,
-    config: ModelConfig,
-    limits: Limits,
-    layout: RowLayout,
-    pages: PagedKVCache,
-    buffers: RowBuffers,
-    lanes: DecodeLanes,
-    policy: Policy,
+    model: Llama, steps: int, cache: DecodeCache, lanes: DecodeLanes, policy: Policy
 ) -> tuple[PagedKVCache, RowBuffers, Written]:
-    """A decode chunk on one shard (no shard axis): up to `steps_per_visit` tokens a lane, fewer when all have stopped.
+    """A decode chunk on one shard (no shard axis): up to `steps` tokens for every lane, fewer when all have stopped.
 
     A chunk is not left while any lane goes on: where a thread's chunks begin, and with that how its attention is
     summed, is then a function of the thread alone.
     """
-    num_lanes, steps = lanes.token.shape[0], limits.steps_per_visit
-    lengths_L = jnp.where(lanes.remaining > 0, lanes.length, 0)
-    rows, own_LB = pack_rows(buffers, pages, lanes.tables, lengths_L, layout)
+    num_lanes = lanes.token.shape[0]
     uniforms_LC = jax.vmap(lambda key, first: uniforms(key, first, steps))(lanes.key_data, lanes.generated)
-    fresh_shape = (num_lanes, config.num_kv_heads, steps, config.head_dim)
-    zeros = jnp.zeros(fresh_shape, pages.keys[0].dtype)
-    view_axes = DecodeView(rows=None, own_B=0, fresh=0, length=0, step=None)  # type: ignore[arg-type]
-    lifted = jax.vmap(decode_thread, in_axes=(None, view_axes, 0, 0, 0, 0, None))
+    lifted = jax.vmap(
+        decode_thread,
+        in_axes=(None, cache.view_axes, 0, 0, 0, 0, None),
+        out_axes=(cache.carried_axis, 0, 0, 0),
+    )
 
     def live(state: tuple[Any, ...]) -> jax.Array:
         step, _, _, remaining_L, *_ = state
         return (step < steps) & jnp.any(remaining_L > 0)
 
     def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, fresh, token_L, remaining_L, counts_L, tokens_CL, logprobs_CL = state
-        view = DecodeView(rows, own_LB, fresh, lanes.length, step)
+        step, carried, token_L, remaining_L, counts_L, tokens_CL, logprobs_CL = state
+        view = cache.view(carried, step, remaining_L > 0)
         uniform_L = jax.lax.dynamic_index_in_dim(uniforms_LC, step, axis=1, keepdims=False)
-        fresh, drawn_L, logprob_L, left_L = lifted(
+        carried, drawn_L, logprob_L, left_L = lifted(
             model, view, token_L, remaining_L, lanes.stop_tokens, uniform_L, policy
         )
         tokens_CL = jax.lax.dynamic_update_index_in_dim(tokens_CL, drawn_L, step, axis=0)
         logprobs_CL = jax.lax.dynamic_update_index_in_dim(logprobs_CL, logprob_L, step, axis=0)
         counts_L = counts_L + (remaining_L > 0).astype(jnp.int32)
-        return step + 1, fresh, drawn_L, left_L, counts_L, tokens_CL, logprobs_CL
+        return step + 1, carried, drawn_L, left_L, counts_L, tokens_CL, logprobs_CL
 
     state = (
         jnp.int32(0),
-        tuple((zeros, zeros) for _ in range(config.num_layers)),
+        cache.start(),
         lanes.token,
         lanes.remaining,
         jnp.zeros((num_lanes,), jnp.int32),
         jnp.zeros((steps, num_lanes), jnp.int32),
         jnp.zeros((steps, num_lanes), jnp.float32),
     )
-    ran, fresh, _, _, counts_L, tokens_CL, logprobs_CL = jax.lax.while_loop(live, body, state)
-    pages = write_rows(pages, lanes.tables, lanes.length, counts_L, fresh, -(-(steps - 1) // layout.page_size) + 1)
-    return pages, rows.buffers, Written(tokens_CL, logprobs_CL, counts_L, ran)
+    ran, carried, _, _, counts_L, tokens_CL, logprobs_CL = jax.lax.while_loop(live, body, state)
+    return *cache.finish(carried, counts_L), Written(tokens_CL, logprobs_CL, counts_L, ran)
 
 
 def prefill_shard(model: Llama, layout: RowLayout, pages: PagedKVCache, lanes: PrefillLanes) -> tuple[Block, ...]:
@@ -197,24 +188,29 @@ def prefill_shard(model: Llama, layout: RowLayout, pages: PagedKVCache, lanes: P
 class Steps:
     """The jitted steps of one engine. Each donates the cache and returns the successor."""
 
-    def __init__(self, config: ModelConfig, limits: Limits, mesh: Mesh, weights: WeightLayout):
-        layout = RowLayout.of(config.max_seq_len, limits.page_size)
+    def __init__(self, config: ModelConfig, limits: Limits, mesh: Mesh, weights: WeightLayout, decode_attention: str):
+        impl = choose_impl(decode_attention, mesh.devices.flat[0].platform, config.compute_dtype)
+        check_page_size(impl, limits.page_size)
+        tile = HeadTile.of(impl, config.head_dim, config.num_kv_heads // mesh.shape[TENSOR_AXIS])
+        layout = RowLayout.of(config.max_seq_len, limits.page_size, tile)
         self.layout = layout
-        assert layout.block_size == limits.block_size
         structure = graphdef(config, weights)
 
         def decode(
             pages: PagedKVCache, buffers: RowBuffers, params: Any, lanes: DecodeLanes, policy: Policy
         ) -> tuple[PagedKVCache, RowBuffers, Written]:
             model = nnx.merge(structure, params)
-            return decode_shard(model, config, limits, layout, pages, buffers, lanes, policy)
+            steps, live_L = limits.steps_per_visit, lanes.remaining > 0
+            cache = open_cache(impl, layout, steps, pages, buffers, lanes.tables, lanes.length, live_L)
+            return decode_shard(model, steps, cache, lanes, policy)
 
         def compute(pages: PagedKVCache, params: Any, lanes: PrefillLanes) -> tuple[Block, ...]:
             return prefill_shard(nnx.merge(structure, params), layout, pages, lanes)
 
         def write(pages: PagedKVCache, lanes: PrefillLanes, fresh: tuple[Block, ...]) -> PagedKVCache:
-            return write_rows(pages, lanes.tables, lanes.start, lanes.count, fresh, 1)
+            return write_rows(pages, lanes.tables, lanes.start, lanes.count, jax.tree.map(tile.pack, fresh), 1)
 
+        self._config, self._limits, self._max_entries = config, limits, limits.row_blocks if impl == "packed" else 0
         whole = partition_spec()
         pages_out, written_out = NamedSharding(mesh, PAGES), NamedSharding(mesh, SHARDED)
         self.decode = _lift(
@@ -227,6 +223,10 @@ class Steps:
         self._compute = _lift(compute, mesh, (SHARDED, whole, SHARDED), pages_out, donated=())
         self._write = _lift(write, mesh, (SHARDED, SHARDED, SHARDED), pages_out)
         self.copy_pages = _lift(copy_pages, mesh, (SHARDED, SHARDED, SHARDED), pages_out)
+
+    def row_buffers(self) -> RowBuffers:
+        """Empty room for what decode packs, all shards'."""
+        return RowBuffers.create(self._config, self._limits.num_shards, self.layout, self._max_entries)
 
     def prefill(self, pages: PagedKVCache, params: Any, lanes: PrefillLanes) -> PagedKVCache:
         """Computes the lanes' new positions and writes them into the pages, which are donated."""

@@ -8,9 +8,9 @@ own and merges the parts (online softmax, Milakov and Gimelshein 2018), then add
 wholly masked changes no bit of the result. So a thread's result does not depend on its neighbours, and blocks that a
 thread doesn't need are skipped.
 
-Prefill gathers a *span*, some blocks, from the pages where it uses it. Decode uses every block at every step: it gathers
-them once per chunk, and only those that hold something, as one list of *entries* over all lanes (`PackedRows`). What a
-step reads is then the sum of the threads' lengths, not the number of lanes times the longest of them.
+Prefill gathers a *span*, some blocks, from the pages where it uses it. Decode uses every block at every step: it copies
+them once per chunk, and only those that hold something, into one list of *entries* over all lanes (`PackedRows`). What
+a step reads is then the sum of the threads' lengths, not the number of lanes times the longest of them.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from apr_jax.config import ModelConfig
+from apr_jax.model.paged_attention import PLAIN, HeadTile
 
 BLOCK = 64  # positions, rounded up to whole pages
 MAX_SPANS = 8  # of a row; each is a branch in the compiled prefill
@@ -45,12 +46,20 @@ class PagedKVCache:
     """All pages, one array per layer and kind. Immutable; the engine donates it to each step."""
 
     keys: tuple[jax.Array, ...]  # per layer [shards, P, K, page, H], compute dtype; page 0 of each shard is trash
-    values: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]  # for a TPU's kernel heads are tiled, [shards, P, J, page, W] (`HeadTile`)
 
     @classmethod
-    def create(cls, config: ModelConfig, num_shards: int, pages_per_shard: int, page_size: int) -> Self:
+    def create(
+        cls,
+        config: ModelConfig,
+        num_shards: int,
+        pages_per_shard: int,
+        page_size: int,
+        tile: HeadTile = PLAIN,
+    ) -> Self:
         """An empty cache. Only shapes matter: what was never written is never read."""
-        shape = (num_shards, pages_per_shard, config.num_kv_heads, page_size, config.head_dim)
+        groups, width = config.num_kv_heads // tile.heads, tile.heads * config.head_dim + tile.padding
+        shape = (num_shards, pages_per_shard, groups, page_size, width)
         keys, values = (tuple(_zeros(shape, config) for _ in range(config.num_layers)) for _ in range(2))
         return cls(keys, values)
 
@@ -67,13 +76,14 @@ class RowLayout:
     blocks_per_span: int
     pages_per_block: int
     page_size: int
+    tile: HeadTile = PLAIN
 
     @classmethod
-    def of(cls, max_seq_len: int, page_size: int) -> Self:
+    def of(cls, max_seq_len: int, page_size: int, tile: HeadTile = PLAIN) -> Self:
         pages_per_block = -(-min(BLOCK, max_seq_len) // page_size)
         num_blocks = -(-max_seq_len // (pages_per_block * page_size))
         blocks_per_span = -(-num_blocks // MAX_SPANS)
-        return cls(-(-num_blocks // blocks_per_span), blocks_per_span, pages_per_block, page_size)
+        return cls(-(-num_blocks // blocks_per_span), blocks_per_span, pages_per_block, page_size, tile)
 
     @property
     def num_blocks(self) -> int:
@@ -105,14 +115,14 @@ Chunks = tuple[Block, ...]  # chunks of entries, each keys and values [entries o
 
 @dataclasses.dataclass(frozen=True)
 class RowBuffers:
-    """Room for the packed rows, kept from one chunk of decoding to the next: fresh memory would have to be faulted in."""
+    """Room for the packed rows, kept between chunks of decoding: fresh memory would have to be faulted in."""
 
     layers: tuple[Chunks, ...]  # arrays [shards, entries of a chunk, K, S, H]
 
     @classmethod
     def create(cls, config: ModelConfig, num_shards: int, layout: RowLayout, max_entries: int) -> Self:
         """Room for `max_entries` blocks a shard, in chunks of equally many."""
-        size = max(min(MIN_ENTRIES, max_entries), -(-max_entries // MAX_CHUNKS))
+        size = max(1, min(MIN_ENTRIES, max_entries), -(-max_entries // MAX_CHUNKS))
         shape = (num_shards, size, config.num_kv_heads, layout.block_size, config.head_dim)
         chunks = range(-(-max_entries // size))
         return cls(tuple(tuple((_zeros(shape, config),) * 2 for _ in chunks) for _ in range(config.num_layers)))
@@ -341,6 +351,11 @@ class DecodeView:
     length: jax.Array  # int32 scalar, positions in the row
     step: jax.Array  # int32 scalar, steps of the chunk before this one (the same for all lanes)
 
+    @property
+    def carried(self) -> tuple[Block, ...]:
+        """What a step hands to the next one."""
+        return self.fresh
+
     def attend(
         self, layer: int, q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, positions_T: jax.Array
     ) -> tuple[jax.Array, Self]:
@@ -387,8 +402,8 @@ class PrefillView:
         indices = self.table_R[span * width : (span + 1) * width]
 
         def gather(pages_PKCH: jax.Array) -> jax.Array:
-            _, K, _, H = pages_PKCH.shape
-            gathered_RKCH = pages_PKCH.at[indices].get(mode="promise_in_bounds")
+            gathered_RKCH = self.layout.tile.unpack(pages_PKCH.at[indices].get(mode="promise_in_bounds"))
+            _, K, _, H = gathered_RKCH.shape
             return gathered_RKCH.transpose(1, 0, 2, 3).reshape(K, self.layout.span_size, H)
 
         return gather(self.pages.keys[layer]), gather(self.pages.values[layer])
@@ -431,6 +446,8 @@ def write_rows(
         old = pages_PKCH.at[targets_LW].get(mode="promise_in_bounds")
         is_new = is_new_LX.reshape(num_lanes, touched, 1, page_size, 1)
         merged = jnp.where(is_new, new, old).reshape(num_lanes * touched, K, page_size, H)
+        # Apart from the update: where XLA's GPU compiler fuses the two, it copies all pages.
+        merged = jax.lax.optimization_barrier(merged)  # type: ignore[no-untyped-call]
         return pages_PKCH.at[targets_LW.reshape(-1)].set(merged, mode="promise_in_bounds")
 
     keys = tuple(write(old, k) for old, (k, _) in zip(pages.keys, fresh, strict=True))

@@ -54,6 +54,7 @@ ROLLOUT = RolloutConfig(
     num_pages=8 * 12 + 1,
     steps_per_visit=8,
     prefill_lanes=4,
+    decode_attention="packed",
     max_steps=32,
     max_children=8,
     max_spawns=8,
