@@ -27,7 +27,7 @@ def step_texts(engine: Any) -> dict[str, str]:
     fresh = jax.eval_shape(steps._compute, pages, params, prefill)
     pairs = engine._put(np.zeros((engine.limits.num_shards, 16), np.int32))
     lowered = {
-        "decode": steps.decode.lower(pages, params, engine._decode_lanes()[0], policy),
+        "decode": steps.decode.lower(pages, engine._rows, params, engine._decode_lanes()[0], policy),
         "prefill": steps._compute.lower(pages, params, prefill),
         "write": steps._write.lower(pages, prefill, fresh),
         "copy_pages": steps.copy_pages.lower(pages, pairs, pairs),
@@ -35,9 +35,9 @@ def step_texts(engine: Any) -> dict[str, str]:
     return {name: step.compile().as_text() for name, step in lowered.items()}
 
 
-def pool_sizes(pages: Any) -> set[int]:
-    """Elements of one device's part of each page pool array."""
-    return {array.addressable_shards[0].data.size for array in jax.tree.leaves(pages)}
+def local_sizes(cache: Any) -> set[int]:
+    """Elements of one device's part of each array."""
+    return {array.addressable_shards[0].data.size for array in jax.tree.leaves(cache)}
 
 
 def copies_of(text: str, sizes: set[int]) -> list[str]:
