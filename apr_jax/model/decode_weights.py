@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apr_jax.config import ModelConfig
 from apr_jax.model.llama import Params, WeightLayout, abstract_params, logical_axes
-from apr_jax.parallel.mesh import RULES, TENSOR_AXIS, Rules
+from apr_jax.parallel.mesh import RULES, TENSOR_AXIS, Rules, partition_spec
 
 # From this width on XLA's CPU backend multiplies `[out, in] x [in, lanes]` faster than `[lanes, in] x [in, out]`.
 MIN_TRANSPOSED_DIM = 512
