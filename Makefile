@@ -1,11 +1,13 @@
-# make train | make test | make test-peers | make test-aot | make gpu-check | make lint | make lock; PYTHON=python3.13 picks another interpreter (and its own environment).
+# make train | make test | make test-peers | make peers | make test-aot | make gpu-check | make lint | make lock; PYTHON=python3.13 picks another interpreter (and its own environment).
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv-$(notdir $(PYTHON))
 BIN := $(VENV)/bin
 CONFIG ?= configs/grpo.py
 WORKDIR ?=
 
-.PHONY: train test test-peers test-aot gpu-check lint format lock env clean
+PEERS ?=
+
+.PHONY: train test test-peers peers test-aot gpu-check lint format lock env clean
 
 env: $(VENV)/.installed
 
@@ -24,6 +26,10 @@ test: env
 test-peers: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
 	$(BIN)/python -m pytest -m peers
+
+# One environment for each other system that launch/benchmark_decode.py --peers measures; PEERS="hf tunix" makes only those.
+peers:
+	$(PYTHON) launch/peers/install.py $(PEERS)
 
 test-aot: .venv-aot/.installed
 	.venv-aot/bin/python -m pytest tests/aot

@@ -173,12 +173,15 @@ class RolloutConfig:
     max_children: int  # children one spawn may open
     max_spawns: int  # spawns one thread may make
     max_depth: int  # levels of threads below the root
+    max_total_children: int  # children in the whole tree of one rollout
+    max_total_tokens: int  # tokens that all threads of one rollout may generate
     temperature: float  # GRPO's sampling temperature
     cancel_on_success: bool  # the first child that reaches the goal ends its siblings
     prefix_reuse: bool  # threads whose prompts begin alike share those pages
 
     def __post_init__(self) -> None:
         _positive(self, "rollout", "num_lanes page_size num_pages steps_per_visit prefill_lanes max_steps max_children")
+        _positive(self, "rollout", "max_total_children max_total_tokens")
         if self.temperature < 0:
             raise ConfigError(f"rollout.temperature={self.temperature} must be >= 0 (0 is greedy)")
 

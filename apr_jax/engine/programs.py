@@ -55,6 +55,8 @@ class _Node:
     rollout: "_RolloutState"
     parent: "_Node | None"
     clock: int
+    left: int  # tokens of its rollout that it may still generate or hand to children
+    granted: int  # what it began with
     thread: Thread | None = None
     spawns: list[list["_Node"]] = dataclasses.field(default_factory=list)
     unjoined: set[int] = dataclasses.field(default_factory=set)  # ordinals of spawns not joined yet
@@ -66,6 +68,10 @@ class _Node:
     value: Any = None
     succeeded: bool = False
     cutoff: int | None = None  # the clock at which a sibling's success (or an ancestor's sibling's) ends it
+
+    def written(self) -> int:
+        """Tokens generated in the subtree; those of cancelled threads up to their cutoff."""
+        return sum(len(call.tokens) for node in self.subtree() for call in node.calls)
 
     def subtree(self) -> Iterator["_Node"]:
         yield self
@@ -92,6 +98,7 @@ class Programs:
         seed: int,
         max_seq_len: int,
         max_steps: int,
+        max_total_tokens: int,
         now: Callable[[], float],
     ):
         self._waiting = collections.deque(enumerate(programs))
@@ -99,6 +106,7 @@ class Programs:
         self._seed = seed
         self._max_seq_len = max_seq_len
         self._max_steps = max_steps
+        self._max_total_tokens = max_total_tokens
         self._now = now  # seconds
         self._queue: collections.deque[tuple[_Node, Any]] = collections.deque()
         self._node_of: dict[Thread, _Node] = {}
@@ -111,7 +119,8 @@ class Programs:
             return False
         ordinal, (key, program) = self._waiting.popleft()
         rollout = _RolloutState(ordinal, key, self._now())
-        self._queue.append((_Node(program, (), rollout, parent=None, clock=0), None))
+        total = self._max_total_tokens
+        self._queue.append((_Node(program, (), rollout, parent=None, clock=0, left=total, granted=total), None))
         self.drain()
         return True
 
@@ -123,6 +132,7 @@ class Programs:
         node.call.tokens.extend(tokens)
         node.call.logprobs.extend(logprobs)
         node.clock += len(tokens)
+        node.left -= len(tokens)
         stop = self._stop(thread)
         if node.cutoff is not None and (node.clock > node.cutoff or (stop is None and node.clock == node.cutoff)):
             self._park(node)
@@ -210,6 +220,7 @@ class Programs:
         if len(request.stop_tokens) > MAX_STOP_TOKENS:
             raise ValueError(f"{len(request.stop_tokens)} stop tokens; at most {MAX_STOP_TOKENS} can be matched")
         thread.stop_tokens = tuple(request.stop_tokens)
+        thread.max_generated = min(self._max_steps, thread.generated + node.left)
         limit = self._limit(thread)
         if limit is not None:
             return Stop(limit, None)
@@ -223,7 +234,9 @@ class Programs:
     def _limit(self, thread: Thread) -> StopReason | None:
         if len(thread.tokens) >= self._max_seq_len:
             return StopReason.LENGTH
-        return StopReason.MAX_STEPS if thread.generated >= self._max_steps else None
+        if thread.generated >= self._max_steps:
+            return StopReason.MAX_STEPS
+        return StopReason.BUDGET if thread.generated >= thread.max_generated else None
 
     def _stop(self, thread: Thread) -> Stop | None:
         if thread.tokens[-1] in thread.stop_tokens:
@@ -236,11 +249,14 @@ class Programs:
             raise ValueError(f"program {node.path} asked for the thread {thread.path} of another program")
 
     def _spawn(self, node: _Node, programs: Sequence[Program]) -> SpawnHandle:
-        ordinal = len(node.spawns)
+        ordinal, share = len(node.spawns), node.left // (len(programs) + 1)
         children = [
-            _Node(program, (*node.path, ordinal, child), node.rollout, node, node.clock, cutoff=node.cutoff)
+            _Node(
+                program, (*node.path, ordinal, child), node.rollout, node, node.clock, share, share, cutoff=node.cutoff
+            )
             for child, program in enumerate(programs)
         ]
+        node.left -= share * len(children)
         node.spawns.append(children)
         node.unjoined.add(ordinal)
         self._queue.extend((child, None) for child in children)
@@ -286,6 +302,7 @@ class Programs:
         if not all(child.ended for child in children):
             return
         node.clock = max([node.clock, *(child.clock for child in children)])
+        node.left += sum(child.granted - child.written() for child in children)
         node.join = None
         if node.thread is not None:
             node.thread.status = Status.IDLE

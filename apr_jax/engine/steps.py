@@ -9,6 +9,7 @@ depend on its neighbours, bit for bit.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,19 +19,19 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apr_jax.config import ModelConfig
-from apr_jax.engine.decode_cache import DecodeCache, View, open_cache
+from apr_jax.engine.decode_cache import DecodeCache, DecodePlan, View, open_cache
 from apr_jax.engine.sampling import log_probs, sample, uniforms
 from apr_jax.engine.scheduler import Limits
 from apr_jax.model.kv_cache import (
     Block,
     PagedKVCache,
     PrefillView,
+    RowBuffers,
     RowLayout,
     copy_pages,
     write_rows,
 )
-from apr_jax.model.llama import Llama, graphdef
-from apr_jax.model.paged_attention import HeadTile, check_page_size, choose_impl
+from apr_jax.model.llama import Llama, WeightLayout, graphdef
 from apr_jax.parallel.mesh import DATA_AXIS, TENSOR_AXIS, partition_spec
 
 COPIES_PER_CALL = 16  # page copies a call; more take more calls
@@ -116,13 +117,13 @@ def prefill_thread(
     model: Llama,
     layout: RowLayout,
     pages: PagedKVCache,
-    num_blocks: jax.Array,
+    num_spans: jax.Array,
     table_R: jax.Array,
     tokens_C: jax.Array,
     start: jax.Array,
 ) -> tuple[Any, ...]:
     """Keys and values of one thread's next positions, within a page; per layer `[K, C, H]` twice."""
-    view = PrefillView(pages, table_R, (), start, num_blocks, layout)
+    view = PrefillView(pages, table_R, (), start, num_spans, layout)
     _, successor = model(tokens_C, start + jnp.arange(tokens_C.shape[0]), cache=view)
     assert successor is not None
     return successor.fresh
@@ -130,19 +131,16 @@ def prefill_thread(
 
 def decode_shard(
     model: Llama, steps: int, cache: DecodeCache, lanes: DecodeLanes, policy: Policy
-) -> tuple[PagedKVCache, Written]:
-    """A decode chunk on one shard (no shard axis): up to `steps` tokens for every lane, fewer when all have stopped.
+) -> tuple[PagedKVCache, RowBuffers, Written]:
+    """A decode chunk on one shard (no shard axis): up to `steps` tokens a lane, fewer when all have stopped.
 
     A chunk is not left while any lane goes on: where a thread's chunks begin, and with that how its attention is
     summed, is then a function of the thread alone.
     """
     num_lanes = lanes.token.shape[0]
     uniforms_LC = jax.vmap(lambda key, first: uniforms(key, first, steps))(lanes.key_data, lanes.generated)
-    lifted = jax.vmap(
-        decode_thread,
-        in_axes=(None, cache.view_axes, 0, 0, 0, 0, None),
-        out_axes=(cache.carried_axis, 0, 0, 0),
-    )
+    in_axes, out_axes = (None, cache.view_axes, 0, 0, 0, 0, None), (cache.carried_axis, 0, 0, 0)
+    lifted = jax.vmap(decode_thread, in_axes=in_axes, out_axes=out_axes)
 
     def live(state: tuple[Any, ...]) -> jax.Array:
         step, _, _, remaining_L, *_ = state
@@ -170,7 +168,7 @@ def decode_shard(
         jnp.zeros((steps, num_lanes), jnp.float32),
     )
     ran, carried, _, _, counts_L, tokens_CL, logprobs_CL = jax.lax.while_loop(live, body, state)
-    return cache.finish(carried, counts_L), Written(tokens_CL, logprobs_CL, counts_L, ran)
+    return *cache.finish(carried, counts_L), Written(tokens_CL, logprobs_CL, counts_L, ran)
 
 
 def prefill_shard(model: Llama, layout: RowLayout, pages: PagedKVCache, lanes: PrefillLanes) -> tuple[Block, ...]:
@@ -178,39 +176,42 @@ def prefill_shard(model: Llama, layout: RowLayout, pages: PagedKVCache, lanes: P
 
     They are written by a call of their own: in one program XLA would copy every page, since branches read them.
     """
-    num_blocks = layout.blocks_for(jnp.max(jnp.where(lanes.count > 0, lanes.start, 0)))
+    num_spans = layout.spans_for(jnp.max(jnp.where(lanes.count > 0, lanes.start, 0)))
     lifted = jax.vmap(prefill_thread, in_axes=(None, None, None, None, 0, 0, 0))
-    return lifted(model, layout, pages, num_blocks, lanes.tables, lanes.tokens, lanes.start)
+    return lifted(model, layout, pages, num_spans, lanes.tables, lanes.tokens, lanes.start)
 
 
 class Steps:
     """The jitted steps of one engine. Each donates the cache and returns the successor."""
 
-    def __init__(self, config: ModelConfig, limits: Limits, mesh: Mesh, decode_attention: str):
-        impl = choose_impl(decode_attention, mesh.devices.flat[0].platform, config.compute_dtype)
-        check_page_size(impl, limits.page_size)
-        tile = HeadTile.of(impl, config.head_dim, config.num_kv_heads // mesh.shape[TENSOR_AXIS])
-        layout = RowLayout.of(config.max_seq_len, limits.page_size, tile)
-        self.layout = layout
-        structure = graphdef(config)
+    def __init__(self, config: ModelConfig, limits: Limits, mesh: Mesh, weights: WeightLayout, plan: DecodePlan):
+        self.layout = layout = plan.layout
+        assert layout.block_size == limits.block_size
+        structure = graphdef(config, weights)
 
         def decode(
-            pages: PagedKVCache, params: Any, lanes: DecodeLanes, policy: Policy
-        ) -> tuple[PagedKVCache, Written]:
+            pages: PagedKVCache, buffers: RowBuffers, params: Any, lanes: DecodeLanes, policy: Policy
+        ) -> tuple[PagedKVCache, RowBuffers, Written]:
             model = nnx.merge(structure, params)
-            steps, live_L = limits.steps_per_visit, lanes.remaining > 0
-            cache = open_cache(impl, layout, steps, pages, lanes.tables, lanes.length, live_L)
-            return decode_shard(model, steps, cache, lanes, policy)
+            cache = open_cache(plan, limits.steps_per_visit, pages, buffers, lanes)
+            return decode_shard(model, limits.steps_per_visit, cache, lanes, policy)
 
         def compute(pages: PagedKVCache, params: Any, lanes: PrefillLanes) -> tuple[Block, ...]:
             return prefill_shard(nnx.merge(structure, params), layout, pages, lanes)
 
         def write(pages: PagedKVCache, lanes: PrefillLanes, fresh: tuple[Block, ...]) -> PagedKVCache:
-            return write_rows(pages, lanes.tables, lanes.start, lanes.count, jax.tree.map(tile.pack, fresh), 1)
+            fresh = jax.tree.map(layout.tile.pack, fresh)
+            return write_rows(pages, lanes.tables, lanes.start, lanes.count, fresh, 1)
 
         whole = partition_spec()
         pages_out, written_out = NamedSharding(mesh, PAGES), NamedSharding(mesh, SHARDED)
-        self.decode = _lift(decode, mesh, (SHARDED, whole, SHARDED, whole), (pages_out, written_out))
+        self.decode = _lift(
+            decode,
+            mesh,
+            (SHARDED, SHARDED, whole, SHARDED, whole),
+            (pages_out, pages_out, written_out),
+            donated=(0, 1),
+        )
         self._compute = _lift(compute, mesh, (SHARDED, whole, SHARDED), pages_out, donated=())
         self._write = _lift(write, mesh, (SHARDED, SHARDED, SHARDED), pages_out)
         self.copy_pages = _lift(copy_pages, mesh, (SHARDED, SHARDED, SHARDED), pages_out)
@@ -245,4 +246,11 @@ def _lift(
     lifted = jax.shard_map(
         local, mesh=mesh, in_specs=in_specs, out_specs=SHARDED, axis_names={DATA_AXIS}, check_vma=False
     )
-    return jax.jit(lifted, donate_argnums=donated, out_shardings=out_shardings)
+    options = _compiler_options(mesh)
+    return jax.jit(lifted, donate_argnums=donated, out_shardings=out_shardings, compiler_options=options)
+
+
+def _compiler_options(mesh: Mesh) -> dict[str, Any]:
+    """Where every core is a device of the mesh, products that share out their work among cores only get in the way."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return {"xla_cpu_multi_thread_eigen": False} if on_cpu and mesh.size >= (os.cpu_count() or 1) else {}
