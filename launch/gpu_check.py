@@ -18,7 +18,8 @@ from absl import flags
 from apr_jax import entry
 from apr_jax.config import Config, ConfigError
 
-TOLERANCES = {"float32": 2e-3, "bfloat16": 0.15}  # nats
+# Nats. On a CPU (D=1024, 4 layers) bfloat16 was off by 0.07 at most, and wrong positions by 7.5 (`sharp_params`).
+TOLERANCES = {"float32": 2e-3, "bfloat16": 0.8}
 STEPS = 64  # tokens that each checked thread writes, and again after it was cut back
 
 _CONFIG = entry.define_config("benchmark_decode.py:paper")
@@ -50,18 +51,18 @@ def main() -> int:
 
 def check(config: Config) -> dict[str, dict[str, Any]]:
     """Every decode attention in every dtype against the reference; prints a line each."""
-    from apr_jax.engine.agreement import check_decode
-    from apr_jax.model.llama import init_params
+    from apr_jax.engine.agreement import agreement, decode_greedily, sharp_params
     from apr_jax.parallel.mesh import make_mesh
 
-    params = init_params(config.model, config.seed)
+    params = sharp_params(config.model, config.seed)
     rollout = dataclasses.replace(config.rollout, num_lanes=8 * config.mesh.data, max_steps=2 * STEPS)
     results = {}
     for dtype, tolerance in TOLERANCES.items():
         for attention in ("packed", "paged"):
             model = dataclasses.replace(config.model, compute_dtype=dtype)  # type: ignore[arg-type]
             rollout = dataclasses.replace(rollout, decode_attention=attention)
-            found = check_decode(model, rollout, make_mesh(config.mesh), params, config.seed)
+            calls = decode_greedily(model, rollout, make_mesh(config.mesh), params, config.seed)
+            found = agreement(calls, model, params)
             agrees = found.within(tolerance)
             results[f"{attention} {dtype}"] = {**dataclasses.asdict(found), "agrees": agrees}
             print(

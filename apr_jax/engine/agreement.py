@@ -5,8 +5,8 @@ difference does not hide the tokens after it.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from apr_jax.config import ModelConfig, RolloutConfig
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.sampling import log_probs
 from apr_jax.engine.threads import Append, Call, Decode, Open, Program, RolloutKey, Truncate
-from apr_jax.model.llama import graphdef
+from apr_jax.model.llama import Params, graphdef, init_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,12 @@ class Agreement:
     mean_difference: float
 
     def within(self, tolerance: float) -> bool:
-        """Whether every token is the best up to ties within the tolerance, and so is every log-probability."""
-        return self.num_tokens > 0 and self.max_regret <= tolerance and self.max_difference <= tolerance
+        """Whether every token is the best up to ties within the tolerance, and every log-probability equal within it.
+
+        On average they must be four times as close.
+        """
+        largest = max(self.max_regret, self.max_difference, 4 * self.mean_difference)
+        return self.num_tokens > 0 and largest <= tolerance
 
 
 def compare(written_T: np.ndarray, logprobs_T: np.ndarray, reference_TV: np.ndarray) -> Agreement:
@@ -50,13 +54,25 @@ def compare(written_T: np.ndarray, logprobs_T: np.ndarray, reference_TV: np.ndar
     )
 
 
-def check_decode(model: ModelConfig, rollout: RolloutConfig, mesh: Mesh, params: Any, seed: int) -> Agreement:
-    """Decodes scripted programs greedily on the mesh and compares all that they wrote with the CPU's reference."""
+def sharp_params(config: ModelConfig, seed: int) -> Params:
+    """Random weights under which the next token hangs on what is attended to; fresh ones give an almost even policy.
+
+    With positions rotated wrongly (another RoPE base), log-probabilities are off by 3.4 on average (D=1024, 4 layers).
+    """
+    scale = 64 / math.sqrt(config.embed_dim)
+    return jax.tree.map(lambda w: w * scale if w.ndim > 1 else w, init_params(config, seed))
+
+
+def decode_greedily(model: ModelConfig, rollout: RolloutConfig, mesh: Mesh, params: Params, seed: int) -> list[Call]:
+    """What the engine writes on the mesh for scripted programs that start, stop and resume around borders of pages."""
     engine = Engine(model, rollout, mesh, params=params, banned_tokens=())
-    rng = np.random.default_rng(seed)
-    programs = [(RolloutKey(number, 0), program) for number, program in enumerate(_programs(model, rollout, rng))]
-    rollouts = engine.run(programs, seed=seed, temperature=0.0)
-    calls = [call for rollout in rollouts for call in rollout.calls]
+    programs = _programs(model, rollout, np.random.default_rng(seed))
+    keyed = [(RolloutKey(number, 0), program) for number, program in enumerate(programs)]
+    return [call for rollout in engine.run(keyed, seed=seed, temperature=0.0) for call in rollout.calls]
+
+
+def agreement(calls: Sequence[Call], model: ModelConfig, params: Params) -> Agreement:
+    """Compares all that greedy calls wrote with the reference on the CPU."""
     tokens = np.concatenate([call.tokens for call in calls])
     logprobs = np.concatenate([call.logprobs for call in calls])
     return compare(tokens, logprobs, np.concatenate(_reference(model, params, calls)))
@@ -81,14 +97,14 @@ def _programs(model: ModelConfig, rollout: RolloutConfig, rng: np.random.Generat
     return [program(draw(length), draw(5)) for length in lengths]
 
 
-def _reference(model: ModelConfig, params: Any, calls: Sequence[Call]) -> list[np.ndarray]:
+def _reference(model: ModelConfig, params: Params, calls: Sequence[Call]) -> list[np.ndarray]:
     """Log-probabilities `[tokens written, V]` of each call, by full forwards in float32 on the CPU."""
     model = dataclasses.replace(model, compute_dtype="float32", attention="xla", remat=False)
     width = max(len(call.context) + len(call.tokens) for call in calls)
     cpu = jax.devices("cpu")[0]
 
     @jax.jit
-    def forward(params: Any, tokens_T: jax.Array) -> jax.Array:
+    def forward(params: Params, tokens_T: jax.Array) -> jax.Array:
         llama = nnx.merge(graphdef(model), params)
         hidden, _ = llama(tokens_T[None], jnp.arange(width)[None])
         return log_probs(llama.logits(hidden[0]), 1.0, jnp.zeros((model.vocab_size,), bool))

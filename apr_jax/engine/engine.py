@@ -14,12 +14,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ConfigError, ModelConfig, RolloutConfig
+from apr_jax.engine.decode_cache import DecodePlan
 from apr_jax.engine.programs import Programs
 from apr_jax.engine.scheduler import Limits, PrefillChunk, Scheduler
 from apr_jax.engine.steps import COPIES_PER_CALL, PAGES, SHARDED, DecodeLanes, Policy, PrefillLanes, Steps, Written
 from apr_jax.engine.threads import MAX_STOP_TOKENS, Program, Progress, Rollout, RolloutKey, Thread
 from apr_jax.model.decode_weights import choose_layout, layout_shardings, to_layout
-from apr_jax.model.kv_cache import PagedKVCache, RowLayout
+from apr_jax.model.kv_cache import PagedKVCache
 from apr_jax.parallel.mesh import partition_spec
 
 
@@ -88,7 +89,7 @@ class Engine:
         if len(set(banned_tokens)) == model.vocab_size:
             raise ConfigError(f"all {model.vocab_size} tokens are banned")
         lanes, pages = rollout.num_lanes // shards, rollout.num_pages // shards
-        rows = RowLayout.of(model.max_seq_len, rollout.page_size)
+        plan = DecodePlan.of(model, rollout.decode_attention, rollout.page_size, mesh)
         self.limits = Limits(
             num_shards=shards,
             lanes=lanes,
@@ -98,8 +99,8 @@ class Engine:
             steps_per_visit=rollout.steps_per_visit,
             prefill_lanes=rollout.prefill_lanes // shards,
             prefix_reuse=rollout.prefix_reuse,
-            block_size=rows.block_size,
-            row_blocks=min(lanes * rows.num_blocks, max(rows.num_blocks, pages // rows.pages_per_block + lanes)),
+            block_size=plan.layout.block_size,
+            row_blocks=plan.row_blocks(lanes, pages),
         )
         self.stats = EngineStats()
         self._model = model
@@ -109,14 +110,14 @@ class Engine:
         self._banned_mask[list(banned_tokens)] = True
         self._scheduler = Scheduler(self.limits)
         layout = choose_layout(model, mesh)
-        self._steps = Steps(model, self.limits, mesh, layout, rollout.decode_attention)
+        self._steps = Steps(model, self.limits, mesh, layout, plan)
         self._to_layout = jax.jit(
             lambda params: to_layout(params, model, layout), out_shardings=layout_shardings(mesh, model, layout)
         )
         self._pages, self._rows = jax.jit(
             lambda: (
-                PagedKVCache.create(model, shards, self.limits.pages, self.limits.page_size, self._steps.layout.tile),
-                self._steps.row_buffers(),
+                PagedKVCache.create(model, shards, pages, rollout.page_size, plan.layout.tile),
+                plan.buffers(model, shards, self.limits.row_blocks),
             ),
             out_shardings=NamedSharding(mesh, PAGES),
         )()

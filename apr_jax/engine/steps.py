@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apr_jax.config import ModelConfig
-from apr_jax.engine.decode_cache import DecodeCache, View, open_cache
+from apr_jax.engine.decode_cache import DecodeCache, DecodePlan, View, open_cache
 from apr_jax.engine.sampling import log_probs, sample, uniforms
 from apr_jax.engine.scheduler import Limits
 from apr_jax.model.kv_cache import (
@@ -32,7 +32,6 @@ from apr_jax.model.kv_cache import (
     write_rows,
 )
 from apr_jax.model.llama import Llama, WeightLayout, graphdef
-from apr_jax.model.paged_attention import HeadTile, check_page_size, choose_impl
 from apr_jax.parallel.mesh import DATA_AXIS, TENSOR_AXIS, partition_spec
 
 COPIES_PER_CALL = 16  # page copies a call; more take more calls
@@ -133,18 +132,15 @@ def prefill_thread(
 def decode_shard(
     model: Llama, steps: int, cache: DecodeCache, lanes: DecodeLanes, policy: Policy
 ) -> tuple[PagedKVCache, RowBuffers, Written]:
-    """A decode chunk on one shard (no shard axis): up to `steps` tokens for every lane, fewer when all have stopped.
+    """A decode chunk on one shard (no shard axis): up to `steps` tokens a lane, fewer when all have stopped.
 
     A chunk is not left while any lane goes on: where a thread's chunks begin, and with that how its attention is
     summed, is then a function of the thread alone.
     """
     num_lanes = lanes.token.shape[0]
     uniforms_LC = jax.vmap(lambda key, first: uniforms(key, first, steps))(lanes.key_data, lanes.generated)
-    lifted = jax.vmap(
-        decode_thread,
-        in_axes=(None, cache.view_axes, 0, 0, 0, 0, None),
-        out_axes=(cache.carried_axis, 0, 0, 0),
-    )
+    in_axes, out_axes = (None, cache.view_axes, 0, 0, 0, 0, None), (cache.carried_axis, 0, 0, 0)
+    lifted = jax.vmap(decode_thread, in_axes=in_axes, out_axes=out_axes)
 
     def live(state: tuple[Any, ...]) -> jax.Array:
         step, _, _, remaining_L, *_ = state
@@ -188,29 +184,25 @@ def prefill_shard(model: Llama, layout: RowLayout, pages: PagedKVCache, lanes: P
 class Steps:
     """The jitted steps of one engine. Each donates the cache and returns the successor."""
 
-    def __init__(self, config: ModelConfig, limits: Limits, mesh: Mesh, weights: WeightLayout, decode_attention: str):
-        impl = choose_impl(decode_attention, mesh.devices.flat[0].platform, config.compute_dtype)
-        check_page_size(impl, limits.page_size)
-        tile = HeadTile.of(impl, config.head_dim, config.num_kv_heads // mesh.shape[TENSOR_AXIS])
-        layout = RowLayout.of(config.max_seq_len, limits.page_size, tile)
-        self.layout = layout
+    def __init__(self, config: ModelConfig, limits: Limits, mesh: Mesh, weights: WeightLayout, plan: DecodePlan):
+        self.layout = layout = plan.layout
+        assert layout.block_size == limits.block_size
         structure = graphdef(config, weights)
 
         def decode(
             pages: PagedKVCache, buffers: RowBuffers, params: Any, lanes: DecodeLanes, policy: Policy
         ) -> tuple[PagedKVCache, RowBuffers, Written]:
             model = nnx.merge(structure, params)
-            steps, live_L = limits.steps_per_visit, lanes.remaining > 0
-            cache = open_cache(impl, layout, steps, pages, buffers, lanes.tables, lanes.length, live_L)
-            return decode_shard(model, steps, cache, lanes, policy)
+            cache = open_cache(plan, limits.steps_per_visit, pages, buffers, lanes)
+            return decode_shard(model, limits.steps_per_visit, cache, lanes, policy)
 
         def compute(pages: PagedKVCache, params: Any, lanes: PrefillLanes) -> tuple[Block, ...]:
             return prefill_shard(nnx.merge(structure, params), layout, pages, lanes)
 
         def write(pages: PagedKVCache, lanes: PrefillLanes, fresh: tuple[Block, ...]) -> PagedKVCache:
-            return write_rows(pages, lanes.tables, lanes.start, lanes.count, jax.tree.map(tile.pack, fresh), 1)
+            fresh = jax.tree.map(layout.tile.pack, fresh)
+            return write_rows(pages, lanes.tables, lanes.start, lanes.count, fresh, 1)
 
-        self._config, self._limits, self._max_entries = config, limits, limits.row_blocks if impl == "packed" else 0
         whole = partition_spec()
         pages_out, written_out = NamedSharding(mesh, PAGES), NamedSharding(mesh, SHARDED)
         self.decode = _lift(
@@ -223,10 +215,6 @@ class Steps:
         self._compute = _lift(compute, mesh, (SHARDED, whole, SHARDED), pages_out, donated=())
         self._write = _lift(write, mesh, (SHARDED, SHARDED, SHARDED), pages_out)
         self.copy_pages = _lift(copy_pages, mesh, (SHARDED, SHARDED, SHARDED), pages_out)
-
-    def row_buffers(self) -> RowBuffers:
-        """Empty room for what decode packs, all shards'."""
-        return RowBuffers.create(self._config, self._limits.num_shards, self.layout, self._max_entries)
 
     def prefill(self, pages: PagedKVCache, params: Any, lanes: PrefillLanes) -> PagedKVCache:
         """Computes the lanes' new positions and writes them into the pages, which are donated."""

@@ -50,12 +50,7 @@ class PagedKVCache:
 
     @classmethod
     def create(
-        cls,
-        config: ModelConfig,
-        num_shards: int,
-        pages_per_shard: int,
-        page_size: int,
-        tile: HeadTile = PLAIN,
+        cls, config: ModelConfig, num_shards: int, pages_per_shard: int, page_size: int, tile: HeadTile = PLAIN
     ) -> Self:
         """An empty cache. Only shapes matter: what was never written is never read."""
         groups, width = config.num_kv_heads // tile.heads, tile.heads * config.head_dim + tile.padding

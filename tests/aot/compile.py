@@ -28,22 +28,23 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apr_jax.config import Config, from_config_dict
+from apr_jax.engine.decode_cache import DecodePlan
 from apr_jax.engine.scheduler import Limits
 from apr_jax.engine.steps import COPIES_PER_CALL, PAGES, SHARDED, DecodeLanes, Policy, PrefillLanes, Steps
 from apr_jax.engine.threads import MAX_STOP_TOKENS
 from apr_jax.model.attention import self_attention
 from apr_jax.model.decode_weights import choose_layout, layout_shardings, to_layout
-from apr_jax.model.kv_cache import PagedKVCache
+from apr_jax.model.kv_cache import PagedKVCache, RowBuffers
 from apr_jax.model.llama import abstract_params
 from apr_jax.parallel.mesh import make_mesh
 from configs.grpo import get_config
+from tests.engine.hlo import collectives, collectives_over_data, copies_of
 
 MESHES = {"v5e:2x2": [(1, 1), (2, 2)], "v5p:2x2x1": [(1, 1), (2, 2)], "h100": [(1, 1), (2, 2), (8, 1)]}  # data, tensor
 # libtpu asks the machine what it is; these answer for a machine that isn't a TPU's, and let it run beside another.
 LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 ACCELERATOR_TYPES = {"v5e:2x2": "v5litepod-4", "v5p:2x2x1": "v5p-8"}
 KERNEL = re.compile(r'custom_call_target="(tpu_custom_call|__gpu\$xla\.gpu\.triton|[^"]*triton[^"]*|__cudnn[^"]*)"')
-COLLECTIVE = re.compile(r"= .*\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\(")
 
 
 def devices(target: str) -> list[Any]:
@@ -69,13 +70,10 @@ def paper_config(data: int, tensor: int) -> Config:
     return from_config_dict(values)
 
 
-def abstract(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-
 def programs(config: Config, mesh: Mesh) -> dict[str, Any]:
     """What the engine runs, lowered for the mesh's devices."""
     model, rollout, shards = config.model, config.rollout, config.mesh.data
+    plan = DecodePlan.of(model, rollout.decode_attention, rollout.page_size, mesh)
     limits = Limits(
         num_shards=shards,
         lanes=rollout.num_lanes // shards,
@@ -85,19 +83,25 @@ def programs(config: Config, mesh: Mesh) -> dict[str, Any]:
         steps_per_visit=rollout.steps_per_visit,
         prefill_lanes=rollout.prefill_lanes // shards,
         prefix_reuse=True,
+        block_size=plan.layout.block_size,
+        row_blocks=plan.row_blocks(rollout.num_lanes // shards, rollout.num_pages // shards),
     )
-    weights = choose_layout(model, mesh)
-    steps = Steps(model, limits, mesh, weights, "auto")
+    layout = choose_layout(model, mesh)
+    steps = Steps(model, limits, mesh, layout, plan)
 
     def array(shape: tuple[int, ...], dtype: Any = jnp.int32, spec: PartitionSpec = SHARDED) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
-    made = jax.eval_shape(lambda p: to_layout(p, model, weights), abstract_params(model))
-    params = abstract(made, layout_shardings(mesh, model, weights))
-    pages = jax.eval_shape(
-        lambda: PagedKVCache.create(model, shards, limits.pages, limits.page_size, steps.layout.tile)
+    params = jax.eval_shape(lambda p: to_layout(p, model, layout), abstract_params(model))
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, layout_shardings(mesh, model, layout)
     )
-    pages, rows = jax.tree.map(lambda x: array(x.shape, x.dtype, PAGES), (pages, jax.eval_shape(steps.row_buffers)))
+
+    def create() -> tuple[PagedKVCache, RowBuffers]:
+        pages = PagedKVCache.create(model, shards, limits.pages, limits.page_size, plan.layout.tile)
+        return pages, plan.buffers(model, shards, limits.row_blocks)
+
+    pages, rows = jax.tree.map(lambda x: array(x.shape, x.dtype, PAGES), jax.eval_shape(create))
     L, R, whole = (shards, limits.lanes), steps.layout.pages_per_row, PartitionSpec()
     lanes = DecodeLanes(
         *[array(L)] * 3, array((*L, MAX_STOP_TOKENS)), array((*L, 2), jnp.uint32), array(L), array((*L, R))
@@ -134,16 +138,14 @@ def training_attention(config: Config, mesh: Mesh, impl: str) -> Any:
         return jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, kv, kv, array((B, T), jnp.int32, ("data", "fsdp")))
 
 
-def describe(lowered: Any, config: Config) -> dict[str, Any]:
+def describe(lowered: Any, config: Config, mesh: Mesh) -> dict[str, Any]:
     """What the compiled program needs, calls and communicates."""
     start = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
     memory, costs, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     costs = costs or {}  # XLA's GPU compiler gives none
-    pages = config.rollout.num_pages // config.mesh.data
-    copied = re.compile(rf"= bf16\[(1,)?{pages},\d+,\d+,\d+\]\S* copy\(")
-    groups = [re.search(r"replica_groups=(\S+?),? ", line) for line in text.splitlines() if COLLECTIVE.search(line)]
+    pool = config.rollout.num_pages * config.rollout.page_size * config.model.num_kv_heads * config.model.head_dim
     return {
         "compile_seconds": round(seconds, 1),
         "argument_bytes": memory.argument_size_in_bytes,
@@ -154,8 +156,9 @@ def describe(lowered: Any, config: Config) -> dict[str, Any]:
         "bytes_accessed": costs.get("bytes accessed"),
         "kernels": sorted(set(KERNEL.findall(text))),
         "num_kernels": len(KERNEL.findall(text)),
-        "page_copies": sum(bool(copied.search(line)) for line in text.splitlines()),
-        "replica_groups": sorted({found.group(1) if found else "?" for found in groups}),
+        "page_copies": len(copies_of(text, {pool // mesh.size})),
+        "collectives": len(collectives(text)),
+        "collectives_over_data": len(collectives_over_data(text, mesh)),
         "text": text,
     }
 
@@ -172,7 +175,7 @@ def compile_all(target: str, layers: int | None, hlo: str | None) -> dict[str, A
         if target != "h100":  # cuDNN builds its plans on the GPU itself
             lowered["train_attention"] = training_attention(config, mesh, "splash")
         for name, program in lowered.items():
-            result = describe(program, config)
+            result = describe(program, config, mesh)
             text = result.pop("text")
             if hlo:
                 folder = pathlib.Path(hlo)

@@ -68,10 +68,10 @@ def test_training_attention_calls_its_kernels(target):
 
 def test_nothing_is_communicated_over_data(target):
     *_, meshes = target
-    for data, tensor, programs in meshes:
-        within = [f"[{data},{tensor}]<=[{data * tensor}]"] if tensor > 1 else []
+    for _, tensor, programs in meshes:
         for name, row in programs.items():
-            assert row["replica_groups"] == (within if name in ("decode", "prefill") else []), name
+            assert row["collectives_over_data"] == 0, name
+            assert bool(row["collectives"]) == (tensor > 1 and name in ("decode", "prefill")), name
 
 
 def test_every_program_fits_the_device(target):

@@ -77,7 +77,7 @@ def test_the_triton_kernel_equals_plain_attention(N, K, dtype, atol):
     np.testing.assert_allclose(ours, theirs, atol=atol)
 
 
-@pytest.mark.parametrize(("N", "K", "tile"), [(2, 2, "pairs"), (8, 2, "pairs"), (3, 3, "padded")])
+@pytest.mark.parametrize(("N", "K", "tile"), [(8, 2, "pairs"), (3, 3, "padded")])
 def test_the_tpu_kernel_equals_plain_attention(N, K, tile, monkeypatch):
     """Its keys and values are bfloat16 inside, which these are exactly. Two calls: four lanes' tables, then two's."""
     monkeypatch.setattr(module, "_TPU_TABLE_BYTES", 4 * 4 * (K // TILES[tile].heads) * ROW)
