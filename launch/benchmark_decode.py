@@ -1,39 +1,130 @@
-"""Decode speed by lane count, with random weights.
+"""Decode speed: by lane count against the machine's measured limits, on real problems, and beside other systems.
 
-    python launch/benchmark_decode.py
-    python launch/benchmark_decode.py --config=configs/benchmark_decode.py:paper --lanes=1,16 --json=decode.json
+    python launch/benchmark_decode.py                                                  # the main job's model
+    python launch/benchmark_decode.py --config=configs/benchmark_decode.py:paper       # the 228M model
+    python launch/benchmark_decode.py --peers=hf,tunix,vllm,llama_cpp --json=decode.json --plot=decode.svg
 
+Weights are random: speed depends on shapes only. `make peers` makes the peers' environments first.
 Exit codes: 0 done, 1 failed, 2 bad arguments or config.
 """
 
 import json
 import pathlib
+import sys
+import tempfile
+from typing import Any
 
 from absl import flags
 
 from apr_jax import entry
-from apr_jax.config import ConfigError
+from apr_jax.config import Config, ConfigError
 
 _CONFIG = entry.define_config("benchmark_decode.py")
-_LANES = flags.DEFINE_list("lanes", ["1", "8", "16", "64", "128"], "Lane counts to measure.")
+_LANES = flags.DEFINE_list("lanes", ["1", "8", "16", "64", "128"], "Lane counts to measure; empty: none.")
+_PROMPT = flags.DEFINE_integer("prompt", 64, "Tokens of a lane's prompt.", lower_bound=2)
+_NEW = flags.DEFINE_integer("new", 96, "Tokens that a lane decodes.", lower_bound=2)
+_PROBLEMS = flags.DEFINE_integer("problems", 256, "Problems of the APR workload; 0: leave it out.", lower_bound=0)
+_PEERS = flags.DEFINE_list("peers", [], "Other systems to measure: hf, tunix, vllm, llama_cpp.")
+_PEER_LANES = flags.DEFINE_list("peer_lanes", ["1", "16", "64"], "Lane counts to measure peers at (of --lanes).")
+_PEER_SECONDS = flags.DEFINE_float("peer_seconds", 900.0, "Time limit of one peer.", lower_bound=1.0)
 _JSON = flags.DEFINE_string("json", None, "Write the figures here as one JSON object.")
-
-
-def _lane_counts() -> tuple[int, ...]:
-    if not all(count.isdecimal() and int(count) for count in _LANES.value):
-        raise ConfigError(f"--lanes={','.join(_LANES.value)} must be positive whole numbers")
-    return tuple(int(count) for count in _LANES.value)
+_PLOT = flags.DEFINE_string("plot", None, "Draw tokens/s by lane count here (.svg, .png).")
 
 
 def main() -> None:
     config = _CONFIG.config()
-    lanes = _lane_counts()
-    from apr_jax.engine import benchmark
+    lanes, peer_lanes = _counts("lanes", _LANES.value), _counts("peer_lanes", _PEER_LANES.value)
+    if _PEERS.value and not set(peer_lanes) <= set(lanes):
+        raise ConfigError(f"--peer_lanes={','.join(map(str, peer_lanes))} must be among --lanes")
+    if _PLOT.value and not lanes:
+        raise ConfigError("--plot draws the figures of --lanes, and there are none")
+    from apr_jax.engine.peers import PEERS
 
-    figures = benchmark.benchmark_decode(config, lanes)
-    print(benchmark.table(figures))
+    if unknown := [name for name in _PEERS.value if name not in PEERS]:
+        raise ConfigError(f"--peers: there is no peer {unknown[0]!r}; choose of {', '.join(PEERS)}")
+    figures = _measure(config, lanes, peer_lanes)
+    if _PLOT.value:
+        from apr_jax.evaluation.benchmark_report import write_plot
+
+        write_plot(_PLOT.value, figures)
     if _JSON.value:
         pathlib.Path(_JSON.value).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def _measure(config: Config, lanes: tuple[int, ...], peer_lanes: tuple[int, ...]) -> dict[str, Any]:
+    """All that was asked for; prints each part when it is done."""
+    from apr_jax.engine import benchmark
+    from apr_jax.engine.agreement import sharp_params
+    from apr_jax.parallel.mesh import make_mesh
+
+    make_mesh(config.mesh)
+    params = sharp_params(config.model, config.seed)
+    lengths = benchmark.Lengths(prompt=_PROMPT.value, new=_NEW.value)
+    figures = benchmark.about(config)
+    if lanes:
+        figures = benchmark.benchmark_decode(config, params, lanes, lengths, _say)
+        print(benchmark.table(figures), flush=True)
+    if _PROBLEMS.value:
+        figures["workload_of_problems"] = _replays(config, params)
+    if _PEERS.value:
+        figures |= _peers(config, params, peer_lanes, lengths)
+        from apr_jax.evaluation.benchmark_report import peers_table
+
+        print(peers_table(figures), flush=True)
+    return figures
+
+
+def _replays(config: Config, params: Any) -> dict[str, Any]:
+    from apr_jax.data.tokenizer import load_tokenizer
+    from apr_jax.engine.engine import Engine
+    from apr_jax.evaluation.replay import benchmark_replays, make_replays, show
+    from apr_jax.evaluation.run import ShownProgress
+    from apr_jax.parallel.mesh import make_mesh
+
+    replays = make_replays(config, load_tokenizer(config.data.tokenizer), _PROBLEMS.value)
+    engine = Engine(config.model, config.rollout, make_mesh(config.mesh), params=params, banned_tokens=())
+    engine.warm_up()
+    with ShownProgress(len(replays), "Problems") as on_progress:
+        figures = benchmark_replays(engine, replays, config.seed, on_progress)
+    print(show(figures), flush=True)
+    return figures
+
+
+def _peers(config: Config, params: Any, lanes: tuple[int, ...], lengths: Any) -> dict[str, Any]:
+    import os
+
+    from apr_jax.engine import benchmark
+    from apr_jax.engine.peers import Workload, run_peers
+    from apr_jax.model.hf import save_hf
+
+    expected = benchmark.greedy_tokens(config, params, lengths)
+    with tempfile.TemporaryDirectory(prefix="apr_jax-") as folder:
+        save_hf(folder, config.model, params)
+        workload = Workload(
+            model=folder,
+            prompts=benchmark.make_prompts(config, max(lanes), lengths),
+            lanes=lanes,
+            new_tokens=lengths.new,
+            precision=config.model.compute_dtype,
+            threads=os.cpu_count() or 1,
+            seconds_limit=_PEER_SECONDS.value,
+        )
+        reports: dict[str, Any] = {}
+        for name in _PEERS.value:
+            _say(name)
+            reports |= run_peers([name], workload, expected)
+    return {"peers": reports, "workload": {"lanes": lanes, "precision": config.model.compute_dtype}}
+
+
+def _say(what: int | str) -> None:
+    print(f"measuring {what} lanes" if isinstance(what, int) else f"measuring {what}", file=sys.stderr, flush=True)
+
+
+def _counts(flag: str, values: list[str]) -> tuple[int, ...]:
+    values = [value for value in values if value]
+    if not all(count.isdecimal() and int(count) for count in values):
+        raise ConfigError(f"--{flag}={','.join(values)} must be positive whole numbers")
+    return tuple(int(count) for count in values)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """On a machine with a GPU: does the engine decode there what the CPU says it should, and how fast?
 
     make gpu-check                                                        # makes the environment, then this
-    python launch/gpu_check.py --config=configs/benchmark_decode.py:laptop --lanes=1,64 --json=gpu.json
+    python launch/gpu_check.py --config=configs/grpo.py:smoke --lanes=1,64 --json=gpu.json
 
 Every way of decode attention, in float32 and in bfloat16, against full forwards in float32 on the CPU: tokens must be
 the best ones except at ties within a tolerance, log-probabilities equal within it. Then decode throughput.
@@ -22,7 +22,7 @@ from apr_jax.config import Config, ConfigError
 TOLERANCES = {"float32": 2e-3, "bfloat16": 0.8}
 STEPS = 64  # tokens that each checked thread writes, and again after it was cut back
 
-_CONFIG = entry.define_config("benchmark_decode.py:paper")
+_CONFIG = entry.define_config("grpo.py:paper")
 _LANES = flags.DEFINE_list("lanes", ["1", "16", "64", "128"], "Lane counts to measure; empty: only check.")
 _JSON = flags.DEFINE_string("json", None, "Write all figures here as one JSON object.")
 
@@ -76,11 +76,12 @@ def check(config: Config) -> dict[str, dict[str, Any]]:
 def measure(config: Config, lanes: tuple[int, ...]) -> dict[str, Any]:
     """Decode throughput by lane count, with either attention."""
     from apr_jax.engine import benchmark
+    from apr_jax.engine.agreement import sharp_params
 
-    speed = {}
+    speed, params = {}, sharp_params(config.model, config.seed)
     for attention in ("packed", "paged") if lanes else ():
         rollout = dataclasses.replace(config.rollout, decode_attention=attention)
-        figures = benchmark.benchmark_decode(dataclasses.replace(config, rollout=rollout), lanes)
+        figures = benchmark.benchmark_decode(dataclasses.replace(config, rollout=rollout), params, lanes)
         print(f"\n{attention}: {benchmark.table(figures)}")
         speed[attention] = figures
     return speed

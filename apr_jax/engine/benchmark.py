@@ -4,95 +4,187 @@ Speed depends on shapes only, so random weights measure what trained ones would 
 """
 
 import dataclasses
+import os
 import platform
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from apr_jax.config import Config, RolloutConfig
+from apr_jax.config import Config, ConfigError, RolloutConfig
 from apr_jax.engine.engine import Engine
-from apr_jax.engine.threads import Decode, Open, Program, RolloutKey
-from apr_jax.model.llama import init_params, num_params
+from apr_jax.engine.roofline import Limits, StepCost, measure_limits
+from apr_jax.engine.threads import Decode, Open, Program, Progress, RolloutKey
+from apr_jax.model.llama import num_params
 from apr_jax.parallel.mesh import make_mesh
 
 LANES = (1, 8, 16, 64, 128)
+REPEATS = 3  # passes of which the fastest counts, as for the peers
 
 
-def benchmark_decode(config: Config, lanes: tuple[int, ...] = LANES) -> dict[str, Any]:
-    """Measures each lane count with an engine of its own; the keys are those of INTERFACES
-    (`launch/benchmark_decode.py`).
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Every lane begins with a prompt and decodes new tokens after it; `prompt` and `new` are tokens."""
 
-    Every lane decodes from a prompt of a quarter of the context to three quarters of it. Lane counts that the mesh's
-    data shards don't divide are left out.
+    prompt: int
+    new: int
+
+    def check(self, config: Config) -> None:
+        """Raises ConfigError where a thread would not fit, or where no visit would be left to measure."""
+        if self.prompt + self.new > config.model.max_seq_len:
+            raise ConfigError(
+                f"{self.prompt} prompt and {self.new} new tokens exceed model.max_seq_len={config.model.max_seq_len}"
+            )
+        if self.new < 2 * config.rollout.steps_per_visit:
+            raise ConfigError(
+                f"{self.new} new tokens leave nothing to measure after the first visit of "
+                f"rollout.steps_per_visit={config.rollout.steps_per_visit}: decode at least twice as many"
+            )
+
+
+def benchmark_decode(
+    config: Config,
+    params: Any,
+    lanes: Sequence[int] = LANES,
+    lengths: Lengths | None = None,
+    on_lanes: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Measures each lane count with an engine of its own, and the machine's limits before each and at the end.
+
+    A row holds `tokens_per_second`, `ms_per_step`, `host_share`, `context` (positions a lane held on average),
+    `prefill_seconds` and `roofline_share`: the least time of a step under the limits over the time that it took. Lane
+    counts that the mesh's data shards don't divide are refused with a ConfigError.
     """
-    mesh = make_mesh(config.mesh)
-    params = init_params(config.model, config.seed)
-    results, compile_seconds, recompiles = {}, 0.0, 0
+    lengths = lengths or Lengths(prompt=config.model.max_seq_len // 4, new=config.model.max_seq_len // 2)
+    lengths.check(config)
     for count in lanes:
         if count % config.mesh.data:
-            continue
-        engine = _engine(config, count, mesh, params)
+            raise ConfigError(f"{count} lanes must be a multiple of mesh.data={config.mesh.data}")
+    mesh = make_mesh(config.mesh)
+    limits = measure_limits(mesh, config.model.compute_dtype)
+    rows, compile_seconds, recompiles = {}, 0.0, 0
+    for count in lanes:
+        if on_lanes is not None:
+            on_lanes(count)
+        engine = _engine(config, count, lengths, mesh, params)
         compile_seconds += engine.warm_up()
-        results[str(count)] = _measure(engine, config, count)
+        rows[count] = _measure(engine, config, count, lengths)
         recompiles += engine.stats.compilations
-    size = num_params(config.model)
+        del engine
+        limits = limits.better(measure_limits(mesh, config.model.compute_dtype))
     return {
-        "device": f"{jax.devices()[0].device_kind} ({platform.processor() or platform.machine()})",
-        "model": {**dataclasses.asdict(config.model), "num_params": size.total},
-        "lanes": results,
+        **about(config),
+        "lengths": dataclasses.asdict(lengths),
+        "limits": dataclasses.asdict(limits),
+        "lanes": {str(count): row | _share(config, count, row, limits) for count, row in rows.items()},
         "compile_seconds": compile_seconds,
         "recompiles_after_warmup": recompiles,
     }
 
 
-def _engine(config: Config, lanes: int, mesh: Mesh, params: Any) -> Engine:
-    pages = -(-config.model.max_seq_len // config.rollout.page_size)
+def about(config: Config) -> dict[str, Any]:
+    """The device and the model, for a report."""
+    device = jax.devices()[0]
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    return {
+        "device": f"{device.device_kind} ({machine})",
+        "mesh": dataclasses.asdict(config.mesh),
+        "model": {**dataclasses.asdict(config.model), "num_params": num_params(config.model).total},
+    }
+
+
+def greedy_tokens(config: Config, params: Any, lengths: Lengths) -> list[int]:
+    """What our engine writes greedily after the first lane's prompt: peers must write the same."""
+    mesh = make_mesh(config.mesh)
+    engine = _engine(config, config.mesh.data, lengths, mesh, params)
+    programs = [(RolloutKey(0, 0), _decode(make_prompts(config, 1, lengths)[0], lengths.new))]
+    (rollout,) = engine.run(programs, seed=config.seed, temperature=0.0)
+    return [int(token) for token in rollout.calls[0].tokens]
+
+
+def make_prompts(config: Config, lanes: int, lengths: Lengths) -> list[list[int]]:
+    """Random prompts; those of fewer lanes are the first of those of more."""
+    rng = np.random.default_rng(config.seed)
+    prompts: list[list[int]] = rng.integers(0, config.model.vocab_size, (lanes, lengths.prompt)).tolist()
+    return prompts
+
+
+def _engine(config: Config, lanes: int, lengths: Lengths, mesh: Mesh, params: Any) -> Engine:
+    shards, page_size = mesh.shape["data"], config.rollout.page_size
+    pages = -(-(lengths.prompt + lengths.new) // page_size) * (lanes // shards)
+    longest = -(-config.model.max_seq_len // page_size)
     rollout: RolloutConfig = dataclasses.replace(
         config.rollout,
         num_lanes=lanes,
-        num_pages=pages * lanes + mesh.shape["data"],
+        num_pages=(max(pages, longest) + 1) * shards,
         prefill_lanes=min(config.rollout.prefill_lanes, lanes),
-        max_steps=config.model.max_seq_len // 2,
+        max_steps=lengths.new,
         prefix_reuse=False,
     )
     return Engine(config.model, rollout, mesh, params=params, banned_tokens=())
 
 
-def _measure(engine: Engine, config: Config, lanes: int) -> dict[str, float]:
-    rng = np.random.default_rng(config.seed)
-    prompts = rng.integers(0, config.model.vocab_size, (lanes, config.model.max_seq_len // 4)).tolist()
-    times: list[tuple[int, float]] = []
+def _measure(engine: Engine, config: Config, lanes: int, lengths: Lengths) -> dict[str, float]:
+    prompts = make_prompts(config, lanes, lengths)
+    passes = []
+    for _ in range(1 + REPEATS):  # the first touches all memory
+        times: list[tuple[int, float]] = []
 
-    def note(progress: Any) -> None:
-        times.append((progress.generated_tokens, time.perf_counter()))
+        def note(progress: Progress, times: list[tuple[int, float]] = times) -> None:
+            times.append((progress.generated_tokens, time.perf_counter()))
 
-    for _ in range(2):  # the first run touches all memory
-        times.clear()
-        programs = [(RolloutKey(lane, 0), _decode(prompt)) for lane, prompt in enumerate(prompts)]
+        programs = [(RolloutKey(lane, 0), _decode(prompt, lengths.new)) for lane, prompt in enumerate(prompts)]
+        begin = time.perf_counter()
         engine.run(programs, seed=config.seed, temperature=1.0, on_progress=note)
-    # The first visit holds the prefill; from its end on the lanes only decode.
-    (tokens_before, start), (tokens, end) = times[0], times[-1]
-    steps = (tokens - tokens_before) / lanes
+        # The first visit holds the prefill; from its end on the lanes only decode.
+        (before, start), (tokens, end) = times[0], times[-1]
+        steps = (tokens - before) / lanes
+        passes.append(
+            {
+                "tokens_per_second": (tokens - before) / (end - start),
+                "ms_per_step": (end - start) / steps * 1e3,
+                "host_share": engine.stats.host_share,
+                "context": lengths.prompt + (before / lanes + lengths.new) / 2,
+                "first_visit_seconds": start - begin,
+            }
+        )
+    return max(passes[1:], key=lambda row: row["tokens_per_second"])
+
+
+def _share(config: Config, lanes: int, row: dict[str, float], limits: Limits) -> dict[str, float]:
+    cost = StepCost.of(config.model, lanes, row["context"])
+    least = cost.seconds(limits) * 1e3
     return {
-        "tokens_per_second": (tokens - tokens_before) / (end - start),
-        "ms_per_step": (end - start) / steps * 1e3,
-        "host_share": engine.stats.host_share,
+        "bytes_per_step": cost.bytes,
+        "flops_per_step": cost.flops,
+        "roofline_ms": least,
+        "roofline_share": least / row["ms_per_step"],
     }
 
 
-def _decode(prompt: list[int]) -> Program:
+def _decode(prompt: list[int], new: int) -> Program:
     thread = yield Open(prompt)
-    return (yield Decode(thread, ()))
+    return (yield Decode(thread, (), new))
 
 
 def table(result: dict[str, Any]) -> str:
     """The result for people."""
-    lines = [f"{result['device']}, {result['model']['num_params']:,} parameters", "lanes    tokens/s    ms/step"]
+    limits, lengths = result["limits"], result["lengths"]
+    lines = [
+        f"{result['device']}, {result['model']['num_params']:,} parameters in {result['model']['compute_dtype']}, "
+        f"mesh {' x '.join(map(str, result['mesh'].values()))}",
+        f"{lengths['new']} tokens after a prompt of {lengths['prompt']}; limits measured in this run: "
+        f"{limits['bytes_per_second'] / 1e9:.1f} GB/s, {limits['flops_per_second'] / 1e9:.0f} GFLOP/s",
+        "lanes    tokens/s    ms/step   roofline    share",
+    ]
     for lanes, row in result["lanes"].items():
-        lines.append(f"{lanes:>5} {row['tokens_per_second']:>11,.0f} {row['ms_per_step']:>10.2f}")
+        lines.append(
+            f"{lanes:>5} {row['tokens_per_second']:>11,.1f} {row['ms_per_step']:>10.2f} {row['roofline_ms']:>10.2f} "
+            f"{row['roofline_share']:>8.0%}"
+        )
     lines.append(
         f"compiled in {result['compile_seconds']:.1f} s; {result['recompiles_after_warmup']} compilations after warm-up"
     )

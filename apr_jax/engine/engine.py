@@ -37,8 +37,8 @@ class EngineStats:
     prefill_calls: int = 0
     preemptions: int = 0  # times that a thread's pages were taken
     seconds: float = 0.0
-    device_seconds: float = 0.0  # spent waiting for the device
-    page_places: int = 0  # token places in held pages, summed over visits
+    host_seconds: float = 0.0  # in which the device had nothing to do: from its results to the next step's launch
+    page_places: int = 0  # token places in held pages, summed over each visit's beginning and end
     wasted_places: int = 0  # of them, without a token
     compilations: int = 0  # programs compiled during the run
 
@@ -49,8 +49,8 @@ class EngineStats:
 
     @property
     def host_share(self) -> float:
-        """Share of the time in which the device was not waited for."""
-        return 1.0 - self.device_seconds / max(self.seconds, 1e-9)
+        """Share of the time in which the device waited for the host."""
+        return self.host_seconds / max(self.seconds, 1e-9)
 
     @property
     def cache_waste(self) -> float:
@@ -106,6 +106,7 @@ class Engine:
         self._model = model
         self._max_steps, self._max_total_tokens = rollout.max_steps, rollout.max_total_tokens
         self._mesh = mesh
+        self._idle_since: float | None = None  # when the device's last results came
         self._banned_mask = np.zeros((model.vocab_size,), bool)
         self._banned_mask[list(banned_tokens)] = True
         self._scheduler = Scheduler(self.limits)
@@ -161,6 +162,7 @@ class Engine:
             self._scheduler.reused_tokens,
         )
         self.stats = EngineStats()
+        self._idle_since = begin
         run = Programs(
             programs,
             self._scheduler,
@@ -191,35 +193,45 @@ class Engine:
 
     def _visit(self, run: Programs, policy: Policy) -> None:
         stats = self.stats
-        self._copy(self._scheduler.take_copies())
+        if self._scheduler.copies_pending:
+            self._launched()
+            self._copy(self._scheduler.take_copies())
         while True:
             chunks = [c for shard in range(self.limits.num_shards) for c in self._scheduler.prefill_chunks(shard)]
             if not chunks:
                 break
-            self._pages = self._steps.prefill(self._pages, self._params, self._prefill_lanes(chunks))
+            prefill = self._prefill_lanes(chunks)
+            self._launched()
+            self._pages = self._steps.prefill(self._pages, self._params, prefill)
             for chunk in chunks:
                 self._scheduler.prefilled(chunk)
             stats.prefill_calls += 1
             stats.prefilled += sum(chunk.count for chunk in chunks)
         lanes, threads = self._decode_lanes()
-        written = self._decode(lanes, policy)
-        waste, places = self._scheduler.waste()
-        waiting = time.perf_counter()
-        written = jax.device_get(written)
-        stats.device_seconds += time.perf_counter() - waiting
+        held = [self._scheduler.waste()]  # when the chunk's pages are reserved, and when its tokens are there
+        self._launched()
+        written = jax.device_get(self._decode(lanes, policy))
+        self._idle_since = time.perf_counter()
         for shard, lane, thread in threads:
             count = written.counts[shard, lane]
             tokens = written.tokens[shard, :count, lane].tolist()
             logprobs = written.logprobs[shard, :count, lane].tolist()
             stats.generated += len(tokens)
             run.decoded(thread, tokens, logprobs)
+        held.append(self._scheduler.waste())
         run.drain()
         stats.visits += 1
         steps = int(written.steps.max())
         stats.decode_steps += steps
         stats.lane_steps += steps * self.limits.lanes * self.limits.num_shards
-        stats.wasted_places += waste
-        stats.page_places += places
+        stats.wasted_places += sum(waste for waste, _ in held)
+        stats.page_places += sum(places for _, places in held)
+
+    def _launched(self) -> None:
+        """The device is about to get work: until now it may have waited for the host."""
+        if self._idle_since is not None:
+            self.stats.host_seconds += time.perf_counter() - self._idle_since
+            self._idle_since = None
 
     def _decode(self, lanes: DecodeLanes, policy: Policy) -> Written:
         self._pages, self._rows, written = self._steps.decode(self._pages, self._rows, self._params, lanes, policy)

@@ -42,6 +42,7 @@ class _OpenCall:
     context: np.ndarray
     clock_start: int
     start_ms: float
+    first_token_ms: float = 0.0
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
 
@@ -129,6 +130,8 @@ class Programs:
         node = self._node_of[thread]
         assert node.call is not None
         self._scheduler.decoded(thread, tokens)
+        if not node.call.tokens:
+            node.call.first_token_ms = self._ms(node)
         node.call.tokens.extend(tokens)
         node.call.logprobs.extend(logprobs)
         node.clock += len(tokens)
@@ -220,7 +223,8 @@ class Programs:
         if len(request.stop_tokens) > MAX_STOP_TOKENS:
             raise ValueError(f"{len(request.stop_tokens)} stop tokens; at most {MAX_STOP_TOKENS} can be matched")
         thread.stop_tokens = tuple(request.stop_tokens)
-        thread.max_generated = min(self._max_steps, thread.generated + node.left)
+        budget = node.left if request.max_tokens is None else min(node.left, request.max_tokens)
+        thread.max_generated = min(self._max_steps, thread.generated + budget)
         limit = self._limit(thread)
         if limit is not None:
             return Stop(limit, None)
@@ -360,6 +364,7 @@ class Programs:
                     clock_start=call.clock_start,
                     start_ms=call.start_ms,
                     end_ms=self._ms(node),
+                    first_token_ms=call.first_token_ms,
                 )
             )
 

@@ -188,6 +188,10 @@ class Scheduler:
         thread.generated += len(tokens)
         thread.computed = len(thread.tokens) - 1
 
+    @property
+    def copies_pending(self) -> bool:
+        return any(self._copies)
+
     def take_copies(self) -> list[list[PageCopy]]:
         """Page copies that the device must make before its next step, per shard; the scheduler forgets them."""
         copies, self._copies = self._copies, [[] for _ in self._copies]

@@ -23,7 +23,7 @@ class StopReason(enum.Enum):
     TOKEN = "token"  # it wrote one of its stop tokens
     LENGTH = "length"  # the thread is full: model.max_seq_len tokens
     MAX_STEPS = "max_steps"  # the thread has generated rollout.max_steps tokens in its life
-    BUDGET = "budget"  # its share of rollout.max_total_tokens is used up (see Spawn)
+    BUDGET = "budget"  # its share of rollout.max_total_tokens (see Spawn), or its Decode's own limit, is used up
     CANCELLED = "cancelled"  # a sibling succeeded first
 
 
@@ -91,6 +91,7 @@ class Decode:
 
     thread: Thread
     stop_tokens: tuple[int, ...]
+    max_tokens: int | None = None  # that this Decode may generate; it then stops with BUDGET
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +169,7 @@ class Call:
     clock_start: int  # sequential tokens before it
     start_ms: float  # since the rollout's first request
     end_ms: float
+    first_token_ms: float = 0.0  # when the first of its tokens were known
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,94 @@
+"""What the machine could do: measured limits, and the least time that a decode step can take under them.
+
+The roofline model (Williams, Waterman and Patterson 2009): a step moves bytes and does floating-point operations, and
+takes at least the longer of the two times. The limits are the best rates that the mesh's devices reach together, on
+programs that do nothing else.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from apr_jax.config import ModelConfig
+from apr_jax.model import decode_weights
+from apr_jax.model.llama import WeightLayout, num_params
+from apr_jax.parallel.mesh import AXES, partition_spec
+
+_BYTES = 256 << 20  # that each device reads
+_REPEATS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Rates that all devices of a mesh reach together."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+    def better(self, other: "Limits") -> "Limits":
+        """The higher of each: noise only ever slows a measurement down."""
+        return Limits(
+            max(self.bytes_per_second, other.bytes_per_second), max(self.flops_per_second, other.flops_per_second)
+        )
+
+
+def measure_limits(mesh: Mesh, dtype: str) -> Limits:
+    """Reads a large matrix (in a sum, and in a product with a vector), and multiplies large square matrices."""
+    devices = mesh.size
+    split = NamedSharding(mesh, partition_spec(AXES))
+    columns = 4096
+    rows = _BYTES // columns // jnp.dtype(dtype).itemsize
+    matrix = jax.jit(lambda: jnp.ones((devices, rows, columns), dtype), out_shardings=split)()
+    vector = jnp.ones((columns,), dtype)
+    reads = (
+        jax.jit(lambda x: jnp.sum(x, axis=1), out_shardings=split),
+        jax.jit(lambda x: jnp.einsum("dRC,C->dR", x, vector), out_shardings=split),
+    )
+    seconds = min(_best(read, matrix) for read in reads)
+    del matrix
+    flops = 0.0
+    for size in (1024, 2048) if mesh.devices.flat[0].platform == "cpu" else (4096, 8192):
+        square = jax.jit(lambda size=size: jnp.ones((devices, size, size), dtype), out_shardings=split)()
+        product = jax.jit(lambda x: jnp.einsum("dAB,dBC->dAC", x, x), out_shardings=split)
+        flops = max(flops, 2 * devices * size**3 / _best(product, square))
+    return Limits(devices * _BYTES / seconds, flops)
+
+
+def _best(step: Callable[[Any], Any], argument: Any) -> float:
+    """Seconds of the fastest of some calls, after one that compiles."""
+    wait: Callable[[Any], Any] = jax.block_until_ready
+    wait(step(argument))
+    times = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        wait(step(argument))
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """What one decode step of all lanes must read and compute; activations, which stay in caches, are left out."""
+
+    bytes: float
+    flops: float
+
+    @classmethod
+    def of(cls, model: ModelConfig, lanes: int, context: float) -> "StepCost":
+        """`context`: positions that a lane's new token attends to, on average. Weights are read once for all lanes."""
+        layout = WeightLayout(own_head=True)
+        size = jnp.dtype(model.compute_dtype).itemsize
+        kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * size
+        read = decode_weights.num_bytes(model, layout) + lanes * context * kv_bytes
+        matrices = num_params(model).non_embedding + model.embed_dim * model.vocab_size
+        attention = 4 * model.num_layers * model.num_heads * model.head_dim * context
+        return cls(read, lanes * (2 * matrices + attention))
+
+    def seconds(self, limits: Limits) -> float:
+        """The least time under the limits."""
+        return max(self.bytes / limits.bytes_per_second, self.flops / limits.flops_per_second)

@@ -1,0 +1,59 @@
+"""The decode benchmark beside its peers: a table for the terminal and a picture."""
+
+import pathlib
+from typing import Any
+
+
+def peers_table(figures: dict[str, Any]) -> str:
+    """Tokens per second of ours and of every peer by lane count, and ours over theirs. A peer without any says why."""
+    ours, lanes = figures["lanes"], figures["workload"]["lanes"]
+    lines = [f"{'tokens/s at lanes':<18}" + "".join(f"{count:>20}" for count in lanes)]
+    lines.append(f"{'apr_jax':<18}" + "".join(f"{ours[str(count)]['tokens_per_second']:>20,.1f}" for count in lanes))
+    for name, report in figures["peers"].items():
+        cells = []
+        for count in lanes:
+            row = report.get("lanes", {}).get(str(count))
+            if row is None:
+                cells.append(f"{'-':>20}")
+            else:
+                theirs = row["tokens_per_second"]
+                ratio = ours[str(count)]["tokens_per_second"] / theirs
+                cells.append(f"{f'{theirs:,.1f} ({ratio:.2f}x)':>20}")
+        lines.append(f"{name:<18}" + "".join(cells) + _doubt(report))
+    return "\n".join(lines)
+
+
+def write_plot(path: str | pathlib.Path, figures: dict[str, Any]) -> None:
+    """Draws tokens per second by lane count, ours, the roofline's and the peers', in the format of the file's name."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    lanes = [int(count) for count in figures["lanes"]]
+    rows = list(figures["lanes"].values())
+    limit = [count / row["roofline_ms"] * 1e3 for count, row in zip(lanes, rows, strict=True)]
+    axes.plot(lanes, limit, linestyle="--", color="grey", label="measured roofline")
+    axes.plot(lanes, [row["tokens_per_second"] for row in rows], marker="o", linewidth=2, label="apr_jax")
+    for name, report in figures.get("peers", {}).items():
+        theirs = report.get("lanes", {})
+        if theirs:
+            counts = sorted(map(int, theirs))
+            rates = [theirs[str(count)]["tokens_per_second"] for count in counts]
+            axes.plot(counts, rates, marker="s", markersize=4, linewidth=1, label=report.get("name", name))
+    axes.set(xscale="log", yscale="log", xlabel="lanes", ylabel="output tokens/s")
+    axes.set_xticks(lanes, [str(count) for count in lanes])
+    axes.minorticks_off()
+    axes.set_title(f"Decode, {figures['model']['num_params'] / 1e6:.0f}M parameters, {figures['device']}", fontsize=9)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def _doubt(report: dict[str, Any]) -> str:
+    """What casts doubt on a peer's figures, or why there are none."""
+    parts = []
+    if report.get("same_model") is False:
+        parts.append(f"another model: only its first {report['equal_tokens']} greedy tokens are ours")
+    if "error" in report:
+        parts.append(str(report["error"]))
+    return f"  {'; '.join(parts)}" if parts else ""
