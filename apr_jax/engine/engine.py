@@ -21,7 +21,8 @@ from apr_jax.engine.steps import COPIES_PER_CALL, PAGES, SHARDED, DecodeLanes, P
 from apr_jax.engine.threads import MAX_STOP_TOKENS, Program, Progress, Rollout, RolloutKey, Thread
 from apr_jax.model.decode_weights import choose_layout, layout_shardings, to_layout
 from apr_jax.model.kv_cache import PagedKVCache
-from apr_jax.parallel.mesh import partition_spec
+from apr_jax.model.llama import logical_axes
+from apr_jax.parallel.mesh import RULES, param_shardings, partition_spec
 
 
 @dataclasses.dataclass
@@ -122,11 +123,11 @@ class Engine:
             ),
             out_shardings=NamedSharding(mesh, PAGES),
         )()
-        self._params = self._to_layout(params)
+        self._params = self._place(params)
 
     def set_params(self, params: Any) -> None:
         """New weights, a new policy: nothing that older weights computed is ever read again."""
-        self._params = self._to_layout(params)
+        self._params = self._place(params)
         self._scheduler.new_policy()
 
     def warm_up(self) -> float:
@@ -300,3 +301,11 @@ class Engine:
 
     def _put(self, tree: Any) -> Any:
         return jax.device_put(tree, NamedSharding(self._mesh, SHARDED))
+
+    def _place(self, params: Any) -> Any:
+        """The weights in decode's layout, made on the devices; those of other devices are brought over first."""
+        devices = set(self._mesh.devices.flat)
+        if any(set(leaf.devices()) != devices for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)):
+            rules = dataclasses.replace(RULES, embed=None)
+            params = jax.device_put(params, param_shardings(self._mesh, params, logical_axes(params), rules))
+        return self._to_layout(params)
