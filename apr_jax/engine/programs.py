@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from apr_jax.engine.constraints import Constraint, Gate
 from apr_jax.engine.scheduler import Scheduler
 from apr_jax.engine.threads import (
     MAX_STOP_TOKENS,
@@ -93,6 +94,7 @@ class Programs:
         max_seq_len: int,
         max_steps: int,
         now: Callable[[], float],
+        gate: Gate | None = None,
     ):
         self._waiting = collections.deque(enumerate(programs))
         self._scheduler = scheduler
@@ -100,6 +102,7 @@ class Programs:
         self._max_seq_len = max_seq_len
         self._max_steps = max_steps
         self._now = now  # seconds
+        self._gate = gate
         self._queue: collections.deque[tuple[_Node, Any]] = collections.deque()
         self._node_of: dict[Thread, _Node] = {}
         self._rollouts: list[Rollout | None] = [None] * len(programs)
@@ -115,15 +118,24 @@ class Programs:
         self.drain()
         return True
 
-    def decoded(self, thread: Thread, tokens: list[int], logprobs: list[float]) -> None:
-        """The device wrote these tokens for a thread. Queues its program if its Decode is over (see `drain`)."""
+    def decoded(
+        self, thread: Thread, tokens: list[int], logprobs: list[float], shut_logprobs: Sequence[float] = ()
+    ) -> None:
+        """The device wrote these tokens for a thread. Queues its program if its Decode is over (see `drain`).
+
+        `shut_logprobs`, the log-probabilities without the gate token, are read where the thread has a grammar.
+        """
         node = self._node_of[thread]
         assert node.call is not None
+        if thread.constraint is not None:
+            drawn = len(tokens)
+            tokens, logprobs = thread.constraint.take(thread.tokens, tokens, logprobs, shut_logprobs)
+            thread.rejected += drawn - len(tokens)
         self._scheduler.decoded(thread, tokens)
         node.call.tokens.extend(tokens)
         node.call.logprobs.extend(logprobs)
         node.clock += len(tokens)
-        stop = self._stop(thread)
+        stop = self._stop(thread) if tokens else None
         if node.cutoff is not None and (node.clock > node.cutoff or (stop is None and node.clock == node.cutoff)):
             self._park(node)
         elif stop is not None:
@@ -210,6 +222,11 @@ class Programs:
         if len(request.stop_tokens) > MAX_STOP_TOKENS:
             raise ValueError(f"{len(request.stop_tokens)} stop tokens; at most {MAX_STOP_TOKENS} can be matched")
         thread.stop_tokens = tuple(request.stop_tokens)
+        thread.constraint = None
+        if request.grammar is not None:
+            if self._gate is None:
+                raise ValueError("a Decode with a grammar needs an engine with a gate")
+            thread.constraint = Constraint(self._gate, request.grammar)
         limit = self._limit(thread)
         if limit is not None:
             return Stop(limit, None)
@@ -332,6 +349,7 @@ class Programs:
     def _close_call(self, node: _Node, stop: Stop) -> None:
         call, node.call = node.call, None
         assert call is not None
+        constraint = node.thread.constraint if node.thread is not None else None
         if call.tokens:
             node.calls.append(
                 Call(
@@ -343,6 +361,7 @@ class Programs:
                     clock_start=call.clock_start,
                     start_ms=call.start_ms,
                     end_ms=self._ms(node),
+                    masks=None if constraint is None else constraint.masks(),
                 )
             )
 
@@ -379,4 +398,5 @@ def _trim(call: Call, cutoff: int) -> Call:
     if len(call.tokens) <= keep:
         return call
     stop = Stop(StopReason.CANCELLED, None)
-    return dataclasses.replace(call, tokens=call.tokens[:keep], logprobs=call.logprobs[:keep], stop=stop)
+    masks = None if call.masks is None else call.masks.first(keep)
+    return dataclasses.replace(call, tokens=call.tokens[:keep], logprobs=call.logprobs[:keep], stop=stop, masks=masks)

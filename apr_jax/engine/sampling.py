@@ -14,17 +14,18 @@ MASKED_LOGIT = -1e30  # finite, so that differences of masked logits are no NaN
 KEY_IMPL = "threefry2x32"
 
 
-def log_probs(logits: jax.Array, temperature: jax.Array | float, banned_mask_V: jax.Array) -> jax.Array:
+def log_probs(logits: jax.Array, temperature: jax.Array | float, banned_mask: jax.Array) -> jax.Array:
     """Float32 log-probabilities `[..., V]` of the sampling policy.
 
     Args:
         logits: `[..., V]`.
         temperature: scalar >= 0. At 0 sampling takes the argmax, and these are the policy's at temperature 1.
-        banned_mask_V: bool `[V]`; banned tokens get MASKED_LOGIT-like values, probability exactly 0.
+        banned_mask: bool `[V]`, or `[..., V]` as `logits` are; banned tokens get MASKED_LOGIT-like values,
+            probability exactly 0.
     """
     temperature = jnp.asarray(temperature, jnp.float32)
     scaled = logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)
-    banned_mask = banned_mask_V.reshape((1,) * (logits.ndim - 1) + (-1,))
+    banned_mask = jnp.expand_dims(banned_mask, range(logits.ndim - banned_mask.ndim))
     return jax.nn.log_softmax(jnp.where(banned_mask, MASKED_LOGIT, scaled), axis=-1)
 
 

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apr_jax.config import ModelConfig
+from apr_jax.engine import holding
 from apr_jax.engine.sampling import log_probs, sample, uniforms
 from apr_jax.engine.scheduler import Limits
 from apr_jax.model.kv_cache import (
@@ -54,6 +55,7 @@ class DecodeLanes:
     key_data: jax.Array  # uint32 [.., 2]
     generated: jax.Array  # int32: tokens that the thread has generated before
     tables: jax.Array  # int32 [.., pages of a row]
+    held: holding.Held | None  # None: the engine has no gate
 
 
 @jax.tree_util.register_dataclass
@@ -74,6 +76,7 @@ class Policy:
 
     temperature: jax.Array  # float32 scalar
     banned_mask: jax.Array  # bool [V]
+    gate: holding.GateMasks | None
 
 
 @jax.tree_util.register_dataclass
@@ -83,6 +86,7 @@ class Written:
 
     tokens: jax.Array  # int32 [steps, L]
     logprobs: jax.Array  # float32 [steps, L]
+    shut_logprobs: jax.Array | None  # float32 [steps, L]: the same without the gate token
     counts: jax.Array  # int32 [L]: the lane's tokens are the first `count` of its column
     steps: jax.Array  # int32: steps that the shard ran
 
@@ -95,21 +99,28 @@ def decode_thread(
     stop_tokens: jax.Array,
     uniform: jax.Array,
     policy: Policy,
-) -> tuple[tuple[Any, ...], jax.Array, jax.Array, jax.Array]:
+    held: holding.Held | None,
+) -> tuple[tuple[Any, ...], jax.Array, jax.Array, jax.Array, tuple[holding.LaneRegisters, jax.Array] | None]:
     """One token of one thread: attention over its pages, logits, a draw, stop matching.
 
-    Returns the cache's new keys and values, the next token, its log-probability, and how many tokens may still follow
-    (0 once it stopped; a stopped thread's results are not used).
+    Returns the cache's new keys and values, the next token, its log-probability, how many tokens may still follow (0
+    once it stopped; a stopped thread's results are not used), and where the engine has a gate the thread's registers
+    and the log-probability without the gate token.
     """
     position = view.length + view.step
     hidden_TD, successor = model(token[None], position[None], cache=view)
     assert successor is not None
     # Gathered over "tensor" before the draw: sampling on split logits would take a dozen small collectives.
     logits_V: jax.Array = _constrain(model.logits(hidden_TD)[0], partition_spec(None))
-    logprobs_V = log_probs(logits_V, policy.temperature, policy.banned_mask)
+    gate = policy.gate
+    hold = None if held is None or gate is None else holding.hold(held, gate, policy.banned_mask, token, view.step)
+    logprobs_V = log_probs(logits_V, policy.temperature, policy.banned_mask if hold is None else hold.banned_mask)
     drawn = sample(logprobs_V, uniform, policy.temperature)
     stopped = jnp.any(drawn == stop_tokens)
-    return successor.fresh, drawn, logprobs_V[drawn], jnp.where(stopped, 0, jnp.maximum(remaining - 1, 0))
+    if hold is not None:
+        stopped |= hold.pauses(drawn)
+    left = jnp.where(stopped, 0, jnp.maximum(remaining - 1, 0))
+    return successor.fresh, drawn, logprobs_V[drawn], left, None if hold is None else hold.after(logprobs_V, drawn)
 
 
 def prefill_thread(
@@ -148,23 +159,26 @@ def decode_shard(
     fresh_shape = (num_lanes, config.num_kv_heads, steps, config.head_dim)
     zeros = jnp.zeros(fresh_shape, pages.keys[0].dtype)
     view_axes = DecodeView(rows=None, own_B=0, fresh=0, length=0, step=None)  # type: ignore[arg-type]
-    lifted = jax.vmap(decode_thread, in_axes=(None, view_axes, 0, 0, 0, 0, None))
+    lifted = jax.vmap(decode_thread, in_axes=(None, view_axes, 0, 0, 0, 0, None, 0))
 
     def live(state: tuple[Any, ...]) -> jax.Array:
         step, _, _, remaining_L, *_ = state
         return (step < steps) & jnp.any(remaining_L > 0)
 
     def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, fresh, token_L, remaining_L, counts_L, tokens_CL, logprobs_CL = state
+        step, fresh, token_L, remaining_L, counts_L, tokens_CL, logprobs_CL, gated = state
         view = DecodeView(rows, own_LB, fresh, lanes.length, step)
         uniform_L = jax.lax.dynamic_index_in_dim(uniforms_LC, step, axis=1, keepdims=False)
-        fresh, drawn_L, logprob_L, left_L = lifted(
-            model, view, token_L, remaining_L, lanes.stop_tokens, uniform_L, policy
+        held = None if lanes.held is None else dataclasses.replace(lanes.held, registers=gated[0])
+        fresh, drawn_L, logprob_L, left_L, after = lifted(
+            model, view, token_L, remaining_L, lanes.stop_tokens, uniform_L, policy, held
         )
+        if after is not None:
+            gated = after[0], jax.lax.dynamic_update_index_in_dim(gated[1], after[1], step, axis=0)
         tokens_CL = jax.lax.dynamic_update_index_in_dim(tokens_CL, drawn_L, step, axis=0)
         logprobs_CL = jax.lax.dynamic_update_index_in_dim(logprobs_CL, logprob_L, step, axis=0)
         counts_L = counts_L + (remaining_L > 0).astype(jnp.int32)
-        return step + 1, fresh, drawn_L, left_L, counts_L, tokens_CL, logprobs_CL
+        return step + 1, fresh, drawn_L, left_L, counts_L, tokens_CL, logprobs_CL, gated
 
     state = (
         jnp.int32(0),
@@ -174,10 +188,11 @@ def decode_shard(
         jnp.zeros((num_lanes,), jnp.int32),
         jnp.zeros((steps, num_lanes), jnp.int32),
         jnp.zeros((steps, num_lanes), jnp.float32),
+        None if lanes.held is None else (lanes.held.registers, jnp.zeros((steps, num_lanes), jnp.float32)),
     )
-    ran, fresh, _, _, counts_L, tokens_CL, logprobs_CL = jax.lax.while_loop(live, body, state)
+    ran, fresh, _, _, counts_L, tokens_CL, logprobs_CL, gated = jax.lax.while_loop(live, body, state)
     pages = write_rows(pages, lanes.tables, lanes.length, counts_L, fresh, -(-(steps - 1) // layout.page_size) + 1)
-    return pages, Written(tokens_CL, logprobs_CL, counts_L, ran)
+    return pages, Written(tokens_CL, logprobs_CL, None if gated is None else gated[1], counts_L, ran)
 
 
 def prefill_shard(model: Llama, layout: RowLayout, pages: PagedKVCache, lanes: PrefillLanes) -> tuple[Block, ...]:

@@ -20,7 +20,13 @@ REFERENCE = from_config_dict(get_config("paper")).task  # four numbers, shuffled
 
 def settings(**changes: object) -> Settings:
     values = Settings(
-        tokenizer=TOKENIZER, max_children=100, max_spawns=8, max_depth=1, cancel_on_success=False, budget=None
+        tokenizer=TOKENIZER,
+        max_children=100,
+        max_spawns=8,
+        max_depth=1,
+        cancel_on_success=False,
+        spawn_grammar=None,
+        budget=None,
     )
     return dataclasses.replace(values, **changes)
 
