@@ -17,6 +17,7 @@ from apr_jax.engine.constraints import (
     Gate,
     words,
 )
+from apr_jax.engine.sampling import probability_of_others
 from apr_jax.engine.threads import Thread
 
 
@@ -136,8 +137,7 @@ class Hold:
 
     def after(self, logprobs_V: jax.Array, drawn: jax.Array) -> tuple[LaneRegisters, jax.Array]:
         """The registers after a draw, and its log-probability had the gate been shut (read if it is another token)."""
-        is_gate_V = jnp.arange(logprobs_V.shape[0]) == self._gate.token
-        others = jnp.sum(jnp.where(is_gate_V, 0.0, jnp.exp(logprobs_V)))
+        others = probability_of_others(logprobs_V, self._gate.token)
         shut = jnp.where(self._bans == BANS_RESERVED, logprobs_V[drawn] - jnp.log(others), logprobs_V[drawn])
         return follow(*self._edges, self._registers, drawn), shut
 

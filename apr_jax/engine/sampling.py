@@ -40,11 +40,28 @@ def sample(logprobs_V: jax.Array, uniform: jax.Array, temperature: jax.Array | f
     ).astype(jnp.int32)
 
 
-def _inverse_cdf(probs_V: jax.Array, uniform: jax.Array) -> jax.Array:
+def probability_of_others(logprobs_V: jax.Array, token: jax.Array) -> jax.Array:
+    """The probability of all tokens but one, added up without it: exact also where it has nearly all.
+
+    Needs no pass over V of its own beside `sample`, which adds up the same groups.
+    """
+    probs = _grouped(jnp.exp(logprobs_V))
+    group, place = token // probs.shape[1], token % probs.shape[1]
+    other_groups = jnp.where(jnp.arange(probs.shape[0]) == group, 0.0, jnp.sum(probs, axis=1))
+    return jnp.sum(other_groups) + jnp.sum(jnp.where(jnp.arange(probs.shape[1]) == place, 0.0, probs[group]))
+
+
+def _grouped(probs_V: jax.Array) -> jax.Array:
+    """As `[groups, width]`, both about sqrt(V), filled with zeros."""
     size = probs_V.shape[0]
     width = math.isqrt(size - 1) + 1
     groups = -(-size // width)
-    probs = jnp.pad(probs_V, (0, groups * width - size)).reshape(groups, width)
+    return jnp.pad(probs_V, (0, groups * width - size)).reshape(groups, width)
+
+
+def _inverse_cdf(probs_V: jax.Array, uniform: jax.Array) -> jax.Array:
+    probs = _grouped(probs_V)
+    width = probs.shape[1]
     sums = jnp.cumsum(jnp.sum(probs, axis=1))
     threshold = uniform * sums[-1]
     group = _first_above(sums, threshold)
