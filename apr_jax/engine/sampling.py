@@ -25,7 +25,7 @@ def log_probs(logits: jax.Array, temperature: jax.Array | float, banned_mask: ja
     """
     temperature = jnp.asarray(temperature, jnp.float32)
     scaled = logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)
-    banned_mask = jnp.expand_dims(banned_mask, range(logits.ndim - banned_mask.ndim))
+    banned_mask = banned_mask.reshape((1,) * (logits.ndim - banned_mask.ndim) + banned_mask.shape)
     return jax.nn.log_softmax(jnp.where(banned_mask, MASKED_LOGIT, scaled), axis=-1)
 
 

@@ -119,8 +119,8 @@ def decode_thread(
     stopped = jnp.any(drawn == stop_tokens)
     if hold is not None:
         stopped |= hold.pauses(drawn)
-    left = jnp.where(stopped, 0, jnp.maximum(remaining - 1, 0))
-    return successor.fresh, drawn, logprobs_V[drawn], left, None if hold is None else hold.after(logprobs_V, drawn)
+    logprob, left = logprobs_V[drawn], jnp.where(stopped, 0, jnp.maximum(remaining - 1, 0))
+    return successor.fresh, drawn, logprob, left, None if hold is None else hold.after(logprobs_V, drawn)
 
 
 def prefill_thread(

@@ -141,8 +141,9 @@ class Updater:
 
 def _sampling_policy(config: Config, tokenizer: Tokenizer, gate: Gate | None) -> LogProbs:
     """The engine's policy: a function of logits `[B, T, V]`, and with a gate of `bans` and `allowed` of the batch."""
-    banned_V = jnp.zeros(config.model.vocab_size, bool)
-    banned_V = banned_V.at[jnp.asarray(banned_tokens(tokenizer, config.model.vocab_size))].set(True)
+    mask_V = np.zeros(config.model.vocab_size, bool)
+    mask_V[list(banned_tokens(tokenizer, config.model.vocab_size))] = True
+    banned_V = jnp.asarray(mask_V)
     log_probs = functools.partial(sampling.log_probs, temperature=config.rollout.temperature)
     if gate is None:
         return functools.partial(log_probs, banned_mask=banned_V)
