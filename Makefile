@@ -1,11 +1,14 @@
-# make train | make test | make test-peers | make lint | make lock; PYTHON=python3.13 picks another interpreter (and its own environment).
+# make train | make test | make test-peers | make peers | make test-aot | make gpu-check | make lint | make lock
+# PYTHON=python3.13 picks another interpreter (and its own environment).
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv-$(notdir $(PYTHON))
 BIN := $(VENV)/bin
 CONFIG ?= configs/grpo.py
 WORKDIR ?=
 
-.PHONY: train test test-peers lint format lock env clean
+PEERS ?=
+
+.PHONY: train test test-peers peers test-aot gpu-check lint format lock env clean
 
 env: $(VENV)/.installed
 
@@ -24,6 +27,32 @@ test: env
 test-peers: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
 	$(BIN)/python -m pytest -m peers
+
+# One environment for each other system that launch/benchmark_decode.py --peers measures; PEERS="hf tunix" makes only those.
+peers:
+	$(PYTHON) launch/peers/install.py $(PEERS)
+
+test-aot: .venv-aot/.installed
+	.venv-aot/bin/python -m pytest tests/aot
+
+.venv-aot/.installed: requirements.lock tests/aot/requirements.txt
+	$(PYTHON) -m venv .venv-aot
+	.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/aot/requirements.txt
+	touch $@
+
+gpu-check:
+	@command -v nvidia-smi > /dev/null || { echo "gpu-check: no NVIDIA GPU here (there is no nvidia-smi)" >&2; exit 2; }
+	$(MAKE) .venv-gpu/.installed
+	.venv-gpu/bin/python launch/gpu_check.py
+
+.venv-gpu/.installed: requirements.lock setup.py
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check \
+	  "jax[cuda12]==$$(.venv-gpu/bin/python -c 'import jax; print(jax.__version__)')" -c requirements.lock
+	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
 
 lint: env
 	$(BIN)/ruff check .

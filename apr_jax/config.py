@@ -168,10 +168,13 @@ class RolloutConfig:
     num_pages: int  # pages of KV cache (over all data shards)
     steps_per_visit: int  # tokens decoded on device between two visits of the host
     prefill_lanes: int  # threads prefilled together; each advances up to one page a call
+    decode_attention: Literal["auto", "packed", "paged"]  # rows gathered once a visit, or pages where they lie
     max_steps: int  # tokens one thread may generate
     max_children: int  # children one spawn may open
     max_spawns: int  # spawns one thread may make
     max_depth: int  # levels of threads below the root
+    max_total_children: int  # children in the whole tree of one rollout
+    max_total_tokens: int  # tokens that all threads of one rollout may generate
     temperature: float  # GRPO's sampling temperature
     cancel_on_success: bool  # the first child that reaches the goal ends its siblings
     prefix_reuse: bool  # threads whose prompts begin alike share those pages
@@ -179,6 +182,7 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "rollout", "num_lanes page_size num_pages steps_per_visit prefill_lanes max_steps max_children")
+        _positive(self, "rollout", "max_total_children max_total_tokens")
         if self.temperature < 0:
             raise ConfigError(f"rollout.temperature={self.temperature} must be >= 0 (0 is greedy)")
 

@@ -98,10 +98,13 @@ def laptop() -> ConfigDict:
         num_pages=1_280,
         steps_per_visit=16,
         prefill_lanes=8,
+        decode_attention="auto",
         max_steps=512,
         max_children=16,
         max_spawns=4,
         max_depth=1,
+        max_total_children=256,
+        max_total_tokens=262_144,
         temperature=0.5,
         cancel_on_success=False,
         prefix_reuse=True,
@@ -197,7 +200,14 @@ def paper() -> ConfigDict:
     config.sft.optimizer.update(
         name="adamw", learning_rate=5e-5, warmup_steps=190, initial_scale=0.1, final_scale=0.01, b2=0.999
     )
-    config.rollout.update(page_size=64, num_pages=1_024, steps_per_visit=64, max_steps=4_096, temperature=1.0)
+    config.rollout.update(
+        page_size=64,
+        num_pages=1_024,
+        steps_per_visit=64,
+        max_steps=4_096,
+        max_total_tokens=1_048_576,
+        temperature=1.0,
+    )
     config.grpo.update(
         num_steps=150,
         prompts_per_step=64,

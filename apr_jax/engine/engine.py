@@ -15,14 +15,15 @@ from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ConfigError, ModelConfig, RolloutConfig
 from apr_jax.engine.constraints import Gate
+from apr_jax.engine.decode_cache import DecodePlan
 from apr_jax.engine.holding import gate_masks, held_lanes
 from apr_jax.engine.programs import Programs
 from apr_jax.engine.scheduler import Limits, PrefillChunk, Scheduler
 from apr_jax.engine.steps import COPIES_PER_CALL, PAGES, SHARDED, DecodeLanes, Policy, PrefillLanes, Steps, Written
 from apr_jax.engine.threads import MAX_STOP_TOKENS, Program, Progress, Rollout, RolloutKey, Thread
+from apr_jax.model.decode_weights import choose_layout, layout_shardings, to_layout
 from apr_jax.model.kv_cache import PagedKVCache
-from apr_jax.model.llama import logical_axes
-from apr_jax.parallel.mesh import RULES, param_shardings, partition_spec
+from apr_jax.parallel.mesh import partition_spec
 
 
 @dataclasses.dataclass
@@ -97,35 +98,46 @@ class Engine:
             raise ConfigError(f"banned_tokens {banned_tokens} must lie in [0, model.vocab_size={model.vocab_size})")
         if len(set(banned_tokens)) == model.vocab_size:
             raise ConfigError(f"all {model.vocab_size} tokens are banned")
+        lanes, pages = rollout.num_lanes // shards, rollout.num_pages // shards
+        plan = DecodePlan.of(model, rollout.decode_attention, rollout.page_size, mesh)
         self.limits = Limits(
             num_shards=shards,
-            lanes=rollout.num_lanes // shards,
-            pages=rollout.num_pages // shards,
+            lanes=lanes,
+            pages=pages,
             page_size=rollout.page_size,
             max_seq_len=model.max_seq_len,
             steps_per_visit=rollout.steps_per_visit,
             prefill_lanes=rollout.prefill_lanes // shards,
             prefix_reuse=rollout.prefix_reuse,
+            block_size=plan.layout.block_size,
+            row_blocks=plan.row_blocks(lanes, pages),
         )
         self.stats = EngineStats()
         self._model = model
-        self._max_steps = rollout.max_steps
+        self._max_steps, self._max_total_tokens = rollout.max_steps, rollout.max_total_tokens
         self._mesh = mesh
         self._banned_mask = np.zeros((model.vocab_size,), bool)
         self._banned_mask[list(banned_tokens)] = True
         self._gate = gate
         self._gate_masks = None if gate is None else gate_masks(gate, model.vocab_size)
         self._scheduler = Scheduler(self.limits)
-        self._steps = Steps(model, self.limits, mesh)
-        self._pages = jax.jit(
-            lambda: PagedKVCache.create(model, shards, self.limits.pages, self.limits.page_size),
+        layout = choose_layout(model, mesh)
+        self._steps = Steps(model, self.limits, mesh, layout, plan)
+        self._to_layout = jax.jit(
+            lambda params: to_layout(params, model, layout), out_shardings=layout_shardings(mesh, model, layout)
+        )
+        self._pages, self._rows = jax.jit(
+            lambda: (
+                PagedKVCache.create(model, shards, pages, rollout.page_size, plan.layout.tile),
+                plan.buffers(model, shards, self.limits.row_blocks),
+            ),
             out_shardings=NamedSharding(mesh, PAGES),
         )()
-        self._params = self._place(params)
+        self._params = self._to_layout(params)
 
     def set_params(self, params: Any) -> None:
         """New weights, a new policy: nothing that older weights computed is ever read again."""
-        self._params = self._place(params)
+        self._params = self._to_layout(params)
         self._scheduler.new_policy()
 
     def warm_up(self) -> float:
@@ -167,6 +179,7 @@ class Engine:
             seed=seed,
             max_seq_len=self._model.max_seq_len,
             max_steps=self._max_steps,
+            max_total_tokens=self._max_total_tokens,
             now=time.perf_counter,
             gate=self._gate,
         )
@@ -223,7 +236,7 @@ class Engine:
         stats.page_places += places
 
     def _decode(self, lanes: DecodeLanes, policy: Policy) -> Written:
-        self._pages, written = self._steps.decode(self._pages, self._params, lanes, policy)
+        self._pages, self._rows, written = self._steps.decode(self._pages, self._rows, self._params, lanes, policy)
         return written
 
     def _copy(self, copies: list[list[Any]], *, force: bool = False) -> None:
@@ -254,7 +267,7 @@ class Engine:
                 place = (shard, thread.lane)
                 token[place] = thread.tokens[-1]
                 length[place] = len(thread.tokens) - 1
-                remaining[place] = min(self._max_steps - thread.generated, limits.max_seq_len - len(thread.tokens))
+                remaining[place] = min(thread.max_generated - thread.generated, limits.max_seq_len - len(thread.tokens))
                 generated[place] = thread.generated + thread.rejected
                 stop_tokens[place][: len(thread.stop_tokens)] = thread.stop_tokens
                 key_data[place] = thread.key
@@ -291,8 +304,3 @@ class Engine:
 
     def _put(self, tree: Any) -> Any:
         return jax.device_put(tree, NamedSharding(self._mesh, SHARDED))
-
-    def _place(self, params: Any) -> Any:
-        """Weights split over "tensor" and whole elsewhere (split over "fsdp", each step would gather them)."""
-        rules = dataclasses.replace(RULES, embed=None)
-        return jax.device_put(params, param_shardings(self._mesh, params, logical_axes(params), rules))

@@ -56,6 +56,8 @@ class _Node:
     rollout: "_RolloutState"
     parent: "_Node | None"
     clock: int
+    left: int  # tokens of its rollout that it may still generate or hand to children
+    granted: int  # what it began with
     thread: Thread | None = None
     spawns: list[list["_Node"]] = dataclasses.field(default_factory=list)
     unjoined: set[int] = dataclasses.field(default_factory=set)  # ordinals of spawns not joined yet
@@ -67,6 +69,10 @@ class _Node:
     value: Any = None
     succeeded: bool = False
     cutoff: int | None = None  # the clock at which a sibling's success (or an ancestor's sibling's) ends it
+
+    def written(self) -> int:
+        """Tokens generated in the subtree; those of cancelled threads up to their cutoff."""
+        return sum(len(call.tokens) for node in self.subtree() for call in node.calls)
 
     def subtree(self) -> Iterator["_Node"]:
         yield self
@@ -93,6 +99,7 @@ class Programs:
         seed: int,
         max_seq_len: int,
         max_steps: int,
+        max_total_tokens: int,
         now: Callable[[], float],
         gate: Gate | None = None,
     ):
@@ -101,6 +108,7 @@ class Programs:
         self._seed = seed
         self._max_seq_len = max_seq_len
         self._max_steps = max_steps
+        self._max_total_tokens = max_total_tokens
         self._now = now  # seconds
         self._gate = gate
         self._queue: collections.deque[tuple[_Node, Any]] = collections.deque()
@@ -114,7 +122,8 @@ class Programs:
             return False
         ordinal, (key, program) = self._waiting.popleft()
         rollout = _RolloutState(ordinal, key, self._now())
-        self._queue.append((_Node(program, (), rollout, parent=None, clock=0), None))
+        total = self._max_total_tokens
+        self._queue.append((_Node(program, (), rollout, parent=None, clock=0, left=total, granted=total), None))
         self.drain()
         return True
 
@@ -135,6 +144,7 @@ class Programs:
         node.call.tokens.extend(tokens)
         node.call.logprobs.extend(logprobs)
         node.clock += len(tokens)
+        node.left -= len(tokens)
         stop = self._stop(thread) if tokens else None
         if node.cutoff is not None and (node.clock > node.cutoff or (stop is None and node.clock == node.cutoff)):
             self._park(node)
@@ -227,6 +237,7 @@ class Programs:
             if self._gate is None:
                 raise ValueError("a Decode with a grammar needs an engine with a gate")
             thread.constraint = Constraint(self._gate, request.grammar)
+        thread.max_generated = min(self._max_steps, thread.generated + node.left)
         limit = self._limit(thread)
         if limit is not None:
             return Stop(limit, None)
@@ -240,7 +251,9 @@ class Programs:
     def _limit(self, thread: Thread) -> StopReason | None:
         if len(thread.tokens) >= self._max_seq_len:
             return StopReason.LENGTH
-        return StopReason.MAX_STEPS if thread.generated >= self._max_steps else None
+        if thread.generated >= self._max_steps:
+            return StopReason.MAX_STEPS
+        return StopReason.BUDGET if thread.generated >= thread.max_generated else None
 
     def _stop(self, thread: Thread) -> Stop | None:
         if thread.tokens[-1] in thread.stop_tokens:
@@ -253,11 +266,14 @@ class Programs:
             raise ValueError(f"program {node.path} asked for the thread {thread.path} of another program")
 
     def _spawn(self, node: _Node, programs: Sequence[Program]) -> SpawnHandle:
-        ordinal = len(node.spawns)
+        ordinal, share = len(node.spawns), node.left // (len(programs) + 1)
         children = [
-            _Node(program, (*node.path, ordinal, child), node.rollout, node, node.clock, cutoff=node.cutoff)
+            _Node(
+                program, (*node.path, ordinal, child), node.rollout, node, node.clock, share, share, cutoff=node.cutoff
+            )
             for child, program in enumerate(programs)
         ]
+        node.left -= share * len(children)
         node.spawns.append(children)
         node.unjoined.add(ordinal)
         self._queue.extend((child, None) for child in children)
@@ -303,6 +319,7 @@ class Programs:
         if not all(child.ended for child in children):
             return
         node.clock = max([node.clock, *(child.clock for child in children)])
+        node.left += sum(child.granted - child.written() for child in children)
         node.join = None
         if node.thread is not None:
             node.thread.status = Status.IDLE

@@ -35,20 +35,30 @@ def sample(logprobs_V: jax.Array, uniform: jax.Array, temperature: jax.Array | f
     The CDF is summed in two levels of about sqrt(V), so that no long scan is needed. A token of probability 0 is
     never drawn.
     """
-    return jnp.where(
-        jnp.asarray(temperature) > 0, _inverse_cdf(jnp.exp(logprobs_V), uniform), jnp.argmax(logprobs_V)
+    return jax.lax.cond(
+        jnp.asarray(temperature) > 0,
+        lambda: _inverse_cdf(jnp.exp(logprobs_V), uniform),
+        lambda: _argmax(logprobs_V),
     ).astype(jnp.int32)
 
 
 def probability_of_others(logprobs_V: jax.Array, token: jax.Array) -> jax.Array:
-    """The probability of all tokens but one, added up without it: exact also where it has nearly all.
-
-    Needs no pass over V of its own beside `sample`, which adds up the same groups.
-    """
+    """The probability of all tokens but one, added up without it: exact also where it has nearly all."""
     probs = _grouped(jnp.exp(logprobs_V))
     group, place = token // probs.shape[1], token % probs.shape[1]
     other_groups = jnp.where(jnp.arange(probs.shape[0]) == group, 0.0, jnp.sum(probs, axis=1))
     return jnp.sum(other_groups) + jnp.sum(jnp.where(jnp.arange(probs.shape[1]) == place, 0.0, probs[group]))
+
+
+def _argmax(x_V: jax.Array) -> jax.Array:
+    """The first index of the maximum. In columns, so that a CPU takes many elements at once."""
+    size = x_V.shape[0]
+    width = math.isqrt(size - 1) + 1
+    x_GW = jnp.pad(x_V, (0, -size % width), constant_values=-jnp.inf).reshape(-1, width)
+    top = jnp.max(jnp.max(x_GW, axis=0))
+    groups = jnp.arange(x_GW.shape[0])[:, None]
+    first_W = jnp.min(jnp.where(x_GW == top, groups, size), axis=0)
+    return jnp.min(first_W * width + jnp.arange(width))
 
 
 def _grouped(probs_V: jax.Array) -> jax.Array:

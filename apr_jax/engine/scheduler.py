@@ -8,6 +8,7 @@ thread whose pages were taken keeps its tokens and is recomputed by prefill when
 
 import dataclasses
 import heapq
+import sys
 from collections.abc import Callable, Iterator
 
 from apr_jax.config import ConfigError
@@ -27,6 +28,8 @@ class Limits:
     steps_per_visit: int
     prefill_lanes: int
     prefix_reuse: bool
+    block_size: int = 1  # positions that a decode step reads at once
+    row_blocks: int = sys.maxsize  # blocks that the running threads may fill together
 
     def __post_init__(self) -> None:
         needed = -(-self.max_seq_len // self.page_size)
@@ -35,6 +38,10 @@ class Limits:
                 f"a data shard has {self.pages - 1} usable pages, and one thread of model.max_seq_len="
                 f"{self.max_seq_len} tokens needs {needed} of rollout.page_size={self.page_size}"
             )
+
+    def blocks_for(self, thread: Thread) -> int:
+        """Blocks that a decode step reads of the thread: all its tokens but the last."""
+        return -(-(len(thread.tokens) - 1) // self.block_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,6 +269,7 @@ class Scheduler:
         victims: Iterator[Thread] | None = None
         while True:
             try:
+                self._require_blocks(thread)
                 if first_written < len(allocator.pages(thread.table)):
                     copy = allocator.make_writable(thread.table, first_written)
                     if copy is not None:
@@ -274,6 +282,16 @@ class Scheduler:
                 if victim is None:
                     return False
                 self._preempt(victim)
+
+    def _require_blocks(self, thread: Thread) -> None:
+        """Raises OutOfPagesError where the thread and those that run before it fill more blocks than a step can read.
+
+        Only threads that share pages can: without sharing, the pages run out first.
+        """
+        running = [other for other in self.running(thread.shard) if other is not thread]
+        blocks = sum(self.limits.blocks_for(other) for other in [*running, thread])
+        if blocks > self.limits.row_blocks:
+            raise OutOfPagesError(f"{blocks} blocks are to be read, and {self.limits.row_blocks} can be")
 
     def _victims(self, thread: Thread) -> Iterator[Thread]:
         """Those whose pages the thread may take, last in priority first."""

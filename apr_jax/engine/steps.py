@@ -9,6 +9,7 @@ depend on its neighbours, bit for bit.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,19 +20,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apr_jax.config import ModelConfig
 from apr_jax.engine import holding
+from apr_jax.engine.decode_cache import DecodeCache, DecodePlan, View, open_cache
 from apr_jax.engine.sampling import log_probs, sample, uniforms
 from apr_jax.engine.scheduler import Limits
 from apr_jax.model.kv_cache import (
     Block,
-    DecodeView,
     PagedKVCache,
     PrefillView,
+    RowBuffers,
     RowLayout,
     copy_pages,
-    pack_rows,
     write_rows,
 )
-from apr_jax.model.llama import Llama, graphdef
+from apr_jax.model.llama import Llama, WeightLayout, graphdef
 from apr_jax.parallel.mesh import DATA_AXIS, TENSOR_AXIS, partition_spec
 
 COPIES_PER_CALL = 16  # page copies a call; more take more calls
@@ -55,7 +56,7 @@ class DecodeLanes:
     key_data: jax.Array  # uint32 [.., 2]
     generated: jax.Array  # int32: tokens that the thread has generated before
     tables: jax.Array  # int32 [.., pages of a row]
-    held: holding.Held | None  # None: the engine has no gate
+    held: holding.Held | None = None  # None: the engine has no gate
 
 
 @jax.tree_util.register_dataclass
@@ -76,7 +77,7 @@ class Policy:
 
     temperature: jax.Array  # float32 scalar
     banned_mask: jax.Array  # bool [V]
-    gate: holding.GateMasks | None
+    gate: holding.GateMasks | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -93,7 +94,7 @@ class Written:
 
 def decode_thread(
     model: Llama,
-    view: DecodeView,
+    view: View,
     token: jax.Array,
     remaining: jax.Array,
     stop_tokens: jax.Array,
@@ -103,8 +104,8 @@ def decode_thread(
 ) -> tuple[tuple[Any, ...], jax.Array, jax.Array, jax.Array, tuple[holding.LaneRegisters, jax.Array] | None]:
     """One token of one thread: attention over its pages, logits, a draw, stop matching.
 
-    Returns the cache's new keys and values, the next token, its log-probability, how many tokens may still follow (0
-    once it stopped; a stopped thread's results are not used), and where the engine has a gate the thread's registers
+    Returns what the loop carries of the cache, the next token, its log-probability, how many tokens may still follow
+    (0 once it stopped; a stopped thread's results are not used), and where the engine has a gate the thread's registers
     and the log-probability without the gate token.
     """
     position = view.length + view.step
@@ -120,57 +121,48 @@ def decode_thread(
     if hold is not None:
         stopped |= hold.pauses(drawn)
     logprob, left = logprobs_V[drawn], jnp.where(stopped, 0, jnp.maximum(remaining - 1, 0))
-    return successor.fresh, drawn, logprob, left, None if hold is None else hold.after(logprobs_V, drawn)
+    return successor.carried, drawn, logprob, left, None if hold is None else hold.after(logprobs_V, drawn)
 
 
 def prefill_thread(
     model: Llama,
     layout: RowLayout,
     pages: PagedKVCache,
-    num_blocks: jax.Array,
+    num_spans: jax.Array,
     table_R: jax.Array,
     tokens_C: jax.Array,
     start: jax.Array,
 ) -> tuple[Any, ...]:
     """Keys and values of one thread's next positions, within a page; per layer `[K, C, H]` twice."""
-    view = PrefillView(pages, table_R, (), start, num_blocks, layout)
+    view = PrefillView(pages, table_R, (), start, num_spans, layout)
     _, successor = model(tokens_C, start + jnp.arange(tokens_C.shape[0]), cache=view)
     assert successor is not None
     return successor.fresh
 
 
 def decode_shard(
-    model: Llama,
-    config: ModelConfig,
-    steps: int,
-    layout: RowLayout,
-    pages: PagedKVCache,
-    lanes: DecodeLanes,
-    policy: Policy,
-) -> tuple[PagedKVCache, Written]:
-    """A decode chunk on one shard (no shard axis): up to `steps` tokens for every lane, fewer when all have stopped.
+    model: Llama, steps: int, cache: DecodeCache, lanes: DecodeLanes, policy: Policy
+) -> tuple[PagedKVCache, RowBuffers, Written]:
+    """A decode chunk on one shard (no shard axis): up to `steps` tokens a lane, fewer when all have stopped.
 
     A chunk is not left while any lane goes on: where a thread's chunks begin, and with that how its attention is
     summed, is then a function of the thread alone.
     """
     num_lanes = lanes.token.shape[0]
-    rows, own_LB = pack_rows(pages, lanes.tables, jnp.where(lanes.remaining > 0, lanes.length, 0), layout)
     uniforms_LC = jax.vmap(lambda key, first: uniforms(key, first, steps))(lanes.key_data, lanes.generated)
-    fresh_shape = (num_lanes, config.num_kv_heads, steps, config.head_dim)
-    zeros = jnp.zeros(fresh_shape, pages.keys[0].dtype)
-    view_axes = DecodeView(rows=None, own_B=0, fresh=0, length=0, step=None)  # type: ignore[arg-type]
-    lifted = jax.vmap(decode_thread, in_axes=(None, view_axes, 0, 0, 0, 0, None, 0))
+    in_axes, out_axes = (None, cache.view_axes, 0, 0, 0, 0, None, 0), (cache.carried_axis, 0, 0, 0, 0)
+    lifted = jax.vmap(decode_thread, in_axes=in_axes, out_axes=out_axes)
 
     def live(state: tuple[Any, ...]) -> jax.Array:
         step, _, _, remaining_L, *_ = state
         return (step < steps) & jnp.any(remaining_L > 0)
 
     def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, fresh, token_L, remaining_L, counts_L, tokens_CL, logprobs_CL, gated = state
-        view = DecodeView(rows, own_LB, fresh, lanes.length, step)
+        step, carried, token_L, remaining_L, counts_L, tokens_CL, logprobs_CL, gated = state
+        view = cache.view(carried, step, remaining_L > 0)
         uniform_L = jax.lax.dynamic_index_in_dim(uniforms_LC, step, axis=1, keepdims=False)
         held = None if lanes.held is None else dataclasses.replace(lanes.held, registers=gated[0])
-        fresh, drawn_L, logprob_L, left_L, after = lifted(
+        carried, drawn_L, logprob_L, left_L, after = lifted(
             model, view, token_L, remaining_L, lanes.stop_tokens, uniform_L, policy, held
         )
         if after is not None:
@@ -178,11 +170,11 @@ def decode_shard(
         tokens_CL = jax.lax.dynamic_update_index_in_dim(tokens_CL, drawn_L, step, axis=0)
         logprobs_CL = jax.lax.dynamic_update_index_in_dim(logprobs_CL, logprob_L, step, axis=0)
         counts_L = counts_L + (remaining_L > 0).astype(jnp.int32)
-        return step + 1, fresh, drawn_L, left_L, counts_L, tokens_CL, logprobs_CL, gated
+        return step + 1, carried, drawn_L, left_L, counts_L, tokens_CL, logprobs_CL, gated
 
     state = (
         jnp.int32(0),
-        tuple((zeros, zeros) for _ in range(config.num_layers)),
+        cache.start(),
         lanes.token,
         lanes.remaining,
         jnp.zeros((num_lanes,), jnp.int32),
@@ -190,9 +182,9 @@ def decode_shard(
         jnp.zeros((steps, num_lanes), jnp.float32),
         None if lanes.held is None else (lanes.held.registers, jnp.zeros((steps, num_lanes), jnp.float32)),
     )
-    ran, fresh, _, _, counts_L, tokens_CL, logprobs_CL, gated = jax.lax.while_loop(live, body, state)
-    pages = write_rows(pages, lanes.tables, lanes.length, counts_L, fresh, -(-(steps - 1) // layout.page_size) + 1)
-    return pages, Written(tokens_CL, logprobs_CL, None if gated is None else gated[1], counts_L, ran)
+    ran, carried, _, _, counts_L, tokens_CL, logprobs_CL, gated = jax.lax.while_loop(live, body, state)
+    shut_CL = None if gated is None else gated[1]
+    return *cache.finish(carried, counts_L), Written(tokens_CL, logprobs_CL, shut_CL, counts_L, ran)
 
 
 def prefill_shard(model: Llama, layout: RowLayout, pages: PagedKVCache, lanes: PrefillLanes) -> tuple[Block, ...]:
@@ -200,34 +192,42 @@ def prefill_shard(model: Llama, layout: RowLayout, pages: PagedKVCache, lanes: P
 
     They are written by a call of their own: in one program XLA would copy every page, since branches read them.
     """
-    num_blocks = layout.blocks_for(jnp.max(jnp.where(lanes.count > 0, lanes.start, 0)))
+    num_spans = layout.spans_for(jnp.max(jnp.where(lanes.count > 0, lanes.start, 0)))
     lifted = jax.vmap(prefill_thread, in_axes=(None, None, None, None, 0, 0, 0))
-    return lifted(model, layout, pages, num_blocks, lanes.tables, lanes.tokens, lanes.start)
+    return lifted(model, layout, pages, num_spans, lanes.tables, lanes.tokens, lanes.start)
 
 
 class Steps:
     """The jitted steps of one engine. Each donates the cache and returns the successor."""
 
-    def __init__(self, config: ModelConfig, limits: Limits, mesh: Mesh):
-        layout = RowLayout.of(config.max_seq_len, limits.page_size)
-        self.layout = layout
-        structure = graphdef(config)
+    def __init__(self, config: ModelConfig, limits: Limits, mesh: Mesh, weights: WeightLayout, plan: DecodePlan):
+        self.layout = layout = plan.layout
+        assert layout.block_size == limits.block_size
+        structure = graphdef(config, weights)
 
         def decode(
-            pages: PagedKVCache, params: Any, lanes: DecodeLanes, policy: Policy
-        ) -> tuple[PagedKVCache, Written]:
+            pages: PagedKVCache, buffers: RowBuffers, params: Any, lanes: DecodeLanes, policy: Policy
+        ) -> tuple[PagedKVCache, RowBuffers, Written]:
             model = nnx.merge(structure, params)
-            return decode_shard(model, config, limits.steps_per_visit, layout, pages, lanes, policy)
+            cache = open_cache(plan, limits.steps_per_visit, pages, buffers, lanes)
+            return decode_shard(model, limits.steps_per_visit, cache, lanes, policy)
 
         def compute(pages: PagedKVCache, params: Any, lanes: PrefillLanes) -> tuple[Block, ...]:
             return prefill_shard(nnx.merge(structure, params), layout, pages, lanes)
 
         def write(pages: PagedKVCache, lanes: PrefillLanes, fresh: tuple[Block, ...]) -> PagedKVCache:
+            fresh = jax.tree.map(layout.tile.pack, fresh)
             return write_rows(pages, lanes.tables, lanes.start, lanes.count, fresh, 1)
 
         whole = partition_spec()
         pages_out, written_out = NamedSharding(mesh, PAGES), NamedSharding(mesh, SHARDED)
-        self.decode = _lift(decode, mesh, (SHARDED, whole, SHARDED, whole), (pages_out, written_out))
+        self.decode = _lift(
+            decode,
+            mesh,
+            (SHARDED, SHARDED, whole, SHARDED, whole),
+            (pages_out, pages_out, written_out),
+            donated=(0, 1),
+        )
         self._compute = _lift(compute, mesh, (SHARDED, whole, SHARDED), pages_out, donated=())
         self._write = _lift(write, mesh, (SHARDED, SHARDED, SHARDED), pages_out)
         self.copy_pages = _lift(copy_pages, mesh, (SHARDED, SHARDED, SHARDED), pages_out)
@@ -262,4 +262,11 @@ def _lift(
     lifted = jax.shard_map(
         local, mesh=mesh, in_specs=in_specs, out_specs=SHARDED, axis_names={DATA_AXIS}, check_vma=False
     )
-    return jax.jit(lifted, donate_argnums=donated, out_shardings=out_shardings)
+    options = _compiler_options(mesh)
+    return jax.jit(lifted, donate_argnums=donated, out_shardings=out_shardings, compiler_options=options)
+
+
+def _compiler_options(mesh: Mesh) -> dict[str, Any]:
+    """Where every core is a device of the mesh, products that share out their work among cores only get in the way."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return {"xla_cpu_multi_thread_eigen": False} if on_cpu and mesh.size >= (os.cpu_count() or 1) else {}

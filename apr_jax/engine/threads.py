@@ -25,6 +25,7 @@ class StopReason(enum.Enum):
     TOKEN = "token"  # it wrote one of its stop tokens
     LENGTH = "length"  # the thread is full: model.max_seq_len tokens
     MAX_STEPS = "max_steps"  # the thread has generated rollout.max_steps tokens in its life
+    BUDGET = "budget"  # its share of rollout.max_total_tokens is used up (see Spawn)
     CANCELLED = "cancelled"  # a sibling succeeded first
 
 
@@ -56,6 +57,7 @@ class Thread:
     key: tuple[int, int]  # counter-based random key (two uint32), see thread_key
     status: Status = Status.IDLE
     generated: int = 0  # tokens decoded in its life, truncated ones included
+    max_generated: int = 0  # what `generated` may reach in this Decode
     stop_tokens: tuple[int, ...] = ()
     shard: int = 0
     table: int | None = None  # handle of its page table in the shard's allocator; None: no pages
@@ -88,8 +90,9 @@ class Open:
 class Decode:
     """Decodes until one of `stop_tokens` (at most MAX_STOP_TOKENS) or a limit. Resumed with a Stop.
 
-    A thread that is already full or out of steps stops at once, and no Call is recorded. With a `grammar`, which takes
-    an engine with a gate (else ValueError), the thread writes only what that allows (`engine/constraints.py`).
+    A thread that is already full, out of steps or out of its rollout's tokens stops at once, and no Call is recorded.
+    With a `grammar`, which takes an engine with a gate (else ValueError), the thread writes only what that allows
+    (`engine/constraints.py`).
     """
 
     thread: Thread
@@ -118,7 +121,12 @@ Program = Generator[Any, Any, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Spawn:
-    """Starts child programs, which run at once and beside their parent. Resumed with a SpawnHandle, to be joined."""
+    """Starts child programs, which run at once and beside their parent. Resumed with a SpawnHandle, to be joined.
+
+    What the parent has left of its rollout's tokens is split equally: each of n children gets one part in n + 1, the
+    parent keeps the rest and takes back at the join what the children did not use. So no rollout generates more than
+    rollout.max_total_tokens, and how much a thread may write depends on its causal past alone, not on a schedule.
+    """
 
     programs: Sequence[Program]
 

@@ -126,7 +126,7 @@ def show_summary(summary: Mapping[str, Any]) -> str:
         f"after the other; {summary['tokens_per_call']:.0f} a call",
         f"children        {summary['children_per_rollout']:.1f} a problem, {summary['children_per_spawn']:.1f} a spawn",
         f"malformed       {_share_and_reasons(summary['malformed_rate'], summary['malformed_reasons'])}",
-        f"cut off         {100 * summary['truncated_rate']:.1f} %",
+        f"cut off         {_share_and_reasons(summary['truncated_rate'], summary['truncated_reasons'])}",
         f"not solved      {_share_and_reasons(1 - summary['accuracy'], summary['failures'])}",
         f"children failed {_share_and_reasons(summary['child_failure_rate'], summary['child_reasons'])}",
         f"a child had it  {100 * summary['child_solved_rate']:.1f} % of problems",

@@ -8,9 +8,9 @@ own and merges the parts (online softmax, Milakov and Gimelshein 2018), then add
 wholly masked changes no bit of the result. So a thread's result does not depend on its neighbours, and blocks that a
 thread doesn't need are skipped.
 
-Prefill gathers each block from the pages where it uses it. Decode uses every block at every step: it gathers them once
-per chunk, and only those that hold something, as one list of *entries* over all lanes (`PackedRows`). What a step reads
-is then the sum of the threads' lengths, not the number of lanes times the longest of them.
+Prefill gathers a *span*, some blocks, from the pages where it uses it. Decode uses every block at every step: it copies
+them once per chunk, and only those that hold something, into one list of *entries* over all lanes (`PackedRows`). What
+a step reads is then the sum of the threads' lengths, not the number of lanes times the longest of them.
 """
 
 import dataclasses
@@ -23,9 +23,11 @@ import jax
 import jax.numpy as jnp
 
 from apr_jax.config import ModelConfig
+from apr_jax.model.paged_attention import PLAIN, HeadTile
 
-MIN_BLOCK = 64  # positions
-MAX_BLOCKS = 8  # of a row; each is a branch in the compiled prefill
+BLOCK = 64  # positions, rounded up to whole pages
+MAX_SPANS = 8  # of a row; each is a branch in the compiled prefill
+MERGED_BLOCKS = 8  # blocks of a lane that are merged at once
 MIN_ENTRIES = 32  # of a chunk of packed rows; large enough to amortise a matmul's overhead
 MAX_CHUNKS = 16  # of packed rows; each is a branch in the compiled decode step
 MASKED_SCORE = -1e30
@@ -44,12 +46,15 @@ class PagedKVCache:
     """All pages, one array per layer and kind. Immutable; the engine donates it to each step."""
 
     keys: tuple[jax.Array, ...]  # per layer [shards, P, K, page, H], compute dtype; page 0 of each shard is trash
-    values: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]  # for a TPU's kernel heads are tiled, [shards, P, J, page, W] (`HeadTile`)
 
     @classmethod
-    def create(cls, config: ModelConfig, num_shards: int, pages_per_shard: int, page_size: int) -> Self:
+    def create(
+        cls, config: ModelConfig, num_shards: int, pages_per_shard: int, page_size: int, tile: HeadTile = PLAIN
+    ) -> Self:
         """An empty cache. Only shapes matter: what was never written is never read."""
-        shape = (num_shards, pages_per_shard, config.num_kv_heads, page_size, config.head_dim)
+        groups, width = config.num_kv_heads // tile.heads, tile.heads * config.head_dim + tile.padding
+        shape = (num_shards, pages_per_shard, groups, page_size, width)
         keys, values = (tuple(_zeros(shape, config) for _ in range(config.num_layers)) for _ in range(2))
         return cls(keys, values)
 
@@ -60,21 +65,32 @@ class PagedKVCache:
 
 @dataclasses.dataclass(frozen=True)
 class RowLayout:
-    """How a row of `max_seq_len` positions is cut into blocks of whole pages."""
+    """How a row of `max_seq_len` positions is cut into blocks of whole pages, and these are counted into spans."""
 
-    num_blocks: int
+    num_spans: int
+    blocks_per_span: int
     pages_per_block: int
     page_size: int
+    tile: HeadTile = PLAIN
 
     @classmethod
-    def of(cls, max_seq_len: int, page_size: int) -> Self:
-        size = max(MIN_BLOCK, -(-max_seq_len // MAX_BLOCKS))
-        pages_per_block = max(1, -(-size // page_size))
-        return cls(-(-max_seq_len // (pages_per_block * page_size)), pages_per_block, page_size)
+    def of(cls, max_seq_len: int, page_size: int, tile: HeadTile = PLAIN) -> Self:
+        pages_per_block = -(-min(BLOCK, max_seq_len) // page_size)
+        num_blocks = -(-max_seq_len // (pages_per_block * page_size))
+        blocks_per_span = -(-num_blocks // MAX_SPANS)
+        return cls(-(-num_blocks // blocks_per_span), blocks_per_span, pages_per_block, page_size, tile)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.num_spans * self.blocks_per_span
 
     @property
     def block_size(self) -> int:
         return self.pages_per_block * self.page_size
+
+    @property
+    def span_size(self) -> int:
+        return self.blocks_per_span * self.block_size
 
     @property
     def pages_per_row(self) -> int:
@@ -84,33 +100,59 @@ class RowLayout:
         """Blocks that hold `length` positions."""
         return (length + self.block_size - 1) // self.block_size
 
+    def spans_for(self, length: jax.Array) -> jax.Array:
+        """Spans that hold `length` positions."""
+        return (length + self.span_size - 1) // self.span_size
+
+
+Chunks = tuple[Block, ...]  # chunks of entries, each keys and values [entries of a chunk, K, S, H]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowBuffers:
+    """Room for the packed rows, kept between chunks of decoding: fresh memory would have to be faulted in."""
+
+    layers: tuple[Chunks, ...]  # arrays [shards, entries of a chunk, K, S, H]
+
+    @classmethod
+    def create(cls, config: ModelConfig, num_shards: int, layout: RowLayout, max_entries: int) -> Self:
+        """Room for `max_entries` blocks a shard, in chunks of equally many."""
+        size = max(1, min(MIN_ENTRIES, max_entries), -(-max_entries // MAX_CHUNKS))
+        shape = (num_shards, size, config.num_kv_heads, layout.block_size, config.head_dim)
+        chunks = range(-(-max_entries // size))
+        return cls(tuple(tuple((_zeros(shape, config),) * 2 for _ in chunks) for _ in range(config.num_layers)))
+
+
+jax.tree_util.register_dataclass(RowBuffers, data_fields=["layers"], meta_fields=[])
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedRows:
-    """The blocks that the lanes' rows fill, gathered from the pages: entry after entry, in chunks of equally many.
+    """The blocks that the lanes' rows fill, copied from the pages: entry after entry, in chunks of equally many.
 
-    Entries are ordered by lane, then by place in the row. Chunks behind the last entry are not gathered.
+    Entries are ordered by lane, then by place in the row. What lies behind the last entry has no meaning.
     """
 
     lane_E: jax.Array  # int32: whose block it is
     length_E: jax.Array  # int32: positions that it holds, the rest is masked
     num_entries: jax.Array  # int32 scalar
-    blocks: tuple[tuple[Block, ...], ...]  # per layer, per chunk: keys and values [E / chunks, K, S, H]
+    buffers: RowBuffers  # without the shard axis
 
 
 def pack_rows(
-    pages: PagedKVCache, tables_LR: jax.Array, lengths_L: jax.Array, layout: RowLayout
+    buffers: RowBuffers, pages: PagedKVCache, tables_LR: jax.Array, lengths_L: jax.Array, layout: RowLayout
 ) -> tuple[PackedRows, jax.Array]:
-    """Gathers the first `lengths_L` positions of each lane (one shard, no shard axis).
+    """Copies the first `lengths_L` positions of each lane into the buffers (one shard, no shard axis).
+
+    What does not fit the buffers is lost; the scheduler sees to it that all does.
 
     Returns:
         The rows, and int32 `[L, blocks of a row]`: which entries are a lane's; E where it has no further block.
     """
-    num_lanes, B = len(lengths_L), layout.num_blocks
-    size = max(MIN_ENTRIES, -(-num_lanes * B // MAX_CHUNKS))  # of a chunk
-    num_chunks = -(-num_lanes * B // size)
-    E = num_chunks * size
+    num_lanes, B, W = len(lengths_L), layout.num_blocks, layout.pages_per_block
+    size = len(buffers.layers[0][0][0])
+    E = size * len(buffers.layers[0])
     filled_L = layout.blocks_for(lengths_L)
     ends_L = jnp.cumsum(filled_L)
     num_entries = ends_L[-1]
@@ -119,29 +161,31 @@ def pack_rows(
     block_E = jnp.clip(entry_E - (ends_L - filled_L)[lane_E], 0, B - 1)
     live_E = entry_E < num_entries
     length_E = jnp.where(live_E, jnp.clip(lengths_L[lane_E] - block_E * layout.block_size, 0, layout.block_size), 0)
-    tables_EW = tables_LR.reshape(num_lanes, B, layout.pages_per_block)[lane_E, block_E]
-    tables_EW = jnp.where(live_E[:, None], tables_EW, 0)
+    tables_EW = tables_LR.reshape(num_lanes, B, W)[lane_E, block_E]
     block_B = jnp.arange(B)[None]
     own_LB = jnp.where(block_B < filled_L[:, None], (ends_L - filled_L)[:, None] + block_B, E).astype(jnp.int32)
 
-    def gather(pages_PKCH: jax.Array, chunk: int) -> jax.Array:
-        indices = tables_EW[chunk * size : (chunk + 1) * size]
-        _, K, _, H = pages_PKCH.shape
-        gathered_EWKCH = pages_PKCH.at[indices].get(mode="promise_in_bounds")
-        return gathered_EWKCH.transpose(0, 2, 1, 3, 4).reshape(size, K, layout.block_size, H)
+    def fill(chunk: int) -> list[Block]:
+        """The layers' chunk with its entries' pages, one page after the other."""
 
-    def blocks(layer: int, chunk: int) -> Block:
-        sources = (pages.keys[layer], pages.values[layer])
-        shape = (size, sources[0].shape[1], layout.block_size, sources[0].shape[3])
-        return jax.lax.cond(
-            chunk * size < num_entries,
-            lambda: (gather(sources[0], chunk), gather(sources[1], chunk)),
-            lambda: (jnp.zeros(shape, sources[0].dtype), jnp.zeros(shape, sources[1].dtype)),
-        )
+        def copy(index: jax.Array, blocks: list[Block]) -> list[Block]:
+            entry, part = index // W, index % W
+            page = tables_EW[chunk * size + entry, part]
+            target = (entry, 0, part * layout.page_size, 0)
 
-    layers = range(len(pages.keys))
-    packed = tuple(tuple(blocks(layer, chunk) for chunk in range(num_chunks)) for layer in layers)
-    return PackedRows(lane_E, length_E, num_entries, packed), own_LB
+            def move(pages_PKCH: jax.Array, block_EKSH: jax.Array) -> jax.Array:
+                page_1KCH = jax.lax.dynamic_index_in_dim(pages_PKCH, page, keepdims=True)
+                return jax.lax.dynamic_update_slice(block_EKSH, page_1KCH, target)
+
+            sources = zip(pages.keys, pages.values, strict=True)
+            return [(move(k, old_k), move(v, old_v)) for (k, v), (old_k, old_v) in zip(sources, blocks, strict=True)]
+
+        count = jnp.clip(num_entries - chunk * size, 0, size) * W
+        return jax.lax.fori_loop(0, count, copy, [layer[chunk] for layer in buffers.layers])
+
+    chunks = [fill(chunk) for chunk in range(len(buffers.layers[0]))]
+    layers = tuple(tuple(chunk[layer] for chunk in chunks) for layer in range(len(buffers.layers)))
+    return PackedRows(lane_E, length_E, num_entries, RowBuffers(layers)), own_LB
 
 
 def _merge(carry: Carry, q_KMH: jax.Array, block: Block, mask_MS: jax.Array) -> Carry:
@@ -193,7 +237,7 @@ def _attend(
 def _attend_entries(q_LKGH: jax.Array, own_LB: jax.Array, rows: PackedRows, layer: int) -> Carry:
     """Every lane's online softmax over its own entries: maximum and sum `[L, K, G]`, weighted values `[L, K, G, H]`."""
     parts = []
-    for chunk, (k_EKSH, v_EKSH) in enumerate(rows.blocks[layer]):
+    for chunk, (k_EKSH, v_EKSH) in enumerate(rows.buffers.layers[layer]):
         size, K, S, H = k_EKSH.shape
         part = slice(chunk * size, (chunk + 1) * size)
         G = q_LKGH.shape[2]
@@ -211,15 +255,37 @@ def _attend_entries(q_LKGH: jax.Array, own_LB: jax.Array, rows: PackedRows, laye
             zip(*parts, strict=True), _nothing((1, *parts[0][0].shape[1:]), parts[0][2].shape[-1]), strict=True
         )
     )
-    top_LBKG, sum_LBKG, out_LBKGH = (x.at[own_LB].get(mode="promise_in_bounds") for x in (tops, sums, outs))
-    top_LKG = jnp.max(top_LBKG, axis=1)
-    scale_LBKG = jnp.exp(top_LBKG - top_LKG[:, None])
+    merged = _merge_parts(own_LB[:, :MERGED_BLOCKS], (tops, sums, outs))
+    for first in range(MERGED_BLOCKS, own_LB.shape[1], MERGED_BLOCKS):
+        own_LM = own_LB[:, first : first + MERGED_BLOCKS]
+
+        def further(merged: Carry, own_LM: jax.Array = own_LM) -> Carry:
+            return _merge_two(merged, _merge_parts(own_LM, (tops, sums, outs)))
+
+        needed = jnp.any(own_LM[:, 0] < len(tops) - 1)
+        merged = jax.lax.cond(needed, further, lambda merged: merged, merged)
+    return merged
+
+
+def _merge_parts(own_LM: jax.Array, parts: Carry) -> Carry:
+    """For each lane, the softmax over those of the parts `[E, ...]` that are its own."""
+    top_LMKG, sum_LMKG, out_LMKGH = (x.at[own_LM].get(mode="promise_in_bounds") for x in parts)
+    top_LKG = jnp.max(top_LMKG, axis=1)
+    scale_LMKG = jnp.exp(top_LMKG - top_LKG[:, None])
     # One after the other: XLA's CPU backend runs a reduction that it fuses with the output projection at a tenth of the
     # speed.
-    scales = [scale_LBKG[:, block] for block in range(own_LB.shape[1])]
-    sum_LKG = functools.reduce(jnp.add, [sum_LBKG[:, block] * scale for block, scale in enumerate(scales)])
-    weighted = [out_LBKGH[:, block] * scale[..., None] for block, scale in enumerate(scales)]
+    scales = [scale_LMKG[:, block] for block in range(own_LM.shape[1])]
+    sum_LKG = functools.reduce(jnp.add, [sum_LMKG[:, block] * scale for block, scale in enumerate(scales)])
+    weighted = [out_LMKGH[:, block] * scale[..., None] for block, scale in enumerate(scales)]
     return top_LKG, sum_LKG, functools.reduce(jnp.add, weighted)
+
+
+def _merge_two(first: Carry, second: Carry) -> Carry:
+    """The softmax over both parts; a part without positions changes no bit of the other."""
+    top = jnp.maximum(first[0], second[0])
+    scales = [jnp.exp(part[0] - top) for part in (first, second)]
+    total = first[1] * scales[0] + second[1] * scales[1]
+    return top, total, first[2] * scales[0][..., None] + second[2] * scales[1][..., None]
 
 
 def _softmax_parts(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> Carry:
@@ -280,6 +346,11 @@ class DecodeView:
     length: jax.Array  # int32 scalar, positions in the row
     step: jax.Array  # int32 scalar, steps of the chunk before this one (the same for all lanes)
 
+    @property
+    def carried(self) -> tuple[Block, ...]:
+        """What a step hands to the next one."""
+        return self.fresh
+
     def attend(
         self, layer: int, q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, positions_T: jax.Array
     ) -> tuple[jax.Array, Self]:
@@ -293,11 +364,7 @@ class DecodeView:
         q_KGH = (q_TNH / math.sqrt(H)).astype(q_TNH.dtype).reshape(K, -1, H)
         row = _attend_row(q_KGH, self.own_B, self.rows, layer)
         mask_11C = (jnp.arange(C) <= self.step)[None, None]
-        new = _softmax_parts(q_KGH, k_KCH, v_KCH, mask_11C)
-        top_KG = jnp.maximum(row[0], new[0])
-        scales = [jnp.exp(part[0] - top_KG) for part in (row, new)]
-        sum_KG = row[1] * scales[0] + new[1] * scales[1]
-        out_KGH = row[2] * scales[0][..., None] + new[2] * scales[1][..., None]
+        _, sum_KG, out_KGH = _merge_two(row, _softmax_parts(q_KGH, k_KCH, v_KCH, mask_11C))
         out_TNH = (out_KGH / sum_KG[..., None]).reshape(q_TNH.shape).astype(q_TNH.dtype)
         fresh = (*self.fresh[:layer], (k_KCH, v_KCH), *self.fresh[layer + 1 :])
         return out_TNH, dataclasses.replace(self, fresh=fresh)
@@ -312,7 +379,7 @@ class PrefillView:
     table_R: jax.Array  # int32, the row's pages; entries without one name the trash page
     fresh: tuple[Block, ...]  # per layer computed so far, keys and values [K, C, H]
     length: jax.Array  # int32 scalar, positions in the row
-    num_blocks: jax.Array  # int32 scalar, blocks that any lane needs (the same for all lanes)
+    num_spans: jax.Array  # int32 scalar, spans that any lane needs (the same for all lanes)
     layout: RowLayout = dataclasses.field(metadata={"static": True})
 
     def attend(
@@ -321,18 +388,18 @@ class PrefillView:
         """See `llama.KVCache`. T = C, and `positions_T` = length, length + 1, ..."""
         block: Block = (k_TKH.transpose(1, 0, 2), v_TKH.transpose(1, 0, 2))
         mask_TC = positions_T[:, None] >= positions_T[None]
-        row = [lambda index=index: self._gather(layer, index) for index in range(self.layout.num_blocks)]
-        out = _attend(q_TNH, row, self.layout.block_size, self.num_blocks, self.length, block, mask_TC)
+        row = [lambda index=index: self._gather(layer, index) for index in range(self.layout.num_spans)]
+        out = _attend(q_TNH, row, self.layout.span_size, self.num_spans, self.length, block, mask_TC)
         return out, dataclasses.replace(self, fresh=(*self.fresh, block))
 
-    def _gather(self, layer: int, block: int) -> Block:
-        width = self.layout.pages_per_block
-        indices = self.table_R[block * width : (block + 1) * width]
+    def _gather(self, layer: int, span: int) -> Block:
+        width = self.layout.blocks_per_span * self.layout.pages_per_block
+        indices = self.table_R[span * width : (span + 1) * width]
 
         def gather(pages_PKCH: jax.Array) -> jax.Array:
-            _, K, _, H = pages_PKCH.shape
-            gathered_RKCH = pages_PKCH.at[indices].get(mode="promise_in_bounds")
-            return gathered_RKCH.transpose(1, 0, 2, 3).reshape(K, self.layout.block_size, H)
+            gathered_RKCH = self.layout.tile.unpack(pages_PKCH.at[indices].get(mode="promise_in_bounds"))
+            _, K, _, H = gathered_RKCH.shape
+            return gathered_RKCH.transpose(1, 0, 2, 3).reshape(K, self.layout.span_size, H)
 
         return gather(self.pages.keys[layer]), gather(self.pages.values[layer])
 
@@ -374,6 +441,8 @@ def write_rows(
         old = pages_PKCH.at[targets_LW].get(mode="promise_in_bounds")
         is_new = is_new_LX.reshape(num_lanes, touched, 1, page_size, 1)
         merged = jnp.where(is_new, new, old).reshape(num_lanes * touched, K, page_size, H)
+        # Apart from the update: where XLA's GPU compiler fuses the two, it copies all pages.
+        merged = jax.lax.optimization_barrier(merged)  # type: ignore[no-untyped-call]
         return pages_PKCH.at[targets_LW.reshape(-1)].set(merged, mode="promise_in_bounds")
 
     keys = tuple(write(old, k) for old, (k, _) in zip(pages.keys, fresh, strict=True))

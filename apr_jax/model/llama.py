@@ -43,6 +43,18 @@ Params = nnx.State[Any, Any]  # the weights as a pytree; its keys are the attrib
 
 
 @dataclasses.dataclass(frozen=True)
+class WeightLayout:
+    """How the matrices are held: as they are trained, or as a decode step wants them (`decode_weights.py`)."""
+
+    fused: bool = False  # query, key and value in one matrix, and gate and up
+    transposed: bool = False  # `[out, in]`
+    own_head: bool = False  # the output head is a matrix of its own even where it is tied to the embedding
+
+
+TRAINED = WeightLayout()
+
+
+@dataclasses.dataclass(frozen=True)
 class ParamCount:
     """Parameters of a model. The embedding share is the token embedding and, when untied, the output head."""
 
@@ -88,57 +100,81 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param[
     return nnx.Param(stddev * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 
-def _matmul(x: jax.Array, weight: nnx.Param[Any]) -> jax.Array:
+def _matmul(x: jax.Array, weight: nnx.Param[Any], layout: WeightLayout, dtype: Any = None) -> jax.Array:
     # As one two-dimensional product: the gradient of a product over several leading axes makes XLA's CPU backend fuse a
     # transposing copy with what produced the cotangent, which cost a fifth of a training step.
-    flat = jnp.einsum("MD,DF->MF", x.reshape(-1, x.shape[-1]), weight[...].astype(x.dtype))
-    return flat.reshape(*x.shape[:-1], -1)
+    x_MD, matrix = x.reshape(-1, x.shape[-1]), weight[...].astype(x.dtype)
+    if layout.transposed:
+        out_MF = jnp.einsum("FD,MD->FM", matrix, x_MD, preferred_element_type=dtype).T
+    else:
+        out_MF = jnp.einsum("MD,DF->MF", x_MD, matrix, preferred_element_type=dtype)
+    return out_MF.reshape(*x.shape[:-1], -1)
+
+
+def _matrix(
+    rngs: nnx.Rngs, inputs: int, outputs: int, layout: WeightLayout, stddev: float = INIT_STDDEV
+) -> nnx.Param[Any]:
+    return _normal(rngs, (outputs, inputs) if layout.transposed else (inputs, outputs), stddev)
 
 
 class Attention(nnx.Module):
     """Causal self-attention with RoPE; each of the K key/value heads serves N/K consecutive query heads."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: ModelConfig, layout: WeightLayout, *, rngs: nnx.Rngs):
+        self.config, self.layout = config, layout
         query_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.query = _normal(rngs, (config.embed_dim, query_dim), INIT_STDDEV)
-        self.key = _normal(rngs, (config.embed_dim, kv_dim), INIT_STDDEV)
-        self.value = _normal(rngs, (config.embed_dim, kv_dim), INIT_STDDEV)
-        self.out = _normal(rngs, (query_dim, config.embed_dim), _residual_stddev(config))
+        if layout.fused:
+            self.query_key_value = _matrix(rngs, config.embed_dim, query_dim + 2 * kv_dim, layout)
+        else:
+            self.query = _matrix(rngs, config.embed_dim, query_dim, layout)
+            self.key = _matrix(rngs, config.embed_dim, kv_dim, layout)
+            self.value = _matrix(rngs, config.embed_dim, kv_dim, layout)
+        self.out = _matrix(rngs, query_dim, config.embed_dim, layout, _residual_stddev(config))
 
     def project(self, x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`x [..., T, D]` to rotated queries `[..., T, N, H]`, rotated keys and values `[..., T, K, H]`."""
-        heads = (-1, self.config.head_dim)
-        q_TNH = _matmul(x, self.query).reshape(*x.shape[:-1], *heads)
-        k_TKH = _matmul(x, self.key).reshape(*x.shape[:-1], *heads)
-        v_TKH = _matmul(x, self.value).reshape(*x.shape[:-1], *heads)
+        config, heads = self.config, (-1, self.config.head_dim)
+        if self.layout.fused:
+            ends = [config.num_heads * config.head_dim, (config.num_heads + config.num_kv_heads) * config.head_dim]
+            projected = jnp.split(_matmul(x, self.query_key_value, self.layout), ends, axis=-1)
+        else:
+            projected = [_matmul(x, weight, self.layout) for weight in (self.query, self.key, self.value)]
+        q_TNH, k_TKH, v_TKH = (flat.reshape(*x.shape[:-1], *heads) for flat in projected)
         return apply_rope(q_TNH, angles), apply_rope(k_TKH, angles), v_TKH
 
     def combine(self, out_TNH: jax.Array) -> jax.Array:
-        return _matmul(out_TNH.reshape(*out_TNH.shape[:-2], -1), self.out)
+        return _matmul(out_TNH.reshape(*out_TNH.shape[:-2], -1), self.out, self.layout)
 
 
 class MLP(nnx.Module):
     """SwiGLU: `(silu(x gate) * (x up)) down` (Shazeer 2020, eq. 6)."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.gate = _normal(rngs, (config.embed_dim, config.mlp_dim), INIT_STDDEV)
-        self.up = _normal(rngs, (config.embed_dim, config.mlp_dim), INIT_STDDEV)
-        self.down = _normal(rngs, (config.mlp_dim, config.embed_dim), _residual_stddev(config))
+    def __init__(self, config: ModelConfig, layout: WeightLayout, *, rngs: nnx.Rngs):
+        self.layout = layout
+        if layout.fused:
+            self.gate_up = _matrix(rngs, config.embed_dim, 2 * config.mlp_dim, layout)
+        else:
+            self.gate = _matrix(rngs, config.embed_dim, config.mlp_dim, layout)
+            self.up = _matrix(rngs, config.embed_dim, config.mlp_dim, layout)
+        self.down = _matrix(rngs, config.mlp_dim, config.embed_dim, layout, _residual_stddev(config))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _matmul(jax.nn.silu(_matmul(x, self.gate)) * _matmul(x, self.up), self.down)
+        if self.layout.fused:
+            gate, up = jnp.split(_matmul(x, self.gate_up, self.layout), 2, axis=-1)
+        else:
+            gate, up = _matmul(x, self.gate, self.layout), _matmul(x, self.up, self.layout)
+        return _matmul(jax.nn.silu(gate) * up, self.down, self.layout)
 
 
 class Block(nnx.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layout: WeightLayout, *, rngs: nnx.Rngs):
         self.config = config
         self.attention_norm = RMSNorm(config.embed_dim, config.rms_norm_eps)
-        self.attention = Attention(config, rngs=rngs)
+        self.attention = Attention(config, layout, rngs=rngs)
         self.mlp_norm = RMSNorm(config.embed_dim, config.rms_norm_eps)
-        self.mlp = MLP(config, rngs=rngs)
+        self.mlp = MLP(config, layout, rngs=rngs)
 
     def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None) -> jax.Array:
         q_TNH, k_TKH, v_TKH = self.attention.project(self.attention_norm(x), angles)
@@ -162,12 +198,13 @@ class Block(nnx.Module):
 class Llama(nnx.Module):
     """A decoder. `hidden, cache = model(tokens, positions, ...)`, then `model.logits(hidden)`."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: ModelConfig, layout: WeightLayout = TRAINED, *, rngs: nnx.Rngs):
+        self.config, self.layout = config, layout
         self.embedding = _normal(rngs, (config.vocab_size, config.embed_dim), INIT_STDDEV)
-        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.blocks = nnx.List([Block(config, layout, rngs=rngs) for _ in range(config.num_layers)])
         self.final_norm = RMSNorm(config.embed_dim, config.rms_norm_eps)
-        self.head = None if config.tie_embeddings else _normal(rngs, (config.embed_dim, config.vocab_size), INIT_STDDEV)
+        tied = config.tie_embeddings and not layout.own_head
+        self.head = None if tied else _matrix(rngs, config.embed_dim, config.vocab_size, layout)
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, *, segment_ids: jax.Array | None = None, cache: C | None = None
@@ -203,23 +240,27 @@ class Llama(nnx.Module):
         return self.final_norm(x), cache
 
     def head_weight(self) -> jax.Array:
-        """The output head `[D, V]`, float32 (tied: the embedding, transposed), for losses that chunk over tokens."""
-        return self.embedding[...].T if self.head is None else self.head[...]
+        """The output head `[D, V]` (tied: the embedding, transposed), for losses that chunk over tokens."""
+        if self.head is None:
+            return self.embedding[...].T
+        return self.head[...].T if self.layout.transposed else self.head[...]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits `[..., T, V]` of hidden states `[..., T, D]`."""
+        if self.head is not None:
+            return _matmul(hidden, self.head, self.layout, jnp.float32)
         weight_DV = self.head_weight().astype(hidden.dtype)
         return jnp.einsum("...D,DV->...V", hidden, weight_DV, preferred_element_type=jnp.float32)
 
 
-def graphdef(config: ModelConfig) -> nnx.GraphDef[Llama]:
+def graphdef(config: ModelConfig, layout: WeightLayout = TRAINED) -> nnx.GraphDef[Llama]:
     """The model's structure without weights; `nnx.merge(graphdef(config), params)` is a model. Allocates nothing."""
-    return nnx.split(_abstract(config))[0]
+    return nnx.split(_abstract(config, layout))[0]
 
 
-def abstract_params(config: ModelConfig) -> Params:
+def abstract_params(config: ModelConfig, layout: WeightLayout = TRAINED) -> Params:
     """The params' tree with a `jax.ShapeDtypeStruct` for each array."""
-    return nnx.split(_abstract(config))[1]
+    return nnx.split(_abstract(config, layout))[1]
 
 
 def init_params(config: ModelConfig, seed: int) -> Params:
@@ -252,6 +293,8 @@ _LOGICAL_AXES: dict[str, tuple[str | None, ...]] = {
     "head": ("embed", "vocab"),
     "scale": (None,),
     "query": ("embed", "heads"),
+    "query_key_value": ("embed", None),
+    "gate_up": ("embed", None),
     "key": ("embed", "kv_heads"),
     "value": ("embed", "kv_heads"),
     "out": ("heads", "embed"),
@@ -266,8 +309,8 @@ def _name(path: Any) -> str:
     return next(str(entry.key) for entry in reversed(path) if isinstance(entry, jax.tree_util.DictKey))
 
 
-def _abstract(config: ModelConfig) -> Llama:
-    return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+def _abstract(config: ModelConfig, layout: WeightLayout = TRAINED) -> Llama:
+    return nnx.eval_shape(lambda: Llama(config, layout, rngs=nnx.Rngs(0)))
 
 
 def _residual_stddev(config: ModelConfig) -> float:

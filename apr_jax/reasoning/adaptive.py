@@ -48,7 +48,7 @@ class _Child:
 
 def adaptive(problem: Problem, settings: Settings) -> Generator[Any, Any, Outcome]:
     """APR on one problem. Malformed and cut-off threads are outcomes with a reason, never exceptions."""
-    search = yield from _search(trace.parent_prompt(problem, settings.budget), settings, depth=0)
+    search = yield from _search(trace.parent_prompt(problem, settings.budget), settings, 0, settings.max_total_children)
     answer, status, reason = (None, *search.failure) if search.failure else read_ending(search.text)
     return Outcome(
         answer=answer,
@@ -61,8 +61,8 @@ def adaptive(problem: Problem, settings: Settings) -> Generator[Any, Any, Outcom
     )
 
 
-def _child(context: str, node_id: str, settings: Settings, depth: int) -> Generator[Any, Any, _Child]:
-    search = yield from _search(context, settings, depth)
+def _child(context: str, node_id: str, settings: Settings, depth: int, allowance: int) -> Generator[Any, Any, _Child]:
+    search = yield from _search(context, settings, depth, allowance)
     if search.failure is not None:
         return _Child(trace.ChildResult(node_id, None), search.failure[1], search)
     result = trace.read_child_result(search.text, node_id)
@@ -71,45 +71,57 @@ def _child(context: str, node_id: str, settings: Settings, depth: int) -> Genera
     return _Child(result, None, search)
 
 
-def _search(prompt: str, settings: Settings, depth: int) -> Generator[Any, Any, _Search]:
-    """Decodes one thread to its end; spawns on the way are run and joined."""
+def _search(prompt: str, settings: Settings, depth: int, allowance: int) -> Generator[Any, Any, _Search]:
+    """Decodes one thread to its end; spawns on the way are run and joined.
+
+    `allowance` caps the children in the tree below the thread. What a spawn leaves of it is split as the engine splits
+    tokens: one part in n + 1 to each of n children that may spawn themselves, and what they did not use comes back.
+    """
     tokenizer, search = settings.tokenizer, _Search()
     stop_tokens = (tokenizer.call_end_id, tokenizer.eos_id)
     spawns = 0
     thread = yield Open(prompt_tokens(tokenizer, prompt))
     while True:
-        stop = yield Decode(thread, stop_tokens, _grammar(settings, depth, spawns))
+        stop = yield Decode(thread, stop_tokens, _grammar(settings, depth, spawns, allowance))
         search.text = thread_text(tokenizer, thread)
         if stop.reason is not StopReason.TOKEN:
             search.failure = ("truncated", truncated_reason(stop))
             return search
         if stop.token == tokenizer.eos_id:
             return search
-        call = _read_spawn(search.text, settings, depth, spawns)
+        call = _read_spawn(search.text, settings, depth, spawns, allowance)
         spawn_begin = None if isinstance(call, trace.Malformed) else token_index(tokenizer, thread, call.start)
         if isinstance(call, trace.Malformed) or spawn_begin is None:
             search.failure = ("malformed", call.reason if isinstance(call, trace.Malformed) else "split_token")
             return search
+        count, before = len(call.contexts), search.num_children
+        share = (allowance - count) // (count + 1) if depth + 1 < settings.max_depth else 0
         children = [
-            _child(context, node_id, settings, depth + 1)
+            _child(context, node_id, settings, depth + 1, share)
             for context, node_id in zip(call.contexts, call.node_ids, strict=True)
         ]
         handle = yield Spawn(children)
         spawns += 1
         returned = yield Join(handle, _succeeded if settings.cancel_on_success else None)
         joined = trace.render_join(_count(search, call.node_ids, returned), level=call.level)
+        # What cancelled children opened is not known here: they count as if they had used their whole share.
+        allowance -= search.num_children - before + share * returned.count(None)
         yield Truncate(thread, spawn_begin)
         yield Append(thread, tokenizer.encode(joined))
 
 
-def _grammar(settings: Settings, depth: int, spawns: int) -> ThreadGrammar | None:
+def _grammar(settings: Settings, depth: int, spawns: int, allowance: int) -> ThreadGrammar | None:
+    """What the thread's next spawn is held to: the same caps as in `_read_spawn`."""
     if settings.spawn_grammar is None:
         return None
     may_spawn = depth < settings.max_depth and spawns < settings.max_spawns
-    return ThreadGrammar(settings.spawn_grammar, depth + 1, closed=not may_spawn)
+    most = min(settings.max_children, allowance) if may_spawn else 0
+    return ThreadGrammar(settings.spawn_grammar, depth + 1, most)
 
 
-def _read_spawn(text: str, settings: Settings, depth: int, spawns: int) -> trace.SpawnCall | trace.Malformed:
+def _read_spawn(
+    text: str, settings: Settings, depth: int, spawns: int, allowance: int
+) -> trace.SpawnCall | trace.Malformed:
     """Parses the spawn that `text` ends in and holds it to the caps, each with a reason of its own."""
     # A grammar holds what follows the token CALL_BEGIN, which an open vocabulary could also spell out before.
     call = trace.parse_spawn(text, last_begin=settings.spawn_grammar is not None)
@@ -123,6 +135,8 @@ def _read_spawn(text: str, settings: Settings, depth: int, spawns: int) -> trace
         return trace.Malformed("wrong_level")
     if len(call.contexts) > settings.max_children:
         return trace.Malformed("too_many_children")
+    if len(call.contexts) > allowance:
+        return trace.Malformed("rollout_children")
     return call
 
 

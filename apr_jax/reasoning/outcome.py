@@ -12,7 +12,11 @@ from apr_jax.tasks import trace
 from apr_jax.tasks.countdown import claims_goal
 from apr_jax.tasks.solver import token_budget
 
-_TRUNCATED = {StopReason.LENGTH: "context_full", StopReason.MAX_STEPS: "max_steps"}
+_TRUNCATED = {
+    StopReason.LENGTH: "context_full",
+    StopReason.MAX_STEPS: "max_steps",
+    StopReason.BUDGET: "rollout_tokens",
+}
 
 Status = Literal["answered", "no_solution", "malformed", "truncated"]
 
@@ -25,6 +29,7 @@ class Settings:
     max_children: int  # children one spawn may open
     max_spawns: int  # spawns one thread may make
     max_depth: int  # levels of threads below the root
+    max_total_children: int  # children in a rollout's whole tree of threads
     cancel_on_success: bool  # the first child that hands back a path ends its siblings
     spawn_grammar: SpawnGrammar | None  # what spawns are held to; None: the model writes what it will
     budget: int | None  # written into the prompt: sub calls (adaptive) or tokens (serial); None = not conditioned
@@ -58,6 +63,7 @@ def make_settings(config: Config, tokenizer: Tokenizer, budget: int | None = Non
         max_children=rollout.max_children,
         max_spawns=rollout.max_spawns,
         max_depth=rollout.max_depth,
+        max_total_children=rollout.max_total_children,
         cancel_on_success=rollout.cancel_on_success,
         spawn_grammar=_spawn_grammar(config, tokenizer),
         budget=budget,

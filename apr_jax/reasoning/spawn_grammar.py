@@ -1,9 +1,10 @@
 """Spawns that are well-formed by construction: the grammar of `trace.parse_spawn` as automata over tokens.
 
-A spawn begins at the start of a line, where the thread's text has at least one node that it may name, and where depth
-and number of spawns allow one. What follows is one line a child: indices from 0, the level of the thread's children,
-distinct nodes of those that may be named, in any order, `max_children` lines at most; then CALL_END. Lines are spelt as
-the tokenizer encodes them, in no other way.
+A spawn begins at the start of a line, where the thread's text has at least one node that it may name, and where depth,
+number of spawns and the rollout's number of children allow one. What follows is one line a child: indices from 0, the
+level of the thread's children, distinct nodes of those that may be named, in any order, as many lines at most as
+`max_children` and what is left of the rollout's children; then CALL_END. Lines are spelt as the tokenizer encodes them,
+in no other way.
 
 Of a thread with very many nodes the latest that fit the automaton's fixed size may be named (`Gate.max_leaves`, twice
 `max_children`, and `Gate.max_edges`).
@@ -43,21 +44,24 @@ class SpawnGrammar:
         """The nodes that a spawn after `text` may name."""
         return [node_id for node_id in trace.spawnable_nodes(text) if self._fits(level, node_id)]
 
-    def automaton(self, nodes: Sequence[str], level: int) -> Automaton:
-        """Of the text after CALL_BEGIN, CALL_END included. `nodes` are of `nodes`, and not none."""
+    def automaton(self, nodes: Sequence[str], level: int, most: int) -> Automaton:
+        """Of the text after CALL_BEGIN, CALL_END included, with at most `most` lines, 1 to `max_children`.
+
+        `nodes` are of `nodes`, and not none.
+        """
         latest = nodes[-self.gate.max_leaves :]
-        edges = self._edges(latest, level)
+        edges = self._edges(latest, level, most)
         while len(edges) > self.gate.max_edges:
             latest = latest[1:]
-            edges = self._edges(latest, level)
+            edges = self._edges(latest, level, most)
         return Automaton(self.gate, edges)
 
-    def _edges(self, nodes: Sequence[str], level: int) -> list[Edge]:
+    def _edges(self, nodes: Sequence[str], level: int, most: int) -> list[Edge]:
         """The edges that spell every line, in states that are as few as can be: equal futures are one state."""
         edges = [Edge(START, self.tokenizer.call_end_id, target=0, low=1)]
         states: dict[_Residual, int] = {}
         lines = [self._lines(level, node_id) for node_id in nodes]
-        for index in range(self.max_children):
+        for index in range(most):
             residual = tuple((leaf, of_node[index]) for leaf, of_node in enumerate(lines))
             _add_edges(edges, states, START, residual, index)
         return edges
@@ -69,7 +73,7 @@ class SpawnGrammar:
         )
 
     def _fits_alone(self, level: int, node_id: str) -> bool:
-        return len(self._edges([node_id], level)) <= self.gate.max_edges
+        return len(self._edges([node_id], level, self.max_children)) <= self.gate.max_edges
 
 
 def _add_edges(
@@ -97,10 +101,10 @@ def _add_edges(
 class ThreadGrammar:
     """The spawns of one thread, until its next: a `constraints.Grammar`."""
 
-    def __init__(self, grammar: SpawnGrammar, level: int, *, closed: bool) -> None:
-        """`level` is that of the thread's children. A thread at a limit is `closed`: it cannot spawn."""
-        self.closed = closed
-        self._grammar, self._level = grammar, level
+    def __init__(self, grammar: SpawnGrammar, level: int, most: int) -> None:
+        """`level` is that of the thread's children, and `most` how many it may open; 0: it cannot spawn."""
+        self.closed = most < 1
+        self._grammar, self._level, self._most = grammar, level, most
         self._text, self._num_tokens = "", 0
         self._nodes: list[str] = []
 
@@ -114,7 +118,7 @@ class ThreadGrammar:
 
     def automaton(self, tokens: Sequence[int]) -> Automaton:
         assert len(tokens) == self._num_tokens + 1, "the gate opened at the token before"
-        return self._grammar.automaton(self._nodes, self._level)
+        return self._grammar.automaton(self._nodes, self._level, self._most)
 
 
 _GRAMMARS: Callable[[Any, int], SpawnGrammar] = functools.lru_cache(4)(SpawnGrammar)

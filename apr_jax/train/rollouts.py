@@ -23,6 +23,7 @@ _LOGGED = (
     "malformed_rate",
     "malformed_reasons",
     "truncated_rate",
+    "truncated_reasons",
     "child_failure_rate",
     "child_reasons",
     "child_solved_rate",

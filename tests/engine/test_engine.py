@@ -41,6 +41,13 @@ def test_greedy_equals_naive_decoding(engine):
         assert_equals_naive(rollout, program)
 
 
+def test_four_levels_of_spawns_equal_naive_decoding(engine):
+    rollout = engine.run(keyed([searching(2, depth=4)]), seed=0, temperature=0.0)[0]
+    assert len({call.path for call in rollout.calls}) == 1 + 2 + 4 + 8 + 16
+    assert max(len(call.path) for call in rollout.calls) == 2 * 4
+    assert_equals_naive(rollout, searching(2, depth=4))
+
+
 def test_greedy_equals_naive_decoding_in_a_tenth_of_the_cache():
     small = make_engine(num_pages=13)
     rollouts = small.run(keyed(mixed_programs()), seed=0, temperature=0.0)
@@ -102,15 +109,65 @@ def test_draws_depend_on_seed_problem_sample_and_path(engine):
     assert first != second
 
 
-def test_lane_widths_agree():
-    def programs():
-        return keyed([searching(1, depth=1), *(plain(seed, length=3 + seed) for seed in range(6))])
+def first_success(seed, children=5):
+    """Children of many lengths; the first whose last token is even ends the others."""
+    thread = yield Open(prompt(seed, 92))
+    yield Decode(thread, ())
+    handle = yield Spawn([plain_tokens(seed + child, length=60 + 7 * child) for child in range(children)])
+    values = yield Join(handle, lambda tokens: tokens[-1] % 2 == 0)
+    yield Truncate(thread, 80)
+    yield Append(thread, [value[-1] for value in values if value is not None])
+    yield Decode(thread, (7,))
+    return values
 
-    wide = make_engine(num_lanes=64, num_pages=64 * 12 + 1).run(programs(), seed=2, temperature=1.0)
-    for lanes in (1, 3):
+
+def plain_tokens(seed, length):
+    thread = yield Open(prompt(seed, length))
+    yield Decode(thread, (1, 2, 3, 4))
+    return list(thread.tokens)
+
+
+def test_lane_widths_agree():
+    """Also on which children are cancelled, and on what those wrote until then."""
+
+    def programs():
+        cancelling = [first_success(10 * seed) for seed in range(4)]
+        return keyed([searching(1, depth=1), *cancelling, *(plain(seed, length=3 + seed) for seed in range(3))])
+
+    wide = make_engine(num_lanes=16, num_pages=16 * 12 + 1).run(programs(), seed=2, temperature=1.0)
+    assert {StopReason.CANCELLED, StopReason.TOKEN} <= {call.stop.reason for call in all_calls(wide)}
+    for lanes in (1, 2):
         narrow = make_engine(num_lanes=lanes, prefill_lanes=1).run(programs(), seed=2, temperature=1.0)
         for one, other in zip(wide, narrow, strict=True):
             assert_close(one, other)
+            assert one.result == other.result
+            assert [call.stop for call in one.calls] == [call.stop for call in other.calls]
+
+
+def test_a_first_success_frees_its_siblings_pages_in_the_same_visit(engine):
+    """A child of 6 tokens succeeds in its first visit, in which its siblings of 32 have not ended."""
+
+    def parent(success):
+        thread = yield Open(prompt(0, 92))
+        yield Decode(thread, ())
+        handle = yield Spawn([plain(child, length=length, stop_tokens=()) for child, length in enumerate((90, 40, 50))])
+        yield Join(handle, success)
+
+    def held(success):
+        pages = []
+
+        def note(_):
+            engine._scheduler.check()
+            pages.append(engine._scheduler.allocators[0].num_held)
+
+        engine.run(keyed([parent(success)]), seed=0, temperature=1.0, on_progress=note)
+        return pages
+
+    of_parent = -(-95 // 8)
+    patient = held(lambda stop: False)
+    assert patient[:2] == [of_parent, of_parent + -(-47 // 8) + -(-57 // 8)]
+    assert len(patient) == 1 + 32 // 8
+    assert held(lambda stop: stop.reason is StopReason.LENGTH) == [of_parent, 0]
 
 
 def test_eight_data_shards_equal_one_device():
@@ -126,12 +183,12 @@ def test_eight_data_shards_equal_one_device():
 
 def test_heads_over_tensor_equal_one_device():
     def programs():
-        return keyed([plain(3, length=30), plain(4, stop_tokens=())])
+        return keyed([searching(1, depth=1), plain(3, length=30), plain(4, stop_tokens=())])
 
     short = {"max_steps": 6, "steps_per_visit": 4}
     one = make_engine(**short).run(programs(), seed=3, temperature=1.0)
-    two = make_engine(make_mesh(data=2, tensor=2), num_lanes=16, num_pages=2 * 97, prefill_lanes=8, **short)
-    for a, b in zip(one, two.run(programs(), seed=3, temperature=1.0), strict=True):
+    split = make_engine(make_mesh(data=4, tensor=2), num_lanes=32, num_pages=4 * 97, prefill_lanes=8, **short)
+    for a, b in zip(one, split.run(programs(), seed=3, temperature=1.0), strict=True):
         assert_close(a, b)
 
 
@@ -160,6 +217,21 @@ def test_stops_and_limits(engine):
     assert rollout.result == [full, full, out, out, full]
     assert [len(call.tokens) for call in rollout.calls] == [6, 26]
     assert [call.stop.reason for call in rollout.calls] == [full, out]
+
+
+def test_a_rollout_writes_no_more_than_its_tokens(engine, monkeypatch):
+    """Whoever else decodes: shares are fixed at spawns, so the same bits come out."""
+
+    def target():
+        return (RolloutKey(1, 0), searching(1, depth=2))
+
+    free = engine.run([target()], seed=5, temperature=1.0)[0]
+    monkeypatch.setattr(engine, "_max_total_tokens", 60)
+    alone = engine.run([target()], seed=5, temperature=1.0)[0]
+    assert sum(len(call.tokens) for call in alone.calls) <= 60 < sum(len(call.tokens) for call in free.calls)
+    assert StopReason.BUDGET in {call.stop.reason for call in alone.calls}
+    others = [(RolloutKey(10 + seed, 0), plain(seed, length=5 + 7 * seed)) for seed in range(9)]
+    assert_same_bits(alone, engine.run([*others, target()], seed=5, temperature=1.0)[-1])
 
 
 def test_clock_is_the_longest_chain(engine):
@@ -196,19 +268,32 @@ def test_an_exception_in_a_program_propagates_and_the_engine_goes_on(engine):
 
 
 def test_new_params_are_used_and_old_pages_never_read(engine):
-    def program():
-        return keyed([plain(1, length=40)])
+    """Shared prompts under the old weights, then under new ones: bits and reuse are those of an engine just made."""
 
-    before = engine.run(program(), seed=0, temperature=0.0)
+    def programs():
+        return keyed([plain(1, length=40), plain(1, length=40), searching(1, depth=1), searching(1, depth=1)])
+
+    def broken():
+        thread = yield Open(prompt(1, 40))
+        yield Decode(thread, ())
+        raise KeyError("a bug")
+
+    before = engine.run(programs(), seed=0, temperature=0.0)
+    with pytest.raises(KeyError):  # threads that held published pages when the run ended
+        engine.run(keyed([plain(1, length=40), broken()]), seed=0, temperature=0.0)
+    assert len(engine._scheduler.allocators[0]._published) >= 5
     engine.set_params(make_params(seed=1))
-    after = engine.run(program(), seed=0, temperature=0.0)
-    assert engine.stats.reused == 0
+    assert not engine._scheduler.allocators[0]._published
+    after = engine.run(programs(), seed=0, temperature=0.0)
     fresh = make_engine()
     fresh.set_params(make_params(seed=1))
-    assert_same_bits(after[0], fresh.run(program(), seed=0, temperature=0.0)[0])
+    for one, other in zip(after, fresh.run(programs(), seed=0, temperature=0.0), strict=True):
+        assert_same_bits(one, other)
+    assert engine.stats.reused == fresh.stats.reused > 0
+    assert [call.logprobs.tobytes() for call in all_calls(after)] != [c.logprobs.tobytes() for c in all_calls(before)]
     engine.set_params(make_params())
-    again = engine.run(program(), seed=0, temperature=0.0)
-    assert_same_bits(before[0], again[0])
+    for one, other in zip(before, engine.run(programs(), seed=0, temperature=0.0), strict=True):
+        assert_same_bits(one, other)
 
 
 def test_nothing_compiles_after_warm_up():

@@ -36,13 +36,15 @@ WIDE = Limits(
     steps_per_visit=4,
     prefill_lanes=8,
     prefix_reuse=True,
+    block_size=PAGE,
+    row_blocks=2000,
 )
 
 
 class StandIn:
     """Plays the device. `memory` holds (position's token) per page place, so that wrong sharing would show."""
 
-    def __init__(self, limits, programs, max_steps=25):
+    def __init__(self, limits, programs, max_steps=25, max_total_tokens=10**6):
         self.scheduler = Scheduler(limits)
         self.memory = [np.full((limits.pages, PAGE), -1) for _ in range(limits.num_shards)]
         self.run = Programs(
@@ -51,6 +53,7 @@ class StandIn:
             seed=0,
             max_seq_len=limits.max_seq_len,
             max_steps=max_steps,
+            max_total_tokens=max_total_tokens,
             now=lambda: 0.0,
         )
         self.max_steps = max_steps
@@ -102,7 +105,7 @@ class StandIn:
         self.scheduler.check()
 
     def draw(self, thread, steps):
-        steps = min(steps, self.max_steps - thread.generated, MAX_LEN - len(thread.tokens))
+        steps = min(steps, thread.max_generated - thread.generated, MAX_LEN - len(thread.tokens))
         tokens = []
         for count in range(steps):
             tokens.append(zlib.crc32(repr((thread.key, thread.generated + count)).encode()) % 16)
@@ -147,6 +150,8 @@ schedules = st.builds(
     steps_per_visit=st.integers(1, 9),
     prefill_lanes=st.integers(1, 3),
     prefix_reuse=st.booleans(),
+    block_size=st.sampled_from([PAGE, 2 * PAGE]),
+    row_blocks=st.integers(MAX_LEN // PAGE, 30),
 )
 
 
@@ -168,6 +173,55 @@ def test_every_schedule_gives_the_same_rollouts(trees, limits, cancel):
         return [tree(shape, length, cancel) for shape, length in trees]
 
     same(StandIn(limits, programs()).finish(), StandIn(WIDE, programs()).finish())
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(shapes, st.integers(1, 30)), min_size=1, max_size=4),
+    schedules,
+    st.booleans(),
+    st.integers(1, 150),
+)
+def test_every_schedule_shares_a_rollouts_tokens_alike(trees, limits, cancel, total):
+    """No rollout writes more than its tokens, and who stops for want of them depends on no schedule."""
+
+    def programs():
+        return [tree(shape, length, cancel) for shape, length in trees]
+
+    rollouts = StandIn(limits, programs(), max_total_tokens=total).finish()
+    same(rollouts, StandIn(WIDE, programs(), max_total_tokens=total).finish())
+    assert all(sum(len(call.tokens) for call in rollout.calls) <= total for rollout in rollouts)
+
+
+def test_a_spawn_splits_the_tokens_and_a_join_returns_the_rest():
+    """Of 100 tokens the parent writes 20; its three children get 20 each; what they leave is the parent's again."""
+    stops = {}
+
+    def child(name, length, spawns=()):
+        thread = yield Open([1] * length)
+        stops[name] = (yield Decode(thread, ())).reason
+        if spawns:
+            yield Join((yield Spawn([child(*each) for each in spawns])))
+        return len(thread.tokens) - length
+
+    def parent():
+        thread = yield Open([2] * (MAX_LEN - 20))
+        yield Decode(thread, ())
+        handle = yield Spawn([child("a", 5), child("b", MAX_LEN - 6), child("c", MAX_LEN - 10, [("d", 3), ("e", 38)])])
+        values = yield Join(handle)
+        yield Truncate(thread, 1)
+        stops["parent"] = (yield Decode(thread, ())).reason
+        return values
+
+    machine = StandIn(WIDE, [parent()], max_steps=60, max_total_tokens=100)
+    rollout = machine.finish()[0]
+    written = {call.path: len(call.tokens) for call in rollout.calls if call.path}
+    # c writes 10 of its 20 and gives d and e a third of the rest each.
+    assert written == {(0, 0): 20, (0, 1): 6, (0, 2): 10, (0, 2, 0, 0): 3, (0, 2, 0, 1): 2}
+    budget, full = StopReason.BUDGET, StopReason.LENGTH
+    assert stops == {"a": budget, "b": full, "c": full, "d": budget, "e": full, "parent": full}
+    assert [len(call.tokens) for call in rollout.calls if not call.path] == [20, MAX_LEN - 1]
+    assert sum(len(call.tokens) for call in rollout.calls) == 100
 
 
 def leaf(length, stop_tokens=()):

@@ -2,48 +2,99 @@
 
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from apr_jax.engine.steps import PAGES, SHARDED, _lift
+from apr_jax.model.kv_cache import copy_pages
 from tests.engine.helpers import make_engine, make_mesh
+from tests.engine.hlo import aliases, collectives, collectives_over_data, copies_of, groups, local_sizes, step_texts
 
-COLLECTIVES = re.compile(r"= .*\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\(")
-
-
-def compiled(engine):
-    """The optimised HLO of both large steps."""
-    steps, policy = engine._steps, engine._policy(1.0)
-    decode = steps.decode.lower(engine._pages, engine._params, engine._decode_lanes()[0], policy)
-    prefill = steps._compute.lower(engine._pages, engine._params, engine._prefill_lanes([]))
-    return [step.compile().as_text() for step in (decode, prefill)]
+DONATED = ("decode", "write", "copy_pages")
 
 
 @pytest.fixture(scope="module")
 def one_device():
-    return make_engine(num_pages=333)
-
-
-def test_no_collective_over_data():
-    for text in compiled(make_engine(make_mesh(data=8), num_lanes=8, num_pages=8 * 13, prefill_lanes=8)):
-        assert not [line for line in text.splitlines() if COLLECTIVES.search(line)]
-
-
-def test_collectives_of_split_heads_stay_within_a_data_shard():
-    for text in compiled(make_engine(make_mesh(data=2, tensor=2), num_lanes=8, num_pages=2 * 13, prefill_lanes=8)):
-        lines = [line for line in text.splitlines() if COLLECTIVES.search(line)]
-        assert lines
-        assert all("replica_groups=[2,2]<=[4]," in line for line in lines)
+    """An engine whose number of pages no other size happens to equal, and its programs."""
+    engine = make_engine(num_pages=333)
+    return engine, step_texts(engine)
 
 
 def test_pages_are_never_copied(one_device):
-    """Every instruction that makes an array of all pages is an update in place, not a copy."""
-    for text in compiled(one_device):
-        sized = re.compile(r"= f32\[(1,)?333,2,8,16\]\S* copy\(")
-        assert "f32[1,333,2,8,16]" in text
-        assert not [line for line in text.splitlines() if sized.search(line)]
+    """Neither as a whole nor in another shape or layout."""
+    engine, texts = one_device
+    for name, text in texts.items():
+        assert "333" in text
+        assert copies_of(text, local_sizes(engine._pages)) == [], name
+
+
+def test_pages_are_updated_in_place(one_device):
+    """Every page pool array of the output is the memory of the same one of the input; so are decode's row buffers."""
+    engine, texts = one_device
+    for name in DONATED:
+        arrays = len(jax.tree.leaves((engine._pages, engine._rows) if name == "decode" else engine._pages))
+        alias = aliases(texts[name])
+        assert {output: alias.get(output) for output in range(arrays)} == {i: i for i in range(arrays)}, name
+
+
+def test_an_undonated_step_is_found_out(one_device):
+    """The counterexample: the same step that may not reuse its input has to copy all pages."""
+    engine, _ = one_device
+    mesh = engine._mesh
+    undonated = _lift(copy_pages, mesh, (SHARDED, SHARDED, SHARDED), NamedSharding(mesh, PAGES), donated=())
+    pairs = engine._put(jnp.zeros((1, 16), jnp.int32))
+    text = undonated.lower(engine._pages, pairs, pairs).compile().as_text()
+    assert len(copies_of(text, local_sizes(engine._pages))) >= len(jax.tree.leaves(engine._pages))
+    assert aliases(text) == {}
+
+
+def test_copies_are_seen_in_any_shape():
+    found = "  ROOT %copy-start.3 = (f32[4,6]{1,0}, f32[4,6]{1,0}, u32[]) copy-start(%x)"
+    assert copies_of(found, {24}) == [found.strip()]
+    assert copies_of("  %c = bf16[2,12]{0,1:T(8,128)} copy(%x), metadata={}", {24})
+    assert not copies_of("  %c = f32[25]{0} copy(%x)\n  %d = f32[24]{0} copy-done(%x)", {24})
+
+
+def test_data_shards_do_not_communicate():
+    """With nothing split over "tensor" there is no collective at all."""
+    engine = make_engine(make_mesh(data=8), num_lanes=8, num_pages=8 * 13, prefill_lanes=8)
+    for name, text in step_texts(engine).items():
+        assert collectives(text) == [], name
+
+
+def test_collectives_of_split_heads_stay_within_a_data_shard():
+    mesh = make_mesh(data=4, tensor=2)
+    texts = step_texts(make_engine(mesh, num_lanes=8, num_pages=4 * 13, prefill_lanes=8))
+    assert collectives(texts["decode"])
+    assert collectives(texts["prefill"])
+    for name, text in texts.items():
+        assert collectives_over_data(text, mesh) == [], name
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(8, 1), (4, 2)])
+@pytest.mark.parametrize("axis", ["data", "tensor"])
+def test_a_collective_over_data_is_found_out(data, tensor, axis):
+    """The counterexample: a sum over either axis."""
+    mesh = make_mesh(data, tensor)
+    specs = {"in_specs": PartitionSpec("data", "tensor"), "out_specs": PartitionSpec(), "check_vma": False}
+    total = jax.shard_map(lambda x: jax.lax.psum(x, axis), mesh=mesh, **specs)
+    text = jax.jit(total).lower(jnp.zeros((8, 8))).compile().as_text()
+    assert bool(collectives_over_data(text, mesh)) == (axis == "data")
+    assert collectives(text) or mesh.shape[axis] == 1
+
+
+def test_groups_are_read_in_all_notations():
+    assert groups("x = f32[] all-reduce(y), replica_groups={{0,1},{2,3}}, to_apply=a", 4) == [[0, 1], [2, 3]]
+    assert groups("x = f32[] all-reduce(y), replica_groups=[2,2]<=[4], to_apply=a", 4) == [[0, 1], [2, 3]]
+    assert groups("x = f32[] all-reduce(y), replica_groups=[2,2]<=[2,2]T(1,0), to_apply=a", 4) == [[0, 2], [1, 3]]
+    assert groups("x = f32[] collective-permute(y), source_target_pairs={{0,1},{1,0}}", 4) == [[0, 1], [1, 0]]
+    assert groups("x = f32[] all-reduce(y), replica_groups={}, to_apply=a", 4) == [[0, 1, 2, 3]]
 
 
 def test_weights_meet_all_lanes_in_one_matmul(one_device):
     """Lifted over lanes, the MLP's products are [L, D] x [D, F]."""
-    decode = compiled(one_device)[0]
+    decode = one_device[1]["decode"]
     assert re.search(r"f32\[8,48\]\S* (dot|fusion)\(", decode)
     assert not re.search(r"f32\[8,1,48\]\S* dot\(", decode)

@@ -163,6 +163,7 @@ def test_summary_by_hand():
     assert summary["malformed_rate"] == 0.25
     assert summary["malformed_reasons"] == {"unknown_node": 1}
     assert summary["truncated_rate"] == 0.25
+    assert summary["truncated_reasons"] == {"max_steps": 1}
     assert summary["failures"] == {"max_steps": 1, "no_solution": 1, "unknown_node": 1}
     assert summary["child_reasons"] == {"max_steps": 1}
     assert summary["child_failure_rate"] == 0.1

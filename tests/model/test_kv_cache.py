@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from apr_jax.model.kv_cache import (
     DecodeView,
     PagedKVCache,
     PrefillView,
+    RowBuffers,
     RowLayout,
     copy_pages,
     pack_rows,
@@ -22,6 +24,7 @@ from apr_jax.model.kv_cache import (
 
 PAGE, K, N, H, NUM_PAGES = 8, 2, 4, 16, 80
 LAYOUT = RowLayout.of(300, PAGE)
+CONFIG = types.SimpleNamespace(num_layers=1, num_kv_heads=K, head_dim=H, compute_dtype="float32")
 LENGTHS = (0, 5, 130, 256, 16)
 
 
@@ -60,10 +63,10 @@ def dense(threads):
 
 def test_prefill_equals_dense(threads, dense):
     keys, values, pages, tables, lengths = threads
-    blocks = LAYOUT.blocks_for(jnp.max(jnp.asarray(lengths)))
+    spans = LAYOUT.spans_for(jnp.max(jnp.asarray(lengths)))
 
     def attend(q_TNH, table, length, k, v):
-        view = PrefillView(pages, table, (), length, blocks, LAYOUT)
+        view = PrefillView(pages, table, (), length, spans, LAYOUT)
         return view.attend(0, q_TNH, k, v, length + jnp.arange(PAGE))[0]
 
     new = [slice(int(length), int(length) + PAGE) for length in lengths]
@@ -82,7 +85,8 @@ def compiled(min_entries):
     assert min_entries == kv_cache.MIN_ENTRIES
 
     def pack(pages, tables, lengths):
-        return pack_rows(pages, tables, lengths, LAYOUT)
+        buffers = jax.tree.map(lambda x: x[0], RowBuffers.create(CONFIG, 1, LAYOUT, 5 * LAYOUT.num_blocks))
+        return pack_rows(buffers, pages, tables, lengths, LAYOUT)
 
     def attend(view, q, k, v):
         return view.attend(0, q, k, v, view.length[None] + view.step)
@@ -125,7 +129,7 @@ def check_decode(threads, dense, num_chunks):
     keys, values, pages, tables, lengths = threads
     steps = 6
     out, view = decode_steps(threads, steps)
-    assert len(view.rows.blocks[0]) == num_chunks
+    assert len(view.rows.buffers.layers[0]) == num_chunks
     for lane, length in enumerate(lengths):
         np.testing.assert_allclose(out[lane], dense[lane, length : length + steps], atol=1e-5)
     counts = np.asarray([6, 3, 0, 6, 1], np.int32)
@@ -154,13 +158,13 @@ def test_decode_from_many_chunks_equals_dense_and_is_written_back(threads, dense
 
 @pytest.mark.usefixtures("many_chunks")
 def test_packed_entries_are_the_filled_blocks(threads):
-    """Entries are the lanes' blocks in order, hold their pages' contents, and no chunk behind the last is gathered."""
+    """Entries are the lanes' blocks in order, hold their pages' contents, and nothing behind the last is copied."""
     keys, values, pages, tables, lengths = threads
     rows, own_LB = compiled(kv_cache.MIN_ENTRIES)[0](pages, tables, jnp.asarray(lengths))
     blocks = [(lane, start) for lane, n in enumerate(lengths) for start in range(0, n, LAYOUT.block_size)]
     assert int(rows.num_entries) == len(blocks) == 9
-    assert [len(k) for k, _ in rows.blocks[0]] == [4] * 7
-    stored = [np.concatenate([np.asarray(chunk[kind]) for chunk in rows.blocks[0]]) for kind in range(2)]
+    assert [len(k) for k, _ in rows.buffers.layers[0]] == [4] * 7
+    stored = [np.concatenate([np.asarray(chunk[kind]) for chunk in rows.buffers.layers[0]]) for kind in range(2)]
     for entry, (lane, start) in enumerate(blocks):
         held = min(lengths[lane] - start, LAYOUT.block_size)
         assert (rows.lane_E[entry], rows.length_E[entry]) == (lane, held)
@@ -179,7 +183,7 @@ def test_neighbours_entries_change_no_bit(threads, lanes):
     """A thread gets the same bits with long neighbours and with none, wherever among the chunks its entries lie."""
     together, _ = decode_steps(threads, 2)
     apart, view = decode_steps(threads, 2, lanes)
-    assert len(view.rows.blocks[0]) == 7
+    assert len(view.rows.buffers.layers[0]) == 7
     for lane in lanes:
         assert together[lane].tobytes() == apart[lane].tobytes()
 

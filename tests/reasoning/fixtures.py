@@ -24,6 +24,7 @@ def settings(**changes: object) -> Settings:
         max_children=100,
         max_spawns=8,
         max_depth=1,
+        max_total_children=1000,
         cancel_on_success=False,
         spawn_grammar=None,
         budget=None,

@@ -29,8 +29,16 @@ Complete = Callable[[Path, list[int]], Sequence[int]]  # what a thread with thes
 class ScriptedEngine:
     """Runs programs one after the other; children in spawn order. Clocks as the engine counts them."""
 
-    def __init__(self, complete: Complete, *, max_seq_len: int = 100_000, max_steps: int = 100_000) -> None:
+    def __init__(
+        self,
+        complete: Complete,
+        *,
+        max_seq_len: int = 100_000,
+        max_steps: int = 100_000,
+        max_total_tokens: int = 1_000_000_000,
+    ) -> None:
         self._complete, self._max_seq_len, self._max_steps = complete, max_seq_len, max_steps
+        self._max_total_tokens = max_total_tokens
 
     def run(
         self,
@@ -44,27 +52,31 @@ class ScriptedEngine:
         rollouts = []
         for key, program in programs:
             calls: list[Call] = []
-            result, clock = self._drive(program, (), 0, calls)
+            result, clock, _ = self._drive(program, (), 0, calls, self._max_total_tokens)
             calls.sort(key=lambda call: call.path)
             rollouts.append(Rollout(key, result, tuple(calls), clock, latency_ms=clock / 10, prefilled_tokens=0))
         return rollouts
 
-    def _drive(self, program: Program, path: Path, clock: int, calls: list[Call]) -> tuple[Any, int]:
+    def _drive(self, program: Program, path: Path, clock: int, calls: list[Call], left: int) -> tuple[Any, int, int]:
+        """The program's value, its clock at the end, and what is left of the tokens it was given."""
         thread = Thread(path=path, tokens=[], rollout=0, key=(0, 0))
-        spawned: list[list[tuple[Any, int]]] = []
+        spawned: list[list[tuple[Any, int, int]]] = []
         reply: Any = None
         while True:
             try:
                 request = program.send(reply)
             except StopIteration as end:
-                return end.value, clock
+                return end.value, clock, left
             match request:
                 case Open(tokens):
                     thread.tokens = list(tokens)
                     reply = thread
                 case Decode(asked, stop_tokens):
                     assert asked is thread
+                    thread.max_generated = min(self._max_steps, thread.generated + left)
+                    left += thread.generated
                     reply, clock = self._decode(thread, stop_tokens, clock, calls)
+                    left -= thread.generated
                 case Truncate(_, length):
                     assert 1 <= length <= len(thread.tokens)
                     del thread.tokens[length:]
@@ -73,12 +85,14 @@ class ScriptedEngine:
                     thread.tokens += tokens
                     reply = None
                 case Spawn(programs):
-                    ordinal = len(spawned)
-                    ended = [self._drive(p, (*path, ordinal, i), clock, calls) for i, p in enumerate(programs)]
+                    ordinal, share = len(spawned), left // (len(programs) + 1)
+                    left -= share * len(programs)
+                    ended = [self._drive(p, (*path, ordinal, i), clock, calls, share) for i, p in enumerate(programs)]
                     spawned.append(ended)
                     reply = SpawnHandle(ordinal, len(programs))
                 case Join(handle, success):
-                    reply, clock = self._join(spawned[handle.ordinal], success, clock)
+                    reply, clock = self._join([child[:2] for child in spawned[handle.ordinal]], success, clock)
+                    left += sum(child[2] for child in spawned[handle.ordinal])
 
     def _join(self, ended: list[tuple[Any, int]], success: Any, clock: int) -> tuple[list[Any], int]:
         """Values in spawn order. With `success`, what ends after the first success is None (calls stay whole)."""
@@ -89,14 +103,16 @@ class ScriptedEngine:
     def _decode(self, thread: Thread, stop_tokens: tuple[int, ...], clock: int, calls: list[Call]) -> tuple[Stop, int]:
         wanted = list(self._complete(thread.path, list(thread.tokens)))
         assert wanted[-1] in stop_tokens, "a script ends in a stop token"
-        room = min(self._max_seq_len - len(thread.tokens), self._max_steps - thread.generated)
+        room = min(self._max_seq_len - len(thread.tokens), thread.max_generated - thread.generated)
         written = wanted[: max(0, room)]
         if written == wanted:
             stop = Stop(StopReason.TOKEN, wanted[-1])
         elif len(thread.tokens) + len(written) >= self._max_seq_len:
             stop = Stop(StopReason.LENGTH, None)
-        else:
+        elif thread.generated + len(written) >= self._max_steps:
             stop = Stop(StopReason.MAX_STEPS, None)
+        else:
+            stop = Stop(StopReason.BUDGET, None)
         context, tokens = np.array(thread.tokens, np.int32), np.array(written, np.int32)
         thread.tokens += written
         thread.generated += len(written)

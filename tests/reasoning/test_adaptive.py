@@ -20,6 +20,7 @@ from tests.reasoning.fixtures import (
     demonstrations,
     settings,
 )
+from tests.reasoning.forced_engine import ForcedEngine
 from tests.reasoning.scripted_engine import ScriptedEngine
 
 PROBLEM = Problem((2, 3, 4), 24)
@@ -154,12 +155,13 @@ def test_a_malformed_parent_ends_with_a_reason(text, reason):
         ({"max_children": 1}, "too_many_children"),
         ({"max_spawns": 0}, "too_many_spawns"),
         ({"max_depth": 0}, "too_deep"),
+        ({"max_total_children": 1}, "rollout_children"),
     ],
 )
 def test_each_cap_has_its_own_reason(changes, reason):
     outcome = run(GOOD, **changes).result
     assert (outcome.status, outcome.reason) == ("malformed", reason)
-    assert run(GOOD, max_children=2, max_spawns=1, max_depth=1).result.status == "answered"
+    assert run(GOOD, max_children=2, max_spawns=1, max_depth=1, max_total_children=2).result.status == "answered"
 
 
 def test_max_spawns_counts_a_threads_own_spawns():
@@ -169,6 +171,27 @@ def test_max_spawns_counts_a_threads_own_spawns():
     assert run(texts, max_spawns=2).result.num_children == 3
     outcome = run(texts, max_spawns=1).result
     assert (outcome.reason, outcome.num_spawns, outcome.num_children) == ("too_many_spawns", 1, 2)
+
+
+def test_max_total_children_counts_the_children_of_all_spawns():
+    again = "Exploring Operation: 4-2=2, Resulting Numbers: [3, 2]\nGenerated Node #0,2: 24:[3, 2] Operation: 4-2=2\n"
+    second = again + trace.render_spawn(["0,2"])
+    texts = {**GOOD, (): [SPAWN, second, PARENT_WINS], (1, 0): ["No solution found.\n"]}
+    assert run(texts, max_total_children=3).result.num_children == 3
+    outcome = run(texts, max_total_children=2).result
+    assert (outcome.reason, outcome.num_spawns, outcome.num_children) == ("rollout_children", 1, 2)
+
+
+def test_a_rollouts_tokens_are_counted_over_all_threads():
+    """Each share is exact: with one token less the thread that needs it all is cut off."""
+    spawn, last, loses, wins = (len(TOKENIZER.encode(text)) for text in (SPAWN, PARENT_WINS, LOSES, WINS))
+    needed = spawn + 3 * (wins + 1)  # a third for each child and a third for the parent
+    assert last < wins + (wins - loses)
+    assert run(GOOD, engine={"max_total_tokens": needed}).result.status == "answered"
+    outcome = run(GOOD, engine={"max_total_tokens": needed - 1}).result
+    assert outcome.child_reasons == ("rollout_tokens",)
+    outcome = run(GOOD, engine={"max_total_tokens": spawn - 1}).result
+    assert (outcome.answer, outcome.status, outcome.reason) == (None, "truncated", "rollout_tokens")
 
 
 def test_a_spawn_that_begins_inside_a_token_is_malformed():
@@ -216,6 +239,24 @@ def test_cancel_on_success_joins_the_others_as_no_solution():
     assert joined(patient) == joined(eager)
     assert eager.result.child_reasons == ()
     assert eager.sequential_tokens < patient.sequential_tokens
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 16])
+def test_what_a_success_cancels_depends_on_no_schedule(lanes):
+    """The loser is cut at the winner's clock, whether it had run far ahead, beside it or not at all."""
+    slow = {**GOOD, (0, 0): [LOSES.replace("No solution found.\n", "") * 9 + "No solution found.\n"]}
+    engine = ForcedEngine(TextScript(slow), lanes=lanes, max_seq_len=640, pages=42)
+    rollout = engine.run([(RolloutKey(0, 0), adaptive(PROBLEM, settings(cancel_on_success=True)))])[0]
+    loser, winner = ([call for call in rollout.calls if call.path == (0, child)] for child in (0, 1))
+    assert (
+        [len(call.tokens) for call in loser]
+        == [len(call.tokens) for call in winner]
+        == [len(TOKENIZER.encode(WINS)) + 1]
+    )
+    assert (loser[0].stop.reason, winner[0].stop.reason) == (StopReason.CANCELLED, StopReason.TOKEN)
+    assert (rollout.result.status, rollout.result.child_reasons) == ("answered", ())
+    parent = [len(call.tokens) for call in rollout.calls if call.path == ()]
+    assert rollout.sequential_tokens == sum(parent) + len(winner[0].tokens)
 
 
 def test_budget_stands_in_the_prompt():

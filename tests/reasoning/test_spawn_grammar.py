@@ -69,12 +69,13 @@ def draw_spawn(grammar: SpawnGrammar, tokens: list[int], automaton, rng: random.
 
 
 @settings(max_examples=120, deadline=None)
-@given(st.data(), st.integers(1, 2), st.integers(0, 2), st.sampled_from([1, 3, 16]))
-def test_every_drawn_spawn_is_well_formed(tokenizers, data, level, which, max_children):
+@given(st.data(), st.integers(1, 2), st.integers(0, 2), st.sampled_from([1, 3, 16]), st.integers(1, 20))
+def test_every_drawn_spawn_is_well_formed(tokenizers, data, level, which, max_children, allowance):
     tokenizer = tokenizers[which]
     grammar = spawn_grammar(tokenizer, max_children)
-    held = ThreadGrammar(grammar, level, closed=False)
     asked = fixtures.settings(tokenizer=tokenizer, max_children=max_children, max_depth=2, spawn_grammar=grammar)
+    most = min(max_children, allowance)
+    held = ThreadGrammar(grammar, level, most)
     rng = random.Random(data.draw(st.integers(0, 1000)))
     tokens = [tokenizer.bos_id, *tokenizer.encode(PROMPTS[level])]
     for line in data.draw(lines(level)):
@@ -86,9 +87,9 @@ def test_every_drawn_spawn_is_well_formed(tokenizers, data, level, which, max_ch
         spawned = [*tokens, grammar.gate.token]
         number = draw_spawn(grammar, spawned, held.automaton(spawned), rng, eager=data.draw(st.booleans()))
         text = tokenizer.decode(spawned)
-        call = adaptive._read_spawn(text, asked, depth=level - 1, spawns=0)
+        call = adaptive._read_spawn(text, asked, depth=level - 1, spawns=0, allowance=most)
         assert isinstance(call, trace.SpawnCall), f"{call}: {text}"
-        assert len(call.node_ids) == number <= max_children
+        assert len(call.node_ids) == number <= most
         assert tokenizer.encode(text) == spawned[1:], "spelt as the tokenizer spells it"
         assert spawned[: len(tokens)] == tokens
 
@@ -103,7 +104,7 @@ def test_every_spawn_of_the_demonstrations_can_be_drawn(tokenizers, which):
                 continue
             context, written = fixtures.call_tokens(call, tokenizer)
             begin = written.index(grammar.gate.token)
-            held = ThreadGrammar(grammar, 1, closed=False)
+            held = ThreadGrammar(grammar, 1, 16)
             assert held.is_open([*context, *written[:begin]])
             automaton, registers = held.automaton([*context, *written[: begin + 1]]), Registers()
             for token in written[begin + 1 :]:
@@ -142,7 +143,7 @@ def test_of_very_many_nodes_the_latest_that_fit_may_be_named(tokenizers):
     named = []
     for tokenizer in tokenizers:
         grammar = spawn_grammar(tokenizer, 16)
-        automaton, found = grammar.automaton(nodes, 1), set()
+        automaton, found = grammar.automaton(nodes, 1, 16), set()
         for seed in range(40):
             tokens: list[int] = []
             draw_spawn(grammar, tokens, automaton, random.Random(seed), eager=True)
@@ -156,10 +157,11 @@ def test_of_very_many_nodes_the_latest_that_fit_may_be_named(tokenizers):
 
 def test_a_thread_at_its_limits_is_closed():
     asked = fixtures.settings(max_depth=2, max_spawns=1, spawn_grammar=spawn_grammar(TOKENIZER, 16))
-    assert not adaptive._grammar(asked, depth=1, spawns=0).closed
-    assert adaptive._grammar(asked, depth=2, spawns=0).closed
-    assert adaptive._grammar(asked, depth=0, spawns=1).closed
-    assert adaptive._grammar(fixtures.settings(), depth=0, spawns=0) is None
+    assert not adaptive._grammar(asked, depth=1, spawns=0, allowance=1).closed
+    assert adaptive._grammar(asked, depth=2, spawns=0, allowance=9).closed
+    assert adaptive._grammar(asked, depth=0, spawns=1, allowance=9).closed
+    assert adaptive._grammar(asked, depth=0, spawns=0, allowance=0).closed
+    assert adaptive._grammar(fixtures.settings(), depth=0, spawns=0, allowance=9) is None
 
 
 def test_spelling_out_the_opening_token_opens_nothing(tokenizers):
@@ -169,7 +171,7 @@ def test_spelling_out_the_opening_token_opens_nothing(tokenizers):
     text = before + trace.CALL_BEGIN + "No solution found.\n" + trace.render_spawn(["0,3"])
     assert trace.parse_spawn(text).reason == "malformed_spawn_line"
     asked = fixtures.settings(tokenizer=tokenizer, spawn_grammar=spawn_grammar(tokenizer, 16))
-    call = adaptive._read_spawn(text, asked, depth=0, spawns=0)
+    call = adaptive._read_spawn(text, asked, depth=0, spawns=0, allowance=9)
     assert (call.node_ids, call.start) == (("0,3",), text.rindex(trace.CALL_BEGIN))
 
 

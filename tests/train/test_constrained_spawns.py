@@ -55,6 +55,7 @@ CONFIG = small_config(
         "rollout.max_depth": 2,
         "rollout.max_spawns": 2,
         "rollout.max_steps": 64,
+        "rollout.max_total_children": 1000,
         "rollout.temperature": 1.0,
         "grpo.group_size": 8,
         "grpo.inner_updates": 1,
@@ -87,17 +88,20 @@ def _draw(patch):
     gate = spawn_gate(CONFIG, TOKENIZER)
     mesh = make_mesh(CONFIG.mesh)
     engine = Engine(CONFIG.model, CONFIG.rollout, mesh, params=params, banned_tokens=BANNED, gate=gate)
-    settings = make_settings(CONFIG, TOKENIZER)
-    programs = [(RolloutKey(0, sample), make_program("adaptive", PROBLEM, settings)) for sample in range(48)]
-    results = engine.run(programs, seed=0, temperature=1.0)
+    results = _run(engine, make_settings(CONFIG, TOKENIZER), 48)
     assert engine.stats.generated > sum(len(call.tokens) for result in results for call in result.calls), "none refused"
     rewards = tuple(float(index % 2) for index in range(48))
     scored = rollouts.Scored(tuple(results), rewards, np.asarray([1.0, -1.0] * 24))
-    return scored, params
+    return scored, params, engine
+
+
+def _run(engine, settings, count):
+    programs = [(RolloutKey(0, sample), make_program("adaptive", PROBLEM, settings)) for sample in range(count)]
+    return engine.run(programs, seed=0, temperature=1.0)
 
 
 def test_no_spawn_is_malformed(drawn):
-    scored, _ = drawn
+    scored, *_ = drawn
     outcomes = [rollout.result for rollout in scored.rollouts]
     reasons = [reason for outcome in outcomes for reason in (outcome.reason, *outcome.child_reasons)]
     assert set(reasons) <= {"no_solution", "unfinished", "max_steps", "context_full"}
@@ -107,13 +111,21 @@ def test_no_spawn_is_malformed(drawn):
     assert max(map(len, paths)) == 4, "a child spawned, too"
 
 
+def test_what_is_left_of_the_rollouts_children_limits_a_spawn(drawn):
+    few = dataclasses.replace(make_settings(CONFIG, TOKENIZER), max_total_children=3)
+    outcomes = [rollout.result for rollout in _run(drawn[2], few, 32)]
+    reasons = {reason for outcome in outcomes for reason in (outcome.reason, *outcome.child_reasons)}
+    assert reasons <= {"no_solution", "unfinished", "max_steps", "context_full"}
+    assert 1 < max(outcome.num_children for outcome in outcomes) <= 3
+
+
 def _allowed(tokens: list[int], begin: int | None, depth: int, spawns: int) -> set[int]:
     """What may follow, from the parser alone: by trying spawns."""
     settings = make_settings(CONFIG, TOKENIZER)
 
     def accepted(text, nodes):
         whole = text + trace.render_spawn(nodes, depth + 1)
-        return isinstance(adaptive._read_spawn(whole, settings, depth, spawns), trace.SpawnCall)
+        return isinstance(adaptive._read_spawn(whole, settings, depth, spawns, 1000), trace.SpawnCall)
 
     universe = ["0", "0,0", "0,1", "0,2", "0,0,1", "0,0,2"]
     if begin is None:
@@ -138,7 +150,7 @@ def _logits(params, tokens_T):
 
 
 def test_log_probabilities_are_those_over_what_the_parser_would_accept(drawn):
-    scored, params = drawn
+    scored, params, _ = drawn
     held, shut = 0, 0
     for rollout in scored.rollouts[:32]:
         spawns = {}
@@ -176,7 +188,7 @@ def _update(config, scored, params, monkeypatch):
 
 @pytest.mark.parametrize("mesh", [{"data": 1}, {"data": 2, "fsdp": 2}], ids=["one", "four"])
 def test_the_trainer_scores_the_masked_policy(drawn, monkeypatch, mesh):
-    scored, params = drawn
+    scored, params, _ = drawn
     copy = jax.tree.map(jnp.copy, params)
     metrics, grads, gap = _update(on_mesh(CONFIG, **mesh), scored, copy, monkeypatch)
     assert gap["logp_diff_max"] < 1e-5
@@ -187,14 +199,14 @@ def test_the_trainer_scores_the_masked_policy(drawn, monkeypatch, mesh):
 
 
 def test_without_its_masks_the_trainer_would_score_another_policy(drawn, monkeypatch):
-    scored, params = drawn
+    scored, params, _ = drawn
     off = dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, constrain_spawns=False))
     _, _, gap = _update(off, scored, jax.tree.map(jnp.copy, params), monkeypatch)
     assert gap["logp_diff_max"] > 0.1
 
 
 def test_sequences_are_as_ever_without_the_option(drawn):
-    scored, _ = drawn
+    scored, *_ = drawn
     plain, held = (rollouts.training_sequences(scored, 0.1, gate) for gate in (None, spawn_gate(CONFIG, TOKENIZER)))
     assert {"bans", "allowed"} == set(held[0]) - set(plain[0])
     for without, sequence in zip(plain, held, strict=True):

@@ -97,6 +97,7 @@ def test_logged_figures():
     assert metrics["children_per_spawn"] == 3
     assert metrics["malformed_rate"] == 0.5
     assert metrics["malformed_reasons"] == {"no_call_begin": 1}
+    assert metrics["truncated_reasons"] == {}
     assert metrics["child_reasons"] == {"max_steps": 1}
     assert metrics["total_tokens"] == drawn / 2
     assert metrics["calls"] == 4

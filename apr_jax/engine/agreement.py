@@ -1,0 +1,120 @@
+"""Whether a device decodes what a plain forward on the CPU says it should: the measure behind `launch/gpu_check.py`.
+
+The reference is the dense forward in float32, without cache, engine or kernel. It scores what the device wrote, so one
+difference does not hide the tokens after it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from apr_jax.config import ModelConfig, RolloutConfig
+from apr_jax.engine.engine import Engine
+from apr_jax.engine.sampling import log_probs
+from apr_jax.engine.threads import Append, Call, Decode, Open, Program, RolloutKey, Truncate
+from apr_jax.model.llama import Params, graphdef, init_params
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How far greedy tokens and their log-probabilities are from the reference's."""
+
+    num_tokens: int
+    num_other: int  # tokens that are not the reference's argmax
+    max_regret: float  # the reference's best log-probability less that of the token written, at most
+    max_difference: float  # of a token's log-probability to the reference's, at most
+    mean_difference: float
+
+    def within(self, tolerance: float) -> bool:
+        """Whether every token is the best up to ties within the tolerance, and every log-probability equal within it.
+
+        On average they must be four times as close.
+        """
+        largest = max(self.max_regret, self.max_difference, 4 * self.mean_difference)
+        return self.num_tokens > 0 and largest <= tolerance
+
+
+def compare(written_T: np.ndarray, logprobs_T: np.ndarray, reference_TV: np.ndarray) -> Agreement:
+    """Compares greedy tokens and their log-probabilities with the reference's of the whole vocabulary."""
+    own_T = np.take_along_axis(reference_TV, written_T[:, None], axis=1)[:, 0]
+    regret_T = reference_TV.max(axis=1) - own_T
+    difference_T = np.abs(own_T - logprobs_T)
+    return Agreement(
+        len(written_T),
+        int((regret_T > 0).sum()),
+        float(regret_T.max(initial=0.0)),
+        float(difference_T.max(initial=0.0)),
+        float(difference_T.mean()) if len(written_T) else 0.0,
+    )
+
+
+def sharp_params(config: ModelConfig, seed: int) -> Params:
+    """Random weights under which the next token hangs on what is attended to; fresh ones give an almost even policy.
+
+    With positions rotated wrongly (another RoPE base), log-probabilities are off by 3.4 on average (D=1024, 4 layers).
+    """
+    scale = 64 / math.sqrt(config.embed_dim)
+    return jax.tree.map(lambda w: w * scale if w.ndim > 1 else w, init_params(config, seed))
+
+
+def decode_greedily(model: ModelConfig, rollout: RolloutConfig, mesh: Mesh, params: Params, seed: int) -> list[Call]:
+    """What the engine writes on the mesh for scripted programs that start, stop and resume around borders of pages."""
+    engine = Engine(model, rollout, mesh, params=params, banned_tokens=())
+    programs = _programs(model, rollout, np.random.default_rng(seed))
+    keyed = [(RolloutKey(number, 0), program) for number, program in enumerate(programs)]
+    return [call for rollout in engine.run(keyed, seed=seed, temperature=0.0) for call in rollout.calls]
+
+
+def agreement(calls: Sequence[Call], model: ModelConfig, params: Params) -> Agreement:
+    """Compares all that greedy calls wrote with the reference on the CPU."""
+    tokens = np.concatenate([call.tokens for call in calls])
+    logprobs = np.concatenate([call.logprobs for call in calls])
+    return compare(tokens, logprobs, np.concatenate(_reference(model, params, calls)))
+
+
+def _programs(model: ModelConfig, rollout: RolloutConfig, rng: np.random.Generator) -> list[Program]:
+    """Prompts around the borders of pages; each thread is cut back, appended to and decoded on."""
+    page = rollout.page_size
+    longest = model.max_seq_len // 8
+    lengths = [length for length in (1, page - 1, page, page + 1, 2 * page + 3, longest) if length <= longest]
+
+    def program(prompt: list[int], more: list[int]) -> Program:
+        thread = yield Open(prompt)
+        yield Decode(thread, ())
+        yield Truncate(thread, len(thread.tokens) - rollout.max_steps // 4)
+        yield Append(thread, more)
+        return (yield Decode(thread, ()))
+
+    def draw(count: int) -> list[int]:
+        return rng.integers(0, model.vocab_size, count).tolist()
+
+    return [program(draw(length), draw(5)) for length in lengths]
+
+
+def _reference(model: ModelConfig, params: Params, calls: Sequence[Call]) -> list[np.ndarray]:
+    """Log-probabilities `[tokens written, V]` of each call, by full forwards in float32 on the CPU."""
+    model = dataclasses.replace(model, compute_dtype="float32", attention="xla", remat=False)
+    width = max(len(call.context) + len(call.tokens) for call in calls)
+    cpu = jax.devices("cpu")[0]
+
+    @jax.jit
+    def forward(params: Params, tokens_T: jax.Array) -> jax.Array:
+        llama = nnx.merge(graphdef(model), params)
+        hidden, _ = llama(tokens_T[None], jnp.arange(width)[None])
+        return log_probs(llama.logits(hidden[0]), 1.0, jnp.zeros((model.vocab_size,), bool))
+
+    params = jax.device_put(params, cpu)
+    scored = []
+    for call in calls:
+        tokens_T = np.zeros((width,), np.int32)
+        tokens_T[: len(call.context) + len(call.tokens)] = [*call.context, *call.tokens]
+        reference_TV = np.asarray(forward(params, jax.device_put(tokens_T, cpu)))
+        first = len(call.context) - 1
+        scored.append(reference_TV[first : first + len(call.tokens)])
+    return scored

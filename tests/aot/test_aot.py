@@ -1,0 +1,92 @@
+"""The engine's programs of the 228M model compile for TPUs and GPUs that are not there, call their kernels, fit the
+memory, keep data shards apart and never copy the cache. `make test-aot`; skipped where the compilers are missing."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+LAYERS = 18
+CACHE_BYTES = 2 * LAYERS * 1024 * 16 * 64 * 64 * 2  # keys and values of a shard's 1,024 pages of 64 positions, bfloat16
+TARGETS = {  # compiler, kernel, memory, meshes (data, tensor)
+    "v5e:2x2": ("libtpu", "tpu_custom_call", 16 * 2**30, [(1, 1), (2, 2)]),
+    "v5p:2x2x1": ("libtpu", "tpu_custom_call", 95 * 2**30, [(1, 1), (2, 2)]),
+    "h100": ("jax_plugins.xla_cuda12", "__gpu$xla.gpu.triton", 80 * 10**9, [(1, 1), (2, 2), (8, 1)]),
+}
+pytestmark = pytest.mark.aot
+
+
+def installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def target(request):
+    """A target and what was compiled for it, in a process of its own: one process holds one accelerator's compiler."""
+    compiler, kernel, memory, meshes = TARGETS[request.param]
+    if not installed(compiler):
+        pytest.skip(f"{compiler} is not installed: make test-aot")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.aot.compile", request.param],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    programs = json.loads(done.stdout)["programs"]
+    return kernel, memory, [(data, tensor, pick(programs, data, tensor)) for data, tensor in meshes]
+
+
+def pick(programs, data, tensor):
+    suffix = f" data={data} tensor={tensor}"
+    return {name.removesuffix(suffix): row for name, row in programs.items() if name.endswith(suffix)}
+
+
+def test_decode_calls_its_kernel_in_every_layer(target):
+    kernel, _, meshes = target
+    for _, _, programs in meshes:
+        assert programs["decode"]["kernels"] == [kernel]
+        assert programs["decode"]["num_kernels"] == LAYERS
+
+
+def test_training_attention_calls_its_kernels(target):
+    kernel, _, meshes = target
+    for _, _, programs in meshes:
+        if "train_attention" in programs:
+            assert programs["train_attention"]["kernels"] == [kernel]
+            assert programs["train_attention"]["num_kernels"] == 3, "forward, and two in the backward pass"
+
+
+def test_nothing_is_communicated_over_data(target):
+    *_, meshes = target
+    for _, tensor, programs in meshes:
+        for name, row in programs.items():
+            assert row["collectives_over_data"] == 0, name
+            assert bool(row["collectives"]) == (tensor > 1 and name in ("decode", "prefill")), name
+
+
+def test_every_program_fits_the_device(target):
+    _, memory, meshes = target
+    for _, _, programs in meshes:
+        for name, row in programs.items():
+            assert row["argument_bytes"] + row["temp_bytes"] + row["output_bytes"] < memory, name
+
+
+def test_pages_are_updated_in_place(target):
+    *_, meshes = target
+    for _, tensor, programs in meshes:
+        for name in ("decode", "prefill_write", "copy_pages"):
+            row = programs[name]
+            assert row["alias_bytes"] >= CACHE_BYTES // tensor, name
+            assert row["page_copies"] == 0, name
+            assert row["temp_bytes"] < CACHE_BYTES // tensor / LAYERS, f"{name}: less than one layer's pages"
+        assert programs["prefill"]["page_copies"] == 0

@@ -1,0 +1,105 @@
+"""rollout.decode_attention: pages where they lie give what packed rows give, on one device and on a mesh."""
+
+import jax
+import numpy as np
+import pytest
+
+from apr_jax.config import ConfigError
+from apr_jax.model.paged_attention import HeadTile
+from tests.engine.helpers import (
+    all_calls,
+    assert_equals_naive,
+    assert_same_bits,
+    keyed,
+    make_engine,
+    make_mesh,
+    make_params,
+    plain,
+    searching,
+)
+from tests.engine.hlo import aliases, collectives, collectives_over_data, copies_of, local_sizes
+
+
+def programs():
+    return [searching(1, depth=2), plain(4), plain(5, length=1), plain(6, length=90)]
+
+
+def assert_agree(ours, theirs):
+    """Same tokens, log-probabilities to 1e-5."""
+    for a, b in zip(all_calls(ours), all_calls(theirs), strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+def compiled_decode(engine):
+    lanes, policy = engine._decode_lanes()[0], engine._policy(1.0)
+    return engine._steps.decode.lower(engine._pages, engine._rows, engine._params, lanes, policy).compile()
+
+
+@pytest.fixture(scope="module")
+def packed():
+    """Greedy and sampled rollouts from packed rows."""
+    engine = make_engine()
+    return [engine.run(keyed(programs()), seed=4, temperature=temperature) for temperature in (0.0, 1.0)]
+
+
+@pytest.fixture(scope="module")
+def paged_engine():
+    return make_engine(decode_attention="paged", num_pages=333)
+
+
+def test_pages_in_place_equal_packed_rows_and_naive_decoding(packed, paged_engine):
+    greedy = paged_engine.run(keyed(programs()), seed=4, temperature=0.0)
+    for rollout, program in zip(greedy, programs(), strict=True):
+        assert_equals_naive(rollout, program)
+    assert_agree(greedy, packed[0])
+    assert_agree(paged_engine.run(keyed(programs()), seed=4, temperature=1.0), packed[1])
+
+
+def test_heads_side_by_side_change_nothing(packed, monkeypatch):
+    """As a TPU lays them out: both key/value heads in one row of 128."""
+    monkeypatch.setattr(HeadTile, "of", lambda *_: HeadTile(heads=2, padding=96))
+    engine = make_engine(decode_attention="paged")
+    assert engine._pages.keys[0].shape == (1, 97, 1, 8, 128)
+    assert_agree(engine.run(keyed(programs()), seed=4, temperature=1.0), packed[1])
+
+
+def test_a_mesh_changes_nothing(packed):
+    mesh = make_mesh(data=4, tensor=2)
+    engine = make_engine(mesh, decode_attention="paged", num_lanes=16, num_pages=4 * 97, prefill_lanes=8)
+    assert_agree(engine.run(keyed(programs()), seed=4, temperature=1.0), packed[1])
+    text = compiled_decode(engine).as_text()
+    assert collectives(text)
+    assert collectives_over_data(text, mesh) == []
+
+
+def test_bits_do_not_depend_on_neighbours(paged_engine):
+    alone = paged_engine.run(keyed([plain(1)]), seed=5, temperature=1.0)[0]
+    crowd = paged_engine.run(
+        keyed([plain(1), *(plain(s, length=3 + 5 * s) for s in range(9))]), seed=5, temperature=1.0
+    )
+    assert_same_bits(alone, crowd[0])
+
+
+def test_idle_lanes_write_to_the_trash_page_only(paged_engine):
+    paged_engine.set_params(make_params())  # no page is shared with an earlier run
+    marked = jax.tree.map(lambda x: x * 0 + 7.0, paged_engine._pages)
+    paged_engine._pages = jax.device_put(marked, paged_engine._pages.keys[0].sharding)
+    rollout = paged_engine.run(keyed([plain(1, length=10, stop_tokens=())]), seed=0, temperature=1.0)[0]
+    computed = 10 + len(rollout.calls[0].tokens) - 1
+    for array in (*paged_engine._pages.keys, *paged_engine._pages.values):
+        changed = (np.asarray(array)[0, 1:] != 7.0).all(axis=(1, 3))
+        assert changed.sum() == computed
+
+
+def test_pages_are_never_copied(paged_engine):
+    text = compiled_decode(paged_engine).as_text()
+    assert copies_of(text, local_sizes(paged_engine._pages)) == []
+    arrays = len(jax.tree.leaves(paged_engine._pages))
+    assert {output: aliases(text).get(output) for output in range(arrays)} == {i: i for i in range(arrays)}
+
+
+def test_a_page_that_a_kernel_cannot_take_is_refused(monkeypatch):
+    monkeypatch.setattr("apr_jax.engine.decode_cache.choose_impl", lambda *_: "gpu")
+    with pytest.raises(ConfigError, match=r"rollout\.page_size=8 must be a power of two and at least 16"):
+        make_engine(decode_attention="paged")

@@ -1,0 +1,69 @@
+"""The engine's own host (programs, scheduler, pages) over a simulated cache, writing prepared completions.
+
+Beside `ScriptedEngine`, which plays the protocol by itself, this one runs the protocol's implementation: children in
+lanes side by side, in chunks, with pages that are taken away and computed anew.
+"""
+
+from collections.abc import Sequence
+
+from apr_jax.engine.programs import Programs
+from apr_jax.engine.scheduler import Limits, Scheduler
+from apr_jax.engine.threads import Program, Rollout, RolloutKey, Thread
+from tests.engine.simulated import Place, SimulatedDevice
+from tests.reasoning.scripted_engine import Complete
+
+
+class ForcedEngine:
+    """Runs programs in visits. `complete` is asked once for each Decode, when its first chunk is due."""
+
+    def __init__(self, complete: Complete, *, lanes: int, max_seq_len: int, pages: int, max_total_tokens: int = 10**9):
+        limits = Limits(
+            num_shards=1,
+            lanes=lanes,
+            pages=pages,
+            page_size=16,
+            max_seq_len=max_seq_len,
+            steps_per_visit=16,
+            prefill_lanes=2,
+            prefix_reuse=True,
+            block_size=32,
+            row_blocks=lanes * -(-max_seq_len // 32),
+        )
+        self.scheduler = Scheduler(limits)
+        self._complete = complete
+        self._max_total_tokens = max_total_tokens
+        self._due: dict[Thread, list[int]] = {}
+        self.held: list[int] = []  # pages held after each visit
+
+    def run(self, programs: Sequence[tuple[RolloutKey, Program]]) -> list[Rollout]:
+        limits = self.scheduler.limits
+        run = Programs(
+            programs,
+            self.scheduler,
+            seed=0,
+            max_seq_len=limits.max_seq_len,
+            max_steps=limits.max_seq_len,
+            max_total_tokens=self._max_total_tokens,
+            now=lambda: 0.0,
+        )
+        device = SimulatedDevice(self.scheduler)
+        while True:
+            self.scheduler.admit(run.start_next)
+            self.scheduler.check()
+            if not self.scheduler.num_running:
+                return run.results()
+            device.copy()
+            device.prefill()
+            for thread, tokens in device.decode(self._draw):
+                run.decoded(thread, tokens, [0.0] * len(tokens))
+            run.drain()
+            self.scheduler.check()
+            self.held.append(self.scheduler.allocators[0].num_held)
+
+    def _draw(self, thread: Thread, place: Place) -> list[int]:
+        limits = self.scheduler.limits
+        due = self._due.get(thread) or list(self._complete(thread.path, list(thread.tokens)))
+        room = min(thread.max_generated - thread.generated, limits.max_seq_len - len(thread.tokens))
+        count = min(limits.steps_per_visit, room)
+        self._due[thread] = due[count:]
+        return due[:count]
