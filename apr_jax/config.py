@@ -178,6 +178,7 @@ class RolloutConfig:
     temperature: float  # GRPO's sampling temperature
     cancel_on_success: bool  # the first child that reaches the goal ends its siblings
     prefix_reuse: bool  # threads whose prompts begin alike share those pages
+    constrain_spawns: bool  # a thread can only write well-formed spawns within the limits above; reference: False
 
     def __post_init__(self) -> None:
         _positive(self, "rollout", "num_lanes page_size num_pages steps_per_visit prefill_lanes max_steps max_children")

@@ -108,6 +108,7 @@ def laptop() -> ConfigDict:
         temperature=0.5,
         cancel_on_success=False,
         prefix_reuse=True,
+        constrain_spawns=False,
     )
     config.grpo = dict(
         num_steps=12,

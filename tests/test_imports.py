@@ -17,7 +17,8 @@ LEAVES = {
 }
 MAY_USE_LEAVES = {"reasoning", "evaluation", "train", "launch"}
 NO_JAX = ["apr_jax/tasks", "apr_jax/data", "apr_jax/engine/pages.py", "apr_jax/engine/threads.py"]
-NO_JAX += ["apr_jax/engine/scheduler.py", "apr_jax/engine/peers.py", "apr_jax/config.py"]
+NO_JAX += ["apr_jax/engine/scheduler.py", "apr_jax/engine/constraints.py", "apr_jax/engine/peers.py"]
+NO_JAX += ["apr_jax/config.py"]
 
 
 def _files() -> list[pathlib.Path]:

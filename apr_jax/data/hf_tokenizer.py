@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import tokenizers
 
 from apr_jax.data.tokenizer import save_files
-from apr_jax.tasks.trace import CALL_END, JOIN_BEGIN
+from apr_jax.tasks.trace import CALL_BEGIN, CALL_END, JOIN_BEGIN
 
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[BOS]", "<|endoftext|>")
 _EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>", "[EOS]", "<|endoftext|>")
@@ -21,8 +21,8 @@ _CACHED_LINES = 1 << 16
 class HuggingFaceTokenizer:
     """A tokenizer.json, encoded and decoded line by line so that no token spans a newline.
 
-    The end of a spawn and the start of a join are added as special tokens where the vocabulary lacks them. BOS, EOS and
-    pad are found by their usual names (pad falls back to EOS).
+    The start and the end of a spawn and the start of a join are added as special tokens where the vocabulary lacks
+    them. BOS, EOS and pad are found by their usual names (pad falls back to EOS).
     """
 
     def __init__(self, path: str | pathlib.Path) -> None:
@@ -32,7 +32,9 @@ class HuggingFaceTokenizer:
         self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text())
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        absent = [phrase for phrase in (CALL_END, JOIN_BEGIN) if self._tokenizer.token_to_id(phrase) is None]
+        absent = [
+            phrase for phrase in (CALL_END, JOIN_BEGIN, CALL_BEGIN) if self._tokenizer.token_to_id(phrase) is None
+        ]
         self._tokenizer.add_special_tokens(
             [tokenizers.AddedToken(phrase, normalized=False, special=True) for phrase in absent]
         )
@@ -47,6 +49,7 @@ class HuggingFaceTokenizer:
         self.bos_id: int = vocabulary[self._names["bos_token"]]
         self.eos_id: int = vocabulary[self._names["eos_token"]]
         self.pad_id: int = vocabulary[self._names["pad_token"]]
+        self.call_begin_id: int = vocabulary[CALL_BEGIN]
         self.call_end_id: int = vocabulary[CALL_END]
         self.join_begin_id: int = vocabulary[JOIN_BEGIN]
         self._control = {self.pad_id, self.bos_id, self.eos_id}

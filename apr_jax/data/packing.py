@@ -19,8 +19,8 @@ Array = NDArray[np.generic]
 class Packing:
     """Packed rows, and where each sequence went.
 
-    rows: name -> [R, row_len] array. Every array of the sequences (0 where padded), and `segment_ids` (int32; 1, 2, ..
-        from left to right in each row, 0 = padding) and `positions` (int32; restart at 0 in every segment).
+    rows: name -> [R, row_len, ...] array. Every array of the sequences (0 where padded), and `segment_ids` (int32; 1,
+        2, .. from left to right in each row, 0 = padding) and `positions` (int32; restart at 0 in every segment).
     places: [N, 2] int64: sequence n lies in row places[n, 0] from column places[n, 1] on.
     lengths: [N] int64, tokens per sequence.
     """
@@ -47,16 +47,17 @@ class Packing:
 
 
 def pack(sequences: Sequence[Mapping[str, Array]], row_len: int) -> Packing:
-    """Packs sequences, each a dict of 1-D arrays of one length (tokens, targets, weights, advantages, ...).
+    """Packs sequences, each a dict of arrays of one length (tokens, targets, weights, advantages, ...).
 
-    All sequences have the same names. Deterministic. Raises ValueError for no sequences, an empty one, one longer than
-    `row_len`, arrays of different lengths, and differing names.
+    All sequences have the same names. An array may have further axes, of the same sizes in all sequences.
+    Deterministic. Raises ValueError for no sequences, an empty one, one longer than `row_len`, arrays of different
+    lengths, and differing names.
     """
     lengths = _checked_lengths(sequences, row_len)
     places = _fill_rows(lengths, row_len)
     num_rows = int(places[:, 0].max()) + 1
     rows: dict[str, Array] = {
-        name: np.zeros((num_rows, row_len), dtype=array.dtype) for name, array in sequences[0].items()
+        name: np.zeros((num_rows, row_len, *array.shape[1:]), array.dtype) for name, array in sequences[0].items()
     }
     segment_ids = np.zeros((num_rows, row_len), dtype=np.int32)
     positions = np.zeros((num_rows, row_len), dtype=np.int32)
@@ -126,8 +127,8 @@ def _checked_lengths(sequences: Sequence[Mapping[str, Array]], row_len: int) -> 
         if sequence.keys() != names:
             raise ValueError(f"sequence {index} has {sorted(sequence)}, the first one has {sorted(names)}")
         shapes = {array.shape for array in sequence.values()}
-        if len(shapes) != 1 or len(next(iter(shapes))) != 1:
-            raise ValueError(f"sequence {index}: its arrays must be 1-D and of one length, not {sorted(shapes)}")
+        if len({shape[:1] for shape in shapes}) != 1 or () in shapes:
+            raise ValueError(f"sequence {index}: its arrays must be of one length, not {sorted(shapes)}")
         lengths[index] = next(iter(shapes))[0]
         if not 0 < lengths[index] <= row_len:
             raise ValueError(f"sequence {index} has {lengths[index]} tokens; a row takes 1 to {row_len}")

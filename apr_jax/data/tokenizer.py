@@ -5,8 +5,8 @@ Three promises hold for every tokenizer here:
 - lossless: `decode(encode(text)) == text`, or `encode` raises ValueError;
 - no token that `encode` produces spans a newline (a newline only ends a token), so for `a` that ends in a newline
   `encode(a + b) == encode(a) + encode(b)`, and a prompt ends on a token boundary;
-- the end of a spawn (`call_end_id`) and the start of a join (`join_begin_id`) are one token each, so that a decoder
-  can stop at the one and never write the other.
+- the start and the end of a spawn (`call_begin_id`, `call_end_id`) and the start of a join (`join_begin_id`) are one
+  token each, so that a decoder can tell where a spawn begins, stop where it ends, and never write a join.
 """
 
 import json
@@ -72,6 +72,7 @@ class Tokenizer(Protocol):
     pad_id: int
     bos_id: int
     eos_id: int
+    call_begin_id: int  # the token "<Calling Sub Searches>\n"
     call_end_id: int  # the token "<End Calling Sub Searches>\n"
     join_begin_id: int  # the token "<Sub Searches>\n"
 
@@ -104,7 +105,8 @@ class BuiltinTokenizer:
         self._ids = {text: index for index, text in enumerate(self._texts) if text}  # a number wins over its digit
         self.vocab_size = len(self._texts)
         self.pad_id, self.bos_id, self.eos_id = 0, 1, 2
-        self.call_end_id, self.join_begin_id = self._ids[CALL_END], self._ids[JOIN_BEGIN]
+        self.call_begin_id, self.call_end_id = self._ids[CALL_BEGIN], self._ids[CALL_END]
+        self.join_begin_id = self._ids[JOIN_BEGIN]
         self._by_length = sorted((*PHRASES, *SYMBOLS), key=len, reverse=True)
         self._find = re.compile("|".join(["[0-9]+", *map(_guarded, self._by_length)])).findall
 

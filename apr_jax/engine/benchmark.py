@@ -167,7 +167,7 @@ def _share(config: Config, lanes: int, row: dict[str, float], limits: Limits) ->
 
 def _decode(prompt: list[int], new: int) -> Program:
     thread = yield Open(prompt)
-    return (yield Decode(thread, (), new))
+    return (yield Decode(thread, (), max_tokens=new))
 
 
 def table(result: dict[str, Any]) -> str:

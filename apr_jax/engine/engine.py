@@ -14,7 +14,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ConfigError, ModelConfig, RolloutConfig
+from apr_jax.engine.constraints import Gate
 from apr_jax.engine.decode_cache import DecodePlan
+from apr_jax.engine.holding import gate_masks, held_lanes
 from apr_jax.engine.programs import Programs
 from apr_jax.engine.scheduler import Limits, PrefillChunk, Scheduler
 from apr_jax.engine.steps import COPIES_PER_CALL, PAGES, SHARDED, DecodeLanes, Policy, PrefillLanes, Steps, Written
@@ -63,7 +65,14 @@ class Engine:
     """Decodes programs with one model. Not thread-safe; one run at a time."""
 
     def __init__(
-        self, model: ModelConfig, rollout: RolloutConfig, mesh: Mesh, *, params: Any, banned_tokens: tuple[int, ...]
+        self,
+        model: ModelConfig,
+        rollout: RolloutConfig,
+        mesh: Mesh,
+        *,
+        params: Any,
+        banned_tokens: tuple[int, ...],
+        gate: Gate | None = None,
     ):
         """Allocates the cache and places the weights.
 
@@ -73,6 +82,7 @@ class Engine:
             mesh: axes "data", "fsdp" and "tensor"; lanes and pages are split over "data", heads over "tensor".
             params: the tree of `llama.init_params`.
             banned_tokens: ids that are never drawn (among them the vocabulary's padding).
+            gate: lets programs decode under a grammar; None compiles nothing for it.
 
         Raises:
             ConfigError: sizes that cannot work.
@@ -110,6 +120,8 @@ class Engine:
         self._idle_since: float | None = None  # when the device's last results came
         self._banned_mask = np.zeros((model.vocab_size,), bool)
         self._banned_mask[list(banned_tokens)] = True
+        self._gate = gate
+        self._gate_masks = None if gate is None else gate_masks(gate, model.vocab_size)
         self._scheduler = Scheduler(self.limits)
         layout = choose_layout(model, mesh)
         self._steps = Steps(model, self.limits, mesh, layout, plan)
@@ -172,6 +184,7 @@ class Engine:
             max_steps=self._max_steps,
             max_total_tokens=self._max_total_tokens,
             now=time.perf_counter,
+            gate=self._gate,
         )
         policy = self._policy(temperature)
         try:
@@ -218,7 +231,8 @@ class Engine:
             tokens = written.tokens[shard, :count, lane].tolist()
             logprobs = written.logprobs[shard, :count, lane].tolist()
             stats.generated += len(tokens)
-            run.decoded(thread, tokens, logprobs)
+            shut = () if written.shut_logprobs is None else written.shut_logprobs[shard, :count, lane].tolist()
+            run.decoded(thread, tokens, logprobs, shut)
         held.append(self._scheduler.waste())
         run.drain()
         stats.visits += 1
@@ -267,11 +281,12 @@ class Engine:
                 token[place] = thread.tokens[-1]
                 length[place] = len(thread.tokens) - 1
                 remaining[place] = min(thread.max_generated - thread.generated, limits.max_seq_len - len(thread.tokens))
-                generated[place] = thread.generated
+                generated[place] = thread.generated + thread.rejected
                 stop_tokens[place][: len(thread.stop_tokens)] = thread.stop_tokens
                 key_data[place] = thread.key
                 self._fill_table(tables[place], thread)
-        lanes = DecodeLanes(token, length, remaining, stop_tokens, key_data, generated, tables)  # type: ignore[arg-type]
+        held = None if self._gate is None else held_lanes(self._gate, shape, placed)
+        lanes = DecodeLanes(token, length, remaining, stop_tokens, key_data, generated, tables, held)  # type: ignore[arg-type]
         return self._put(lanes), placed
 
     def _prefill_lanes(self, chunks: Sequence[PrefillChunk]) -> PrefillLanes:
@@ -297,7 +312,8 @@ class Engine:
 
     def _policy(self, temperature: float) -> Policy:
         replicated = NamedSharding(self._mesh, partition_spec())
-        return jax.device_put(Policy(np.float32(temperature), self._banned_mask), replicated)  # type: ignore[arg-type]
+        policy = Policy(np.float32(temperature), self._banned_mask, self._gate_masks)  # type: ignore[arg-type]
+        return jax.device_put(policy, replicated)
 
     def _put(self, tree: Any) -> Any:
         return jax.device_put(tree, NamedSharding(self._mesh, SHARDED))

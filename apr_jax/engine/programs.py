@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from apr_jax.engine.constraints import Constraint, Gate
 from apr_jax.engine.scheduler import Scheduler
 from apr_jax.engine.threads import (
     MAX_STOP_TOKENS,
@@ -101,6 +102,7 @@ class Programs:
         max_steps: int,
         max_total_tokens: int,
         now: Callable[[], float],
+        gate: Gate | None = None,
     ):
         self._waiting = collections.deque(enumerate(programs))
         self._scheduler = scheduler
@@ -109,6 +111,7 @@ class Programs:
         self._max_steps = max_steps
         self._max_total_tokens = max_total_tokens
         self._now = now  # seconds
+        self._gate = gate
         self._queue: collections.deque[tuple[_Node, Any]] = collections.deque()
         self._node_of: dict[Thread, _Node] = {}
         self._rollouts: list[Rollout | None] = [None] * len(programs)
@@ -125,10 +128,19 @@ class Programs:
         self.drain()
         return True
 
-    def decoded(self, thread: Thread, tokens: list[int], logprobs: list[float]) -> None:
-        """The device wrote these tokens for a thread. Queues its program if its Decode is over (see `drain`)."""
+    def decoded(
+        self, thread: Thread, tokens: list[int], logprobs: list[float], shut_logprobs: Sequence[float] = ()
+    ) -> None:
+        """The device wrote these tokens for a thread. Queues its program if its Decode is over (see `drain`).
+
+        `shut_logprobs`, the log-probabilities without the gate token, are read where the thread has a grammar.
+        """
         node = self._node_of[thread]
         assert node.call is not None
+        if thread.constraint is not None:
+            drawn = len(tokens)
+            tokens, logprobs = thread.constraint.take(thread.tokens, tokens, logprobs, shut_logprobs)
+            thread.rejected += drawn - len(tokens)
         self._scheduler.decoded(thread, tokens)
         if not node.call.tokens:
             node.call.first_token_ms = self._ms(node)
@@ -136,7 +148,7 @@ class Programs:
         node.call.logprobs.extend(logprobs)
         node.clock += len(tokens)
         node.left -= len(tokens)
-        stop = self._stop(thread)
+        stop = self._stop(thread) if tokens else None
         if node.cutoff is not None and (node.clock > node.cutoff or (stop is None and node.clock == node.cutoff)):
             self._park(node)
         elif stop is not None:
@@ -225,6 +237,11 @@ class Programs:
         thread.stop_tokens = tuple(request.stop_tokens)
         budget = node.left if request.max_tokens is None else min(node.left, request.max_tokens)
         thread.max_generated = min(self._max_steps, thread.generated + budget)
+        thread.constraint = None
+        if request.grammar is not None:
+            if self._gate is None:
+                raise ValueError("a Decode with a grammar needs an engine with a gate")
+            thread.constraint = Constraint(self._gate, request.grammar)
         limit = self._limit(thread)
         if limit is not None:
             return Stop(limit, None)
@@ -353,6 +370,7 @@ class Programs:
     def _close_call(self, node: _Node, stop: Stop) -> None:
         call, node.call = node.call, None
         assert call is not None
+        constraint = node.thread.constraint if node.thread is not None else None
         if call.tokens:
             node.calls.append(
                 Call(
@@ -365,6 +383,7 @@ class Programs:
                     start_ms=call.start_ms,
                     end_ms=self._ms(node),
                     first_token_ms=call.first_token_ms,
+                    masks=None if constraint is None else constraint.masks(),
                 )
             )
 
@@ -401,4 +420,5 @@ def _trim(call: Call, cutoff: int) -> Call:
     if len(call.tokens) <= keep:
         return call
     stop = Stop(StopReason.CANCELLED, None)
-    return dataclasses.replace(call, tokens=call.tokens[:keep], logprobs=call.logprobs[:keep], stop=stop)
+    masks = None if call.masks is None else call.masks.first(keep)
+    return dataclasses.replace(call, tokens=call.tokens[:keep], logprobs=call.logprobs[:keep], stop=stop, masks=masks)

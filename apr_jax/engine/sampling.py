@@ -14,17 +14,18 @@ MASKED_LOGIT = -1e30  # finite, so that differences of masked logits are no NaN
 KEY_IMPL = "threefry2x32"
 
 
-def log_probs(logits: jax.Array, temperature: jax.Array | float, banned_mask_V: jax.Array) -> jax.Array:
+def log_probs(logits: jax.Array, temperature: jax.Array | float, banned_mask: jax.Array) -> jax.Array:
     """Float32 log-probabilities `[..., V]` of the sampling policy.
 
     Args:
         logits: `[..., V]`.
         temperature: scalar >= 0. At 0 sampling takes the argmax, and these are the policy's at temperature 1.
-        banned_mask_V: bool `[V]`; banned tokens get MASKED_LOGIT-like values, probability exactly 0.
+        banned_mask: bool `[V]`, or `[..., V]` as `logits` are; banned tokens get MASKED_LOGIT-like values,
+            probability exactly 0.
     """
     temperature = jnp.asarray(temperature, jnp.float32)
     scaled = logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)
-    banned_mask = banned_mask_V.reshape((1,) * (logits.ndim - 1) + (-1,))
+    banned_mask = banned_mask.reshape((1,) * (logits.ndim - banned_mask.ndim) + banned_mask.shape)
     return jax.nn.log_softmax(jnp.where(banned_mask, MASKED_LOGIT, scaled), axis=-1)
 
 
@@ -41,6 +42,14 @@ def sample(logprobs_V: jax.Array, uniform: jax.Array, temperature: jax.Array | f
     ).astype(jnp.int32)
 
 
+def probability_of_others(logprobs_V: jax.Array, token: jax.Array) -> jax.Array:
+    """The probability of all tokens but one, added up without it: exact also where it has nearly all."""
+    probs = _grouped(jnp.exp(logprobs_V))
+    group, place = token // probs.shape[1], token % probs.shape[1]
+    other_groups = jnp.where(jnp.arange(probs.shape[0]) == group, 0.0, jnp.sum(probs, axis=1))
+    return jnp.sum(other_groups) + jnp.sum(jnp.where(jnp.arange(probs.shape[1]) == place, 0.0, probs[group]))
+
+
 def _argmax(x_V: jax.Array) -> jax.Array:
     """The first index of the maximum. In columns, so that a CPU takes many elements at once."""
     size = x_V.shape[0]
@@ -52,11 +61,17 @@ def _argmax(x_V: jax.Array) -> jax.Array:
     return jnp.min(first_W * width + jnp.arange(width))
 
 
-def _inverse_cdf(probs_V: jax.Array, uniform: jax.Array) -> jax.Array:
+def _grouped(probs_V: jax.Array) -> jax.Array:
+    """As `[groups, width]`, both about sqrt(V), filled with zeros."""
     size = probs_V.shape[0]
     width = math.isqrt(size - 1) + 1
     groups = -(-size // width)
-    probs = jnp.pad(probs_V, (0, groups * width - size)).reshape(groups, width)
+    return jnp.pad(probs_V, (0, groups * width - size)).reshape(groups, width)
+
+
+def _inverse_cdf(probs_V: jax.Array, uniform: jax.Array) -> jax.Array:
+    probs = _grouped(probs_V)
+    width = probs.shape[1]
     sums = jnp.cumsum(jnp.sum(probs, axis=1))
     threshold = uniform * sums[-1]
     group = _first_above(sums, threshold)

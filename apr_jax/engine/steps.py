@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apr_jax.config import ModelConfig
+from apr_jax.engine import holding
 from apr_jax.engine.decode_cache import DecodeCache, DecodePlan, View, open_cache
 from apr_jax.engine.sampling import log_probs, sample, uniforms
 from apr_jax.engine.scheduler import Limits
@@ -55,6 +56,7 @@ class DecodeLanes:
     key_data: jax.Array  # uint32 [.., 2]
     generated: jax.Array  # int32: tokens that the thread has generated before
     tables: jax.Array  # int32 [.., pages of a row]
+    held: holding.Held | None = None  # None: the engine has no gate
 
 
 @jax.tree_util.register_dataclass
@@ -75,6 +77,7 @@ class Policy:
 
     temperature: jax.Array  # float32 scalar
     banned_mask: jax.Array  # bool [V]
+    gate: holding.GateMasks | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -84,6 +87,7 @@ class Written:
 
     tokens: jax.Array  # int32 [steps, L]
     logprobs: jax.Array  # float32 [steps, L]
+    shut_logprobs: jax.Array | None  # float32 [steps, L]: the same without the gate token
     counts: jax.Array  # int32 [L]: the lane's tokens are the first `count` of its column
     steps: jax.Array  # int32: steps that the shard ran
 
@@ -96,21 +100,28 @@ def decode_thread(
     stop_tokens: jax.Array,
     uniform: jax.Array,
     policy: Policy,
-) -> tuple[tuple[Any, ...], jax.Array, jax.Array, jax.Array]:
+    held: holding.Held | None,
+) -> tuple[tuple[Any, ...], jax.Array, jax.Array, jax.Array, tuple[holding.LaneRegisters, jax.Array] | None]:
     """One token of one thread: attention over its pages, logits, a draw, stop matching.
 
-    Returns what the loop carries of the cache, the next token, its log-probability, and how many tokens may still
-    follow (0 once it stopped; a stopped thread's results are not used).
+    Returns what the loop carries of the cache, the next token, its log-probability, how many tokens may still follow
+    (0 once it stopped; a stopped thread's results are not used), and where the engine has a gate the thread's registers
+    and the log-probability without the gate token.
     """
     position = view.length + view.step
     hidden_TD, successor = model(token[None], position[None], cache=view)
     assert successor is not None
     # Gathered over "tensor" before the draw: sampling on split logits would take a dozen small collectives.
     logits_V: jax.Array = _constrain(model.logits(hidden_TD)[0], partition_spec(None))
-    logprobs_V = log_probs(logits_V, policy.temperature, policy.banned_mask)
+    gate = policy.gate
+    hold = None if held is None or gate is None else holding.hold(held, gate, policy.banned_mask, token, view.step)
+    logprobs_V = log_probs(logits_V, policy.temperature, policy.banned_mask if hold is None else hold.banned_mask)
     drawn = sample(logprobs_V, uniform, policy.temperature)
     stopped = jnp.any(drawn == stop_tokens)
-    return successor.carried, drawn, logprobs_V[drawn], jnp.where(stopped, 0, jnp.maximum(remaining - 1, 0))
+    if hold is not None:
+        stopped |= hold.pauses(drawn)
+    logprob, left = logprobs_V[drawn], jnp.where(stopped, 0, jnp.maximum(remaining - 1, 0))
+    return successor.carried, drawn, logprob, left, None if hold is None else hold.after(logprobs_V, drawn)
 
 
 def prefill_thread(
@@ -139,7 +150,7 @@ def decode_shard(
     """
     num_lanes = lanes.token.shape[0]
     uniforms_LC = jax.vmap(lambda key, first: uniforms(key, first, steps))(lanes.key_data, lanes.generated)
-    in_axes, out_axes = (None, cache.view_axes, 0, 0, 0, 0, None), (cache.carried_axis, 0, 0, 0)
+    in_axes, out_axes = (None, cache.view_axes, 0, 0, 0, 0, None, 0), (cache.carried_axis, 0, 0, 0, 0)
     lifted = jax.vmap(decode_thread, in_axes=in_axes, out_axes=out_axes)
 
     def live(state: tuple[Any, ...]) -> jax.Array:
@@ -147,16 +158,19 @@ def decode_shard(
         return (step < steps) & jnp.any(remaining_L > 0)
 
     def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, carried, token_L, remaining_L, counts_L, tokens_CL, logprobs_CL = state
+        step, carried, token_L, remaining_L, counts_L, tokens_CL, logprobs_CL, gated = state
         view = cache.view(carried, step, remaining_L > 0)
         uniform_L = jax.lax.dynamic_index_in_dim(uniforms_LC, step, axis=1, keepdims=False)
-        carried, drawn_L, logprob_L, left_L = lifted(
-            model, view, token_L, remaining_L, lanes.stop_tokens, uniform_L, policy
+        held = None if lanes.held is None else dataclasses.replace(lanes.held, registers=gated[0])
+        carried, drawn_L, logprob_L, left_L, after = lifted(
+            model, view, token_L, remaining_L, lanes.stop_tokens, uniform_L, policy, held
         )
+        if after is not None:
+            gated = after[0], jax.lax.dynamic_update_index_in_dim(gated[1], after[1], step, axis=0)
         tokens_CL = jax.lax.dynamic_update_index_in_dim(tokens_CL, drawn_L, step, axis=0)
         logprobs_CL = jax.lax.dynamic_update_index_in_dim(logprobs_CL, logprob_L, step, axis=0)
         counts_L = counts_L + (remaining_L > 0).astype(jnp.int32)
-        return step + 1, carried, drawn_L, left_L, counts_L, tokens_CL, logprobs_CL
+        return step + 1, carried, drawn_L, left_L, counts_L, tokens_CL, logprobs_CL, gated
 
     state = (
         jnp.int32(0),
@@ -166,9 +180,11 @@ def decode_shard(
         jnp.zeros((num_lanes,), jnp.int32),
         jnp.zeros((steps, num_lanes), jnp.int32),
         jnp.zeros((steps, num_lanes), jnp.float32),
+        None if lanes.held is None else (lanes.held.registers, jnp.zeros((steps, num_lanes), jnp.float32)),
     )
-    ran, carried, _, _, counts_L, tokens_CL, logprobs_CL = jax.lax.while_loop(live, body, state)
-    return *cache.finish(carried, counts_L), Written(tokens_CL, logprobs_CL, counts_L, ran)
+    ran, carried, _, _, counts_L, tokens_CL, logprobs_CL, gated = jax.lax.while_loop(live, body, state)
+    shut_CL = None if gated is None else gated[1]
+    return *cache.finish(carried, counts_L), Written(tokens_CL, logprobs_CL, shut_CL, counts_L, ran)
 
 
 def prefill_shard(model: Llama, layout: RowLayout, pages: PagedKVCache, lanes: PrefillLanes) -> tuple[Block, ...]:

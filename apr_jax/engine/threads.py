@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from apr_jax.engine.constraints import Constraint, Grammar, Masks
+
 MAX_STOP_TOKENS = 4
 
 Path = tuple[int, ...]
@@ -64,6 +66,8 @@ class Thread:
     # Keys of its leading pages that were computed by prefill alone, a whole page at a time: they may be shared.
     block_keys: list[bytes] = dataclasses.field(default_factory=list)
     prefilled: int = 0  # tokens prefilled in its life, recomputation included
+    constraint: Constraint | None = None  # what its Decode holds it to
+    rejected: int = 0  # draws in its life that its grammar refused; like `generated` they count as random numbers used
 
     @property
     def priority(self) -> tuple[int, int, Path]:
@@ -87,10 +91,13 @@ class Decode:
     """Decodes until one of `stop_tokens` (at most MAX_STOP_TOKENS) or a limit. Resumed with a Stop.
 
     A thread that is already full, out of steps or out of its rollout's tokens stops at once, and no Call is recorded.
+    With a `grammar`, which takes an engine with a gate (else ValueError), the thread writes only what that allows
+    (`engine/constraints.py`).
     """
 
     thread: Thread
     stop_tokens: tuple[int, ...]
+    grammar: Grammar | None = None
     max_tokens: int | None = None  # that this Decode may generate; it then stops with BUDGET
 
 
@@ -164,12 +171,13 @@ class Call:
     path: Path
     context: np.ndarray  # int32, all tokens before it
     tokens: np.ndarray  # int32, generated, the stop token included
-    logprobs: np.ndarray  # float32, under the sampling policy (temperature and banned tokens applied)
+    logprobs: np.ndarray  # float32, under the sampling policy (temperature, banned tokens and grammar applied)
     stop: Stop
     clock_start: int  # sequential tokens before it
     start_ms: float  # since the rollout's first request
     end_ms: float
     first_token_ms: float = 0.0  # when the first of its tokens were known
+    masks: Masks | None = None  # what its grammar allowed; None: it had none
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,14 +52,14 @@ def read_calls(demonstration: trace.Demonstration, tokenizer: Tokenizer) -> list
 def replay(calls: Sequence[ReplayedCall]) -> Program:
     """A program that does what a thread's calls did, and its children's."""
     thread = yield Open(calls[0].context)
-    yield Decode(thread, (), len(calls[0].tokens))
+    yield Decode(thread, (), max_tokens=len(calls[0].tokens))
     for before, call in itertools.pairwise(calls):
         handle = yield Spawn([replay([child]) for child in before.children])
         yield Join(handle)
         kept = _common_prefix([*before.context, *before.tokens], call.context)
         yield Truncate(thread, kept)
         yield Append(thread, call.context[kept:])
-        yield Decode(thread, (), len(call.tokens))
+        yield Decode(thread, (), max_tokens=len(call.tokens))
 
 
 def make_replays(config: Config, tokenizer: Tokenizer, count: int) -> list[list[ReplayedCall]]:

@@ -20,6 +20,7 @@ from apr_jax.reasoning.outcome import (
     token_index,
     truncated_reason,
 )
+from apr_jax.reasoning.spawn_grammar import ThreadGrammar
 from apr_jax.tasks import trace
 from apr_jax.tasks.countdown import Problem
 
@@ -81,7 +82,7 @@ def _search(prompt: str, settings: Settings, depth: int, allowance: int) -> Gene
     spawns = 0
     thread = yield Open(prompt_tokens(tokenizer, prompt))
     while True:
-        stop = yield Decode(thread, stop_tokens)
+        stop = yield Decode(thread, stop_tokens, _grammar(settings, depth, spawns, allowance))
         search.text = thread_text(tokenizer, thread)
         if stop.reason is not StopReason.TOKEN:
             search.failure = ("truncated", truncated_reason(stop))
@@ -109,11 +110,21 @@ def _search(prompt: str, settings: Settings, depth: int, allowance: int) -> Gene
         yield Append(thread, tokenizer.encode(joined))
 
 
+def _grammar(settings: Settings, depth: int, spawns: int, allowance: int) -> ThreadGrammar | None:
+    """What the thread's next spawn is held to: the same caps as in `_read_spawn`."""
+    if settings.spawn_grammar is None:
+        return None
+    may_spawn = depth < settings.max_depth and spawns < settings.max_spawns
+    most = min(settings.max_children, allowance) if may_spawn else 0
+    return ThreadGrammar(settings.spawn_grammar, depth + 1, most)
+
+
 def _read_spawn(
     text: str, settings: Settings, depth: int, spawns: int, allowance: int
 ) -> trace.SpawnCall | trace.Malformed:
     """Parses the spawn that `text` ends in and holds it to the caps, each with a reason of its own."""
-    call = trace.parse_spawn(text)
+    # A grammar holds what follows the token CALL_BEGIN, which an open vocabulary could also spell out before.
+    call = trace.parse_spawn(text, last_begin=settings.spawn_grammar is not None)
     if isinstance(call, trace.Malformed):
         return call
     if depth >= settings.max_depth:

@@ -5,7 +5,9 @@ from typing import Literal
 
 from apr_jax.config import Config
 from apr_jax.data.tokenizer import Tokenizer
+from apr_jax.engine.constraints import Gate
 from apr_jax.engine.threads import Stop, StopReason, Thread
+from apr_jax.reasoning.spawn_grammar import SpawnGrammar, spawn_grammar
 from apr_jax.tasks import trace
 from apr_jax.tasks.countdown import claims_goal
 from apr_jax.tasks.solver import token_budget
@@ -29,6 +31,7 @@ class Settings:
     max_depth: int  # levels of threads below the root
     max_total_children: int  # children in a rollout's whole tree of threads
     cancel_on_success: bool  # the first child that hands back a path ends its siblings
+    spawn_grammar: SpawnGrammar | None  # what spawns are held to; None: the model writes what it will
     budget: int | None  # written into the prompt: sub calls (adaptive) or tokens (serial); None = not conditioned
 
 
@@ -62,8 +65,20 @@ def make_settings(config: Config, tokenizer: Tokenizer, budget: int | None = Non
         max_depth=rollout.max_depth,
         max_total_children=rollout.max_total_children,
         cancel_on_success=rollout.cancel_on_success,
+        spawn_grammar=_spawn_grammar(config, tokenizer),
         budget=budget,
     )
+
+
+def spawn_gate(config: Config, tokenizer: Tokenizer) -> Gate | None:
+    """The gate that an engine needs for `make_settings(config, tokenizer)`; None where spawns are not constrained."""
+    grammar = _spawn_grammar(config, tokenizer)
+    return None if grammar is None else grammar.gate
+
+
+def _spawn_grammar(config: Config, tokenizer: Tokenizer) -> SpawnGrammar | None:
+    rollout = config.rollout
+    return spawn_grammar(tokenizer, rollout.max_children) if rollout.constrain_spawns else None
 
 
 def banned_tokens(tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:

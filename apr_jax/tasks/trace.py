@@ -130,8 +130,12 @@ def serial_prompt(problem: Problem, budget: int | None = None) -> str:
 
 def render_spawn(node_ids: Sequence[str], level: int = 1) -> str:
     """The text of a spawn of these nodes, CALL_BEGIN to CALL_END."""
-    lines = [f"<Start Sub Search {i} at level {level}> {move_line(node_id)}" for i, node_id in enumerate(node_ids)]
-    return "".join([CALL_BEGIN, *lines, CALL_END])
+    return "".join([CALL_BEGIN, *(spawn_line(i, level, node_id) for i, node_id in enumerate(node_ids)), CALL_END])
+
+
+def spawn_line(index: int, level: int, node_id: str) -> str:
+    """The line of a spawn that asks for its `index`-th child, counted from 0."""
+    return f"<Start Sub Search {index} at level {level}> {move_line(node_id)}"
 
 
 def render_join(results: Sequence[ChildResult], level: int = 1) -> str:
@@ -146,8 +150,23 @@ def render_join(results: Sequence[ChildResult], level: int = 1) -> str:
     return "".join(lines)
 
 
-def parse_spawn(text: str) -> SpawnCall | Malformed:
+def spawnable_nodes(text: str) -> list[str]:
+    """The nodes that a spawn may name which begins where a thread's text (prompt and everything after) ends.
+
+    They come in the order in which they were first generated. None where the prompt is unknown.
+    """
+    prompt = _PROMPT.match(text)
+    if prompt is None:
+        return []
+    generated = _generated_nodes(text, prompt.end(), len(text))
+    known = (prompt[1] or ROOT_ID, prompt[3], prompt[2], generated)
+    return [node_id for node_id in generated if isinstance(_child_prompt(node_id, *known), str)]
+
+
+def parse_spawn(text: str, *, last_begin: bool = False) -> SpawnCall | Malformed:
     """Reads the spawn that ends a thread's text (prompt and everything after; ends in CALL_END).
+
+    It begins at the first CALL_BEGIN line, or with `last_begin` at the last.
 
     A child's prompt is built from the line that generated its node and from the operations on the way there: those of
     the thread's own prompt, then those of the generated nodes. Reasons: no_call_end, no_call_begin, unknown_prompt,
@@ -156,7 +175,7 @@ def parse_spawn(text: str) -> SpawnCall | Malformed:
     """
     if not text.endswith(CALL_END):
         return Malformed("no_call_end")
-    start = text.find("\n" + CALL_BEGIN) + 1
+    start = (text.rfind if last_begin else text.find)("\n" + CALL_BEGIN) + 1
     if start == 0:
         return Malformed("no_call_begin")
     prompt = _PROMPT.match(text)
@@ -167,9 +186,7 @@ def parse_spawn(text: str) -> SpawnCall | Malformed:
         return requested
     node_ids, level = requested
     root_id, target, root_operations = prompt[1] or ROOT_ID, prompt[2], prompt[3]
-    generated: dict[str, set[tuple[str, str, str]]] = {}
-    for node_id, *node in _GENERATED_LINE.findall(text, prompt.end(), start):
-        generated.setdefault(node_id, set()).add((node[0], node[1], node[2]))
+    generated = _generated_nodes(text, prompt.end(), start)
     contexts = []
     for node_id in node_ids:
         context = _child_prompt(node_id, root_id, root_operations, target, generated)
@@ -231,6 +248,14 @@ def _read_spawn_lines(body: str) -> tuple[tuple[str, ...], int] | Malformed:
         node_ids.append(match[3])
     level = levels.pop()
     return Malformed("wrong_level") if levels or level < 1 else (tuple(node_ids), level)
+
+
+def _generated_nodes(text: str, start: int, end: int) -> dict[str, set[tuple[str, str, str]]]:
+    """By node, its target, numbers and operation: as often as they were written differently between two offsets."""
+    generated: dict[str, set[tuple[str, str, str]]] = {}
+    for node_id, *node in _GENERATED_LINE.findall(text, start, end):
+        generated.setdefault(node_id, set()).add((node[0], node[1], node[2]))
+    return generated
 
 
 def _child_prompt(

@@ -1,6 +1,6 @@
 """Batches on their way to the mesh, and the forward pass that both trainers share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,14 +17,18 @@ Batch = dict[str, jax.Array]
 Scorer = Callable[[Params, Batch], TokenScores]
 
 
-def make_scorer(model: ModelConfig, log_probs: LogProbs) -> Scorer:
-    """A function (params, batch of packed rows) -> scores of the batch's targets."""
+def make_scorer(model: ModelConfig, log_probs: LogProbs, given: Sequence[str] = ()) -> Scorer:
+    """A function (params, batch of packed rows) -> scores of the batch's targets.
+
+    The batch's arrays named in `given` go to `log_probs`, after the logits.
+    """
     structure = graphdef(model)
 
     def score(params: Params, batch: Batch) -> TokenScores:
         llama = nnx.merge(structure, params)
         hidden_BTD, _ = llama(batch["tokens"], batch["positions"], segment_ids=batch["segment_ids"])
-        return token_scores(hidden_BTD, batch["targets"], llama.logits, log_probs, model.vocab_size)
+        arrays = tuple(batch[name] for name in given)
+        return token_scores(hidden_BTD, batch["targets"], llama.logits, log_probs, model.vocab_size, given=arrays)
 
     return score
 
@@ -47,7 +51,9 @@ def to_mesh(rows: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int | None
 def pad_rows(rows: Mapping[str, np.ndarray], multiple: int) -> dict[str, np.ndarray]:
     """Appends empty rows (all zero: segment 0, no weight) until their number is a multiple."""
     missing = -len(next(iter(rows.values()))) % multiple
-    return {name: np.pad(rows_BT, ((0, missing), (0, 0))) for name, rows_BT in rows.items()}
+    return {
+        name: np.pad(rows_BT, ((0, missing), *((0, 0) for _ in rows_BT.shape[1:]))) for name, rows_BT in rows.items()
+    }
 
 
 def fetch(metrics: Mapping[str, Any]) -> dict[str, float]:

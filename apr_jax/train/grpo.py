@@ -13,18 +13,19 @@ from jax.sharding import Mesh
 from apr_jax.config import Config
 from apr_jax.data.packing import pack
 from apr_jax.data.tokenizer import Tokenizer
-from apr_jax.engine import sampling
+from apr_jax.engine import holding, sampling
+from apr_jax.engine.constraints import Gate
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import RolloutKey
 from apr_jax.model.llama import Params
 from apr_jax.parallel.mesh import replicated
 from apr_jax.progress import progress
-from apr_jax.reasoning.outcome import banned_tokens, make_settings
+from apr_jax.reasoning.outcome import banned_tokens, make_settings, spawn_gate
 from apr_jax.reasoning.programs import make_program
 from apr_jax.tasks.countdown import Problem
 from apr_jax.train.batches import Batch, make_scorer, pad_rows, to_mesh
 from apr_jax.train.checkpoint import Checkpoints
-from apr_jax.train.losses import GRPOTerms, GRPOTokens, grpo_loss
+from apr_jax.train.losses import GRPOTerms, GRPOTokens, LogProbs, grpo_loss
 from apr_jax.train.metrics import MetricsWriter
 from apr_jax.train.optimizer import make_optimizer
 from apr_jax.train.rollouts import (
@@ -55,12 +56,10 @@ class Updater:
     def __init__(self, config: Config, mesh: Mesh, tokenizer: Tokenizer) -> None:
         self._config, self._mesh = config, mesh
         self.optimizer = make_optimizer(config.grpo.optimizer, config.grpo.num_steps * config.grpo.inner_updates)
-        banned_V = np.zeros(config.model.vocab_size, bool)
-        banned_V[list(banned_tokens(tokenizer, config.model.vocab_size))] = True
-        policy = functools.partial(
-            sampling.log_probs, temperature=config.rollout.temperature, banned_mask_V=jnp.asarray(banned_V)
+        self.gate = spawn_gate(config, tokenizer)
+        self._scorer = make_scorer(
+            config.model, _sampling_policy(config, tokenizer, self.gate), ("bans", "allowed") if self.gate else ()
         )
-        self._scorer = make_scorer(config.model, policy)
         self._reference = jax.jit(lambda params, batch: self._scorer(params, batch).logprob_BT)
         self._accumulate = jax.jit(self._add_gradients, donate_argnums=0)
         self._apply = jax.jit(
@@ -140,6 +139,24 @@ class Updater:
         return jax.tree.map(jnp.add, sums, (grads, terms)), logprob_BT
 
 
+def _sampling_policy(config: Config, tokenizer: Tokenizer, gate: Gate | None) -> LogProbs:
+    """The engine's policy: a function of logits `[B, T, V]`, and with a gate of `bans` and `allowed` of the batch."""
+    mask_V = np.zeros(config.model.vocab_size, bool)
+    mask_V[list(banned_tokens(tokenizer, config.model.vocab_size))] = True
+    banned_V = jnp.asarray(mask_V)
+    log_probs = functools.partial(sampling.log_probs, temperature=config.rollout.temperature)
+    if gate is None:
+        return functools.partial(log_probs, banned_mask=banned_V)
+    masks = jax.tree.map(jnp.asarray, holding.gate_masks(gate, config.model.vocab_size))
+    of_row = jax.vmap(holding.banned_mask, (None, None, 0, 0))
+
+    def held(logits_BTV: jax.Array, bans_BT: jax.Array, allowed_BTD: jax.Array) -> jax.Array:
+        banned_BTV = jax.vmap(of_row, (None, None, 0, 0))(banned_V, masks, bans_BT, allowed_BTD - 1)
+        return log_probs(logits_BTV, banned_mask=banned_BTV)
+
+    return held
+
+
 def train_grpo(
     config: Config,
     mesh: Mesh,
@@ -180,7 +197,7 @@ def train_grpo(
                 checkpoints.save_if_new(step - 1, state, {})
                 raise
             rolled_out = time.perf_counter()
-            microbatches = updater.microbatches(training_sequences(scored, grpo.kl_coef))
+            microbatches = updater.microbatches(training_sequences(scored, grpo.kl_coef, updater.gate))
             state, device_metrics, old = updater.update(state, microbatches, reference)
             metrics = {
                 **rollout_metrics(scored, asked, tokenizer, config),

@@ -13,7 +13,8 @@ import numpy as np
 
 MAX_LOGITS = 1 << 24  # logits held at a time, in elements: 64 MiB in float32
 
-LogProbs = Callable[[jax.Array], jax.Array]
+Logits = Callable[[jax.Array], jax.Array]
+LogProbs = Callable[..., jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -33,10 +34,11 @@ def num_chunks(batch: int, time: int, vocab: int, max_logits: int = MAX_LOGITS) 
 def token_scores(
     hidden_BTD: jax.Array,
     targets_BT: jax.Array,
-    logits: LogProbs,
+    logits: Logits,
     log_probs: LogProbs,
     vocab: int,
     max_logits: int = MAX_LOGITS,
+    given: tuple[jax.Array, ...] = (),
 ) -> TokenScores:
     """Scores the targets without ever holding [B, T, V] logits when they are many.
 
@@ -44,23 +46,26 @@ def token_scores(
       hidden_BTD: the model's final hidden states.
       targets_BT: int32 token ids in [0, vocab).
       logits: hidden [..., D] -> float32 logits [..., V].
-      log_probs: logits [..., V] -> float32 normalised log-probabilities (`jax.nn.log_softmax` in SFT, the engine's
-        sampling policy in GRPO).
+      log_probs: logits [..., V] and the same positions of `given` -> float32 normalised log-probabilities
+        (`jax.nn.log_softmax` in SFT, the engine's sampling policy in GRPO).
       vocab: V, which with `max_logits` sets how many chunks of time there are; each is recomputed in the backward pass.
+      given: arrays [B, T, ...].
     """
     batch, time = targets_BT.shape
 
-    def score(hidden_BUD: jax.Array, targets_BU: jax.Array) -> TokenScores:
-        logprobs_BUV = log_probs(logits(hidden_BUD))
+    def score(hidden_BUD: jax.Array, targets_BU: jax.Array, *given: jax.Array) -> TokenScores:
+        logprobs_BUV = log_probs(logits(hidden_BUD), *given)
         picked_BU = jnp.take_along_axis(logprobs_BUV, targets_BU[..., None], axis=-1)[..., 0]
         return TokenScores(picked_BU, jnp.argmax(logprobs_BUV, axis=-1) == targets_BU)
 
     chunks = num_chunks(batch, time, vocab, max_logits)
     if chunks == 1:
-        return score(hidden_BTD, targets_BT)
-    hidden_CBUD = hidden_BTD.reshape(batch, chunks, time // chunks, -1).swapaxes(0, 1)
-    targets_CBU = targets_BT.reshape(batch, chunks, time // chunks).swapaxes(0, 1)
-    scores_CBU = jax.lax.map(jax.checkpoint(lambda xs: score(*xs)), (hidden_CBUD, targets_CBU))
+        return score(hidden_BTD, targets_BT, *given)
+    arrays_CBU = jax.tree.map(
+        lambda x_BT: x_BT.reshape(batch, chunks, time // chunks, *x_BT.shape[2:]).swapaxes(0, 1),
+        (hidden_BTD, targets_BT, *given),
+    )
+    scores_CBU = jax.lax.map(jax.checkpoint(lambda xs: score(*xs)), arrays_CBU)
     return jax.tree.map(lambda x_CBU: x_CBU.swapaxes(0, 1).reshape(batch, time), scores_CBU)
 
 

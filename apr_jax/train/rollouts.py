@@ -8,6 +8,7 @@ import numpy as np
 
 from apr_jax.config import Config, GRPOConfig
 from apr_jax.data.tokenizer import Tokenizer
+from apr_jax.engine.constraints import BANS_NOTHING, Gate
 from apr_jax.engine.threads import Call, Rollout
 from apr_jax.evaluation.metrics import record_rollout, summarize
 from apr_jax.tasks.countdown import Problem, verify
@@ -60,17 +61,20 @@ def score(rollouts: Sequence[Rollout], problems: Sequence[Problem], config: GRPO
     return Scored(tuple(rollouts), tuple(rewards), advantages)
 
 
-def training_sequences(scored: Scored, kl_coef: float) -> list[dict[str, np.ndarray]]:
+def training_sequences(scored: Scored, kl_coef: float, gate: Gate | None = None) -> list[dict[str, np.ndarray]]:
     """One sequence a call: context and generated tokens, with GRPO's weights on the generated ones.
 
     Each holds, per target token: `tokens`, `targets` (int32), `advantage`, `policy_weight`, `kl_weight` and
     `rollout_logprob` (float32, 0 on context). With kl_coef 0 a call of advantage 0 has zero loss and zero gradient: it
     is left out, and counts in the others' weights all the same. So is a call that generated nothing.
+
+    With the `gate` of the engine that drew them each holds what its grammar allowed, too: `bans` (int32) and `allowed`
+    (int32 `[T, gate.num_choices]`, an id plus 1, or 0), as `engine.holding.banned_mask` takes them.
     """
     calls = [(index, call) for index, rollout in enumerate(scored.rollouts) for call in rollout.calls]
     weights = call_weights([index for index, _ in calls], [len(call.tokens) for _, call in calls], kl_coef)
     return [
-        _sequence(call, float(scored.advantages[index]), weight.policy, weight.kl)
+        _sequence(call, float(scored.advantages[index]), weight.policy, weight.kl) | _constraints(call, gate)
         for (index, call), weight in zip(calls, weights, strict=True)
         if len(call.tokens) and (kl_coef > 0 or scored.advantages[index] != 0)
     ]
@@ -89,6 +93,19 @@ def _sequence(call: Call, advantage: float, policy_weight: float, kl_weight: flo
         "kl_weight": (kl_weight * generated).astype(np.float32),
         "rollout_logprob": logprobs,
     }
+
+
+def _constraints(call: Call, gate: Gate | None) -> dict[str, np.ndarray]:
+    """The call's masks, for each of its target tokens; none for an engine without a gate."""
+    if gate is None:
+        return {}
+    targets, first = len(call.context) + len(call.tokens) - 1, len(call.context) - 1
+    bans = np.full(targets, BANS_NOTHING, np.int32)
+    allowed = np.zeros((targets, gate.num_choices), np.int32)
+    if call.masks is not None:
+        bans[first:] = call.masks.bans
+        allowed[first:, : call.masks.allowed.shape[1]] = call.masks.allowed + 1
+    return {"bans": bans, "allowed": allowed}
 
 
 def rollout_metrics(

@@ -26,7 +26,7 @@ from apr_jax.evaluation.run import ShownProgress, evaluate, load_problems, save_
 from apr_jax.model.llama import Params
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.progress import Progress, progress
-from apr_jax.reasoning.outcome import banned_tokens, make_settings
+from apr_jax.reasoning.outcome import banned_tokens, make_settings, spawn_gate
 from apr_jax.tasks.countdown import Problem
 from apr_jax.tasks.trace import Demonstration
 from apr_jax.train.checkpoint import (
@@ -189,7 +189,10 @@ class _Run:
         """The run's one engine, which compiles its steps once for all stages."""
         if self.engine is None:
             banned = banned_tokens(self.tokenizer, self.config.model.vocab_size)
-            self.engine = Engine(self.config.model, self.config.rollout, self.mesh, params=params, banned_tokens=banned)
+            gate = spawn_gate(self.config, self.tokenizer)
+            self.engine = Engine(
+                self.config.model, self.config.rollout, self.mesh, params=params, banned_tokens=banned, gate=gate
+            )
             self.engine.warm_up()  # so that no rate or latency counts compilation
         else:
             self.engine.set_params(params)

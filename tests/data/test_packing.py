@@ -67,6 +67,14 @@ def test_dtypes_are_kept_and_the_result_is_a_function_of_the_input():
         np.testing.assert_array_equal(rows, second.rows[name])
 
 
+def test_further_axes_are_kept():
+    sequences = [{"tokens": np.arange(n), "pairs": np.arange(2 * n).reshape(n, 2)} for n in (3, 5, 4)]
+    packing = pack(sequences, 8)
+    assert packing.rows["pairs"].shape == (packing.num_rows, 8, 2)
+    for sequence, pairs in zip(sequences, packing.read_back(packing.rows["pairs"]), strict=True):
+        np.testing.assert_array_equal(pairs, sequence["pairs"])
+
+
 @pytest.mark.parametrize(
     ("sequences", "message"),
     [
@@ -74,7 +82,8 @@ def test_dtypes_are_kept_and_the_result_is_a_function_of_the_input():
         (sequences_of([5, 11]), "sequence 1 has 11 tokens; a row takes 1 to 10"),
         ([{"tokens": np.zeros(0)}], "sequence 0 has 0 tokens"),
         ([{"tokens": np.zeros(3), "weights": np.zeros(4)}], "of one length"),
-        ([{"tokens": np.zeros((3, 2))}], "1-D"),
+        ([{"tokens": np.zeros((3, 2)), "weights": np.zeros(2)}], "of one length"),
+        ([{"tokens": np.zeros(())}], "of one length"),
         ([{"tokens": np.zeros(3)}, {"ids": np.zeros(3)}], "the first one has"),
     ],
 )

@@ -1,4 +1,3 @@
-import json
 import pathlib
 
 import pytest
@@ -8,6 +7,7 @@ from hypothesis import strategies as st
 
 from apr_jax.data.tokenizer import PHRASES, SYMBOLS, BuiltinTokenizer, Tokenizer, load_tokenizer
 from apr_jax.tasks import trace
+from tests.data.made_tokenizers import byte_level_json, llama_like_json
 
 BUILTIN = BuiltinTokenizer()
 # Lines that no solver writes (deeper levels, budgets, numbers of any spelling), but that models and readers may meet.
@@ -23,20 +23,6 @@ ODD_LINES = [
 LONG_NUMBERS = ["0", "00", "05", "255", "256", "0255", "025", "1000", "2550", "12371", *map(str, range(250, 310))]
 
 
-def byte_level_json(folder: pathlib.Path, texts: list[str], specials: list[str]) -> pathlib.Path:
-    """A byte-level BPE trained here, as a tokenizer.json. Its merges would cross newlines if they were let."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=500, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder / "tokenizer.json"
-
-
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory: pytest.TempPathFactory, reference_texts: list[str]) -> Tokenizer:
     path = byte_level_json(tmp_path_factory.mktemp("bpe"), reference_texts[:50], ["<s>", "</s>"])
@@ -45,29 +31,12 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory, reference_texts: list[s
 
 @pytest.fixture(scope="module")
 def llama_like(tmp_path_factory: pytest.TempPathFactory, reference_texts: list[str]) -> Tokenizer:
-    """As Llama-2's: a blank is put before the text and taken off in decoding, and a newline is a byte token."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
-    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    specials = ["<unk>", "<s>", "</s>"]
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=600, special_tokens=[*specials, *(f"<0x{byte:02X}>" for byte in range(256))], show_progress=False
-    )
-    tokenizer.train_from_iterator((line for text in reference_texts[:50] for line in text.split("\n")), trainer)
-    as_json = json.loads(tokenizer.to_str())
-    as_json["added_tokens"] = [token for token in as_json["added_tokens"] if token["content"] in specials]
-    as_json["model"]["byte_fallback"] = True
-    path = tmp_path_factory.mktemp("llama") / "tokenizer.json"
-    path.write_text(json.dumps(as_json))
-    return load_tokenizer(str(path))
+    return load_tokenizer(str(llama_like_json(tmp_path_factory.mktemp("llama"), reference_texts[:50])))
 
 
 @pytest.fixture(params=["builtin", "byte_level", "llama_like"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    return BUILTIN if request.param == "builtin" else request.getfixturevalue("byte_level")
+    return BUILTIN if request.param == "builtin" else request.getfixturevalue(request.param)
 
 
 def test_every_trace_comes_back(tokenizer: Tokenizer, reference_texts: list[str]):

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 from apr_jax.config import ModelConfig, RolloutConfig
+from apr_jax.engine.constraints import Gate
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.sampling import log_probs
 from apr_jax.engine.threads import (
@@ -64,6 +65,7 @@ ROLLOUT = RolloutConfig(
     temperature=1.0,
     cancel_on_success=False,
     prefix_reuse=True,
+    constrain_spawns=False,
 )
 
 
@@ -78,10 +80,14 @@ def make_params(model: ModelConfig = MODEL, seed: int = 0) -> Any:
 
 
 def make_engine(
-    mesh: Mesh | None = None, model: ModelConfig = MODEL, banned: tuple[int, ...] = BANNED, **changes: Any
+    mesh: Mesh | None = None,
+    model: ModelConfig = MODEL,
+    banned: tuple[int, ...] = BANNED,
+    gate: Gate | None = None,
+    **changes: Any,
 ) -> Engine:
     rollout = dataclasses.replace(ROLLOUT, **changes)
-    return Engine(model, rollout, mesh or make_mesh(), params=make_params(model), banned_tokens=banned)
+    return Engine(model, rollout, mesh or make_mesh(), params=make_params(model), banned_tokens=banned, gate=gate)
 
 
 def prompt(seed: int, length: int) -> list[int]:
@@ -228,7 +234,12 @@ def assert_same_bits(first: Rollout, second: Rollout) -> None:
         np.testing.assert_array_equal(a.tokens, b.tokens)
         assert a.logprobs.tobytes() == b.logprobs.tobytes()
         assert (a.stop, a.clock_start) == (b.stop, b.clock_start)
+        jax.tree.map(np.testing.assert_array_equal, _masks(a), _masks(b))
     assert first.sequential_tokens == second.sequential_tokens
+
+
+def _masks(call: Call) -> Any:
+    return None if call.masks is None else (call.masks.bans, call.masks.allowed)
 
 
 def assert_close(first: Rollout, second: Rollout) -> None:

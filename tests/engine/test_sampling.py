@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from apr_jax.engine.sampling import log_probs, sample, uniforms
+from apr_jax.engine.sampling import log_probs, probability_of_others, sample, uniforms
 from apr_jax.engine.threads import RolloutKey, thread_key
 
 
@@ -58,3 +58,12 @@ def test_keys_are_independent_and_counted():
     assert np.abs(np.corrcoef(draws) - np.eye(len(draws))).max() < 0.6
     key = jnp.asarray(sorted(keys)[0], jnp.uint32)
     np.testing.assert_array_equal(uniforms(key, jnp.int32(5), 3), draws[0][5:8])
+
+
+def test_probability_of_others_is_exact_beside_a_token_that_has_nearly_all():
+    logits = np.random.default_rng(0).normal(size=40).astype(np.float32)
+    logits[17] = 25.0
+    others = np.exp(np.delete(logits, 17).astype(np.float64)).sum()
+    expected = others / (others + np.exp(25.0))
+    np.testing.assert_allclose(probability_of_others(jax.nn.log_softmax(jnp.asarray(logits)), 17), expected, rtol=1e-5)
+    np.testing.assert_allclose(probability_of_others(jax.nn.log_softmax(jnp.asarray(logits)), 3), 1.0, rtol=1e-5)

@@ -26,6 +26,7 @@ def settings(**changes: object) -> Settings:
         max_depth=1,
         max_total_children=1000,
         cancel_on_success=False,
+        spawn_grammar=None,
         budget=None,
     )
     return dataclasses.replace(values, **changes)
