@@ -1,4 +1,5 @@
-# make train | make test | make test-peers | make peers | make test-aot | make gpu-check | make lint | make lock; PYTHON=python3.13 picks another interpreter (and its own environment).
+# make train | make test | make test-peers | make peers | make test-aot | make gpu-check | make lint | make lock
+# PYTHON=python3.13 picks another interpreter (and its own environment).
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv-$(notdir $(PYTHON))
 BIN := $(VENV)/bin

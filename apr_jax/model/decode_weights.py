@@ -5,6 +5,7 @@ time to read it is most of the step on an accelerator. Here matrices are in the 
 read the float32 ones), query, key and value are one product, and so are gate and up. docs/decode.md has the study.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -14,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apr_jax.config import ModelConfig
 from apr_jax.model.llama import Params, WeightLayout, abstract_params, logical_axes
-from apr_jax.parallel.mesh import RULES, TENSOR_AXIS, Rules, partition_spec
+from apr_jax.parallel.mesh import RULES, TENSOR_AXIS
 
 # From this width on XLA's CPU backend multiplies `[out, in] x [in, lanes]` faster than `[lanes, in] x [in, out]`.
 MIN_TRANSPOSED_DIM = 512
@@ -56,8 +57,8 @@ def to_layout(params: Params, config: ModelConfig, layout: WeightLayout) -> Para
 
 
 def layout_shardings(mesh: Mesh, config: ModelConfig, layout: WeightLayout) -> Params:
-    """Where `to_layout`'s weights lie: split over "tensor", whole elsewhere (over "fsdp" each step would gather them)."""
-    rules = Rules(**{**RULES.__dict__, "embed": None})
+    """Where `to_layout`'s weights lie: split over "tensor" and whole elsewhere, or each step would gather them."""
+    rules = dataclasses.replace(RULES, embed=None)
 
     def sharding(path: Any, logical: PartitionSpec) -> NamedSharding:
         axes = tuple(logical)
@@ -69,7 +70,7 @@ def layout_shardings(mesh: Mesh, config: ModelConfig, layout: WeightLayout) -> P
 
 
 def num_bytes(config: ModelConfig, layout: WeightLayout) -> int:
-    """Bytes of the weights that one decode step reads: all matrices, and of the embedding nothing but what it looks up."""
+    """Bytes of the weights that one decode step reads whole: all but an embedding that it looks rows up in."""
     size = jnp.dtype(config.compute_dtype).itemsize
     leaves = jax.tree_util.tree_leaves_with_path(abstract_params(config, layout))
     tied = config.tie_embeddings and not layout.own_head

@@ -8,9 +8,9 @@ own and merges the parts (online softmax, Milakov and Gimelshein 2018), then add
 wholly masked changes no bit of the result. So a thread's result does not depend on its neighbours, and blocks that a
 thread doesn't need are skipped.
 
-Prefill gathers a *span*, some blocks, from the pages where it uses it. Decode uses every block at every step: it gathers
-them once per chunk, and only those that hold something, as one list of *entries* over all lanes (`PackedRows`). What a
-step reads is then the sum of the threads' lengths, not the number of lanes times the longest of them.
+Prefill gathers a *span*, some blocks, from the pages where it uses it. Decode uses every block at every step: it copies
+them once per chunk, and only those that hold something, into one list of *entries* over all lanes (`PackedRows`). What
+a step reads is then the sum of the threads' lengths, not the number of lanes times the longest of them.
 """
 
 import dataclasses
@@ -110,14 +110,14 @@ Chunks = tuple[Block, ...]  # chunks of entries, each keys and values [entries o
 
 @dataclasses.dataclass(frozen=True)
 class RowBuffers:
-    """Room for the packed rows, kept from one chunk of decoding to the next: fresh memory would have to be faulted in."""
+    """Room for the packed rows, kept between chunks of decoding: fresh memory would have to be faulted in."""
 
     layers: tuple[Chunks, ...]  # arrays [shards, entries of a chunk, K, S, H]
 
     @classmethod
     def create(cls, config: ModelConfig, num_shards: int, layout: RowLayout, max_entries: int) -> Self:
         """Room for `max_entries` blocks a shard, in chunks of equally many."""
-        size = max(min(MIN_ENTRIES, max_entries), -(-max_entries // MAX_CHUNKS))
+        size = max(1, min(MIN_ENTRIES, max_entries), -(-max_entries // MAX_CHUNKS))
         shape = (num_shards, size, config.num_kv_heads, layout.block_size, config.head_dim)
         chunks = range(-(-max_entries // size))
         return cls(tuple(tuple((_zeros(shape, config),) * 2 for _ in chunks) for _ in range(config.num_layers)))

@@ -35,9 +35,9 @@ def step_texts(engine: Any) -> dict[str, str]:
     return {name: step.compile().as_text() for name, step in lowered.items()}
 
 
-def pool_sizes(pages: Any) -> set[int]:
-    """Elements of one device's part of each page pool array."""
-    return {array.addressable_shards[0].data.size for array in jax.tree.leaves(pages)}
+def local_sizes(cache: Any) -> set[int]:
+    """Elements of one device's part of each array."""
+    return {array.addressable_shards[0].data.size for array in jax.tree.leaves(cache)}
 
 
 def copies_of(text: str, sizes: set[int]) -> list[str]:

@@ -92,7 +92,10 @@ class SimulatedDevice:
         `draw(thread, place)` gives the tokens that a thread writes after its last one, which computes to `place`.
         """
         written, writes = [], []
-        for shard in range(self.scheduler.limits.num_shards):
+        limits = self.scheduler.limits
+        for shard in range(limits.num_shards):
+            blocks = sum(-(-thread.computed // limits.block_size) for thread in self.scheduler.running(shard))
+            assert blocks <= limits.row_blocks, "more blocks than a step reads"
             for thread in self.scheduler.running(shard):
                 assert self.scheduler.can_decode(thread), "a thread with a lane was not prefilled"
                 row = self._read(thread, thread.computed)

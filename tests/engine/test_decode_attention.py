@@ -17,7 +17,7 @@ from tests.engine.helpers import (
     plain,
     searching,
 )
-from tests.engine.hlo import aliases, collectives, collectives_over_data, copies_of, pool_sizes
+from tests.engine.hlo import aliases, collectives, collectives_over_data, copies_of, local_sizes
 
 
 def programs():
@@ -94,7 +94,7 @@ def test_idle_lanes_write_to_the_trash_page_only(paged_engine):
 
 def test_pages_are_never_copied(paged_engine):
     text = compiled_decode(paged_engine).as_text()
-    assert copies_of(text, pool_sizes(paged_engine._pages)) == []
+    assert copies_of(text, local_sizes(paged_engine._pages)) == []
     arrays = len(jax.tree.leaves(paged_engine._pages))
     assert {output: aliases(text).get(output) for output in range(arrays)} == {i: i for i in range(arrays)}
 

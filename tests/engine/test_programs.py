@@ -150,6 +150,8 @@ schedules = st.builds(
     steps_per_visit=st.integers(1, 9),
     prefill_lanes=st.integers(1, 3),
     prefix_reuse=st.booleans(),
+    block_size=st.sampled_from([PAGE, 2 * PAGE]),
+    row_blocks=st.integers(MAX_LEN // PAGE, 30),
 )
 
 

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from apr_jax.engine.steps import PAGES, SHARDED, _lift
 from apr_jax.model.kv_cache import copy_pages
 from tests.engine.helpers import make_engine, make_mesh
-from tests.engine.hlo import aliases, collectives, collectives_over_data, copies_of, groups, pool_sizes, step_texts
+from tests.engine.hlo import aliases, collectives, collectives_over_data, copies_of, groups, local_sizes, step_texts
 
 DONATED = ("decode", "write", "copy_pages")
 
@@ -27,14 +27,14 @@ def test_pages_are_never_copied(one_device):
     engine, texts = one_device
     for name, text in texts.items():
         assert "333" in text
-        assert copies_of(text, pool_sizes(engine._pages)) == [], name
+        assert copies_of(text, local_sizes(engine._pages)) == [], name
 
 
 def test_pages_are_updated_in_place(one_device):
-    """Every page pool array of the output is the memory of the same one of the input."""
+    """Every page pool array of the output is the memory of the same one of the input; so are decode's row buffers."""
     engine, texts = one_device
-    arrays = len(jax.tree.leaves(engine._pages))
     for name in DONATED:
+        arrays = len(jax.tree.leaves((engine._pages, engine._rows) if name == "decode" else engine._pages))
         alias = aliases(texts[name])
         assert {output: alias.get(output) for output in range(arrays)} == {i: i for i in range(arrays)}, name
 
@@ -46,7 +46,7 @@ def test_an_undonated_step_is_found_out(one_device):
     undonated = _lift(copy_pages, mesh, (SHARDED, SHARDED, SHARDED), NamedSharding(mesh, PAGES), donated=())
     pairs = engine._put(jnp.zeros((1, 16), jnp.int32))
     text = undonated.lower(engine._pages, pairs, pairs).compile().as_text()
-    assert len(copies_of(text, pool_sizes(engine._pages))) >= len(jax.tree.leaves(engine._pages))
+    assert len(copies_of(text, local_sizes(engine._pages))) >= len(jax.tree.leaves(engine._pages))
     assert aliases(text) == {}
 
 

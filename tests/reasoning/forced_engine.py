@@ -17,7 +17,18 @@ class ForcedEngine:
     """Runs programs in visits. `complete` is asked once for each Decode, when its first chunk is due."""
 
     def __init__(self, complete: Complete, *, lanes: int, max_seq_len: int, pages: int, max_total_tokens: int = 10**9):
-        limits = Limits(1, lanes, pages, 16, max_seq_len, steps_per_visit=16, prefill_lanes=2, prefix_reuse=True)
+        limits = Limits(
+            num_shards=1,
+            lanes=lanes,
+            pages=pages,
+            page_size=16,
+            max_seq_len=max_seq_len,
+            steps_per_visit=16,
+            prefill_lanes=2,
+            prefix_reuse=True,
+            block_size=32,
+            row_blocks=lanes * -(-max_seq_len // 32),
+        )
         self.scheduler = Scheduler(limits)
         self._complete = complete
         self._max_total_tokens = max_total_tokens
