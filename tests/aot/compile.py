@@ -6,6 +6,7 @@ One JSON object, or a Markdown table. `make test-aot` makes the environment that
 """
 
 import argparse
+import ctypes
 import dataclasses
 import json
 import os
@@ -19,11 +20,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Nothing can be tuned by trying on a GPU that is not there; cuBLAS takes what Triton's matmuls would.
 os.environ["XLA_FLAGS"] = (
     "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false "
-    f"--xla_gpu_cuda_data_dir={pathlib.Path(sysconfig.get_paths()['purelib']) / 'nvidia' / 'cuda_nvcc'}"
+    f"--xla_gpu_cuda_data_dir={sysconfig.get_paths()['purelib']}/nvidia/cuda_nvcc"
 )
 
 import jax
 import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo as fused_attention
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -41,6 +43,7 @@ from configs.grpo import get_config
 from tests.engine.hlo import collectives, collectives_over_data, copies_of
 
 MESHES = {"v5e:2x2": [(1, 1), (2, 2)], "v5p:2x2x1": [(1, 1), (2, 2)], "h100": [(1, 1), (2, 2), (8, 1)]}  # data, tensor
+_NVIDIA = pathlib.Path(sysconfig.get_paths()["purelib"]) / "nvidia"
 # libtpu asks the machine what it is; these answer for a machine that isn't a TPU's, and let it run beside another.
 LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 ACCELERATOR_TYPES = {"v5e:2x2": "v5litepod-4", "v5p:2x2x1": "v5p-8"}
@@ -52,6 +55,8 @@ def devices(target: str) -> list[Any]:
     if target != "h100":
         os.environ.update(LIBTPU, TPU_ACCELERATOR_TYPE=ACCELERATOR_TYPES[target])
         return list(topologies.get_topology_desc(platform="tpu", topology_name=target).devices)
+    ctypes.CDLL(str(_NVIDIA / "cudnn" / "lib" / "libcudnn.so.9"), mode=ctypes.RTLD_GLOBAL)
+    fused_attention.check_cudnn_version = lambda: 91100  # JAX asks the GPU's machine
     spec = pathlib.Path(__file__).with_name("h100.txtpb").read_text(encoding="utf-8")
     found = topologies.get_topology_desc(
         platform="cuda", topology_name="h100", target_config=spec, topology="1x1x8"
@@ -172,8 +177,7 @@ def compile_all(target: str, layers: int | None, hlo: str | None) -> dict[str, A
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=layers))
         mesh = make_mesh(config.mesh, found)
         lowered = programs(config, mesh)
-        if target != "h100":  # cuDNN builds its plans on the GPU itself
-            lowered["train_attention"] = training_attention(config, mesh, "splash")
+        lowered["train_attention"] = training_attention(config, mesh, "cudnn" if target == "h100" else "splash")
         for name, program in lowered.items():
             result = describe(program, config, mesh)
             text = result.pop("text")
