@@ -4,8 +4,8 @@ The weights are converted to GGUF in float32, and the cache holds float32 too (l
 pip builds llama.cpp for this processor (GGML_NATIVE) with its fast float32 products (GGML_LLAMAFILE) and OpenMP, which
 are its defaults. Each lane count has a context of its own, of the length that is needed. Two ways are measured, and
 the faster one of each lane count is reported:
-    flash     flash attention
-    plain     without
+    plain     without flash attention
+    flash     with it
 A cache that all sequences share (kv_unified) is left out: every lane would attend to every lane's cells, masked.
 """
 
@@ -58,8 +58,8 @@ def modes(workload: protocol.Workload) -> dict[str, Callable[[], protocol.Decode
     if not model:
         raise RuntimeError("llama.cpp could not load the converted model")
     return {
-        "flash": lambda: _decode(model, workload, llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED),
         "plain": lambda: _decode(model, workload, llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED),
+        "flash": lambda: _decode(model, workload, llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED),
     }
 
 
