@@ -17,13 +17,14 @@ from apr_jax.config import ConfigError, ModelConfig, RolloutConfig
 from apr_jax.engine.constraints import Gate
 from apr_jax.engine.decode_cache import DecodePlan
 from apr_jax.engine.holding import gate_masks, held_lanes
+from apr_jax.engine.memory import MemoryPlan, activation_bytes, with_shardings
 from apr_jax.engine.programs import Programs
 from apr_jax.engine.scheduler import Limits, PrefillChunk, Scheduler
 from apr_jax.engine.steps import COPIES_PER_CALL, PAGES, SHARDED, DecodeLanes, Policy, PrefillLanes, Steps, Written
 from apr_jax.engine.threads import MAX_STOP_TOKENS, Program, Progress, Rollout, RolloutKey, Thread
 from apr_jax.model.decode_weights import choose_layout, layout_shardings, to_layout
-from apr_jax.model.kv_cache import PagedKVCache
-from apr_jax.model.llama import logical_axes
+from apr_jax.model.kv_cache import PagedKVCache, RowBuffers
+from apr_jax.model.llama import abstract_params, logical_axes
 from apr_jax.parallel.mesh import RULES, param_shardings, partition_spec
 
 
@@ -128,13 +129,26 @@ class Engine:
         self._to_layout = jax.jit(
             lambda params: to_layout(params, model, layout), out_shardings=layout_shardings(mesh, model, layout)
         )
-        self._pages, self._rows = jax.jit(
-            lambda: (
+
+        def caches() -> tuple[PagedKVCache, RowBuffers]:
+            return (
                 PagedKVCache.create(model, shards, pages, rollout.page_size, plan.layout.tile),
                 plan.buffers(model, shards, self.limits.row_blocks),
-            ),
-            out_shardings=NamedSharding(mesh, PAGES),
-        )()
+            )
+
+        placed = NamedSharding(mesh, PAGES)
+        shapes = with_shardings(jax.eval_shape(caches), placed)
+        made = jax.eval_shape(lambda p: to_layout(p, model, layout), abstract_params(model))
+        prefill_tokens = self.limits.prefill_lanes * rollout.page_size
+        self.memory = MemoryPlan.of(
+            mesh,
+            weights=with_shardings(made, layout_shardings(mesh, model, layout)),
+            pages=shapes[0],
+            rows=shapes[1],
+            activations=activation_bytes(model, lanes, prefill_tokens, mesh.shape["tensor"]),
+        )
+        self.memory.check()
+        self._pages, self._rows = jax.jit(caches, out_shardings=placed)()
         self._params = self._place(params)
 
     def set_params(self, params: Any) -> None:
@@ -145,12 +159,11 @@ class Engine:
     def warm_up(self) -> float:
         """Compiles all that runs will use. Returns the seconds it took."""
         start = time.perf_counter()
-        policy = self._policy(1.0)
-        for _ in range(2):
-            self._copy([[] for _ in range(self.limits.num_shards)], force=True)
-            self._pages = self._steps.prefill(self._pages, self._params, self._prefill_lanes([]))
-            written = self._decode(self._decode_lanes()[0], policy)
-            jax.device_get(written)
+        policy, lanes, prefill = self._policy(1.0), self._decode_lanes()[0], self._prefill_lanes([])
+        self._steps.compile(self._pages, self._rows, self._params, lanes, policy, prefill)
+        self._copy([[] for _ in range(self.limits.num_shards)], force=True)
+        self._pages = self._steps.prefill(self._pages, self._params, prefill)
+        jax.device_get(self._decode(lanes, policy))
         return time.perf_counter() - start
 
     def run(

@@ -8,6 +8,7 @@ Every shape is fixed by the configuration, and no floating-point reduction runs 
 depend on its neighbours, bit for bit.
 """
 
+import concurrent.futures
 import dataclasses
 import os
 from collections.abc import Callable
@@ -221,6 +222,7 @@ class Steps:
 
         whole = partition_spec()
         pages_out, written_out = NamedSharding(mesh, PAGES), NamedSharding(mesh, SHARDED)
+        self._pages_out, self._sharded = pages_out, written_out
         self.decode = _lift(
             decode,
             mesh,
@@ -236,10 +238,54 @@ class Steps:
         """Computes the lanes' new positions and writes them into the pages, which are donated."""
         return self._write(pages, lanes, self._compute(pages, params, lanes))
 
+    def compile(
+        self, pages: PagedKVCache, buffers: RowBuffers, params: Any, lanes: DecodeLanes, policy: Policy, prefill: Any
+    ) -> None:
+        """Compiles all steps at once, on as many threads, for arguments like these; none of them is used up."""
+        fresh = self._compute.eval_shape(pages, params, prefill)
+        shape: Callable[..., Any] = jax.ShapeDtypeStruct
+        fresh = jax.tree.map(lambda x: shape(x.shape, x.dtype, sharding=self._pages_out), fresh)
+        pairs = shape((*prefill.count.shape[:1], COPIES_PER_CALL), jnp.int32, sharding=self._sharded)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            pending = [
+                pool.submit(step.prepare, step.lower(*arguments))
+                for step, arguments in (
+                    (self.decode, (pages, buffers, params, lanes, policy)),
+                    (self._compute, (pages, params, prefill)),
+                    (self._write, (pages, prefill, fresh)),
+                    (self.copy_pages, (pages, pairs, pairs)),
+                )
+            ]
+            for each in pending:
+                each.result()
+
     @property
     def num_compilations(self) -> int:
         """Programs compiled so far."""
-        return sum(step._cache_size() for step in (self.decode, self._compute, self._write, self.copy_pages))
+        return sum(step.num_compilations for step in (self.decode, self._compute, self._write, self.copy_pages))
+
+
+class Step:
+    """A jitted function that may have been compiled ahead: it then takes no other shapes, and compiles nothing more."""
+
+    def __init__(self, jitted: Any):
+        self._jitted, self._compiled = jitted, None
+
+    def __call__(self, *arguments: Any) -> Any:
+        return (self._compiled or self._jitted)(*arguments)
+
+    def lower(self, *arguments: Any) -> Any:
+        return self._jitted.lower(*arguments)
+
+    def eval_shape(self, *arguments: Any) -> Any:
+        return self._jitted.eval_shape(*arguments)
+
+    def prepare(self, lowered: Any) -> None:
+        self._compiled = lowered.compile()
+
+    @property
+    def num_compilations(self) -> int:
+        return int(self._jitted._cache_size()) + (self._compiled is not None)
 
 
 def _lift(
@@ -248,7 +294,7 @@ def _lift(
     in_specs: tuple[PartitionSpec, ...],
     out_shardings: Any,
     donated: tuple[int, ...] = (0,),
-) -> Any:
+) -> Step:
     """Runs a one-shard step on every data shard."""
 
     def local(*args: Any) -> Any:
@@ -263,7 +309,7 @@ def _lift(
         local, mesh=mesh, in_specs=in_specs, out_specs=SHARDED, axis_names={DATA_AXIS}, check_vma=False
     )
     options = _compiler_options(mesh)
-    return jax.jit(lifted, donate_argnums=donated, out_shardings=out_shardings, compiler_options=options)
+    return Step(jax.jit(lifted, donate_argnums=donated, out_shardings=out_shardings, compiler_options=options))
 
 
 def _compiler_options(mesh: Mesh) -> dict[str, Any]:

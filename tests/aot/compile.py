@@ -114,7 +114,7 @@ def programs(config: Config, mesh: Mesh) -> dict[str, Any]:
     policy = Policy(array((), jnp.float32, whole), array((model.vocab_size,), bool, whole))
     L = (shards, limits.prefill_lanes)
     prefill = PrefillLanes(array((*L, limits.page_size)), array(L), array(L), array((*L, R)))
-    fresh = jax.eval_shape(steps._compute, pages, params, prefill)
+    fresh = steps._compute.eval_shape(pages, params, prefill)
     fresh = jax.tree.map(lambda x: array(x.shape, x.dtype, PAGES), fresh)
     copies = array((shards, COPIES_PER_CALL))
     return {

@@ -24,7 +24,7 @@ def step_texts(engine: Any) -> dict[str, str]:
     steps, policy = engine._steps, engine._policy(1.0)
     pages, params = engine._pages, engine._params
     prefill = engine._prefill_lanes([])
-    fresh = jax.eval_shape(steps._compute, pages, params, prefill)
+    fresh = steps._compute.eval_shape(pages, params, prefill)
     pairs = engine._put(np.zeros((engine.limits.num_shards, 16), np.int32))
     lowered = {
         "decode": steps.decode.lower(pages, engine._rows, params, engine._decode_lanes()[0], policy),

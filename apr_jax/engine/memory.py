@@ -1,0 +1,84 @@
+"""What an engine will hold on each device, told and checked before anything is allocated."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from apr_jax.config import ConfigError, ModelConfig
+
+_GB = 1e9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes on one device of the mesh."""
+
+    weights: int  # in decode's layout; the trainer's own come on top
+    pages: int
+    rows: int  # buffers of packed rows
+    activations: int  # an estimate: the logits of all lanes, or the widest layer of a prefill call
+    limit: int | None  # what the device has; None where it does not say
+
+    @classmethod
+    def of(cls, mesh: Mesh, *, weights: Any, pages: Any, rows: Any, activations: int) -> Self:
+        """`weights`, `pages` and `rows` are trees of `jax.ShapeDtypeStruct` with shardings."""
+        parts = {"weights": _local_bytes(weights), "pages": _local_bytes(pages), "rows": _local_bytes(rows)}
+        return cls(**parts, activations=activations, limit=_device_bytes(mesh))
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.pages + self.rows + self.activations
+
+    def check(self) -> None:
+        """Raises ConfigError, with the numbers, when it is more than a device has."""
+        if self.limit is not None and self.total > self.limit:
+            raise ConfigError(
+                f"the engine does not fit a device: {self}; lower rollout.num_pages or rollout.num_lanes, or split the "
+                "model over mesh.tensor"
+            )
+
+    def __str__(self) -> str:
+        parts = [f"{name} {getattr(self, name) / _GB:.2f}" for name in ("weights", "pages", "rows", "activations")]
+        available = "" if self.limit is None else f" of {self.limit / _GB:.1f} GB"
+        return f"{self.total / _GB:.2f} GB a device{available} ({', '.join(parts)})"
+
+
+def activation_bytes(model: ModelConfig, lanes: int, prefill_tokens: int, tensor: int) -> int:
+    """The larger of decode's logits (raw, masked and their exponentials) and a prefill call's widest layer; float32.
+
+    Args:
+        lanes: of a data shard.
+        prefill_tokens: that a data shard computes in one call.
+        tensor: devices that split heads and the MLP.
+    """
+    logits = 3 * lanes * model.vocab_size
+    layer = prefill_tokens * (4 * model.embed_dim + 3 * model.mlp_dim // tensor)
+    return 4 * max(logits, layer)
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """The tree of shapes with shardings: a tree of them, or one for all."""
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, shapes)
+    shape: Callable[..., Any] = jax.ShapeDtypeStruct
+    return jax.tree.map(lambda x, at: shape(x.shape, x.dtype, sharding=at), shapes, shardings)
+
+
+def _local_bytes(tree: Any) -> int:
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize for x in leaves)
+
+
+def _device_bytes(mesh: Mesh) -> int | None:
+    """What one device of the mesh has: of a CPU's memory, which its devices share, an equal part."""
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // mesh.size
+    stats = device.memory_stats()
+    return None if stats is None else stats.get("bytes_limit")
