@@ -23,7 +23,7 @@ _CONFIG = entry.define_config("benchmark_decode.py")
 _LANES = flags.DEFINE_list("lanes", ["1", "8", "16", "64", "128"], "Lane counts to measure; empty: none.")
 _PROMPT = flags.DEFINE_integer("prompt", 64, "Tokens of a lane's prompt.", lower_bound=2)
 _NEW = flags.DEFINE_integer("new", 96, "Tokens that a lane decodes.", lower_bound=2)
-_PROBLEMS = flags.DEFINE_integer("problems", 256, "Problems of the APR workload; 0: leave it out.", lower_bound=0)
+_PROBLEMS = flags.DEFINE_integer("problems", None, "Problems of the APR workload, 0: none [up to 256].", lower_bound=0)
 _PEERS = flags.DEFINE_list("peers", [], "Other systems to measure: hf, tunix, vllm, llama_cpp.")
 _PEER_LANES = flags.DEFINE_list("peer_lanes", ["1", "16", "64"], "Lane counts to measure peers at (of --lanes).")
 _PEER_SECONDS = flags.DEFINE_float("peer_seconds", 900.0, "Time limit of one peer.", lower_bound=1.0)
@@ -64,7 +64,7 @@ def _measure(config: Config, lanes: tuple[int, ...], peer_lanes: tuple[int, ...]
     if lanes:
         figures = benchmark.benchmark_decode(config, params, lanes, lengths, _say)
         print(benchmark.table(figures), flush=True)
-    if _PROBLEMS.value:
+    if _PROBLEMS.value != 0:
         figures["workload_of_problems"] = _replays(config, params)
     if _PEERS.value:
         figures |= _peers(config, params, peer_lanes, lengths)
@@ -83,6 +83,7 @@ def _replays(config: Config, params: Any) -> dict[str, Any]:
 
     replays = make_replays(config, load_tokenizer(config.data.tokenizer), _PROBLEMS.value)
     engine = Engine(config.model, config.rollout, make_mesh(config.mesh), params=params, banned_tokens=())
+    print(f"engine memory: {engine.memory}", flush=True)
     engine.warm_up()
     with ShownProgress(len(replays), "Problems") as on_progress:
         figures = benchmark_replays(engine, replays, config.seed, on_progress)

@@ -11,6 +11,7 @@ Exit codes: 0 done, 1 failed, 2 bad arguments or config.
 
 import json
 import pathlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -73,6 +74,7 @@ def _evaluate(checkpoint: pathlib.Path, own_problems: list[Problem] | None) -> N
     banned = banned_tokens(tokenizer, config.model.vocab_size)
     mesh, gate = make_mesh(config.mesh), spawn_gate(config, tokenizer)
     engine = Engine(config.model, config.rollout, mesh, params=params, banned_tokens=banned, gate=gate)
+    print(f"engine memory: {engine.memory}", file=sys.stderr)
     engine.warm_up()  # so that no rate or latency counts compilation
     temperature = config.evaluation.temperature if _TEMPERATURE.value is None else _TEMPERATURE.value
     with ShownProgress(len(problems)) as on_progress:

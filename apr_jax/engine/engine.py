@@ -15,16 +15,14 @@ from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ConfigError, ModelConfig, RolloutConfig
 from apr_jax.engine.constraints import Gate
-from apr_jax.engine.decode_cache import DecodePlan
 from apr_jax.engine.holding import gate_masks, held_lanes
-from apr_jax.engine.memory import MemoryPlan, activation_bytes, with_shardings
+from apr_jax.engine.plan import EnginePlan
 from apr_jax.engine.programs import Programs
-from apr_jax.engine.scheduler import Limits, PrefillChunk, Scheduler
-from apr_jax.engine.steps import COPIES_PER_CALL, PAGES, SHARDED, DecodeLanes, Policy, PrefillLanes, Steps, Written
+from apr_jax.engine.scheduler import PrefillChunk, Scheduler
+from apr_jax.engine.steps import COPIES_PER_CALL, SHARDED, DecodeLanes, Policy, PrefillLanes, Steps, Written
 from apr_jax.engine.threads import MAX_STOP_TOKENS, Program, Progress, Rollout, RolloutKey, Thread
-from apr_jax.model.decode_weights import choose_layout, layout_shardings, to_layout
-from apr_jax.model.kv_cache import PagedKVCache, RowBuffers
-from apr_jax.model.llama import abstract_params, logical_axes
+from apr_jax.model.decode_weights import layout_shardings, to_layout
+from apr_jax.model.llama import logical_axes
 from apr_jax.parallel.mesh import RULES, param_shardings, partition_spec
 
 
@@ -86,34 +84,14 @@ class Engine:
             gate: lets programs decode under a grammar; None compiles nothing for it.
 
         Raises:
-            ConfigError: sizes that cannot work.
+            ConfigError: sizes that cannot work, or don't fit a device.
         """
-        shards = mesh.shape["data"]
-        for name in ("num_lanes", "num_pages", "prefill_lanes"):
-            if getattr(rollout, name) % shards:
-                raise ConfigError(f"rollout.{name}={getattr(rollout, name)} must be a multiple of mesh.data={shards}")
-        if model.num_kv_heads % mesh.shape["tensor"]:
-            raise ConfigError(
-                f"model.num_kv_heads={model.num_kv_heads} must be a multiple of mesh.tensor={mesh.shape['tensor']}"
-            )
         if any(not 0 <= token < model.vocab_size for token in banned_tokens):
             raise ConfigError(f"banned_tokens {banned_tokens} must lie in [0, model.vocab_size={model.vocab_size})")
         if len(set(banned_tokens)) == model.vocab_size:
             raise ConfigError(f"all {model.vocab_size} tokens are banned")
-        lanes, pages = rollout.num_lanes // shards, rollout.num_pages // shards
-        plan = DecodePlan.of(model, rollout.decode_attention, rollout.page_size, mesh)
-        self.limits = Limits(
-            num_shards=shards,
-            lanes=lanes,
-            pages=pages,
-            page_size=rollout.page_size,
-            max_seq_len=model.max_seq_len,
-            steps_per_visit=rollout.steps_per_visit,
-            prefill_lanes=rollout.prefill_lanes // shards,
-            prefix_reuse=rollout.prefix_reuse,
-            block_size=plan.layout.block_size,
-            row_blocks=plan.row_blocks(lanes, pages),
-        )
+        plan = EnginePlan.of(model, rollout, mesh)
+        self.limits, self.memory = plan.limits, plan.memory()
         self.stats = EngineStats()
         self._model = model
         self._max_steps, self._max_total_tokens = rollout.max_steps, rollout.max_total_tokens
@@ -124,31 +102,12 @@ class Engine:
         self._gate = gate
         self._gate_masks = None if gate is None else gate_masks(gate, model.vocab_size)
         self._scheduler = Scheduler(self.limits)
-        layout = choose_layout(model, mesh)
-        self._steps = Steps(model, self.limits, mesh, layout, plan)
+        layout = plan.weights
+        self._steps = Steps(model, self.limits, mesh, layout, plan.decode)
         self._to_layout = jax.jit(
             lambda params: to_layout(params, model, layout), out_shardings=layout_shardings(mesh, model, layout)
         )
-
-        def caches() -> tuple[PagedKVCache, RowBuffers]:
-            return (
-                PagedKVCache.create(model, shards, pages, rollout.page_size, plan.layout.tile),
-                plan.buffers(model, shards, self.limits.row_blocks),
-            )
-
-        placed = NamedSharding(mesh, PAGES)
-        shapes = with_shardings(jax.eval_shape(caches), placed)
-        made = jax.eval_shape(lambda p: to_layout(p, model, layout), abstract_params(model))
-        prefill_tokens = self.limits.prefill_lanes * rollout.page_size
-        self.memory = MemoryPlan.of(
-            mesh,
-            weights=with_shardings(made, layout_shardings(mesh, model, layout)),
-            pages=shapes[0],
-            rows=shapes[1],
-            activations=activation_bytes(model, lanes, prefill_tokens, mesh.shape["tensor"]),
-        )
-        self.memory.check()
-        self._pages, self._rows = jax.jit(caches, out_shardings=placed)()
+        self._pages, self._rows = jax.jit(plan.caches, out_shardings=plan.cache_sharding)()
         self._params = self._place(params)
 
     def set_params(self, params: Any) -> None:

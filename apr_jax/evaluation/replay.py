@@ -21,6 +21,8 @@ from apr_jax.tasks import trace
 from apr_jax.tasks.generation import generate_problems
 from apr_jax.tasks.solver import demonstrate
 
+MAX_PROBLEMS = 256  # where no number is asked for
+
 _SPAWN_LINE = "<Start Sub Search "
 
 
@@ -62,23 +64,27 @@ def replay(calls: Sequence[ReplayedCall]) -> Program:
         yield Decode(thread, (), max_tokens=len(call.tokens))
 
 
-def make_replays(config: Config, tokenizer: Tokenizer, count: int) -> list[list[ReplayedCall]]:
+def make_replays(config: Config, tokenizer: Tokenizer, count: int | None) -> list[list[ReplayedCall]]:
     """The parent's calls of the solver's search on the first `count` test problems that fit `model.max_seq_len`.
 
-    Raises ConfigError when the test split has fewer.
+    None: as many as there are, up to MAX_PROBLEMS. Raises ConfigError when the test split has fewer than asked for.
     """
+    wanted = MAX_PROBLEMS if count is None else count
     replays: list[list[ReplayedCall]] = []
     for index, problem in enumerate(generate_problems(config.task, config.data, config.seed, "test")):
-        if len(replays) == count:
-            return replays
+        if len(replays) == wanted:
+            break
         rng = random.Random(f"{config.seed}/replay/{index}")
         calls = read_calls(
             demonstrate(problem, rng, config.task, "adaptive", config.data.condition_on_budget), tokenizer
         )
         if all(len(call.context) + len(call.tokens) <= config.model.max_seq_len for call in calls):
             replays.append(calls)
-    if len(replays) < count:
-        raise ConfigError(f"{count} problems asked for, and data.num_test gives {len(replays)}")
+    if not replays or len(replays) < (count or 0):
+        raise ConfigError(
+            f"{wanted} problems asked for, and data.num_test={config.data.num_test} gives {len(replays)} that fit "
+            f"model.max_seq_len={config.model.max_seq_len}"
+        )
     return replays
 
 

@@ -10,6 +10,7 @@ WORKDIR/summary.json, rollouts.jsonl, report.html, figure.svg
 import dataclasses
 import json
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from apr_jax.data.countdown_builder import load_split
 from apr_jax.data.pipeline import train_iterator, validation_batches
 from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
 from apr_jax.engine.engine import Engine
+from apr_jax.engine.plan import EnginePlan
 from apr_jax.evaluation.policy import check_vocabulary
 from apr_jax.evaluation.report import write_figure, write_report
 from apr_jax.evaluation.run import ShownProgress, evaluate, load_problems, save_rollouts
@@ -83,6 +85,8 @@ class _Run:
         self.engine: Engine | None = None
         self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer)
         check_vocabulary(config.model, self.tokenizer)
+        plan = EnginePlan.of(config.model, config.rollout, mesh)  # what cannot fit is refused before any training
+        print(f"engine memory: {plan.memory()}", file=sys.stderr)
 
     def run(self, checkpoint: pathlib.Path | None) -> dict[str, Any]:
         config = self.config
