@@ -22,5 +22,4 @@ def get_config(variant: str = "laptop") -> ConfigDict:
     if variant == "paper":
         config.mesh.tensor = 2
         config.model.compute_dtype = "float32"
-        config.rollout.steps_per_visit = 32
     return config

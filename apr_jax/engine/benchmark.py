@@ -22,6 +22,7 @@ from apr_jax.model.llama import num_params
 from apr_jax.parallel.mesh import make_mesh
 
 LANES = (1, 8, 16, 64, 128)
+STEPS_PER_VISIT = 32  # no lane stops early here, so visits need not be short
 REPEATS = 3  # passes of which the fastest counts, as for the peers
 
 
@@ -38,10 +39,10 @@ class Lengths:
             raise ConfigError(
                 f"{self.prompt} prompt and {self.new} new tokens exceed model.max_seq_len={config.model.max_seq_len}"
             )
-        if self.new < 2 * config.rollout.steps_per_visit:
+        if self.new < 2 * STEPS_PER_VISIT:
             raise ConfigError(
-                f"{self.new} new tokens leave nothing to measure after the first visit of "
-                f"rollout.steps_per_visit={config.rollout.steps_per_visit}: decode at least twice as many"
+                f"{self.new} new tokens leave nothing to measure after the first visit of {STEPS_PER_VISIT}: decode at "
+                "least twice as many"
             )
 
 
@@ -125,6 +126,7 @@ def _engine(config: Config, lanes: int, lengths: Lengths, mesh: Mesh, params: An
         num_pages=(max(pages, longest) + 1) * shards,
         prefill_lanes=min(config.rollout.prefill_lanes, lanes) // shards * shards,
         max_steps=lengths.new,
+        steps_per_visit=STEPS_PER_VISIT,
         prefix_reuse=False,
     )
     return Engine(config.model, rollout, mesh, params=params, banned_tokens=())

@@ -39,6 +39,12 @@ class Limits:
                 f"{self.max_seq_len} tokens needs {needed} of rollout.page_size={self.page_size}"
             )
 
+        if self.row_blocks * self.block_size < self.max_seq_len:
+            raise ConfigError(
+                f"row_blocks={self.row_blocks} of {self.block_size} positions don't hold one thread of "
+                f"model.max_seq_len={self.max_seq_len} tokens"
+            )
+
     def blocks_for(self, thread: Thread) -> int:
         """Blocks that a decode step reads of the thread: all its tokens but the last."""
         return -(-(len(thread.tokens) - 1) // self.block_size)

@@ -22,7 +22,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def figures(config):
-    lengths = benchmark.Lengths(prompt=20, new=48)
+    lengths = benchmark.Lengths(prompt=20, new=96)
     return benchmark.benchmark_decode(config, init_params(config.model, 0), (1, 4), lengths)
 
 
@@ -56,7 +56,7 @@ def test_figures(config, figures):
     assert figures["recompiles_after_warmup"] == 0
     for lanes, row in figures["lanes"].items():
         assert row["tokens_per_second"] == pytest.approx(int(lanes) / row["ms_per_step"] * 1e3)
-        assert row["context"] == 20 + (16 + 48) / 2
+        assert row["context"] == 20 + (32 + 96) / 2
         assert row["roofline_share"] == pytest.approx(row["roofline_ms"] / row["ms_per_step"])
         assert 0 < row["roofline_share"] < 1
     shown = benchmark.table(figures)
@@ -65,9 +65,9 @@ def test_figures(config, figures):
 
 def test_lengths_that_cannot_be_measured_are_refused(config):
     with pytest.raises(ConfigError, match=r"exceed model\.max_seq_len=512"):
-        benchmark.Lengths(prompt=500, new=48).check(config)
+        benchmark.Lengths(prompt=500, new=96).check(config)
     with pytest.raises(ConfigError, match="at least twice"):
-        benchmark.Lengths(prompt=5, new=31).check(config)
+        benchmark.Lengths(prompt=5, new=63).check(config)
 
 
 def test_greedy_tokens_are_the_models(config):
@@ -77,12 +77,12 @@ def test_greedy_tokens_are_the_models(config):
     from apr_jax.engine.agreement import sharp_params
     from apr_jax.model.llama import graphdef
 
-    lengths, params = benchmark.Lengths(prompt=7, new=32), sharp_params(config.model, 1)
+    lengths, params = benchmark.Lengths(prompt=7, new=64), sharp_params(config.model, 1)
     tokens = benchmark.greedy_tokens(config, params, lengths)
     model = nnx.merge(graphdef(config.model), params)
     text = jax.numpy.asarray([*benchmark.make_prompts(config, 1, lengths)[0], *tokens])
     hidden, _ = model(text[:-1], jax.numpy.arange(len(text) - 1))
-    assert len(tokens) == 32
+    assert len(tokens) == 64
     assert tokens == model.logits(hidden).argmax(-1)[6:].tolist()
 
 
