@@ -65,7 +65,7 @@ def replay(calls: Sequence[ReplayedCall]) -> Program:
 
 
 def make_replays(config: Config, tokenizer: Tokenizer, count: int | None) -> list[list[ReplayedCall]]:
-    """The parent's calls of the solver's search on the first `count` test problems that fit `model.max_seq_len`.
+    """The parent's calls of the solver's search on the first `count` test problems that fit the limits.
 
     None: as many as there are, up to MAX_PROBLEMS. Raises ConfigError when the test split has fewer than asked for.
     """
@@ -78,14 +78,22 @@ def make_replays(config: Config, tokenizer: Tokenizer, count: int | None) -> lis
         calls = read_calls(
             demonstrate(problem, rng, config.task, "adaptive", config.data.condition_on_budget), tokenizer
         )
-        if all(len(call.context) + len(call.tokens) <= config.model.max_seq_len for call in calls):
+        if _fits(calls, config):
             replays.append(calls)
     if not replays or len(replays) < (count or 0):
         raise ConfigError(
             f"{wanted} problems asked for, and data.num_test={config.data.num_test} gives {len(replays)} that fit "
-            f"model.max_seq_len={config.model.max_seq_len}"
+            f"model.max_seq_len={config.model.max_seq_len} and rollout.max_steps={config.rollout.max_steps}"
         )
     return replays
+
+
+def _fits(calls: Sequence[ReplayedCall], config: Config) -> bool:
+    """Whether all threads stay within `model.max_seq_len` and `rollout.max_steps`."""
+    threads = [calls, *([child] for call in calls for child in call.children)]
+    longest = max(len(call.context) + len(call.tokens) for thread in threads for call in thread)
+    most = max(sum(len(call.tokens) for call in thread) for thread in threads)
+    return longest <= config.model.max_seq_len and most <= config.rollout.max_steps
 
 
 def benchmark_replays(
