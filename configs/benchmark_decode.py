@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 def get_config(variant: str = "laptop") -> ConfigDict:
     config: ConfigDict = runpy.run_path(str(pathlib.Path(__file__).with_name("grpo.py")))["get_config"](variant)
     config.name = f"benchmark_decode_{variant}"
+    config.rollout.max_steps = config.model.max_seq_len
     if variant == "laptop":
         # Short visits and small pages: hardly a lane idles and hardly a place is empty, at the same speed.
         config.rollout.update(steps_per_visit=7, page_size=16, num_pages=2_560)

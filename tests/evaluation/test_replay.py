@@ -8,7 +8,7 @@ import pytest
 from apr_jax.config import ConfigError, from_config_dict
 from apr_jax.engine.threads import RolloutKey
 from apr_jax.evaluation.replay import benchmark_replays, make_replays, read_calls, replay, show
-from configs.grpo import get_config
+from configs.benchmark_decode import get_config
 from tests.engine.helpers import MODEL, make_engine
 from tests.reasoning.fixtures import SMALL, TOKENIZER, call_tokens, demonstrations
 
