@@ -9,7 +9,7 @@ import logging
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import absl.logging
@@ -66,6 +66,14 @@ def define_config(default: str) -> ConfigFlag:
         return ConfigFlag(config_flags.DEFINE_config_file("config", path, "Settings: FILE or FILE:VARIANT."))
     except _PARSE_ERRORS as error:
         _exit(ConfigError(_message(error)), BAD_ARGUMENTS)
+
+
+def positive_numbers(flag: str, values: Sequence[str]) -> tuple[int, ...]:
+    """A list flag's values as numbers; none for an empty one. Raises ConfigError for what is no positive number."""
+    given = [value for value in values if value]
+    if not all(value.isdecimal() and int(value) for value in given):
+        raise ConfigError(f"--{flag}={','.join(given)} must be positive whole numbers")
+    return tuple(int(value) for value in given)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

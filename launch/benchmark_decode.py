@@ -9,6 +9,7 @@ Exit codes: 0 done, 1 failed, 2 bad arguments or config.
 """
 
 import json
+import os
 import pathlib
 import sys
 import tempfile
@@ -33,7 +34,8 @@ _PLOT = flags.DEFINE_string("plot", None, "Draw tokens/s by lane count here (.sv
 
 def main() -> None:
     config = _CONFIG.config()
-    lanes, peer_lanes = _counts("lanes", _LANES.value), _counts("peer_lanes", _PEER_LANES.value)
+    lanes = entry.positive_numbers("lanes", _LANES.value)
+    peer_lanes = entry.positive_numbers("peer_lanes", _PEER_LANES.value)
     if _PEERS.value and not set(peer_lanes) <= set(lanes):
         raise ConfigError(f"--peer_lanes={','.join(map(str, peer_lanes))} must be among --lanes")
     if _PLOT.value and not lanes:
@@ -57,7 +59,7 @@ def _measure(config: Config, lanes: tuple[int, ...], peer_lanes: tuple[int, ...]
     from apr_jax.engine.agreement import sharp_params
     from apr_jax.parallel.mesh import make_mesh
 
-    make_mesh(config.mesh)
+    make_mesh(config.mesh)  # before the weights start JAX: a CPU is split into as many devices as it needs
     params = sharp_params(config.model, config.seed)
     lengths = benchmark.Lengths(prompt=_PROMPT.value, new=_NEW.value)
     figures = benchmark.about(config)
@@ -92,8 +94,6 @@ def _replays(config: Config, params: Any) -> dict[str, Any]:
 
 
 def _peers(config: Config, params: Any, lanes: tuple[int, ...], lengths: Any) -> dict[str, Any]:
-    import os
-
     from apr_jax.engine import benchmark
     from apr_jax.engine.peers import Workload, run_peers
     from apr_jax.model.hf import save_hf
@@ -119,13 +119,6 @@ def _peers(config: Config, params: Any, lanes: tuple[int, ...], lengths: Any) ->
 
 def _say(what: int | str) -> None:
     print(f"measuring {what} lanes" if isinstance(what, int) else f"measuring {what}", file=sys.stderr, flush=True)
-
-
-def _counts(flag: str, values: list[str]) -> tuple[int, ...]:
-    values = [value for value in values if value]
-    if not all(count.isdecimal() and int(count) for count in values):
-        raise ConfigError(f"--{flag}={','.join(values)} must be positive whole numbers")
-    return tuple(int(count) for count in values)
 
 
 if __name__ == "__main__":

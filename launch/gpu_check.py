@@ -29,8 +29,7 @@ _JSON = flags.DEFINE_string("json", None, "Write all figures here as one JSON ob
 
 def main() -> int:
     config = _CONFIG.config()
-    if not all(count.isdecimal() and int(count) for count in _LANES.value):
-        raise ConfigError(f"--lanes={','.join(_LANES.value)} must be positive whole numbers")
+    lanes = entry.positive_numbers("lanes", _LANES.value)
     import jax
 
     kind = jax.devices()[0].device_kind
@@ -39,7 +38,7 @@ def main() -> int:
     jax.config.update("jax_default_matmul_precision", "highest")  # type: ignore[no-untyped-call]
     checks = check(config)
     jax.config.update("jax_default_matmul_precision", None)  # type: ignore[no-untyped-call]
-    speed = measure(config, tuple(int(count) for count in _LANES.value))
+    speed = measure(config, lanes)
     if _JSON.value:
         figures = {"device": kind, "checks": checks, "speed": speed}
         pathlib.Path(_JSON.value).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -91,7 +91,7 @@ class Engine:
         if len(set(banned_tokens)) == model.vocab_size:
             raise ConfigError(f"all {model.vocab_size} tokens are banned")
         plan = EnginePlan.of(model, rollout, mesh)
-        self.limits, self.memory = plan.limits, plan.memory()
+        self.limits, self.memory = plan.limits, plan.memory
         self.stats = EngineStats()
         self._model = model
         self._max_steps, self._max_total_tokens = rollout.max_steps, rollout.max_total_tokens
@@ -179,9 +179,7 @@ class Engine:
 
     def _visit(self, run: Programs, policy: Policy) -> None:
         stats = self.stats
-        if self._scheduler.copies_pending:
-            self._launched()
-            self._copy(self._scheduler.take_copies())
+        self._copy(self._scheduler.take_copies())
         while True:
             chunks = [c for shard in range(self.limits.num_shards) for c in self._scheduler.prefill_chunks(shard)]
             if not chunks:
@@ -195,7 +193,6 @@ class Engine:
             stats.prefilled += sum(chunk.count for chunk in chunks)
         lanes, threads = self._decode_lanes()
         held = [self._scheduler.waste()]  # when the chunk's pages are reserved, and when its tokens are there
-        self._launched()
         written = jax.device_get(self._decode(lanes, policy))
         self._idle_since = time.perf_counter()
         for shard, lane, thread in threads:
@@ -221,6 +218,7 @@ class Engine:
             self._idle_since = None
 
     def _decode(self, lanes: DecodeLanes, policy: Policy) -> Written:
+        self._launched()
         self._pages, self._rows, written = self._steps.decode(self._pages, self._rows, self._params, lanes, policy)
         return written
 
@@ -233,6 +231,7 @@ class Engine:
                 for index, copy in enumerate(todo[call * COPIES_PER_CALL : (call + 1) * COPIES_PER_CALL]):
                     pairs[:, shard, index] = copy.source, copy.target
             sources, targets = self._put(pairs[0]), self._put(pairs[1])
+            self._launched()
             self._pages = self._steps.copy_pages(self._pages, sources, targets)
 
     def _decode_lanes(self) -> tuple[DecodeLanes, list[tuple[int, int, Thread]]]:

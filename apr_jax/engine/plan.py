@@ -1,6 +1,7 @@
 """An engine's sizes, checked against each other and against the devices before anything is allocated."""
 
 import dataclasses
+import functools
 from typing import Self
 
 import jax
@@ -52,7 +53,7 @@ class EnginePlan:
             row_blocks=decode.row_blocks(lanes, pages),
         )
         plan = cls(model, limits, decode, choose_layout(model, mesh), mesh)
-        plan.memory().check()
+        plan.memory.check()
         return plan
 
     def caches(self) -> tuple[PagedKVCache, RowBuffers]:
@@ -67,6 +68,7 @@ class EnginePlan:
     def cache_sharding(self) -> NamedSharding:
         return NamedSharding(self.mesh, PAGES)
 
+    @functools.cached_property
     def memory(self) -> MemoryPlan:
         """What the engine will hold on each device."""
         model, mesh, limits = self.model, self.mesh, self.limits

@@ -22,6 +22,11 @@ from apr_jax.parallel.mesh import AXES, partition_spec
 _BYTES = 256 << 20  # that each device reads
 _REPEATS = 5
 
+# Compiled once, however often the limits are measured.
+_sum_rows = jax.jit(lambda x: jnp.sum(x, axis=1))
+_apply = jax.jit(lambda x: jnp.einsum("dRC,C->dR", x, jnp.ones(x.shape[-1:], x.dtype)))
+_square = jax.jit(lambda x: jnp.einsum("dAB,dBC->dAC", x, x))
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -43,19 +48,13 @@ def measure_limits(mesh: Mesh, dtype: str) -> Limits:
     split = NamedSharding(mesh, partition_spec(AXES))
     columns = 4096
     rows = _BYTES // columns // jnp.dtype(dtype).itemsize
-    matrix = jax.jit(lambda: jnp.ones((devices, rows, columns), dtype), out_shardings=split)()
-    vector = jnp.ones((columns,), dtype)
-    reads = (
-        jax.jit(lambda x: jnp.sum(x, axis=1), out_shardings=split),
-        jax.jit(lambda x: jnp.einsum("dRC,C->dR", x, vector), out_shardings=split),
-    )
-    seconds = min(_best(read, matrix) for read in reads)
+    matrix = jnp.ones((devices, rows, columns), dtype, device=split)
+    seconds = min(_best(read, matrix) for read in (_sum_rows, _apply))
     del matrix
     flops = 0.0
     for size in (1024, 2048) if mesh.devices.flat[0].platform == "cpu" else (4096, 8192):
-        square = jax.jit(lambda size=size: jnp.ones((devices, size, size), dtype), out_shardings=split)()
-        product = jax.jit(lambda x: jnp.einsum("dAB,dBC->dAC", x, x), out_shardings=split)
-        flops = max(flops, 2 * devices * size**3 / _best(product, square))
+        squares = jnp.ones((devices, size, size), dtype, device=split)
+        flops = max(flops, 2 * devices * size**3 / _best(_square, squares))
     return Limits(devices * _BYTES / seconds, flops)
 
 

@@ -45,6 +45,11 @@ class Limits:
                 f"model.max_seq_len={self.max_seq_len} tokens"
             )
 
+    @property
+    def blocks_can_run_out(self) -> bool:
+        """Whether threads in all lanes could fill more than `row_blocks`."""
+        return self.lanes * -(-self.max_seq_len // self.block_size) > self.row_blocks
+
     def blocks_for(self, thread: Thread) -> int:
         """Blocks that a decode step reads of the thread: all its tokens but the last."""
         return -(-(len(thread.tokens) - 1) // self.block_size)
@@ -194,10 +199,6 @@ class Scheduler:
         thread.generated += len(tokens)
         thread.computed = len(thread.tokens) - 1
 
-    @property
-    def copies_pending(self) -> bool:
-        return any(self._copies)
-
     def take_copies(self) -> list[list[PageCopy]]:
         """Page copies that the device must make before its next step, per shard; the scheduler forgets them."""
         copies, self._copies = self._copies, [[] for _ in self._copies]
@@ -298,6 +299,8 @@ class Scheduler:
 
         Only threads that share pages can: without sharing, the pages run out first.
         """
+        if not self.limits.blocks_can_run_out:
+            return
         running = [other for other in self.running(thread.shard) if other is not thread]
         blocks = sum(self.limits.blocks_for(other) for other in [*running, thread])
         if blocks > self.limits.row_blocks:

@@ -23,8 +23,6 @@ from apr_jax.tasks.solver import demonstrate
 
 MAX_PROBLEMS = 256  # where no number is asked for
 
-_SPAWN_LINE = "<Start Sub Search "
-
 
 @dataclasses.dataclass(frozen=True)
 class ReplayedCall:
@@ -41,7 +39,8 @@ def read_calls(demonstration: trace.Demonstration, tokenizer: Tokenizer) -> list
 
     def read(call: trace.Call) -> ReplayedCall:
         end = [] if call.ends_in_spawn else [tokenizer.eos_id]
-        spawned = call.completion.count(_SPAWN_LINE) if call.ends_in_spawn else 0
+        spawn = trace.parse_spawn(call.context + call.completion)
+        spawned = len(spawn.contexts) if isinstance(spawn, trace.SpawnCall) else 0
         return ReplayedCall(
             context=[tokenizer.bos_id, *tokenizer.encode(call.context)],
             tokens=[*tokenizer.encode(call.completion), *end],

@@ -108,6 +108,7 @@ class RowLayout:
 Chunks = tuple[Block, ...]  # chunks of entries, each keys and values [entries of a chunk, K, S, H]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowBuffers:
     """Room for the packed rows, kept between chunks of decoding: fresh memory would have to be faulted in."""
@@ -121,9 +122,6 @@ class RowBuffers:
         shape = (num_shards, size, config.num_kv_heads, layout.block_size, config.head_dim)
         chunks = range(-(-max_entries // size))
         return cls(tuple(tuple((_zeros(shape, config),) * 2 for _ in chunks) for _ in range(config.num_layers)))
-
-
-jax.tree_util.register_dataclass(RowBuffers, data_fields=["layers"], meta_fields=[])
 
 
 @jax.tree_util.register_dataclass

@@ -257,15 +257,9 @@ def write_then_attend(
     """
 
     def local(
-        q_LNH: jax.Array,
-        k_LKH: jax.Array,
-        v_LKH: jax.Array,
-        k_pages: jax.Array,
-        v_pages: jax.Array,
-        lengths_L: jax.Array,
-        live_L: jax.Array,
-        tables_LR: jax.Array,
+        of_heads: tuple[jax.Array, ...], of_lanes: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        (q_LNH, k_LKH, v_LKH, k_pages, v_pages), (lengths_L, live_L, tables_LR) = of_heads, of_lanes
         page_size = k_pages.shape[2]
         page_L = jnp.take_along_axis(tables_LR, lengths_L[:, None] // page_size, axis=1)[:, 0]
         page_L = jnp.where(live_L, page_L, 0)
@@ -276,12 +270,11 @@ def write_then_attend(
         seen_L = jnp.where(live_L, lengths_L + 1, 0)
         return paged_attention(q_LNH, k_pages, v_pages, seen_L, tables_LR, impl=impl, tile=tile), k_pages, v_pages
 
-    arguments = (q_LNH, k_LKH, v_LKH, k_pages, v_pages, lengths_L, live_L, tables_LR)
+    arguments = (q_LNH, k_LKH, v_LKH, k_pages, v_pages), (lengths_L, live_L, tables_LR)
     mesh = jax.sharding.get_abstract_mesh()
     unmapped = set(mesh.axis_names) - {DATA_AXIS}
     if not unmapped:
         return local(*arguments)
     heads, whole = partition_spec(None, TENSOR_AXIS), partition_spec()
-    in_specs = (*(heads,) * 5, *(whole,) * 3)
-    mapped = jax.shard_map(local, in_specs=in_specs, out_specs=(heads,) * 3, axis_names=unmapped, check_vma=False)
+    mapped = jax.shard_map(local, in_specs=(heads, whole), out_specs=heads, axis_names=unmapped, check_vma=False)
     return mapped(*arguments)

@@ -86,7 +86,7 @@ class _Run:
         self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer)
         check_vocabulary(config.model, self.tokenizer)
         plan = EnginePlan.of(config.model, config.rollout, mesh)  # what cannot fit is refused before any training
-        print(f"engine memory: {plan.memory()}", file=sys.stderr)
+        print(f"engine memory: {plan.memory}", file=sys.stderr)
 
     def run(self, checkpoint: pathlib.Path | None) -> dict[str, Any]:
         config = self.config
