@@ -203,13 +203,28 @@ class GRPOConfig:
     rows_per_microbatch: int
     optimizer: OptimizerConfig
     checkpoint_every: int
+    validate_every: int  # steps between evaluations on the validation split, which choose the best checkpoint; 0: none
+    validation_problems: int  # problems in one, decoded greedily
 
     def __post_init__(self) -> None:
+        _not_negative(self, "grpo", "validate_every")
+        _positive(self, "grpo", "validation_problems")
         _positive(
             self, "grpo", "prompts_per_step group_size inner_updates row_len rows_per_microbatch checkpoint_every"
         )
         if self.group_size < 2:
             raise ConfigError(f"grpo.group_size={self.group_size}: an advantage needs at least 2 rollouts a prompt")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FaultsConfig:
+    """What is kept against faults, and when a run gives up."""
+
+    keep_checkpoints: int  # the newest of a phase; the best by validation stays besides
+    max_skipped_steps: int  # a run stops after so many steps in a row whose loss or gradient was not finite
+
+    def __post_init__(self) -> None:
+        _positive(self, "faults", "keep_checkpoints max_skipped_steps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,6 +253,7 @@ class Config:
     sft: SFTConfig
     rollout: RolloutConfig
     grpo: GRPOConfig
+    faults: FaultsConfig
     evaluation: EvaluationConfig
 
     def __post_init__(self) -> None:
@@ -277,6 +293,11 @@ def check_consistent(config: Config) -> None:
             raise ConfigError(f"model.{field}={value} must be a multiple of mesh.tensor={mesh.tensor}")
     if model.embed_dim % mesh.fsdp:
         raise ConfigError(f"model.embed_dim={model.embed_dim} must be a multiple of mesh.fsdp={mesh.fsdp}")
+    if config.grpo.validate_every and config.grpo.validation_problems > config.data.num_validation:
+        raise ConfigError(
+            f"grpo.validation_problems={config.grpo.validation_problems} is more than "
+            f"data.num_validation={config.data.num_validation}"
+        )
     batch_shards = mesh.data * mesh.fsdp
     rows = config.sft.rows_per_step // config.sft.microbatches
     for field, value in (
@@ -350,6 +371,12 @@ def _positive(section: Any, name: str, fields: str) -> None:
     for field in fields.split():
         if getattr(section, field) < 1:
             raise ConfigError(f"{name}.{field}={getattr(section, field)} must be at least 1")
+
+
+def _not_negative(section: Any, name: str, fields: str) -> None:
+    for field in fields.split():
+        if getattr(section, field) < 0:
+            raise ConfigError(f"{name}.{field}={getattr(section, field)} must be at least 0")
 
 
 def _share(section: Any, name: str, fields: str) -> None:

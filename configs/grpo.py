@@ -135,7 +135,10 @@ def laptop() -> ConfigDict:
             clip_norm=1.0,
         ),
         checkpoint_every=2,
+        validate_every=0,
+        validation_problems=100,
     )
+    config.faults = dict(keep_checkpoints=2, max_skipped_steps=3)
     config.evaluation = dict(split="test", num_problems=1_000, temperature=0.0, also_temperature=1.0)
     return config
 
@@ -152,6 +155,7 @@ def smoke() -> ConfigDict:
     config.grpo.update(
         num_steps=2, prompts_per_step=4, group_size=4, inner_updates=2, kl_coef=0.001, checkpoint_every=1
     )
+    config.grpo.update(validate_every=1, validation_problems=8)
     config.evaluation.num_problems = 16
     return config
 
@@ -217,6 +221,8 @@ def paper() -> ConfigDict:
         row_len=4_096,
         rows_per_microbatch=4,
         checkpoint_every=10,
+        validate_every=10,
+        validation_problems=300,
     )
     config.grpo.optimizer.update(learning_rate=1e-5, schedule="constant", b2=0.999, weight_decay=0.01)
     return config

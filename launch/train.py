@@ -4,6 +4,7 @@
     python launch/train.py --config=configs/grpo.py:smoke --workdir=/tmp/smoke
     python launch/train.py --config=configs/sft.py
     python launch/train.py --checkpoint=runs/laptop --workdir=runs/more_grpo --config.grpo.num_steps=40
+    python launch/train.py --checkpoint=runs/sft_laptop/best     # GRPO from the best by validation
 
 Starting again with the same workdir goes on from its last checkpoint. Exit codes: 0 done, 1 failed, 2 bad arguments or
 config, 75 stopped by a signal with everything saved.
@@ -16,12 +17,14 @@ import sys
 from absl import flags
 
 from apr_jax import entry
-from apr_jax.config import ConfigError
+from apr_jax.evaluation.sources import check_policy_folder
 
 _CONFIG = entry.define_config("grpo.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder [runs/NAME, with the config's name].")
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Start GRPO from this policy instead of SFT: a run, checkpoint or Hugging Face folder."
+    "checkpoint",
+    None,
+    "Start GRPO from this policy instead of SFT: a run (or RUN/best), checkpoint or Hugging Face folder.",
 )
 _JSON = flags.DEFINE_string("json", None, "Write the summary here as one JSON object.")
 
@@ -29,9 +32,10 @@ _JSON = flags.DEFINE_string("json", None, "Write the summary here as one JSON ob
 def main() -> int:
     config = _CONFIG.config()  # a config that cannot work is refused before JAX and its friends have loaded
     checkpoint = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
-    if checkpoint is not None and not checkpoint.is_dir():
-        raise ConfigError(f"--checkpoint={checkpoint}: no such folder")
+    if checkpoint is not None:
+        check_policy_folder(checkpoint)
     from apr_jax.data.countdown_builder import DatasetError
+    from apr_jax.train.integrity import CheckpointError
     from apr_jax.train.run import train
     from apr_jax.train.signals import StoppedError
 
@@ -41,7 +45,7 @@ def main() -> int:
     except StoppedError:
         print(f"Stopped by a signal; everything is saved in {workdir}. Start again to go on.", file=sys.stderr)
         return entry.STOPPED
-    except (DatasetError, OSError, FloatingPointError) as error:
+    except (CheckpointError, DatasetError, OSError, FloatingPointError) as error:
         raise entry.FailedError(str(error)) from error
     for label, figures in summary.items():
         print(f"{label:16} solved {figures['accuracy']:.1%} of {figures['num_problems']:,} problems")

@@ -51,7 +51,7 @@ def test_all_of_it_comes_back(saved, mesh):
     optimizer = make_optimizer(config.sft.optimizer, 10)
     with Checkpoints(workdir, "sft", config) as checkpoints:
         assert checkpoints.latest_step() == 3
-        restored, position = checkpoints.restore(abstract_state(make_mesh(config.mesh), config.model, optimizer))
+        restored, position, _ = checkpoints.restore(abstract_state(make_mesh(config.mesh), config.model, optimizer))
     assert position == {"next": [1, 2], "name": "x"}
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
@@ -77,7 +77,7 @@ def test_another_configuration_is_refused_by_name(saved):
         CONFIG, seed=7, sft=dataclasses.replace(CONFIG.sft, rows_per_step=8), name="free", evaluation=CONFIG.evaluation
     )
     with Checkpoints(workdir, "sft", other) as checkpoints, pytest.raises(ConfigError) as error:
-        checkpoints.check()
+        checkpoints.settle()
     assert "seed: 0 saved, 7 now" in str(error.value)
     assert "sft.rows_per_step: 4 saved, 8 now" in str(error.value)
     assert "name" not in str(error.value).replace("--workdir", "").split("configuration:")[1]

@@ -18,9 +18,11 @@ from apr_jax.parallel.mesh import make_mesh
 from apr_jax.reasoning.outcome import Outcome, banned_tokens
 from apr_jax.tasks.countdown import Problem, Verdict
 from apr_jax.train import grpo, rollouts
-from apr_jax.train.checkpoint import PHASES, Checkpoints
+from apr_jax.train.checkpoint import Checkpoints
 from apr_jax.train.metrics import MetricsWriter, read
+from apr_jax.train.phases import PHASES
 from apr_jax.train.signals import StoppedError, StopSignal
+from apr_jax.train.skipping import SkippedSteps
 from apr_jax.train.state import create_state
 from tests.train.small import on_mesh, small_config
 
@@ -228,6 +230,8 @@ def bandit(monkeypatch):
                 checkpoints=checkpoints,
                 writer=stack.enter_context(MetricsWriter(workdir, PHASES, "grpo", step)),
                 stop=stop or StopSignal(),
+                skipped=SkippedSteps(workdir, config.faults.max_skipped_steps),
+                validate=lambda: 0.0,
             )
 
     return train

@@ -12,12 +12,14 @@ from flax import nnx
 from apr_jax.model.llama import graphdef, init_params
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.train.batches import to_mesh
-from apr_jax.train.checkpoint import PHASES, Checkpoints
+from apr_jax.train.checkpoint import Checkpoints
 from apr_jax.train.losses import normalise
 from apr_jax.train.metrics import MetricsWriter, read
 from apr_jax.train.optimizer import make_optimizer, schedule
+from apr_jax.train.phases import PHASES
 from apr_jax.train.sft import make_sft_step, train_sft
 from apr_jax.train.signals import StoppedError, StopSignal
+from apr_jax.train.skipping import SkippedSteps
 from apr_jax.train.state import create_state
 from tests.train.small import on_mesh, random_rows, small_config
 
@@ -130,6 +132,7 @@ def _train(config, workdir, stop=None, rows=None):
                 checkpoints=checkpoints,
                 writer=writer,
                 stop=stop,
+                skipped=SkippedSteps(workdir, config.faults.max_skipped_steps),
             )
 
 
