@@ -98,11 +98,12 @@ def apply_gradients(
     """
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    kept = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
-    )
+
+    def update(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    kept = jax.lax.cond(finite, update, lambda *kept: kept, state.params, state.opt_state)
     metrics = {"grad_norm": norm, "skipped_rate": 1.0 - finite.astype(jnp.float32)}
     return TrainState(state.step + 1, *kept), metrics
 
