@@ -1,4 +1,4 @@
-# make train | make test | make test-peers | make peers | make test-aot | make gpu-check | make lint | make lock
+# make train | make test | make test-slow | make test-peers | make peers | make test-aot | make gpu-check | make lint | make lock
 # PYTHON=python3.13 picks another interpreter (and its own environment).
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv-$(notdir $(PYTHON))
@@ -8,7 +8,7 @@ WORKDIR ?=
 
 PEERS ?=
 
-.PHONY: train test test-peers peers test-aot gpu-check lint format lock env clean
+.PHONY: train test test-slow test-peers peers test-aot gpu-check lint format lock env clean
 
 env: $(VENV)/.installed
 
@@ -23,6 +23,10 @@ train: env
 
 test: env
 	$(BIN)/python -m pytest -n 2
+
+# What `make test` leaves out because it is exhaustive: every mesh shape, many kills.
+test-slow: env
+	$(BIN)/python -m pytest -n 2 -m slow
 
 test-peers: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'

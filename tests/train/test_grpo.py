@@ -40,7 +40,7 @@ CONFIG = small_config(
 BANNED = banned_tokens(TOKENIZER, CONFIG.model.vocab_size)
 
 
-def _scored(seed=0):
+def made_up_rollouts(seed=0):
     """Two groups of made-up rollouts; the second group has no signal."""
     rng = np.random.default_rng(seed)
     allowed = np.setdiff1d(np.arange(CONFIG.model.vocab_size), BANNED)
@@ -122,7 +122,7 @@ def _by_definition(config, scored):
 
 
 def test_update_follows_the_definition():
-    scored = _scored()
+    scored = made_up_rollouts()
     metrics, grads, _, _ = _update(CONFIG, rollouts.training_sequences(scored, CONFIG.grpo.kl_coef))
     loss, expected = _by_definition(CONFIG, scored)
     np.testing.assert_allclose(metrics["loss"], loss, atol=1e-6)
@@ -134,7 +134,7 @@ def test_update_follows_the_definition():
 
 @pytest.mark.parametrize("change", ["rows", "order", "mesh"])
 def test_same_update_however_the_batch_is_cut(change):
-    sequences = rollouts.training_sequences(_scored(), CONFIG.grpo.kl_coef)
+    sequences = rollouts.training_sequences(made_up_rollouts(), CONFIG.grpo.kl_coef)
     expected, expected_grads, _, _ = _update(CONFIG, sequences)
     config = CONFIG
     if change == "rows":
@@ -153,7 +153,7 @@ def test_same_update_however_the_batch_is_cut(change):
 
 def test_leaving_out_calls_without_signal_changes_no_gradient():
     config = dataclasses.replace(CONFIG, grpo=dataclasses.replace(CONFIG.grpo, kl_coef=0.0))
-    scored = _scored()
+    scored = made_up_rollouts()
     everything = rollouts.training_sequences(scored, 1.0)
     everything = [{**s, "kl_weight": np.zeros_like(s["kl_weight"])} for s in everything]
     kept = rollouts.training_sequences(scored, 0.0)
@@ -174,7 +174,7 @@ def test_later_inner_updates_refer_to_the_first_policy():
             optimizer=dataclasses.replace(CONFIG.grpo.optimizer, learning_rate=0.02),
         ),
     )
-    sequences = rollouts.training_sequences(_scored(), CONFIG.grpo.kl_coef)
+    sequences = rollouts.training_sequences(made_up_rollouts(), CONFIG.grpo.kl_coef)
     _, _, _, first = _update(CONFIG, sequences)
     metrics, _, _, old = _update(config, sequences)
     jax.tree.map(np.testing.assert_array_equal, old, first)

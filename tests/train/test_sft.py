@@ -117,7 +117,7 @@ def test_loss_is_the_weighted_mean_of_an_independent_forward():
     np.testing.assert_allclose(metrics["token_accuracy"], correct / (rows["weights"] > 0).sum(), rtol=1e-5)
 
 
-def _train(config, workdir, stop=None, rows=None):
+def train_on(config, workdir, stop=None, rows=None):
     held_out = random_rows(config.model.vocab_size, config.sft.row_len, 6, seed=10**6)
     with Checkpoints(workdir, "sft", config) as checkpoints:
         start = checkpoints.latest_step() or 0
@@ -146,7 +146,7 @@ _MEMORISE = {
 
 def test_loss_falls_on_what_can_be_memorised(tmp_path):
     config = small_config(**_MEMORISE)
-    _train(config, tmp_path, rows=Rows(config, epoch=1))
+    train_on(config, tmp_path, rows=Rows(config, epoch=1))
     records = read(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, 61))
     assert records[-1]["loss"] < 0.5 * records[0]["loss"]
@@ -171,14 +171,14 @@ class StopAt(StopSignal):
 
 def test_stopped_and_resumed_equals_uninterrupted(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    expected = _train(CONFIG, whole)
+    expected = train_on(CONFIG, whole)
     rows = Rows(CONFIG)
     with pytest.raises(StoppedError):
-        _train(CONFIG, parts, StopAt(rows, 3), rows)
+        train_on(CONFIG, parts, StopAt(rows, 3), rows)
     assert len(read(parts / "metrics.jsonl")) == 3
     with (parts / "metrics.jsonl").open("a") as file:  # what a killed run leaves: later steps, and a torn line
         file.write(json.dumps({"step": 4, "phase": "sft", "loss": -1.0}) + '\n{"step": 5, "ph')
-    actual = _train(CONFIG, parts)
+    actual = train_on(CONFIG, parts)
     assert (parts / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
     records = read(whole / "metrics.jsonl")
