@@ -145,9 +145,7 @@ class GRPOTerms:
 
     policy_loss: jax.Array
     kl_loss: jax.Array
-    clipped: (
-        jax.Array
-    )  # tokens whose ratio is cut off: with PPO's surrogate, whose clipped objective is the smaller one
+    clipped: jax.Array  # tokens that the surrogate clips
     k3: jax.Array  # unweighted sum of the KL estimate
     tokens: jax.Array
 

@@ -10,7 +10,8 @@ rho_t = exp(new_t - old_t); c- = clip_ratio, c+ = clip_ratio_high. With one call
 The KL term is kl_coef times the token's policy weight times k3_t, but for GRPO and GSPO, which follow the APR paper's
 1 / (N T_c) (`losses.call_weights`).
 
-Clip-higher is `clip_ratio_high > clip_ratio`; dynamic sampling is `dynamic_sampling.py`. Either works with any objective.
+Clip-higher is `clip_ratio_high > clip_ratio`; dynamic sampling is `dynamic_sampling.py`. Either goes with
+any objective.
 DAPO's third part, a soft penalty on overlong responses, is not here: `grpo.reward` prices tokens.
 """
 

@@ -136,9 +136,9 @@ def rollout_metrics(
 ) -> dict[str, Any]:
     """What one step's rollouts were like: `evaluation.metrics.summarize` without times, and some figures of training.
 
-    `reward` is the mean of what rollouts earned, `no_signal_groups` the share of groups whose rewards are all equal, and
-    `advantage_share` that of the calls which have a share in their rollout's advantage. `entropy` estimates the policy's
-    entropy per token, in nats, as -mean log pi of the tokens drawn.
+    `reward` is the mean of what rollouts earned, `no_signal_groups` the share of groups whose rewards are all equal,
+    and `advantage_share` that of the calls which have a share in their rollout's advantage. `entropy` estimates the
+    policy's entropy per token, in nats, as -mean log pi of the tokens drawn.
     """
     method = config.data.method
     records = [

@@ -92,7 +92,7 @@ def train_sft(
     stop: StopSignal | None = None,
     params: Params | None = None,
 ) -> Params:
-    """Trains from the last checkpoint, or where there is none from the start, to `config.num_steps`. Returns the policy.
+    """Trains from the last checkpoint, or else from the start, to `config.num_steps`. Returns the policy.
 
     Args:
       rows: batches of `config.rows_per_step` rows; its position is saved and restored with the weights.

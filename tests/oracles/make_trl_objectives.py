@@ -3,7 +3,7 @@
     python tests/oracles/make_trl_objectives.py          # needs torch and trl; the repository's tests need neither
 
 The trainer's `_compute_loss` runs as it stands, on a stand-in for the trainer whose forward pass returns the given
-log-probabilities. TRL has one call a rollout. Its truncated importance ratio is made in a longer function, from which its
+log-probabilities. TRL has one call a rollout. Its truncated importance ratio is made in a longer function, whose
 `token_truncate` line is repeated here.
 """
 
