@@ -14,6 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from apr_jax.evaluation import charts, viewer
+from apr_jax.evaluation.behaviour import behaviour_tables
 from apr_jax.evaluation.charts import Series
 
 # Each panel: phase, title, (metric, label) curves; a curve or a panel that a run did not log is left out.
@@ -24,19 +25,36 @@ _PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         "SFT: accuracy of the next token",
         (("token_accuracy", "train"), ("validation_token_accuracy", "validation")),
     ),
-    ("grpo", "GRPO: share of rollouts solved", (("accuracy", "sampled rollouts"), ("reward_mean", "sampled rollouts"))),
-    ("grpo", "GRPO: children per rollout", (("children_per_rollout", "children"),)),
+    ("grpo", "GRPO: share of rollouts solved", (("accuracy", "sampled rollouts"),)),
+    (
+        "grpo",
+        "GRPO: children per rollout and spawn",
+        (("children_per_rollout", "per rollout"), ("children_per_spawn", "per spawn")),
+    ),
     (
         "grpo",
         "GRPO: tokens per rollout",
         (("total_tokens", "all threads"), ("sequential_tokens", "one after the other")),
     ),
+    ("grpo", "GRPO: reward of a rollout", (("reward", "reward"),)),
+    ("grpo", "GRPO: tokens per call", (("tokens_per_call", "tokens"),)),
+    ("grpo", "GRPO: levels of threads below the root", (("spawn_depth", "levels"),)),
+    ("grpo", "GRPO: groups without signal", (("no_signal_groups", "groups"),)),
     ("grpo", "GRPO: malformed and cut-off rollouts", (("malformed_rate", "malformed"), ("truncated_rate", "cut off"))),
     ("grpo", "GRPO: distance to the reference (KL)", (("kl", "KL"),)),
     ("grpo", "GRPO: entropy per token", (("entropy", "entropy"),)),
-    ("grpo", "GRPO: clipped share of tokens", (("clip_fraction", "clipped"),)),
+    (
+        "grpo",
+        "GRPO: clipped ratios, truncated weights",
+        (("clip_fraction", "clipped"), ("importance_truncated", "truncated")),
+    ),
+    (
+        "grpo",
+        "GRPO: log-probability, trainer against rollout",
+        (("logp_diff_mean", "mean difference"), ("logp_diff_max", "largest")),
+    ),
 )
-_PERCENT = {"accuracy", "reward_mean", "malformed_rate", "truncated_rate", "clip_fraction"}
+_PERCENT = {"accuracy", "no_signal_groups", "malformed_rate", "truncated_rate", "clip_fraction"}
 _PERCENT |= {"token_accuracy", "validation_token_accuracy"}
 
 _ROWS: tuple[tuple[str, str, str], ...] = (
@@ -48,6 +66,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("child_failure_rate", "children malformed or cut off", "share"),
     ("children_per_rollout", "children per rollout", "number"),
     ("children_per_spawn", "children per spawn", "number"),
+    ("spawn_depth", "levels of threads below the root", "number"),
     ("total_tokens", "tokens, all threads", "number"),
     ("sequential_tokens", "tokens, one after the other", "number"),
     ("tokens_per_call", "tokens per call", "number"),
@@ -67,7 +86,7 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
     if not workdir.is_dir():
         raise FileNotFoundError(f"no run folder {workdir}")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    summary = _read_json(workdir / "summary.json")
+    summary, metrics = _read_json(workdir / "summary.json"), _read_jsonl(workdir / "metrics.jsonl")
     rollouts = pick_rollouts(_read_jsonl(workdir / "rollouts.jsonl"))[:_MAX_ROLLOUTS]
     page = environment.from_string(_template("report.html")).render(
         name=workdir.resolve().name,
@@ -78,9 +97,8 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
         entries=_entries(summary),
         rows=_table_rows(summary),
         failures=_failures(summary),
-        panels=[
-            Markup(_svg(body, charts.WIDTH, charts.HEIGHT)) for body in _panels(_read_jsonl(workdir / "metrics.jsonl"))
-        ],
+        behaviour=behaviour_tables(_evaluations(summary), metrics),
+        panels=[Markup(_svg(body, charts.WIDTH, charts.HEIGHT)) for body in _panels(metrics)],
         rollouts=[_rollout_view(record) for record in rollouts],
         texts=Markup(_embed([_rollout_texts(record) for record in rollouts])),
     )
