@@ -30,8 +30,8 @@ _OF_STEPS: tuple[tuple[str, str, Kind], ...] = (
 def behaviour_tables(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Tables of a run, each with a title, the names of its two columns and rows of label, before, after and change.
 
-    One for each evaluation that summary.json has before and after, and one for GRPO's first and last steps: means over a
-    quarter of them at either end, and why rollouts were malformed there. A change is in points where the figure is a
+    One for each evaluation that summary.json has before and after, and one for GRPO's first and last steps: means over
+    a quarter of them at either end, and why rollouts were malformed there. A change is in points where the figure is a
     share, else in per cent. What a run lacks is left out.
     """
     tables = []
@@ -89,7 +89,7 @@ def _mean(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     totals: dict[str, float] = {}
     for record in steps:
         counts = {f"malformed_reasons/{key}": n for key, n in record.get("malformed_reasons", {}).items()}
-        for key, value in (record | counts).items():
+        for key, value in {**record, **counts}.items():
             if isinstance(value, int | float):
                 totals[key] = totals.get(key, 0.0) + value
     return {key: total / len(steps) for key, total in totals.items()}
