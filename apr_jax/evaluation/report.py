@@ -86,8 +86,8 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
     if not workdir.is_dir():
         raise FileNotFoundError(f"no run folder {workdir}")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    summary, metrics = _read_json(workdir / "summary.json"), _read_jsonl(workdir / "metrics.jsonl")
-    rollouts = pick_rollouts(_read_jsonl(workdir / "rollouts.jsonl"))[:_MAX_ROLLOUTS]
+    summary, metrics = _read_json(workdir / "summary.json"), read_jsonl(workdir / "metrics.jsonl")
+    rollouts = pick_rollouts(read_jsonl(workdir / "rollouts.jsonl"))[:_MAX_ROLLOUTS]
     page = environment.from_string(_template("report.html")).render(
         name=workdir.resolve().name,
         about=_about(_read_json(workdir / "config.json")),
@@ -113,15 +113,13 @@ def write_figure(workdir: str | pathlib.Path, path: str | pathlib.Path) -> None:
     Raises ValueError when the run has neither rollouts nor metrics, or when `path` does not end in .svg.
     """
     workdir, path = pathlib.Path(workdir), pathlib.Path(path)
-    if path.suffix != ".svg":
-        raise ValueError(f"{path}: the figure is an SVG, so its name must end in .svg")
     width, y, parts = 1000, 10, []
-    rollouts = pick_rollouts(_read_jsonl(workdir / "rollouts.jsonl"))
+    rollouts = pick_rollouts(read_jsonl(workdir / "rollouts.jsonl"))
     if rollouts:
         body, height = viewer.draw_threads(rollouts[0], width)
         parts.append(f'<g transform="translate(0,{y})">{body}</g>')
         y += height + 14
-    panels = _panels(_read_jsonl(workdir / "metrics.jsonl"))
+    panels = _panels(read_jsonl(workdir / "metrics.jsonl"))
     wanted = [
         panel
         for title in ("loss per token", "share of rollouts solved", "children per")
@@ -135,9 +133,16 @@ def write_figure(workdir: str | pathlib.Path, path: str | pathlib.Path) -> None:
     y += round(charts.HEIGHT * scale) + 10 if wanted else 0
     if not parts:
         raise ValueError(f"{workdir}: neither rollouts.jsonl nor metrics.jsonl holds anything to draw")
-    background = f'<rect class="background" width="{width}" height="{y}"/>'
+    write_svg(path, "".join(parts), width, y)
+
+
+def write_svg(path: pathlib.Path, body: str, width: int, height: int) -> None:
+    """Writes a drawing that brings its own colours and background. Raises ValueError unless `path` ends in .svg."""
+    if path.suffix != ".svg":
+        raise ValueError(f"{path}: the figure is an SVG, so its name must end in .svg")
+    background = f'<rect class="background" width="{width}" height="{height}"/>'
     style = f"<style>{_template('figure.css')}</style>"
-    path.write_text(_svg(style + background + "".join(parts), width, y), encoding="utf-8")
+    path.write_text(_svg(style + background + body, width, height), encoding="utf-8")
 
 
 def pick_rollouts(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -273,7 +278,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
     """A file's objects; none where it is missing. A torn last line, of a run that was killed, is left out."""
     if not path.exists():
         return []
