@@ -56,7 +56,7 @@ def train(
 
     Args:
       checkpoint: the policy to start GRPO from (`load_policy`); SFT is then left out.
-      start: the policy to start SFT from; None: fresh weights. A work folder that has begun does not read it again.
+      start: the policy to start SFT from; None: fresh weights. Not read where SFT has a checkpoint to go on from.
     Raises:
       ConfigError: the mesh needs more devices than there are, or `workdir` or `checkpoint` belongs to another config.
       StoppedError: SIGTERM or SIGINT came; all that was finished is saved, and the same call goes on from there.
