@@ -4,6 +4,7 @@ WORKDIR/config.json         the configuration
 WORKDIR/metrics.jsonl       one object a step (metrics.py)
 WORKDIR/checkpoints/        checkpoint.py
 WORKDIR/evaluations/        one file for each evaluation that is done
+WORKDIR/skipped/            batches whose loss or gradient was not finite, of a run that gave up (skipping.py)
 WORKDIR/summary.json, rollouts.jsonl, report.html, figure.svg
 """
 

@@ -78,17 +78,17 @@ def test_moments_are_split_over_data_and_parameters_are_not():
 
 
 @pytest.mark.parametrize(
-    ("mesh", "microbatches", "shuffled"),
-    [({}, 4, False), ({}, 1, True), ({"data": 2, "fsdp": 2, "tensor": 1}, 2, True)],
-    ids=["accumulated", "shuffled", "sharded"],
+    ("microbatches", "shuffled"),
+    [(4, False), (1, True)],
+    ids=["accumulated", "shuffled"],
 )
-def test_same_gradient_however_the_batch_is_cut(mesh, microbatches, shuffled):
+def test_same_gradient_however_the_batch_is_cut(microbatches, shuffled):
     config = CONFIG
     rows = random_rows(config.model.vocab_size, 64, 30)
     rows = {name: rows_BT[:8] for name, rows_BT in rows.items()}
     order = np.random.default_rng(1).permutation(8) if shuffled else None
     expected, expected_grads = _one_step(config, rows, 1)
-    actual, grads = _one_step(on_mesh(config, **mesh), rows, microbatches, order)
+    actual, grads = _one_step(config, rows, microbatches, order)
     for name, value in expected.items():
         np.testing.assert_allclose(actual[name], value, rtol=1e-5, err_msg=name)
     for name, value in expected_grads.items():
