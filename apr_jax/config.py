@@ -248,7 +248,8 @@ def check_consistent(config: Config) -> None:
     """Checks what spans several sections. Raises ConfigError with the two numbers that disagree."""
     model, rollout, mesh = config.model, config.rollout, config.mesh
     pages_per_thread = -(-model.max_seq_len // rollout.page_size)
-    usable = rollout.num_pages // mesh.data - 1
+    batch_shards = mesh.data * mesh.fsdp
+    usable = rollout.num_pages // batch_shards - 1
     if usable < pages_per_thread:
         raise ConfigError(
             f"rollout.num_pages={rollout.num_pages} leaves {usable} usable pages a data shard, and one thread of "
@@ -266,8 +267,8 @@ def check_consistent(config: Config) -> None:
         ("num_pages", rollout.num_pages),
         ("prefill_lanes", rollout.prefill_lanes),
     ):
-        if value % mesh.data:
-            raise ConfigError(f"rollout.{field}={value} must be a multiple of mesh.data={mesh.data}")
+        if value % batch_shards:
+            raise ConfigError(f"rollout.{field}={value} must be a multiple of mesh.data * mesh.fsdp = {batch_shards}")
     for field, value in (
         ("num_kv_heads", model.num_kv_heads),
         ("num_heads", model.num_heads),
@@ -277,7 +278,6 @@ def check_consistent(config: Config) -> None:
             raise ConfigError(f"model.{field}={value} must be a multiple of mesh.tensor={mesh.tensor}")
     if model.embed_dim % mesh.fsdp:
         raise ConfigError(f"model.embed_dim={model.embed_dim} must be a multiple of mesh.fsdp={mesh.fsdp}")
-    batch_shards = mesh.data * mesh.fsdp
     rows = config.sft.rows_per_step // config.sft.microbatches
     for field, value in (
         ("sft.rows_per_step / sft.microbatches", rows),

@@ -150,7 +150,7 @@ def load_policy(path: pathlib.Path) -> tuple[ModelConfig, Params, dict[str, Any]
     checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
     meta = checkpointer.restore(folder, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     model = ModelConfig(**meta["config"]["model"])
-    abstract = abstract_params_on(make_mesh(MeshConfig(data=1, fsdp=1, tensor=1)), model)
+    abstract = abstract_params_on(make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.local_devices()), model)
     target = ocp.args.Composite(policy=ocp.args.StandardRestore(_flatten(abstract)))
     return model, _unflatten(abstract, checkpointer.restore(folder, args=target)["policy"]), meta["config"]
 

@@ -15,9 +15,9 @@ from apr_jax.data.packing import pack
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine import holding, sampling
 from apr_jax.engine.constraints import Gate
-from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import RolloutKey
 from apr_jax.model.llama import Params
+from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import replicated
 from apr_jax.progress import progress
 from apr_jax.reasoning.outcome import banned_tokens, make_settings, spawn_gate
@@ -25,6 +25,7 @@ from apr_jax.reasoning.programs import make_program
 from apr_jax.tasks.countdown import Problem
 from apr_jax.train.batches import Batch, make_scorer, pad_rows, to_mesh
 from apr_jax.train.checkpoint import Checkpoints
+from apr_jax.train.hosted_engine import RolloutEngine
 from apr_jax.train.losses import GRPOTerms, GRPOTokens, LogProbs, grpo_loss
 from apr_jax.train.metrics import MetricsWriter
 from apr_jax.train.optimizer import make_optimizer
@@ -165,7 +166,7 @@ def train_grpo(
     reference: Params | None,
     problems: Sequence[Problem],
     tokenizer: Tokenizer,
-    engine: Engine,
+    engine: RolloutEngine,
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     stop: StopSignal,
@@ -186,7 +187,7 @@ def train_grpo(
     else:
         state = create_state(mesh, config.model, updater.optimizer, params)
     start = int(state.step) // grpo.inner_updates
-    with progress(grpo.num_steps - start, "GRPO", "step") as bar:
+    with progress(grpo.num_steps - start, "GRPO", "step", hosts.messages()) as bar:
         for step in range(start + 1, grpo.num_steps + 1):
             began = time.perf_counter()
             engine.set_params(state.params)
@@ -208,15 +209,17 @@ def train_grpo(
             writer.write("grpo", step, metrics)
             writer.write_timings("grpo", step, _timings(scored, began, rolled_out, ended))
             bar.update(1, accuracy=metrics["accuracy"], children=metrics["children_per_rollout"])
-            if step % grpo.checkpoint_every == 0 or step == grpo.num_steps or stop.requested:
+            stopping = stop.agreed()
+            if step % grpo.checkpoint_every == 0 or step == grpo.num_steps or stopping:
                 writer.sync()
                 checkpoints.save(step, state, {})
-            stop.check()
+            if stopping:
+                stop.check()
     return state.params
 
 
 def sample_step(
-    config: Config, engine: Engine, problems: Sequence[Problem], tokenizer: Tokenizer, step: int
+    config: Config, engine: RolloutEngine, problems: Sequence[Problem], tokenizer: Tokenizer, step: int
 ) -> tuple[Scored, list[Problem]]:
     """The scored rollouts of a step and the problem of each; a function of (seed, step) and the engine's policy."""
     settings = make_settings(config, tokenizer)
@@ -234,9 +237,9 @@ def sample_step(
 def _gap(microbatches: Sequence[Batch], old: Sequence[jax.Array]) -> dict[str, float]:
     trainer, rollout = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
     for batch, old_BT in zip(microbatches, old, strict=True):
-        generated_BT = np.asarray(batch["policy_weight"]) > 0
-        trainer.append(np.asarray(old_BT)[generated_BT])
-        rollout.append(np.asarray(batch["rollout_logprob"])[generated_BT])
+        generated_BT = hosts.whole(batch["policy_weight"]) > 0
+        trainer.append(hosts.whole(old_BT)[generated_BT])
+        rollout.append(hosts.whole(batch["rollout_logprob"])[generated_BT])
     return gap_metrics(np.concatenate(trainer), np.concatenate(rollout))
 
 
