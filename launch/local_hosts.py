@@ -71,6 +71,7 @@ def _place(index: int, coordinator: str) -> dict[str, str]:
         "JAX_NUM_CPU_DEVICES": str(_DEVICES.value),
         "JAX_PLATFORMS": "cpu",
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        "APR_HEARTBEAT_SECONDS": "3600",  # who dies is seen here; a machine that sleeps for a while kills nobody
         "PYTHONUNBUFFERED": "1",
     }
 

@@ -4,6 +4,7 @@ A process learns its place from the environment, the same way from `launch/local
 
     APR_HOSTS=4 APR_HOST=1 APR_COORDINATOR=node0:9876     told: host 1 of 4, and where host 0 listens
     APR_HOSTS=auto                                        found out by JAX: Slurm, TPU pods, Open MPI
+    APR_HEARTBEAT_SECONDS=20                              optional: when a host that is not heard of counts as dead
 
 Without APR_HOSTS there is one host, and everything here costs nothing.
 
@@ -32,7 +33,7 @@ from apr_jax.parallel.mesh import AXES, partition_spec, replicated
 
 T = TypeVar("T")
 
-HEARTBEAT_SECONDS = 20  # a host that was not heard of for so long is dead, and all others end
+_HEARTBEAT_SECONDS = "20"
 _START_SECONDS = 300  # until the last host must have joined
 _END_SECONDS = 300  # that hosts wait for each other at the end: host 0 may still be writing a report
 _STOP_KEYS = "apr_jax_stop"
@@ -43,9 +44,9 @@ _SMALLEST_BUFFER = 1 << 12
 def joined() -> Iterator[None]:
     """Joins the job that the environment names, before anything else touches JAX. Does nothing where it names none.
 
-    A host that dies ends the others: JAX's coordination service misses its heartbeat after `HEARTBEAT_SECONDS`, says on
-    standard error which host it was, and ends the process. An error of a collective comes sooner and names nobody;
-    so the block waits for that verdict before it passes the error on.
+    A host that dies ends the others: JAX's coordination service misses its heartbeat after 20 seconds, says on standard
+    error which host it was, and ends the process. An error of a collective comes sooner and names nobody; so the block
+    waits for that verdict before it passes the error on.
 
     Raises ConfigError where the environment makes no sense.
     """
@@ -55,9 +56,10 @@ def joined() -> Iterator[None]:
         return
     # It would take SIGTERM, which is `train.signals`'.
     jax.config.update("jax_enable_preemption_service", False)  # type: ignore[no-untyped-call]
+    heartbeat = _positive("APR_HEARTBEAT_SECONDS", os.environ.get("APR_HEARTBEAT_SECONDS", _HEARTBEAT_SECONDS))
     jax.distributed.initialize(
         **place,
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        heartbeat_timeout_seconds=heartbeat,
         initialization_timeout=_START_SECONDS,
         shutdown_timeout_seconds=_END_SECONDS,
     )
@@ -66,7 +68,7 @@ def joined() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         print(f"host {jax.process_index()}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         print("Is another host dead? Waiting for the job's coordinator to say so.", file=sys.stderr, flush=True)
-        time.sleep(HEARTBEAT_SECONDS + 10)
+        time.sleep(heartbeat + 10)
         raise
 
 
@@ -81,12 +83,19 @@ def _place_in_job() -> dict[str, Any] | None:
     if missing:
         raise ConfigError(f"APR_HOSTS={hosts} is set, and {missing[0]} is not")
     host, coordinator = os.environ["APR_HOST"], os.environ["APR_COORDINATOR"]
-    if not (hosts.isdecimal() and host.isdecimal() and int(host) < int(hosts)):
-        raise ConfigError(f"APR_HOSTS={hosts}, APR_HOST={host}: take a number of hosts, and one of 0 to that less 1")
+    count = _positive("APR_HOSTS", hosts)
+    if not (host.isdecimal() and int(host) < count):
+        raise ConfigError(f"APR_HOST={host}: takes one of 0 to {count - 1}, as APR_HOSTS={hosts}")
     if not coordinator.rpartition(":")[2].isdecimal():
         raise ConfigError(f"APR_COORDINATOR={coordinator}: takes HOST:PORT")
-    place = {"coordinator_address": coordinator, "num_processes": int(hosts), "process_id": int(host)}
+    place = {"coordinator_address": coordinator, "num_processes": count, "process_id": int(host)}
     return {**place, "cluster_detection_method": "deactivate"}
+
+
+def _positive(name: str, value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise ConfigError(f"{name}={value}: takes a positive whole number")
+    return int(value)
 
 
 def is_first() -> bool:
