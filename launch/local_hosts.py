@@ -85,7 +85,7 @@ def _start(command: Sequence[str], place: Mapping[str, str], name: str) -> Host:
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        start_new_session=True,
+        process_group=0,
     )
     assert process.stdout is not None
     assert process.stderr is not None
