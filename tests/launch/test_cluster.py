@@ -1,4 +1,4 @@
-"""The scripts of launch/cluster/: what they say is what the schedulers take, and what a host reads (parallel/hosts.py)."""
+"""The scripts of launch/cluster/: they say what schedulers take, and what a host reads (parallel/hosts.py)."""
 
 import os
 import pathlib
@@ -15,7 +15,7 @@ from configs.grpo import get_config
 CLUSTER = pathlib.Path(__file__).parents[2] / "launch" / "cluster"
 
 # The fields of a JobSet, v1alpha2 (kubernetes-sigs/jobset, api/jobset/v1alpha2/jobset_types.go), with what they hold:
-# a type, a set of allowed values, a list of one kind, or fields. Of Job and Pod (batch/v1, core/v1) those that are used.
+# a type, a set of allowed values, a list of one kind, or fields. Of Job and Pod (batch/v1, core/v1), those used here.
 _STRINGS = {"*": str}
 _CONTAINER = {
     "name": str,
