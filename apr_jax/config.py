@@ -289,7 +289,8 @@ def check_consistent(config: Config) -> None:
     """Checks what spans several sections. Raises ConfigError with the two numbers that disagree."""
     model, rollout, mesh = config.model, config.rollout, config.mesh
     pages_per_thread = -(-model.max_seq_len // rollout.page_size)
-    usable = rollout.num_pages // mesh.data - 1
+    batch_shards = mesh.data * mesh.fsdp
+    usable = rollout.num_pages // batch_shards - 1
     if usable < pages_per_thread:
         raise ConfigError(
             f"rollout.num_pages={rollout.num_pages} leaves {usable} usable pages a data shard, and one thread of "
@@ -307,8 +308,8 @@ def check_consistent(config: Config) -> None:
         ("num_pages", rollout.num_pages),
         ("prefill_lanes", rollout.prefill_lanes),
     ):
-        if value % mesh.data:
-            raise ConfigError(f"rollout.{field}={value} must be a multiple of mesh.data={mesh.data}")
+        if value % batch_shards:
+            raise ConfigError(f"rollout.{field}={value} must be a multiple of mesh.data * mesh.fsdp = {batch_shards}")
     for field, value in (
         ("num_kv_heads", model.num_kv_heads),
         ("num_heads", model.num_heads),
@@ -329,7 +330,6 @@ def check_consistent(config: Config) -> None:
             f"grpo.max_resamples={config.grpo.max_resamples} may ask for {most_prompts} problems in a step, and "
             f"data.num_train={config.data.num_train}"
         )
-    batch_shards = mesh.data * mesh.fsdp
     rows = config.sft.rows_per_step // config.sft.microbatches
     for field, value in (
         ("sft.rows_per_step / sft.microbatches", rows),

@@ -13,7 +13,6 @@ config, 75 stopped by a signal with everything saved.
 
 import json
 import pathlib
-import sys
 
 from absl import flags
 
@@ -41,18 +40,22 @@ def main() -> int:
     if len(folders) > 1:
         raise ConfigError("--checkpoint leaves SFT out, and --start is where SFT starts: name one of them")
     from apr_jax.data.countdown_builder import DatasetError
+    from apr_jax.parallel import hosts
     from apr_jax.train.integrity import CheckpointError
     from apr_jax.train.run import train
     from apr_jax.train.signals import StoppedError
 
     workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / config.name)
     try:
-        summary = train(config, workdir, **folders)
+        with hosts.joined():
+            summary = train(config, workdir, **folders)
     except StoppedError:
-        print(f"Stopped by a signal; everything is saved in {workdir}. Start again to go on.", file=sys.stderr)
+        print(f"Stopped by a signal; everything is saved in {workdir}. Start again to go on.", file=hosts.messages())
         return entry.STOPPED
     except (CheckpointError, DatasetError, OSError, FloatingPointError) as error:
         raise entry.FailedError(str(error)) from error
+    if not hosts.is_first():
+        return 0
     for label, figures in summary.items():
         print(f"{label:16} solved {figures['accuracy']:.1%} of {figures['num_problems']:,} problems")
     print(f"{'report':16} {workdir / 'report.html'}")

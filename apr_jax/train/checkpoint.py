@@ -288,7 +288,7 @@ def load_policy(path: pathlib.Path) -> tuple[ModelConfig, Params, dict[str, Any]
     except CheckpointError as error:
         raise CheckpointError(f"{folder} is damaged: {error}. Name another checkpoint of the run.") from error
     model = ModelConfig(**meta["config"]["model"])
-    abstract = abstract_params_on(make_mesh(MeshConfig(data=1, fsdp=1, tensor=1)), model)
+    abstract = abstract_params_on(make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.local_devices()), model)
     target = ocp.args.Composite(policy=ocp.args.StandardRestore(_flatten(abstract)))
     checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
     return model, _unflatten(abstract, checkpointer.restore(folder, args=target)["policy"]), meta["config"]

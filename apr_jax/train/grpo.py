@@ -15,9 +15,9 @@ from apr_jax.data.packing import pack
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine import holding, sampling
 from apr_jax.engine.constraints import Gate
-from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import RolloutKey
 from apr_jax.model.llama import Params
+from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import replicated
 from apr_jax.progress import progress
 from apr_jax.reasoning.outcome import banned_tokens, make_settings, spawn_gate
@@ -26,6 +26,7 @@ from apr_jax.tasks.countdown import Problem
 from apr_jax.train.batches import Batch, make_scorer, pad_rows, to_mesh
 from apr_jax.train.checkpoint import Checkpoints
 from apr_jax.train.dynamic_sampling import Sample, draw
+from apr_jax.train.hosted_engine import RolloutEngine
 from apr_jax.train.losses import GRPOTerms, GRPOTokens, LogProbs, grpo_loss
 from apr_jax.train.metrics import MetricsWriter
 from apr_jax.train.objectives import make_objective
@@ -171,7 +172,7 @@ def train_grpo(
     reference: Params | None,
     problems: Sequence[Problem],
     tokenizer: Tokenizer,
-    engine: Engine,
+    engine: RolloutEngine,
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     stop: StopSignal,
@@ -198,7 +199,7 @@ def train_grpo(
     else:
         state = create_state(mesh, config.model, updater.optimizer, params)
     start = int(state.step) // grpo.inner_updates
-    with progress(grpo.num_steps - start, "GRPO", "step") as bar:
+    with progress(grpo.num_steps - start, "GRPO", "step", hosts.messages()) as bar:
         for step in range(start + 1, grpo.num_steps + 1):
             engine.set_params(state.params)
             try:
@@ -227,10 +228,12 @@ def train_grpo(
             writer.write_timings("grpo", step, _timings(sample.scored, began, rolled_out, ended))
             bar.update(1, accuracy=metrics["accuracy"], children=metrics["children_per_rollout"])
             skipped.note("grpo", step, metrics["skipped_rate"], functools.partial(_rows, sequences, grpo.row_len))
-            if step % grpo.checkpoint_every == 0 or step == grpo.num_steps or stop.requested:
+            stopping = stop.agreed()
+            if step % grpo.checkpoint_every == 0 or step == grpo.num_steps or stopping:
                 writer.sync()
                 checkpoints.save(step, state, {}, skipped.in_a_row)
-            stop.check()
+            if stopping:
+                stop.check()
     if not checkpoints.has_score(grpo.num_steps):
         engine.set_params(state.params)
         with stop.interrupting():
@@ -248,7 +251,9 @@ def _validate(validate: Callable[[], float], checkpoints: Checkpoints, every: in
     return {"validation_accuracy": accuracy}
 
 
-def sample_step(config: Config, engine: Engine, problems: Sequence[Problem], tokenizer: Tokenizer, step: int) -> Sample:
+def sample_step(
+    config: Config, engine: RolloutEngine, problems: Sequence[Problem], tokenizer: Tokenizer, step: int
+) -> Sample:
     """The scored rollouts of a step and the problem of each; a function of (seed, step) and the engine's policy."""
     grpo = config.grpo
     settings = make_settings(config, tokenizer)
@@ -281,9 +286,9 @@ def _rows(sequences: Sequence[dict[str, np.ndarray]], row_len: int) -> dict[str,
 def _gap(microbatches: Sequence[Batch], old: Sequence[jax.Array], importance_cap: float) -> dict[str, float]:
     trainer, rollout = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
     for batch, old_BT in zip(microbatches, old, strict=True):
-        generated_BT = np.asarray(batch["policy_weight"]) > 0
-        trainer.append(np.asarray(old_BT)[generated_BT])
-        rollout.append(np.asarray(batch["rollout_logprob"])[generated_BT])
+        generated_BT = hosts.whole(batch["policy_weight"]) > 0
+        trainer.append(hosts.whole(old_BT)[generated_BT])
+        rollout.append(hosts.whole(batch["rollout_logprob"])[generated_BT])
     drawn = np.concatenate(trainer), np.concatenate(rollout)
     return {**gap_metrics(*drawn), "importance_truncated": truncated_share(*drawn, importance_cap)}
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from apr_jax.config import ModelConfig, SFTConfig
 from apr_jax.model.llama import Params
+from apr_jax.parallel import hosts
 from apr_jax.progress import progress
 from apr_jax.train.batches import Batch, Scorer, fetch, make_scorer, pad_rows, to_mesh
 from apr_jax.train.checkpoint import Checkpoints
@@ -115,7 +116,7 @@ def train_sft(
     step_fn, validate = make_sft_step(model, optimizer, rate, mesh), make_validation(model)
     held_out = _validation_batch(validation_rows, mesh, config.rows_per_step // config.microbatches)
     log = _Log(writer, skipped)
-    with progress(config.num_steps - start, "SFT", "step") as bar:
+    with progress(config.num_steps - start, "SFT", "step", hosts.messages()) as bar:
         for step in range(start + 1, config.num_steps + 1):
             batch = dict(next(rows))
             batch["weights"] = normalise(batch["weights"])
@@ -123,7 +124,7 @@ def train_sft(
             if step % config.validate_every == 0 or step == config.num_steps:
                 metrics |= validate(state.params, held_out)
             bar.update(1, **log.add(step, batch, metrics))
-            stopping = stop is not None and stop.requested
+            stopping = stop is not None and stop.agreed()
             if checkpoints is not None and (
                 step % config.checkpoint_every == 0 or step == config.num_steps or stopping
             ):

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ModelConfig
 from apr_jax.model.llama import Params, abstract_params, init_params, logical_axes
+from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import param_shardings, replicated, split_over_data
 
 
@@ -65,8 +66,9 @@ def abstract_params_on(mesh: Mesh, model: ModelConfig) -> Params:
 
 
 def place_params(params: Any, mesh: Mesh, model: ModelConfig) -> Params:
-    """Puts parameters on the mesh."""
-    return jax.device_put(params, model_shardings(mesh, model))
+    """Puts parameters, which every host of a job holds, on the mesh."""
+    placed: Params = hosts.place(params, model_shardings(mesh, model))
+    return placed
 
 
 def create_state(
@@ -83,7 +85,7 @@ def create_state(
     def init(params: Params) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), optimizer.init(params))
 
-    return jax.jit(init, out_shardings=target)(jax.device_put(start, target.params))
+    return jax.jit(init, out_shardings=target)(hosts.place(start, target.params))
 
 
 def apply_gradients(
