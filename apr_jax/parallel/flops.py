@@ -38,7 +38,7 @@ def _of(equation: Any) -> int:
         return max(inner, default=0)
     if name == "shard_map":
         sizes = dict(parameters["mesh"].shape)
-        return sum(inner) * math.prod(sizes[axis] for axis in parameters["manual_axes"])
+        return sum(inner) * math.prod(sizes[axis] for axis in parameters["newly_manual_axes"])
     return sum(inner)
 
 

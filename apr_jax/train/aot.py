@@ -21,7 +21,7 @@ from apr_jax.data.packing import pack
 from apr_jax.data.tokenizer import load_tokenizer
 from apr_jax.engine.plan import EnginePlan
 from apr_jax.engine.roofline import StepCost
-from apr_jax.engine.steps import PAGES, SHARDED, DecodeLanes, Policy, PrefillLanes, Steps
+from apr_jax.engine.steps import COPIES_PER_CALL, PAGES, SHARDED, DecodeLanes, Policy, PrefillLanes, Steps
 from apr_jax.engine.threads import MAX_STOP_TOKENS, Call, Rollout, RolloutKey, Stop, StopReason
 from apr_jax.model.attention import choose_impl
 from apr_jax.model.decode_weights import layout_shardings, to_layout
@@ -36,7 +36,7 @@ from apr_jax.train.rollouts import Scored, training_sequences
 from apr_jax.train.sft import make_sft_step
 from apr_jax.train.state import abstract_params_on, abstract_state
 
-PROGRAMS = ("sft_step", "grpo_gradients", "grpo_update", "prefill", "prefill_write", "decode")
+PROGRAMS = ("sft_step", "grpo_gradients", "grpo_update", "prefill", "prefill_write", "copy_pages", "decode")
 
 _shape: Callable[..., Any] = jax.ShapeDtypeStruct
 
@@ -88,7 +88,7 @@ def tasks(config: Config, devices: Sequence[Any]) -> dict[str, Task]:
         kernel = choose_impl(platform, jnp.dtype(model.compute_dtype), model.head_dim)
         model = dataclasses.replace(model, attention=kernel)  # type: ignore[arg-type]
         config = dataclasses.replace(config, model=model)
-    engine = _engine_tasks(config, rollout_mesh)
+    engine = engine_tasks(config, rollout_mesh)
     plan = EnginePlan.of(model, _per_host(config, rollout_mesh), rollout_mesh)
     engine_bytes = plan.memory.weights + plan.memory.pages + plan.memory.rows
     return _training_tasks(config, mesh, engine_bytes, engine)
@@ -159,7 +159,7 @@ def _per_host(config: Config, mesh: Mesh) -> Any:
     )
 
 
-def _engine_tasks(config: Config, mesh: Mesh) -> dict[str, Task]:
+def engine_tasks(config: Config, mesh: Mesh) -> dict[str, Task]:
     """Prefill and decode as `Engine` runs them, without a gate."""
     model = config.model
     plan = EnginePlan.of(model, _per_host(config, mesh), mesh)
@@ -187,7 +187,7 @@ def _engine_tasks(config: Config, mesh: Mesh) -> dict[str, Task]:
     L = (limits.num_shards, limits.prefill_lanes)
     prefill = PrefillLanes(array((*L, limits.page_size)), array(L), array(L), array((*L, R)))
     fresh = jax.tree.map(lambda x: _on(x, mesh, PAGES), steps._compute.eval_shape(pages, params, prefill))
-    tokens = limits.prefill_lanes * limits.page_size
+    copies, tokens = array((limits.num_shards, COPIES_PER_CALL)), limits.prefill_lanes * limits.page_size
     step = StepCost.of(model, limits.lanes, full_context(model, limits.lanes, limits.pages, limits.page_size))
 
     def task(jitted: Any, arguments: tuple[Any, ...], flops: float) -> Task:
@@ -196,6 +196,7 @@ def _engine_tasks(config: Config, mesh: Mesh) -> dict[str, Task]:
     return {
         "prefill": task(steps._compute._jitted, (pages, params, prefill), _prefill_flops(model, tokens)),
         "prefill_write": task(steps._write._jitted, (pages, prefill, fresh), 0.0),
+        "copy_pages": task(steps.copy_pages._jitted, (pages, copies, copies), 0.0),
         "decode": task(steps.decode._jitted, (pages, rows, params, lanes, policy), step.flops),
     }
 
@@ -219,6 +220,7 @@ def compile_task(task: Task, on_text: Callable[[str], None] | None = None) -> Co
     start = time.perf_counter()
     with jax.set_mesh(task.mesh):
         traced = task.jitted.trace(*task.arguments)
+        flops = task.flops(traced)
         compiled = traced.lower().compile()
     seconds = time.perf_counter() - start
     text, memory = compiled.as_text(), compiled.memory_analysis()
@@ -232,7 +234,7 @@ def compile_task(task: Task, on_text: Callable[[str], None] | None = None) -> Co
         outputs=max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
         temporaries=memory.temp_size_in_bytes,
         held=task.held,
-        cost=Cost(flops=task.flops(traced), bytes=program.bytes_moved(), sent=sum(c.sent for c in found)),
+        cost=Cost(flops=flops, bytes=program.bytes_moved(), sent=sum(c.sent for c in found)),
         collectives=tuple(found),
     )
 

@@ -4,6 +4,7 @@ The estimate is arithmetic on sizes, made in microseconds; what is worth more th
 """
 
 import dataclasses
+import functools
 import math
 
 from apr_jax.config import Config, ConfigError, MeshConfig
@@ -12,6 +13,8 @@ from apr_jax.parallel.peaks import Cost, Estimate, Peaks
 
 _MASTER, _COMPUTE = 4, 2  # bytes of a weight: float32, and bfloat16 where it is multiplied and gathered
 _MOMENTS = 2  # of Adam, float32
+
+_num_params = functools.cache(num_params)  # it takes a second for many layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +123,12 @@ def estimate(config: Config, peaks: Peaks) -> Candidate:
     """
     model, sft, mesh = config.model, config.sft, config.mesh
     devices = mesh.data * mesh.fsdp * mesh.tensor
-    weights = num_params(model).total - model.vocab_size * model.embed_dim * (not model.tie_embeddings)
+    weights = _num_params(model).total - model.vocab_size * model.embed_dim * (not model.tie_embeddings)
     tokens = sft.rows_per_step * sft.row_len
     passes = 4 if model.remat else 3
     attention = 2 * model.num_layers * model.num_heads * model.head_dim * sft.row_len * tokens
     local_tokens = tokens // sft.microbatches // (mesh.data * mesh.fsdp)
-    own_weights = num_params(model).total / mesh.tensor
+    own_weights = _num_params(model).total / mesh.tensor
     activations = local_tokens * model.embed_dim * _COMPUTE
     ring = {size: (size - 1) / size for size in (mesh.data, mesh.fsdp, mesh.tensor)}
     sent = sft.microbatches * (
@@ -136,7 +139,7 @@ def estimate(config: Config, peaks: Peaks) -> Candidate:
     read = passes * own_weights * _COMPUTE * sft.microbatches + 3 * _MASTER * own_weights / mesh.fsdp
     moved = read + sft.microbatches * passes * 16 * model.num_layers * activations
     cost = Cost(flops=(2 * passes * weights * tokens + passes * attention) / devices, bytes=moved, sent=sent)
-    share = num_params(model).total * _MASTER / (mesh.fsdp * mesh.tensor)
+    share = _num_params(model).total * _MASTER / (mesh.fsdp * mesh.tensor)
     kept = model.num_layers * activations * (1 if model.remat else 16)
     layer = local_tokens * (8 * model.embed_dim + 6 * model.mlp_dim / mesh.tensor) * _MASTER
     state = 2 * share + _MOMENTS * share / mesh.data + share * (config.grpo.kl_coef > 0)
@@ -152,4 +155,4 @@ def _engine_bytes(config: Config) -> float:
     model, rollout, mesh = config.model, config.rollout, config.mesh
     positions = rollout.num_pages // (mesh.data * mesh.fsdp) * rollout.page_size
     cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * positions
-    return (num_params(model).total + cache) * _COMPUTE / mesh.tensor
+    return (_num_params(model).total + cache) * _COMPUTE / mesh.tensor
