@@ -143,7 +143,7 @@ def grpo_batch(config: Config, updater: Updater, mesh: Mesh) -> tuple[dict[str, 
     """A GRPO microbatch `[B, T]`, as training packs rollouts, and an array of scores of its tokens."""
     call = Call((), _INTS[:1], _INTS[1:], _FLOATS[1:], Stop(StopReason.LENGTH, None), 0, 0.0, 0.0)
     rollout = Rollout(RolloutKey(0, 0), None, (call,), 1, 0.0, 1)
-    scored = Scored((rollout,), (1.0,), np.ones(1))
+    scored = Scored((rollout,), (1.0,), np.ones(1), (True,))
     row = pack(training_sequences(scored, config.grpo.kl_coef, updater.gate), config.grpo.row_len).rows
     rows, spec = config.grpo.rows_per_microbatch, partition_spec(BATCH_AXES)
     batch = {name: _on(_shape((rows, *x.shape[1:]), x.dtype), mesh, spec) for name, x in row.items()}
