@@ -33,7 +33,7 @@ class ModelConfig:
     rms_norm_eps: float
     tie_embeddings: bool
     compute_dtype: Literal["float32", "bfloat16"]  # weights stay float32
-    attention: Literal["auto", "xla", "splash", "cudnn"]  # training kernel; auto = the best of the backend
+    attention: Literal["auto", "windows", "xla", "splash", "cudnn"]  # training kernel; auto = the best of the backend
     remat: bool  # recompute each layer in the backward pass
 
     def __post_init__(self) -> None:

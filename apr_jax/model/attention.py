@@ -1,6 +1,7 @@
 """Causal self-attention within segments: one interface, a kernel per backend behind it.
 
-`xla` runs anywhere, in blocks of queries, so that neither the scores of a whole row nor their gradient ever exist.
+`windows` skips what segments and causality exclude (`window_attention.py`) and is for CPUs. `xla` runs anywhere, in
+blocks of queries, so that neither the scores of a whole row nor their gradient ever exist.
 Blocks of keys to the right of the diagonal are never computed. XLA runs unrolled blocks at once where it can, which
 costs memory; rows above 1,024 tokens are therefore loops over blocks, and their memory is O(block * T): forward and
 backward at T=4096, N=4, H=16 take 48 MB of temporaries, and 808 MB without blocks. `splash` is the Pallas kernel that
@@ -27,6 +28,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from apr_jax.config import ConfigError
+from apr_jax.model.window_attention import window_attention
 from apr_jax.parallel.mesh import BATCH_AXES, TENSOR_AXIS, partition_spec
 
 _MASKED = -1e30  # finite: a masked score never makes a NaN
@@ -43,8 +45,10 @@ def self_attention(
 
     Args:
         q_BTNH, k_BTKH, v_BTKH: RoPE applied; query head n reads key/value head n // G.
-        segment_ids_BT: int32, tokens of a row with one id see each other. None: the row is one segment.
-        impl: "xla", "splash" (TPU), "cudnn" (GPU, bfloat16) or "auto", the best that the default backend has.
+        segment_ids_BT: int32, tokens of a row with one id lie side by side and see each other. None: the row is one
+            segment.
+        impl: "windows" (CPU), "xla", "splash" (TPU), "cudnn" (GPU, bfloat16) or "auto", the best that the default
+            backend has.
 
     Returns:
         `[B, T, N, H]` in the dtype of the queries. Scores and softmax are float32.
@@ -68,7 +72,9 @@ def self_attention(
 
 
 def choose_impl(backend: str, dtype: jnp.dtype, head_dim: int) -> str:
-    """What "auto" means on a backend: "splash" on TPU, "cudnn" on GPU where it can (bfloat16, H), else "xla"."""
+    """What "auto" means on a backend: "windows" on CPU, "splash" on TPU, "cudnn" on GPU where it can, else "xla"."""
+    if backend == "cpu":
+        return "windows"
     if backend == "tpu":
         return "splash"
     if backend == "gpu" and dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128:
@@ -185,7 +191,13 @@ def cudnn_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, seg
     return out_BTNH[:, :T]
 
 
+def windows(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """Each device loops over the windows of its own rows: the partitioner could not split such a loop."""
+    return _over_mesh(window_attention)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
 _KERNELS: dict[str, Callable[..., jax.Array]] = {
+    "windows": windows,
     "xla": xla_attention,
     "splash": splash_attention,
     "cudnn": cudnn_attention,

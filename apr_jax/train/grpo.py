@@ -57,9 +57,8 @@ class Updater:
         self._config, self._mesh = config, mesh
         self.optimizer = make_optimizer(config.grpo.optimizer, config.grpo.num_steps * config.grpo.inner_updates)
         self.gate = spawn_gate(config, tokenizer)
-        self._scorer = make_scorer(
-            config.model, _sampling_policy(config, tokenizer, self.gate), ("bans", "allowed") if self.gate else ()
-        )
+        policy = _sampling_policy(config, tokenizer, self.gate)
+        self._scorer = make_scorer(config.model, mesh, policy, ("bans", "allowed") if self.gate else ())
         self._reference = jax.jit(lambda params, batch: self._scorer(params, batch).logprob_BT)
         self._accumulate = jax.jit(self._add_gradients, donate_argnums=0)
         self._apply = jax.jit(

@@ -42,7 +42,7 @@ def make_sft_step(
     Gradients of the M microbatches are summed; `weights` sum to 1 over the whole batch, so the result does not depend
     on M. `rate` is only logged.
     """
-    loss_fn = jax.value_and_grad(functools.partial(_loss, make_scorer(model, jax.nn.log_softmax)), has_aux=True)
+    loss_fn = jax.value_and_grad(functools.partial(_loss, make_scorer(model, mesh, jax.nn.log_softmax)), has_aux=True)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(state_shardings(mesh, model, optimizer), None))
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -67,9 +67,9 @@ def make_sft_step(
     return step
 
 
-def make_validation(model: ModelConfig) -> Callable[[Params, Batch], Metrics]:
+def make_validation(model: ModelConfig, mesh: Mesh) -> Callable[[Params, Batch], Metrics]:
     """A jitted (params, batch [M, B / M, T]) -> validation metrics."""
-    loss_fn = functools.partial(_loss, make_scorer(model, jax.nn.log_softmax))
+    loss_fn = functools.partial(_loss, make_scorer(model, mesh, jax.nn.log_softmax))
 
     @jax.jit
     def validate(params: Params, batch: Batch) -> Metrics:
@@ -109,7 +109,7 @@ def train_sft(
         state = create_state(mesh, model, optimizer, seed=seed)
     start = int(state.step)
     rate = schedule(config.optimizer, config.num_steps, config.optimizer.learning_rate)
-    step_fn, validate = make_sft_step(model, optimizer, rate, mesh), make_validation(model)
+    step_fn, validate = make_sft_step(model, optimizer, rate, mesh), make_validation(model, mesh)
     held_out = _validation_batch(validation_rows, mesh, config.rows_per_step // config.microbatches)
     log = _Log(writer)
     with progress(config.num_steps - start, "SFT", "step") as bar:
