@@ -7,7 +7,8 @@ fused one). Two ways are measured, and the faster one is compared:
     compile   forward and loss through torch.compile (inductor), which compiles the backward pass too
 """
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def _trainer(
 
     forward = torch.compile(loss_fn, dynamic=False) if compiled else loss_fn
 
-    def run() -> Iterator[float]:
+    def run() -> tuple[list[float], list[float]]:
         with torch.no_grad():
             model.load_state_dict(start)
         optimizer = torch.optim.AdamW(
@@ -74,13 +75,17 @@ def _trainer(
             betas=(settings["b1"], settings["b2"]),
             fused=True,
         )
+        seconds, losses = [], []
         for batch in batches:
+            began = time.perf_counter()
             loss = forward(batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip_norm"])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            yield float(loss.detach())
+            losses.append(float(loss.detach()))
+            seconds.append(time.perf_counter() - began)
+        return seconds, losses
 
     return run
 

@@ -15,11 +15,11 @@ import pathlib
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 Workload = dict[str, Any]
-Pass = Callable[[], Iterator[float]]  # steps one by one, each yielding its loss
+Pass = Callable[[], tuple[list[float], list[float]]]  # runs some steps: the seconds and the loss of each
 
 
 def main(version: str, method: str, modes: Callable[[Workload], dict[str, Callable[[], Pass]]]) -> None:
@@ -51,15 +51,8 @@ def main(version: str, method: str, modes: Callable[[Workload], dict[str, Callab
 
 
 def _time(run: Pass) -> dict[str, Any]:
-    """Seconds and loss of each step of a pass."""
-    seconds, losses = [], []
     waited, began = _waited_for_a_core(), time.perf_counter()
-    start = began
-    for loss in run():
-        now = time.perf_counter()
-        seconds.append(now - start)
-        losses.append(loss)
-        start = now
+    seconds, losses = run()
     wall = time.perf_counter() - began
     return {"seconds": seconds, "losses": losses, "contention": max(0.0, (_waited_for_a_core() - waited) / wall)}
 
