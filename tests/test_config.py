@@ -15,7 +15,11 @@ from apr_jax import config as config_lib
 from apr_jax.config import Config, ConfigError, from_config_dict, to_dict
 
 ROOT = pathlib.Path(__file__).parent.parent
-VARIANTS = [(name, variant) for name in ("grpo", "sft", "benchmark_decode") for variant in ("laptop", "smoke", "paper")]
+VARIANTS = [
+    (name, variant)
+    for name in ("grpo", "sft", "benchmark_decode", "benchmark_train")
+    for variant in ("laptop", "smoke", "paper")
+]
 
 
 def load(name: str = "grpo", variant: str = "laptop") -> ConfigDict:

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from apr_jax.config import ConfigError
-from apr_jax.model.window_attention import window_attention
+from apr_jax.model.window_attention import named, window_attention
 from apr_jax.parallel.mesh import BATCH_AXES, TENSOR_AXIS, partition_spec
 
 _MASKED = -1e30  # finite: a masked score never makes a NaN
@@ -68,7 +68,8 @@ def self_attention(
         impl = choose_impl(jax.default_backend(), q_BTNH.dtype, H)
     if impl not in _KERNELS:
         raise ValueError(f"attention {impl!r}: choose one of {', '.join(map(repr, _KERNELS))} or 'auto'")
-    return _KERNELS[impl](q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    out_BTNH: jax.Array = named(_KERNELS[impl](q_BTNH, k_BTKH, v_BTKH, segment_ids_BT))
+    return out_BTNH
 
 
 def choose_impl(backend: str, dtype: jnp.dtype, head_dim: int) -> str:

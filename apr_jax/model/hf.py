@@ -69,7 +69,7 @@ def load_hf(
     *,
     compute_dtype: Literal["float32", "bfloat16"] = "float32",
     attention: Literal["auto", "windows", "xla", "splash", "cudnn"] = "auto",
-    remat: bool = False,
+    remat: Literal["none", "dots", "full"] = "none",
 ) -> tuple[ModelConfig, Params]:
     """The model of a Hugging Face folder; the keywords are settings that Hugging Face has no word for.
 

@@ -20,10 +20,19 @@ from flax import nnx
 
 from apr_jax.config import ModelConfig
 from apr_jax.model.attention import self_attention
+from apr_jax.model.window_attention import ATTENTION_NAME
 from apr_jax.parallel.mesh import partition_spec
 
 INIT_STDDEV = 0.02
 _ANGLE_CHUNKS = 4
+_POLICIES = jax.checkpoint_policies
+# What a layer keeps for its backward pass; None keeps its input alone.
+_KEPT = {
+    "dots": _POLICIES.save_from_both_policies(
+        _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(ATTENTION_NAME)
+    ),
+    "full": None,
+}
 
 
 class KVCache(Protocol):
@@ -249,8 +258,8 @@ class Llama(nnx.Module):
         for layer, block in enumerate(self.blocks):
             if cache is not None:
                 x, cache = block.cached(x, angles, positions, layer, cache)
-            elif config.remat:
-                x = nnx.remat(Block.__call__)(block, x, angles, segment_ids)
+            elif config.remat in _KEPT:
+                x = nnx.remat(Block.__call__, policy=_KEPT[config.remat])(block, x, angles, segment_ids)
             else:
                 x = block(x, angles, segment_ids)
         return self.final_norm(x), cache

@@ -16,9 +16,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
+ATTENTION_NAME = "attention"  # of what a policy may keep, so that the backward pass need not attend anew
 _MASKED = -1e30  # finite: a masked score never makes a NaN
 _BLOCK = 32  # queries of a block, and the unit of the windows' lengths
+
+
+def named(outputs: Any) -> Any:
+    """Marks what attention gave, so that a policy of `jax.checkpoint` can keep it."""
+    return checkpoint_name(outputs, ATTENTION_NAME)  # type: ignore[no-untyped-call]
 
 
 class _Windows(NamedTuple):
@@ -71,7 +78,8 @@ def _forward(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BT: ja
             jax.lax.dynamic_update_slice(lse_BKM, lse_1KM, (place.row, 0, place.query * (N // K))),
         )
 
-    out_BTNH, lse_BKM = _over_windows(attend, windows, T, (out_BTNH, lse_BKM))
+    state = _over_windows(attend, windows, T, (out_BTNH, lse_BKM))
+    out_BTNH, lse_BKM = named(state)
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, ids_BT, out_BTNH, lse_BKM, windows)
 
 

@@ -231,7 +231,10 @@ def benchmark_grpo(
 
 
 def _with_room(config: Config, tokens: int) -> Config:
-    """The same for threads of so many tokens: longer contexts and rows, and pages for every lane."""
+    """The same for threads of so many tokens: longer contexts and rows, and pages for every lane.
+
+    A row of the update takes several of them, since one or two to a row would leave much of it empty.
+    """
     page = config.rollout.page_size
     length = -(-tokens // page) * page
     pages = (length // page * (config.rollout.num_lanes // config.mesh.data) + 1) * config.mesh.data
@@ -240,7 +243,7 @@ def _with_room(config: Config, tokens: int) -> Config:
         model=dataclasses.replace(config.model, max_seq_len=length),
         rollout=dataclasses.replace(config.rollout, max_steps=length, num_pages=pages),
         sft=dataclasses.replace(config.sft, row_len=length),
-        grpo=dataclasses.replace(config.grpo, row_len=length),
+        grpo=dataclasses.replace(config.grpo, row_len=4 * length, rows_per_microbatch=config.mesh.data),
     )
 
 

@@ -202,6 +202,7 @@ def train_grpo(
                 **rollout_metrics(scored, asked, tokenizer, config),
                 **{name: float(value) for name, value in jax.device_get(device_metrics).items()},
                 **_gap(microbatches, old),
+                "packing": _packing(microbatches),
             }
             ended = time.perf_counter()
             writer.write("grpo", step, metrics)
@@ -237,6 +238,12 @@ def _gap(microbatches: Sequence[Batch], old: Sequence[jax.Array]) -> dict[str, f
         trainer.append(np.asarray(old_BT)[generated_BT])
         rollout.append(np.asarray(batch["rollout_logprob"])[generated_BT])
     return gap_metrics(np.concatenate(trainer), np.concatenate(rollout))
+
+
+def _packing(microbatches: Sequence[Batch]) -> float:
+    """The share of the batch that is not padding, rows that only fill the last microbatch included; 1 for no batch."""
+    filled = [int(np.count_nonzero(np.asarray(batch["segment_ids"]))) for batch in microbatches]
+    return sum(filled) / max(sum(batch["segment_ids"].size for batch in microbatches), 1) if filled else 1.0
 
 
 def _timings(scored: Scored, began: float, rolled_out: float, ended: float) -> dict[str, float]:

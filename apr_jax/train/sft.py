@@ -1,5 +1,6 @@
 """Supervised fine-tuning on demonstrations (paper section 4.2): every call of every thread is a training sequence."""
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping
@@ -114,13 +115,16 @@ def train_sft(
     log = _Log(writer)
     with progress(config.num_steps - start, "SFT", "step") as bar:
         for step in range(start + 1, config.num_steps + 1):
+            asked = time.perf_counter()
             batch = dict(next(rows))
+            waited = time.perf_counter() - asked
             batch["weights"] = normalise(batch["weights"])
             tokens = int(np.count_nonzero(batch["segment_ids"]))
+            packing = tokens / batch["segment_ids"].size
             state, metrics = step_fn(state, to_mesh(batch, mesh, config.microbatches))
             if step % config.validate_every == 0 or step == config.num_steps:
                 metrics |= validate(state.params, held_out)
-            bar.update(1, **log.add(step, tokens, metrics))
+            bar.update(1, **log.add(_Step(step, tokens, packing, waited, metrics)))
             stopping = stop is not None and stop.requested
             if checkpoints is not None and (
                 step % config.checkpoint_every == 0 or step == config.num_steps or stopping
@@ -133,18 +137,30 @@ def train_sft(
     return state.params
 
 
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """A dispatched step: `packing` is the share of its rows that is not padding, `waited` the seconds that the host
+    waited for its rows, while the device was still at work on the step before."""
+
+    number: int
+    tokens: int
+    packing: float
+    waited: float
+    metrics: Metrics
+
+
 class _Log:
     """Writes a step's metrics when the next step is under way, so that the host never waits for the device."""
 
     def __init__(self, writer: MetricsWriter | None) -> None:
         self._writer = writer
-        self._pending: tuple[int, int, Metrics] | None = None
+        self._pending: _Step | None = None
         self._last = time.perf_counter()
 
-    def add(self, step: int, tokens: int, metrics: Metrics) -> dict[str, float]:
+    def add(self, step: _Step) -> dict[str, float]:
         """Takes a dispatched step; returns the loss of the one before, for the progress bar."""
         written = self._write()
-        self._pending = (step, tokens, metrics)
+        self._pending = step
         return {"loss": written["loss"]} if written else {}
 
     def flush(self) -> None:
@@ -155,14 +171,14 @@ class _Log:
     def _write(self) -> dict[str, float]:
         if self._pending is None:
             return {}
-        step, tokens, device_metrics = self._pending
-        self._pending = None
-        metrics = {**fetch(device_metrics), "tokens": tokens}
+        step, self._pending = self._pending, None
+        metrics = {**fetch(step.metrics), "tokens": step.tokens, "packing": step.packing}
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         if self._writer is not None:
-            self._writer.write("sft", step, metrics)
-            self._writer.write_timings("sft", step, {"seconds": seconds, "tokens_per_second": tokens / seconds})
+            self._writer.write("sft", step.number, metrics)
+            timings = {"seconds": seconds, "tokens_per_second": step.tokens / seconds, "data_seconds": step.waited}
+            self._writer.write_timings("sft", step.number, timings)
         return metrics
 
 
