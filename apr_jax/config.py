@@ -189,17 +189,38 @@ class RolloutConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GRPOConfig:
-    """Group-relative policy optimisation (paper section 4.3; RECIPE section 5)."""
+class RewardConfig:
+    """What a rollout earns (train/rewards.py): 1 where its answer is right, less the prices of what it took."""
 
+    sequential_token_price: float  # of a token on the longest causal chain, the engine's measured critical path
+    token_price: float  # of a token of any thread
+    thread_price: float  # of a child thread that wrote something
+    failures_pay: bool  # False: no reward is below 0, so that failing cheaply earns no more than failing
+
+    def __post_init__(self) -> None:
+        for field in ("sequential_token_price", "token_price", "thread_price"):
+            if not 0 <= getattr(self, field) < float("inf"):
+                raise ConfigError(f"grpo.reward.{field}={getattr(self, field)} must be a number >= 0 (0 is free)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GRPOConfig:
+    """Group-relative policy optimisation (paper section 4.3; RECIPE section 5) and its relatives."""
+
+    objective: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"]  # train/objectives.py has their equations
     num_steps: int
     prompts_per_step: int
     group_size: int  # rollouts a prompt; advantages are relative to their mean
+    max_resamples: int  # how often a step may replace groups without signal by new problems (DAPO); 0 = keep them
     inner_updates: int  # optimiser steps on one set of rollouts
-    clip_ratio: float
+    clip_ratio: float  # how far a ratio may fall below 1
+    clip_ratio_high: float  # how far it may rise above 1; GRPO: the same, DAPO: more
     kl_coef: float  # weight of the k3 estimate of KL(policy || reference); 0 needs no reference
-    advantage_eps: float
+    advantage_eps: float  # added to a group's standard deviation
+    length_normaliser: int  # Dr. GRPO's constant: tokens that a rollout's summed loss is divided by
     importance_cap: float  # truncated importance weight for the rollout/trainer gap; 0 = off
+    credit: Literal["rollout", "used"]  # who has the rollout's advantage: every call, or see train/credit.py
+    reward: RewardConfig
     row_len: int
     rows_per_microbatch: int
     optimizer: OptimizerConfig
@@ -209,8 +230,12 @@ class GRPOConfig:
         _positive(
             self, "grpo", "prompts_per_step group_size inner_updates row_len rows_per_microbatch checkpoint_every"
         )
+        _positive(self, "grpo", "length_normaliser")
         if self.group_size < 2:
             raise ConfigError(f"grpo.group_size={self.group_size}: an advantage needs at least 2 rollouts a prompt")
+        for field in ("max_resamples", "clip_ratio", "clip_ratio_high", "kl_coef", "advantage_eps", "importance_cap"):
+            if getattr(self, field) < 0:
+                raise ConfigError(f"grpo.{field}={getattr(self, field)} must be >= 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -278,6 +303,12 @@ def check_consistent(config: Config) -> None:
             raise ConfigError(f"model.{field}={value} must be a multiple of mesh.tensor={mesh.tensor}")
     if model.embed_dim % mesh.fsdp:
         raise ConfigError(f"model.embed_dim={model.embed_dim} must be a multiple of mesh.fsdp={mesh.fsdp}")
+    most_prompts = config.grpo.prompts_per_step * (1 + config.grpo.max_resamples)
+    if config.grpo.max_resamples and most_prompts > config.data.num_train:
+        raise ConfigError(
+            f"grpo.max_resamples={config.grpo.max_resamples} may ask for {most_prompts} problems in a step, and "
+            f"data.num_train={config.data.num_train}"
+        )
     batch_shards = mesh.data * mesh.fsdp
     rows = config.sft.rows_per_step // config.sft.microbatches
     for field, value in (

@@ -111,14 +111,25 @@ def laptop() -> ConfigDict:
         constrain_spawns=False,
     )
     config.grpo = dict(
+        objective="grpo",  # or dr_grpo, dapo, gspo, cispo: docs/objectives.md says what goes with each
         num_steps=12,
         prompts_per_step=32,
         group_size=8,
+        max_resamples=0,
         inner_updates=1,
         clip_ratio=0.2,
+        clip_ratio_high=0.2,
         kl_coef=0.0,
         advantage_eps=1e-6,
+        length_normaliser=512,  # read by dr_grpo
         importance_cap=0.0,
+        credit="rollout",
+        reward=dict(
+            sequential_token_price=0.0,
+            token_price=0.0,
+            thread_price=0.0,
+            failures_pay=False,
+        ),
         row_len=512,
         rows_per_microbatch=8,
         optimizer=dict(

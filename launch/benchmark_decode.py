@@ -70,6 +70,9 @@ def _measure(config: Config, lanes: tuple[int, ...], peer_lanes: tuple[int, ...]
         figures["workload_of_problems"] = _replays(config, params)
     if _PEERS.value:
         figures |= _peers(config, params, peer_lanes, lengths)
+        if any(report.get("lanes") for report in figures["peers"].values()):
+            again = benchmark.benchmark_decode(config, params, peer_lanes, lengths, _say)
+            figures["lanes_after_peers"] = again["lanes"]
         from apr_jax.evaluation.benchmark_report import peers_table
 
         print(peers_table(figures), flush=True)

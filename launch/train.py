@@ -3,6 +3,7 @@
     python launch/train.py                                     # configs/grpo.py:laptop
     python launch/train.py --config=configs/grpo.py:smoke --workdir=/tmp/smoke
     python launch/train.py --config=configs/sft.py
+    python launch/train.py --start=runs/laptop/checkpoints/sft/1200 --workdir=runs/more_sft --config.sft.num_steps=200
     python launch/train.py --checkpoint=runs/laptop --workdir=runs/more_grpo --config.grpo.num_steps=40
 
 Starting again with the same workdir goes on from its last checkpoint. Exit codes: 0 done, 1 failed, 2 bad arguments or
@@ -23,21 +24,26 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder [runs/NAME, wi
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Start GRPO from this policy instead of SFT: a run, checkpoint or Hugging Face folder."
 )
+_START = flags.DEFINE_string("start", None, "Start SFT from this policy instead of fresh weights: a folder as above.")
 _JSON = flags.DEFINE_string("json", None, "Write the summary here as one JSON object.")
 
 
 def main() -> int:
     config = _CONFIG.config()  # a config that cannot work is refused before JAX and its friends have loaded
-    checkpoint = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
-    if checkpoint is not None and not checkpoint.is_dir():
-        raise ConfigError(f"--checkpoint={checkpoint}: no such folder")
+    given = {"checkpoint": _CHECKPOINT.value, "start": _START.value}
+    folders = {flag: pathlib.Path(value) for flag, value in given.items() if value}
+    for flag, folder in folders.items():
+        if not folder.is_dir():
+            raise ConfigError(f"--{flag}={folder}: no such folder")
+    if len(folders) > 1:
+        raise ConfigError("--checkpoint leaves SFT out, and --start is where SFT starts: name one of them")
     from apr_jax.data.countdown_builder import DatasetError
     from apr_jax.train.run import train
     from apr_jax.train.signals import StoppedError
 
     workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / config.name)
     try:
-        summary = train(config, workdir, checkpoint)
+        summary = train(config, workdir, **folders)
     except StoppedError:
         print(f"Stopped by a signal; everything is saved in {workdir}. Start again to go on.", file=sys.stderr)
         return entry.STOPPED

@@ -20,6 +20,7 @@ VARIANTS = [
     for name in ("grpo", "sft", "benchmark_decode", "benchmark_train")
     for variant in ("laptop", "smoke", "paper")
 ]
+REWARD = {"sequential_token_price": 0.0, "token_price": 0.0, "thread_price": 0.0, "failures_pay": False}
 
 
 def load(name: str = "grpo", variant: str = "laptop") -> ConfigDict:
@@ -70,6 +71,13 @@ def test_unknown_variant_names_the_known_ones():
         ({"sft__row_len": 256}, r"sft\.row_len=256 is shorter than model\.max_seq_len=512"),
         ({"sft__microbatches": 3}, r"rows_per_step=8 must be a multiple of sft\.microbatches=3"),
         ({"grpo__group_size": 1}, r"group_size=1: an advantage needs at least 2"),
+        ({"grpo__objective": "dr.grpo"}, r"grpo\.objective='dr\.grpo': choose one of .* did you mean 'dr_grpo'\?"),
+        ({"grpo__clip_ratio_high": -0.1}, r"grpo\.clip_ratio_high=-0\.1 must be >= 0"),
+        ({"grpo__length_normaliser": 0}, r"grpo\.length_normaliser=0 must be at least 1"),
+        ({"grpo__max_resamples": 400}, r"max_resamples=400 may ask for 12832 problems .*num_train=10000"),
+        ({"grpo__credit": "child"}, r"grpo\.credit='child': choose one of 'rollout', 'used'"),
+        ({"grpo__reward": dict(REWARD, thread_price=-1.0)}, r"grpo\.reward\.thread_price=-1\.0 must be a number >= 0"),
+        ({"grpo__reward": dict(REWARD, price=1.0)}, r"grpo\.reward\.price: no such field"),
         ({"rollout__temperature": -1.0}, r"temperature=-1\.0 must be >= 0"),
         ({"task__parent_beams": (5, 11)}, r"parent_beams=\(5, 11\) holds 11, which is above task\.child_beam_max=8"),
         ({"task__parent_beams": ()}, r"parent_beams=\(\): name at least one beam"),
@@ -123,5 +131,6 @@ def _read_fields() -> set[str]:
 def test_every_option_is_read():
     sections = [hint for hint in typing.get_type_hints(Config).values() if dataclasses.is_dataclass(hint)]
     assert len(sections) == 8
-    fields = {f.name for section in [*sections, config_lib.OptimizerConfig] for f in dataclasses.fields(section)}
+    sections += [config_lib.OptimizerConfig, config_lib.RewardConfig]
+    fields = {f.name for section in sections for f in dataclasses.fields(section)}
     assert fields - _read_fields() == set()

@@ -5,21 +5,28 @@ from typing import Any
 
 
 def peers_table(figures: dict[str, Any]) -> str:
-    """Tokens per second of ours and of every peer by lane count, and ours over theirs. A peer without any says why."""
+    """Tokens per second of ours and of every peer's every mode by lane count, and ours over theirs.
+
+    Ours stands there twice, measured before the peers and after them: how far the two differ says how far to trust a
+    ratio. Ratios are to the first. A peer without figures says why.
+    """
     ours, lanes = figures["lanes"], figures["workload"]["lanes"]
-    lines = [f"{'tokens/s at lanes':<18}" + "".join(f"{count:>20}" for count in lanes)]
-    lines.append(f"{'apr_jax':<18}" + "".join(f"{ours[str(count)]['tokens_per_second']:>20,.1f}" for count in lanes))
+    lines = [f"{'tokens/s at lanes':<20}" + "".join(f"{count:>20}" for count in lanes)]
+    for label, rows in (("apr_jax", ours), ("apr_jax, after peers", figures.get("lanes_after_peers", {}))):
+        if rows:
+            lines.append(
+                f"{label:<20}" + "".join(f"{rows[str(count)]['tokens_per_second']:>20,.1f}" for count in lanes)
+            )
     for name, report in figures["peers"].items():
-        cells = []
-        for count in lanes:
-            row = report.get("lanes", {}).get(str(count))
-            if row is None:
-                cells.append(f"{'-':>20}")
-            else:
-                theirs = row["tokens_per_second"]
-                ratio = ours[str(count)]["tokens_per_second"] / theirs
-                cells.append(f"{f'{theirs:,.1f} ({ratio:.2f}x)':>20}")
-        lines.append(f"{name:<18}" + "".join(cells) + _doubt(report))
+        modes = report.get("modes") or {"": {}}
+        for number, (mode, rows) in enumerate(modes.items()):
+            cells = []
+            for count in map(str, lanes):
+                theirs = rows[count]["tokens_per_second"] if count in rows else None
+                ratio = "-" if theirs is None else f"{theirs:,.1f} ({ours[count]['tokens_per_second'] / theirs:.2f}x)"
+                cells.append(f"{ratio:>20}")
+            doubt = _doubt(report) if number == len(modes) - 1 else ""
+            lines.append(f"{f'{name} {mode}':<20}" + "".join(cells) + doubt)
     return "\n".join(lines)
 
 

@@ -73,6 +73,7 @@ def record_rollout(
         "num_calls": len(rollout.calls),
         "num_spawns": outcome.num_spawns,
         "num_children": outcome.num_children,
+        "depth": max((len(call.path) // 2 for call in rollout.calls), default=0),
         "child_reasons": list(outcome.child_reasons),
         "child_solved": any(path_solves(path, problem) for path in outcome.child_paths),
         "operations": sum(written for written, _ in counts),
@@ -100,8 +101,8 @@ def record_rollout(
 def summarize(records: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
     """The figures of a set of records that took `seconds` of wall time.
 
-    Rates are shares of problems unless named `child_`: those are shares of children. Token counts and `latency_ms` are
-    means per problem. Raises ValueError for no records.
+    Rates are shares of problems unless named `child_`: those are shares of children. Token counts, `latency_ms` and
+    `spawn_depth` (levels of threads below the root) are means per problem. Raises ValueError for no records.
     """
     total = len(records)
     if not total:
@@ -130,6 +131,7 @@ def summarize(records: Sequence[Mapping[str, Any]], seconds: float) -> dict[str,
         "tokens_per_call": share(tokens, sum(record["num_calls"] for record in records)),
         "children_per_rollout": children / total,
         "children_per_spawn": share(children, sum(record["num_spawns"] for record in records)),
+        "spawn_depth": mean("depth"),
         "malformed_rate": statuses["malformed"] / total,
         "truncated_rate": statuses["truncated"] / total,
         "malformed_reasons": _counted(r["reason"] for r in records if r["status"] == "malformed"),

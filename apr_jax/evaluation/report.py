@@ -14,6 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from apr_jax.evaluation import charts, viewer
+from apr_jax.evaluation.behaviour import behaviour_tables
 from apr_jax.evaluation.charts import Series
 
 # Each panel: phase, title, (metric, label) curves; a curve or a panel that a run did not log is left out.
@@ -24,19 +25,36 @@ _PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
         "SFT: accuracy of the next token",
         (("token_accuracy", "train"), ("validation_token_accuracy", "validation")),
     ),
-    ("grpo", "GRPO: share of rollouts solved", (("accuracy", "sampled rollouts"), ("reward_mean", "sampled rollouts"))),
-    ("grpo", "GRPO: children per rollout", (("children_per_rollout", "children"),)),
+    ("grpo", "GRPO: share of rollouts solved", (("accuracy", "sampled rollouts"),)),
+    (
+        "grpo",
+        "GRPO: children per rollout and spawn",
+        (("children_per_rollout", "per rollout"), ("children_per_spawn", "per spawn")),
+    ),
     (
         "grpo",
         "GRPO: tokens per rollout",
         (("total_tokens", "all threads"), ("sequential_tokens", "one after the other")),
     ),
+    ("grpo", "GRPO: reward of a rollout", (("reward", "reward"),)),
+    ("grpo", "GRPO: tokens per call", (("tokens_per_call", "tokens"),)),
+    ("grpo", "GRPO: levels of threads below the root", (("spawn_depth", "levels"),)),
+    ("grpo", "GRPO: groups without signal", (("no_signal_groups", "groups"),)),
     ("grpo", "GRPO: malformed and cut-off rollouts", (("malformed_rate", "malformed"), ("truncated_rate", "cut off"))),
     ("grpo", "GRPO: distance to the reference (KL)", (("kl", "KL"),)),
     ("grpo", "GRPO: entropy per token", (("entropy", "entropy"),)),
-    ("grpo", "GRPO: clipped share of tokens", (("clip_fraction", "clipped"),)),
+    (
+        "grpo",
+        "GRPO: clipped ratios, truncated weights",
+        (("clip_fraction", "clipped"), ("importance_truncated", "truncated")),
+    ),
+    (
+        "grpo",
+        "GRPO: log-probability, trainer against rollout",
+        (("logp_diff_mean", "mean difference"), ("logp_diff_max", "largest")),
+    ),
 )
-_PERCENT = {"accuracy", "reward_mean", "malformed_rate", "truncated_rate", "clip_fraction"}
+_PERCENT = {"accuracy", "no_signal_groups", "malformed_rate", "truncated_rate", "clip_fraction"}
 _PERCENT |= {"token_accuracy", "validation_token_accuracy"}
 
 _ROWS: tuple[tuple[str, str, str], ...] = (
@@ -48,6 +66,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("child_failure_rate", "children malformed or cut off", "share"),
     ("children_per_rollout", "children per rollout", "number"),
     ("children_per_spawn", "children per spawn", "number"),
+    ("spawn_depth", "levels of threads below the root", "number"),
     ("total_tokens", "tokens, all threads", "number"),
     ("sequential_tokens", "tokens, one after the other", "number"),
     ("tokens_per_call", "tokens per call", "number"),
@@ -67,8 +86,8 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
     if not workdir.is_dir():
         raise FileNotFoundError(f"no run folder {workdir}")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    summary = _read_json(workdir / "summary.json")
-    rollouts = pick_rollouts(_read_jsonl(workdir / "rollouts.jsonl"))[:_MAX_ROLLOUTS]
+    summary, metrics = _read_json(workdir / "summary.json"), read_jsonl(workdir / "metrics.jsonl")
+    rollouts = pick_rollouts(read_jsonl(workdir / "rollouts.jsonl"))[:_MAX_ROLLOUTS]
     page = environment.from_string(_template("report.html")).render(
         name=workdir.resolve().name,
         about=_about(_read_json(workdir / "config.json")),
@@ -78,9 +97,8 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
         entries=_entries(summary),
         rows=_table_rows(summary),
         failures=_failures(summary),
-        panels=[
-            Markup(_svg(body, charts.WIDTH, charts.HEIGHT)) for body in _panels(_read_jsonl(workdir / "metrics.jsonl"))
-        ],
+        behaviour=behaviour_tables(_evaluations(summary), metrics),
+        panels=[Markup(_svg(body, charts.WIDTH, charts.HEIGHT)) for body in _panels(metrics)],
         rollouts=[_rollout_view(record) for record in rollouts],
         texts=Markup(_embed([_rollout_texts(record) for record in rollouts])),
     )
@@ -95,15 +113,13 @@ def write_figure(workdir: str | pathlib.Path, path: str | pathlib.Path) -> None:
     Raises ValueError when the run has neither rollouts nor metrics, or when `path` does not end in .svg.
     """
     workdir, path = pathlib.Path(workdir), pathlib.Path(path)
-    if path.suffix != ".svg":
-        raise ValueError(f"{path}: the figure is an SVG, so its name must end in .svg")
     width, y, parts = 1000, 10, []
-    rollouts = pick_rollouts(_read_jsonl(workdir / "rollouts.jsonl"))
+    rollouts = pick_rollouts(read_jsonl(workdir / "rollouts.jsonl"))
     if rollouts:
         body, height = viewer.draw_threads(rollouts[0], width)
         parts.append(f'<g transform="translate(0,{y})">{body}</g>')
         y += height + 14
-    panels = _panels(_read_jsonl(workdir / "metrics.jsonl"))
+    panels = _panels(read_jsonl(workdir / "metrics.jsonl"))
     wanted = [
         panel
         for title in ("loss per token", "share of rollouts solved", "children per")
@@ -117,9 +133,16 @@ def write_figure(workdir: str | pathlib.Path, path: str | pathlib.Path) -> None:
     y += round(charts.HEIGHT * scale) + 10 if wanted else 0
     if not parts:
         raise ValueError(f"{workdir}: neither rollouts.jsonl nor metrics.jsonl holds anything to draw")
-    background = f'<rect class="background" width="{width}" height="{y}"/>'
+    write_svg(path, "".join(parts), width, y)
+
+
+def write_svg(path: pathlib.Path, body: str, width: int, height: int) -> None:
+    """Writes a drawing that brings its own colours and background. Raises ValueError unless `path` ends in .svg."""
+    if path.suffix != ".svg":
+        raise ValueError(f"{path}: the figure is an SVG, so its name must end in .svg")
+    background = f'<rect class="background" width="{width}" height="{height}"/>'
     style = f"<style>{_template('figure.css')}</style>"
-    path.write_text(_svg(style + background + "".join(parts), width, y), encoding="utf-8")
+    path.write_text(_svg(style + background + body, width, height), encoding="utf-8")
 
 
 def pick_rollouts(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -255,7 +278,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
     """A file's objects; none where it is missing. A torn last line, of a run that was killed, is left out."""
     if not path.exists():
         return []

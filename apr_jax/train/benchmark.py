@@ -271,7 +271,9 @@ def _grpo_pass(
         rollouts = engine.run(
             [(key, program()) for key, program in zip(keys, programs, strict=True)], seed=config.seed, temperature=1.0
         )
-        sequences = training_sequences(Scored(tuple(rollouts), rewards, advantages), config.grpo.kl_coef)
+        sequences = training_sequences(
+            Scored(tuple(rollouts), rewards, advantages, tuple(map(bool, rewards))), config.grpo.kl_coef
+        )
         state, metrics, _ = updater.update(state, updater.microbatches(sequences), None)
         _wait(state)
         return {"seconds": [time.perf_counter() - start], "losses": [float(metrics["loss"])]}

@@ -25,17 +25,19 @@ from apr_jax.reasoning.programs import make_program
 from apr_jax.tasks.countdown import Problem
 from apr_jax.train.batches import Batch, make_scorer, pad_rows, to_mesh
 from apr_jax.train.checkpoint import Checkpoints
+from apr_jax.train.dynamic_sampling import Sample, draw
 from apr_jax.train.losses import GRPOTerms, GRPOTokens, LogProbs, grpo_loss
 from apr_jax.train.metrics import MetricsWriter
+from apr_jax.train.objectives import make_objective
 from apr_jax.train.optimizer import make_optimizer
 from apr_jax.train.rollouts import (
     Scored,
-    choose_problems,
     gap_metrics,
     rollout_metrics,
     rollout_seed,
     score,
     training_sequences,
+    truncated_share,
 )
 from apr_jax.train.signals import StoppedError, StopSignal
 from apr_jax.train.state import (
@@ -56,6 +58,7 @@ class Updater:
     def __init__(self, config: Config, mesh: Mesh, tokenizer: Tokenizer) -> None:
         self._config, self._mesh = config, mesh
         self.optimizer = make_optimizer(config.grpo.optimizer, config.grpo.num_steps * config.grpo.inner_updates)
+        self.objective = make_objective(config.grpo)
         self.gate = spawn_gate(config, tokenizer)
         policy = _sampling_policy(config, tokenizer, self.gate)
         self._scorer = make_scorer(config.model, mesh, policy, ("bans", "allowed") if self.gate else ())
@@ -130,7 +133,9 @@ class Updater:
                 logprob_BT if reference_BT is None else reference_BT,
                 tokens,
                 clip_ratio=grpo.clip_ratio,
+                clip_ratio_high=grpo.clip_ratio_high,
                 importance_cap=grpo.importance_cap,
+                surrogate=self.objective.surrogate(batch["segment_ids"]),
             )
             return loss, (terms, logprob_BT)
 
@@ -191,22 +196,26 @@ def train_grpo(
             engine.set_params(state.params)
             try:
                 with stop.interrupting():
-                    scored, asked = sample_step(config, engine, problems, tokenizer, step)
+                    sample = sample_step(config, engine, problems, tokenizer, step)
             except StoppedError:
                 checkpoints.save_if_new(step - 1, state, {})
                 raise
             rolled_out = time.perf_counter()
-            microbatches = updater.microbatches(training_sequences(scored, grpo.kl_coef, updater.gate))
+            microbatches = updater.microbatches(
+                training_sequences(sample.learnt, grpo.kl_coef, updater.gate, updater.objective.weigh)
+            )
             state, device_metrics, old = updater.update(state, microbatches, reference)
             metrics = {
-                **rollout_metrics(scored, asked, tokenizer, config),
+                **rollout_metrics(sample.scored, sample.asked, tokenizer, config),
+                "rollout_rounds": sample.rounds,
+                "dropped_groups": sample.dropped,
                 **{name: float(value) for name, value in jax.device_get(device_metrics).items()},
-                **_gap(microbatches, old),
+                **_gap(microbatches, old, grpo.importance_cap),
                 "packing": _packing(microbatches),
             }
             ended = time.perf_counter()
             writer.write("grpo", step, metrics)
-            writer.write_timings("grpo", step, _timings(scored, began, rolled_out, ended))
+            writer.write_timings("grpo", step, _timings(sample.scored, began, rolled_out, ended))
             bar.update(1, accuracy=metrics["accuracy"], children=metrics["children_per_rollout"])
             if step % grpo.checkpoint_every == 0 or step == grpo.num_steps or stop.requested:
                 writer.sync()
@@ -215,29 +224,40 @@ def train_grpo(
     return state.params
 
 
-def sample_step(
-    config: Config, engine: Engine, problems: Sequence[Problem], tokenizer: Tokenizer, step: int
-) -> tuple[Scored, list[Problem]]:
+def sample_step(config: Config, engine: Engine, problems: Sequence[Problem], tokenizer: Tokenizer, step: int) -> Sample:
     """The scored rollouts of a step and the problem of each; a function of (seed, step) and the engine's policy."""
+    grpo = config.grpo
     settings = make_settings(config, tokenizer)
-    chosen = choose_problems(len(problems), config.grpo.prompts_per_step, config.seed, step)
-    keys = [RolloutKey(index, sample) for index in chosen for sample in range(config.grpo.group_size)]
-    asked = [problems[key.problem] for key in keys]
-    programs = [
-        (key, make_program(config.data.method, problem, settings)) for key, problem in zip(keys, asked, strict=True)
-    ]
     seed = rollout_seed(config.seed, step)
-    rollouts = engine.run(programs, seed=seed, temperature=config.rollout.temperature)
-    return score(rollouts, asked, config.grpo), asked
+
+    def roll(chosen: Sequence[int]) -> tuple[Scored, list[Problem]]:
+        keys = [RolloutKey(index, sample) for index in chosen for sample in range(grpo.group_size)]
+        asked = [problems[key.problem] for key in keys]
+        programs = [
+            (key, make_program(config.data.method, problem, settings)) for key, problem in zip(keys, asked, strict=True)
+        ]
+        rollouts = engine.run(programs, seed=seed, temperature=config.rollout.temperature)
+        return score(rollouts, asked, grpo, tokenizer), asked
+
+    return draw(
+        roll,
+        len(problems),
+        prompts_per_step=grpo.prompts_per_step,
+        group_size=grpo.group_size,
+        max_resamples=grpo.max_resamples,
+        seed=config.seed,
+        step=step,
+    )
 
 
-def _gap(microbatches: Sequence[Batch], old: Sequence[jax.Array]) -> dict[str, float]:
+def _gap(microbatches: Sequence[Batch], old: Sequence[jax.Array], importance_cap: float) -> dict[str, float]:
     trainer, rollout = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
     for batch, old_BT in zip(microbatches, old, strict=True):
         generated_BT = np.asarray(batch["policy_weight"]) > 0
         trainer.append(np.asarray(old_BT)[generated_BT])
         rollout.append(np.asarray(batch["rollout_logprob"])[generated_BT])
-    return gap_metrics(np.concatenate(trainer), np.concatenate(rollout))
+    drawn = np.concatenate(trainer), np.concatenate(rollout)
+    return {**gap_metrics(*drawn), "importance_truncated": truncated_share(*drawn, importance_cap)}
 
 
 def _packing(microbatches: Sequence[Batch]) -> float:

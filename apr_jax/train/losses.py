@@ -148,9 +148,33 @@ class GRPOTerms:
 
     policy_loss: jax.Array
     kl_loss: jax.Array
-    clipped: jax.Array  # tokens whose clipped objective is the smaller one
+    clipped: jax.Array  # tokens that the surrogate clips
     k3: jax.Array  # unweighted sum of the KL estimate
     tokens: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What a surrogate sees of the generated tokens; all [B, T]."""
+
+    log_ratio_BT: jax.Array  # new - old log-probability; 0 where nothing was generated
+    logprob_BT: jax.Array  # new; 0 where nothing was generated
+    advantage_BT: jax.Array
+    generated_BT: jax.Array  # bool
+
+
+Surrogate = Callable[[Drawn, float, float], tuple[jax.Array, jax.Array]]
+
+
+def ppo_clip(drawn: Drawn, clip_low: float, clip_high: float) -> tuple[jax.Array, jax.Array]:
+    """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with r = exp(new - old) of the token (arXiv 1707.06347, eq. 7).
+
+    Returns: the objective, to be maximised, and where it is clipped; both [B, T].
+    """
+    ratio_BT = jnp.exp(drawn.log_ratio_BT)
+    plain_BT = ratio_BT * drawn.advantage_BT
+    clipped_BT = jnp.clip(ratio_BT, 1 - clip_low, 1 + clip_high) * drawn.advantage_BT
+    return jnp.minimum(plain_BT, clipped_BT), clipped_BT < plain_BT
 
 
 def grpo_loss(
@@ -161,34 +185,42 @@ def grpo_loss(
     *,
     clip_ratio: float,
     importance_cap: float,
+    clip_ratio_high: float | None = None,
+    surrogate: Surrogate = ppo_clip,
 ) -> tuple[jax.Array, GRPOTerms]:
-    """The GRPO objective of a batch (or of a microbatch; they add up).
+    """The GRPO objective of a batch (or of a microbatch; they add up), or a relative's (`objectives.py`).
 
-    ratio_t = exp(new_t - old_t)
-    clip_t = -min(ratio_t A_t, clip(ratio_t, 1 - c, 1 + c) A_t)                      PPO's clipped surrogate
+    loss = sum_t policy_weight_t * w_t * -surrogate_t + kl_weight_t * k3_t
     k3_t = exp(ref_t - new_t) - (ref_t - new_t) - 1                                  >= 0, unbiased for KL(new || ref)
-    loss = sum_t policy_weight_t * w_t * clip_t + kl_weight_t * k3_t
 
     w_t = min(exp(old_t - rollout_t), importance_cap) corrects for an engine whose numbers differ from the trainer's
     (truncated importance sampling); it is 1 when importance_cap is 0. Gradients flow through `logprob_BT` only.
+
+    Args:
+      clip_ratio: how far a ratio may fall below 1, and without `clip_ratio_high` also how far above.
+      surrogate: as `ppo_clip`, which is GRPO's.
     """
     old_BT, reference_BT = jax.lax.stop_gradient((old_logprob_BT, reference_logprob_BT))
     generated_BT = tokens.policy_weight_BT > 0
-    ratio_BT = jnp.exp(jnp.where(generated_BT, logprob_BT - old_BT, 0.0))
-    plain_BT = ratio_BT * tokens.advantage_BT
-    clipped_BT = jnp.clip(ratio_BT, 1 - clip_ratio, 1 + clip_ratio) * tokens.advantage_BT
+    drawn = Drawn(
+        log_ratio_BT=jnp.where(generated_BT, logprob_BT - old_BT, 0.0),
+        logprob_BT=jnp.where(generated_BT, logprob_BT, 0.0),
+        advantage_BT=tokens.advantage_BT,
+        generated_BT=generated_BT,
+    )
+    objective_BT, clipped_BT = surrogate(drawn, clip_ratio, clip_ratio if clip_ratio_high is None else clip_ratio_high)
     weight_BT = tokens.policy_weight_BT
     if importance_cap > 0:
         gap_BT = jnp.where(generated_BT, old_BT - tokens.rollout_logprob_BT, 0.0)
         weight_BT = weight_BT * jnp.minimum(jnp.exp(gap_BT), importance_cap)
-    policy_loss = -jnp.sum(weight_BT * jnp.minimum(plain_BT, clipped_BT))
+    policy_loss = -jnp.sum(weight_BT * objective_BT)
     to_reference_BT = jnp.where(generated_BT, reference_BT - logprob_BT, 0.0)
     k3_BT = jnp.exp(to_reference_BT) - to_reference_BT - 1
     kl_loss = jnp.sum(tokens.kl_weight_BT * k3_BT)
     terms = GRPOTerms(
         policy_loss=policy_loss,
         kl_loss=kl_loss,
-        clipped=jnp.sum((clipped_BT < plain_BT) & generated_BT),
+        clipped=jnp.sum(clipped_BT & generated_BT),
         k3=jnp.sum(k3_BT),
         tokens=jnp.sum(generated_BT),
     )

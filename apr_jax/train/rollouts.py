@@ -12,7 +12,10 @@ from apr_jax.engine.constraints import BANS_NOTHING, Gate
 from apr_jax.engine.threads import Call, Rollout
 from apr_jax.evaluation.metrics import record_rollout, summarize
 from apr_jax.tasks.countdown import Problem, verify
-from apr_jax.train.losses import call_weights, group_advantages
+from apr_jax.train.credit import CREDITS
+from apr_jax.train.losses import call_weights
+from apr_jax.train.objectives import Weigh, make_objective
+from apr_jax.train.rewards import compose
 
 _LOGGED = (
     "total_tokens",
@@ -20,6 +23,7 @@ _LOGGED = (
     "tokens_per_call",
     "children_per_rollout",
     "children_per_spawn",
+    "spawn_depth",
     "malformed_rate",
     "malformed_reasons",
     "truncated_rate",
@@ -36,8 +40,10 @@ class Scored:
     """The rollouts of one step with their rewards; groups lie next to each other."""
 
     rollouts: tuple[Rollout, ...]
-    rewards: tuple[float, ...]  # 1 for a verified answer, else 0
+    rewards: tuple[float, ...]  # rewards.py
     advantages: np.ndarray  # float64, one a rollout
+    correct: tuple[bool, ...]  # the answer was verified
+    shares: tuple[np.ndarray, ...] = ()  # of its rollout's advantage, one a call (credit.py); (): all have all of it
 
 
 def choose_problems(num_problems: int, prompts_per_step: int, seed: int, step: int) -> list[int]:
@@ -53,16 +59,29 @@ def rollout_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence((seed, step)).generate_state(1)[0] >> 1)
 
 
-def score(rollouts: Sequence[Rollout], problems: Sequence[Problem], config: GRPOConfig) -> Scored:
-    """Verifies every rollout's answer. Malformed and cut-off rollouts have no answer and get reward 0."""
+def score(
+    rollouts: Sequence[Rollout], problems: Sequence[Problem], config: GRPOConfig, tokenizer: Tokenizer | None = None
+) -> Scored:
+    """Verifies every rollout's answer, and scores it. Malformed and cut-off rollouts have no answer: they are wrong.
+
+    `tokenizer` is read where credit is not every call's alike.
+    """
     answers = [rollout.result.answer for rollout in rollouts]
-    rewards = [float(verify(answer, problem).correct) for answer, problem in zip(answers, problems, strict=True)]
-    advantages = group_advantages(rewards, config.group_size, config.advantage_eps)
-    return Scored(tuple(rollouts), tuple(rewards), advantages)
+    correct = tuple(verify(answer, problem).correct for answer, problem in zip(answers, problems, strict=True))
+    rewards = compose(rollouts, correct, config.reward)
+    advantages = make_objective(config).advantages(rewards, config.group_size, config.advantage_eps)
+    shares: tuple[np.ndarray, ...] = ()
+    if config.credit != "rollout":
+        if tokenizer is None:
+            raise ValueError(f"grpo.credit={config.credit!r} reads threads' text: pass the tokenizer")
+        shares = tuple(CREDITS[config.credit](rollout, tokenizer) for rollout in rollouts)
+    return Scored(tuple(rollouts), rewards, advantages, correct, shares)
 
 
-def training_sequences(scored: Scored, kl_coef: float, gate: Gate | None = None) -> list[dict[str, np.ndarray]]:
-    """One sequence a call: context and generated tokens, with GRPO's weights on the generated ones.
+def training_sequences(
+    scored: Scored, kl_coef: float, gate: Gate | None = None, weigh: Weigh = call_weights
+) -> list[dict[str, np.ndarray]]:
+    """One sequence a call: context and generated tokens, with the objective's weights on the generated ones.
 
     Each holds, per target token: `tokens`, `targets` (int32), `advantage`, `policy_weight`, `kl_weight` and
     `rollout_logprob` (float32, 0 on context). With kl_coef 0 a call of advantage 0 has zero loss and zero gradient: it
@@ -71,12 +90,16 @@ def training_sequences(scored: Scored, kl_coef: float, gate: Gate | None = None)
     With the `gate` of the engine that drew them each holds what its grammar allowed, too: `bans` (int32) and `allowed`
     (int32 `[T, gate.num_choices]`, an id plus 1, or 0), as `engine.holding.banned_mask` takes them.
     """
-    calls = [(index, call) for index, rollout in enumerate(scored.rollouts) for call in rollout.calls]
-    weights = call_weights([index for index, _ in calls], [len(call.tokens) for _, call in calls], kl_coef)
+    calls = [
+        (index, call, float(scored.advantages[index] * (scored.shares[index][number] if scored.shares else 1.0)))
+        for index, rollout in enumerate(scored.rollouts)
+        for number, call in enumerate(rollout.calls)
+    ]
+    weights = weigh([index for index, _, _ in calls], [len(call.tokens) for _, call, _ in calls], kl_coef)
     return [
-        _sequence(call, float(scored.advantages[index]), weight.policy, weight.kl) | _constraints(call, gate)
-        for (index, call), weight in zip(calls, weights, strict=True)
-        if len(call.tokens) and (kl_coef > 0 or scored.advantages[index] != 0)
+        _sequence(call, advantage, weight.policy, weight.kl) | _constraints(call, gate)
+        for (_, call, advantage), weight in zip(calls, weights, strict=True)
+        if len(call.tokens) and (kl_coef > 0 or advantage != 0)
     ]
 
 
@@ -111,10 +134,11 @@ def _constraints(call: Call, gate: Gate | None) -> dict[str, np.ndarray]:
 def rollout_metrics(
     scored: Scored, problems: Sequence[Problem], tokenizer: Tokenizer, config: Config
 ) -> dict[str, Any]:
-    """What one step's rollouts were like: `evaluation.metrics.summarize` without times, and three figures of training.
+    """What one step's rollouts were like: `evaluation.metrics.summarize` without times, and some figures of training.
 
-    `no_signal_groups` is the share of groups whose rewards are all equal. `entropy` estimates the policy's entropy per
-    token, in nats, as -mean log pi of the tokens drawn.
+    `reward` is the mean of what rollouts earned, `no_signal_groups` the share of groups whose rewards are all equal,
+    and `advantage_share` that of the calls which have a share in their rollout's advantage. `entropy` estimates the
+    policy's entropy per token, in nats, as -mean log pi of the tokens drawn.
     """
     method = config.data.method
     records = [
@@ -125,12 +149,15 @@ def rollout_metrics(
     logprobs = [call.logprobs for rollout in scored.rollouts for call in rollout.calls]
     drawn = sum(len(x) for x in logprobs)
     rewards_RG = np.asarray(scored.rewards).reshape(-1, config.grpo.group_size)
+    shares = np.concatenate(scored.shares) if scored.shares else np.ones(len(logprobs))
     return {
-        "accuracy": float(np.mean(rewards_RG)),
+        "accuracy": float(np.mean(scored.correct)),
+        "reward": float(np.mean(rewards_RG)),
         **{name: summary[name] for name in _LOGGED},
         "no_signal_groups": float(np.mean(np.ptp(rewards_RG, axis=1) == 0)),
         "entropy": -float(sum(np.sum(x, dtype=np.float64) for x in logprobs)) / max(drawn, 1),
         "calls": len(logprobs),
+        "advantage_share": float(np.mean(shares > 0)) if len(shares) else 0.0,
     }
 
 
@@ -147,3 +174,11 @@ def gap_metrics(trainer_logprobs: np.ndarray, rollout_logprobs: np.ndarray) -> d
         "logp_diff_max": float(difference.max()),
         "probs_pearson_corr": float(np.sum(centred[0] * centred[1])) / scale if scale > 0 else 1.0,
     }
+
+
+def truncated_share(trainer_logprobs: np.ndarray, rollout_logprobs: np.ndarray, importance_cap: float) -> float:
+    """The share of drawn tokens whose importance weight exp(trainer - rollout) is above the cap; 0 without a cap."""
+    if not len(trainer_logprobs) or importance_cap <= 0:
+        return 0.0
+    gap = trainer_logprobs.astype(np.float64) - rollout_logprobs.astype(np.float64)
+    return float(np.mean(gap > np.log(importance_cap)))

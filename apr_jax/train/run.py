@@ -49,11 +49,14 @@ from apr_jax.train.state import abstract_params_on, place_params
 Stage = Literal["before", "after"]
 
 
-def train(config: Config, workdir: pathlib.Path, checkpoint: pathlib.Path | None = None) -> dict[str, Any]:
+def train(
+    config: Config, workdir: pathlib.Path, checkpoint: pathlib.Path | None = None, start: pathlib.Path | None = None
+) -> dict[str, Any]:
     """Runs what of `config` is not done yet in `workdir`, and returns the summary.
 
     Args:
       checkpoint: the policy to start GRPO from (`load_policy`); SFT is then left out.
+      start: the policy to start SFT from; None: fresh weights. Not read where SFT has a checkpoint to go on from.
     Raises:
       ConfigError: the mesh needs more devices than there are, or `workdir` or `checkpoint` belongs to another config.
       StoppedError: SIGTERM or SIGINT came; all that was finished is saved, and the same call goes on from there.
@@ -61,7 +64,7 @@ def train(config: Config, workdir: pathlib.Path, checkpoint: pathlib.Path | None
     mesh = make_mesh(config.mesh)
     workdir.mkdir(parents=True, exist_ok=True)
     with StopSignal().listening() as stop:
-        return _Run(config, workdir, mesh, stop).run(checkpoint)
+        return _Run(config, workdir, mesh, stop).run(checkpoint, start)
 
 
 class Problems(Sequence[Problem]):
@@ -88,7 +91,7 @@ class _Run:
         plan = EnginePlan.of(config.model, config.rollout, mesh)  # what cannot fit is refused before any training
         print(f"engine memory: {plan.memory}", file=sys.stderr)
 
-    def run(self, checkpoint: pathlib.Path | None) -> dict[str, Any]:
+    def run(self, checkpoint: pathlib.Path | None, start: pathlib.Path | None) -> dict[str, Any]:
         config = self.config
         _write_json(self.workdir / "config.json", to_dict(config))
         with Checkpoints(self.workdir, "sft", config) as sft, Checkpoints(self.workdir, "grpo", config) as grpo:
@@ -100,7 +103,8 @@ class _Run:
             self._build_data()
             with MetricsWriter(self.workdir, PHASES, phase, step) as writer:
                 if not started:
-                    save_reference(self.workdir, self._first_policy(checkpoint, sft, writer))
+                    policy = self._sft(start, sft, writer) if checkpoint is None else self._given(checkpoint)
+                    save_reference(self.workdir, policy)
                 reference = load_reference(self.workdir, abstract_params_on(self.mesh, config.model))
                 summary = self._evaluate("before", reference)
                 policy = self._grpo(reference, grpo, writer)
@@ -126,20 +130,22 @@ class _Run:
         with self.stop.interrupting():
             self.train_split = load_split(self.config, "train", on_progress)
 
-    def _first_policy(self, checkpoint: pathlib.Path | None, checkpoints: Checkpoints, writer: MetricsWriter) -> Params:
-        """The policy that GRPO starts from: the named checkpoint's, or what SFT leads to."""
+    def _given(self, checkpoint: pathlib.Path) -> Params:
+        """The policy at `checkpoint`, on the mesh. Raises ConfigError where its weights are another model's."""
+        model, params, _ = load_policy(checkpoint)
+        there, here = dataclasses.asdict(model), dataclasses.asdict(self.config.model)
+        wrong = [
+            f"  model.{name}: {there[name]!r} there, {here[name]!r} here"
+            for name in _WEIGHT_FIELDS
+            if there[name] != here[name]
+        ]
+        if wrong:
+            raise ConfigError(f"the policy of {checkpoint} is another model:\n" + "\n".join(wrong))
+        return place_params(params, self.mesh, self.config.model)
+
+    def _sft(self, start: pathlib.Path | None, checkpoints: Checkpoints, writer: MetricsWriter) -> Params:
+        """What SFT leads to, from the policy at `start` or from fresh weights."""
         config = self.config
-        if checkpoint is not None:
-            model, params, _ = load_policy(checkpoint)
-            there, here = dataclasses.asdict(model), dataclasses.asdict(config.model)
-            wrong = [
-                f"  model.{name}: {there[name]!r} there, {here[name]!r} here"
-                for name in _WEIGHT_FIELDS
-                if there[name] != here[name]
-            ]
-            if wrong:
-                raise ConfigError(f"the policy of {checkpoint} is another model:\n" + "\n".join(wrong))
-            return place_params(params, self.mesh, config.model)
         sft = config.sft
         how: dict[str, Any] = {
             "row_len": sft.row_len,
@@ -171,6 +177,7 @@ class _Run:
             checkpoints=checkpoints,
             writer=writer,
             stop=self.stop,
+            params=None if start is None else self._given(start),
         )
 
     def _grpo(self, reference: Params, checkpoints: Checkpoints, writer: MetricsWriter) -> Params:

@@ -91,13 +91,14 @@ def train_sft(
     checkpoints: Checkpoints | None = None,
     writer: MetricsWriter | None = None,
     stop: StopSignal | None = None,
+    params: Params | None = None,
 ) -> Params:
-    """Trains from fresh weights, or from the last checkpoint, to `config.num_steps`. Returns the policy.
+    """Trains from the last checkpoint, or else from the start, to `config.num_steps`. Returns the policy.
 
     Args:
       rows: batches of `config.rows_per_step` rows; its position is saved and restored with the weights.
       validation_rows: one batch, whose loss is measured every `config.validate_every` steps and at the end.
-      seed: of the initial weights.
+      seed: of the initial weights, where `params` does not give them.
     Raises:
       StoppedError: a signal came; the state is saved.
       FloatingPointError: the loss is not finite.
@@ -107,7 +108,7 @@ def train_sft(
         state, position = checkpoints.restore(abstract_state(mesh, model, optimizer))
         rows.set_state(position)
     else:
-        state = create_state(mesh, model, optimizer, seed=seed)
+        state = create_state(mesh, model, optimizer, params, seed)
     start = int(state.step)
     rate = schedule(config.optimizer, config.num_steps, config.optimizer.learning_rate)
     step_fn, validate = make_sft_step(model, optimizer, rate, mesh), make_validation(model, mesh)

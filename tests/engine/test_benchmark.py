@@ -88,15 +88,29 @@ def test_greedy_tokens_are_the_models(config):
 
 def test_table_and_picture_show_every_peer(figures, tmp_path):
     peers = {
-        "hf": {"name": "hf", "lanes": {"4": {"tokens_per_second": 100.0}}, "same_model": True, "equal_tokens": 9},
-        "tunix": {"lanes": {"1": {"tokens_per_second": 5.0}}, "same_model": False, "equal_tokens": 2},
+        "hf": {
+            "name": "hf",
+            "lanes": {"4": {"tokens_per_second": 100.0}},
+            "modes": {"dynamic": {"4": {"tokens_per_second": 20.0}}, "static": {"4": {"tokens_per_second": 100.0}}},
+            "same_model": True,
+            "equal_tokens": 9,
+        },
+        "tunix": {
+            "lanes": {"1": {"tokens_per_second": 5.0}},
+            "modes": {"sampler": {"1": {"tokens_per_second": 5.0}}},
+            "same_model": False,
+            "equal_tokens": 2,
+        },
         "vllm": {"error": "not installed: no wheel"},
     }
-    all_figures = figures | {"peers": peers, "workload": {"lanes": [1, 4]}}
+    again = {"1": {"tokens_per_second": 11.0}, "4": {"tokens_per_second": 44.0}}
+    all_figures = figures | {"peers": peers, "workload": {"lanes": [1, 4]}, "lanes_after_peers": again}
     ours = figures["lanes"]["4"]["tokens_per_second"]
-    lines = {line.split()[0]: line for line in peers_table(all_figures).splitlines()}
-    assert f"100.0 ({ours / 100:.2f}x)" in lines["hf"]
-    assert "another model: only its first 2" in lines["tunix"]
+    lines = {line[:20].rstrip(): line for line in peers_table(all_figures).splitlines()}
+    assert f"100.0 ({ours / 100:.2f}x)" in lines["hf static"]
+    assert f"20.0 ({ours / 20:.2f}x)" in lines["hf dynamic"]
+    assert lines["apr_jax, after peers"].split()[-2:] == ["11.0", "44.0"]
+    assert "another model: only its first 2" in lines["tunix sampler"]
     assert "not installed: no wheel" in lines["vllm"]
     write_plot(tmp_path / "decode.svg", all_figures)
     picture = (tmp_path / "decode.svg").read_text()

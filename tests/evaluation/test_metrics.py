@@ -160,6 +160,7 @@ def test_summary_by_hand():
     assert summary["tokens_per_call"] == 300 / 7
     assert summary["children_per_rollout"] == 10 / 4
     assert summary["children_per_spawn"] == 10 / 4
+    assert summary["spawn_depth"] == 0
     assert summary["malformed_rate"] == 0.25
     assert summary["malformed_reasons"] == {"unknown_node": 1}
     assert summary["truncated_rate"] == 0.25

@@ -83,6 +83,9 @@ def test_a_whole_run(workdir, evaluation):
     text = text_of(page)
     for expected in (
         "Held-out problems solved",
+        "What RL did",
+        "Training rollouts",
+        "steps 7 to 8",
         "before",
         "after, sampled",
         "Threads over time",

@@ -126,6 +126,8 @@ def test_a_signal_saves_and_exits_with_75_and_grpo_starts_from_a_checkpoint(plac
         (["--config.sft.num_steps=many"], "sft.num_steps"),
         (["--config.rollout.num_pages=4"], "rollout.num_pages=4 leaves 3 usable pages"),
         (["--checkpoint=/nowhere"], "no such folder"),
+        (["--start=/nowhere"], "--start=/nowhere: no such folder"),
+        (["--start=.", "--checkpoint=."], "name one of them"),
     ],
 )
 def test_what_cannot_work_is_refused_at_once(place, arguments, message):

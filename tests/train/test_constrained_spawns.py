@@ -91,7 +91,7 @@ def _draw(patch):
     results = _run(engine, make_settings(CONFIG, TOKENIZER), 48)
     assert engine.stats.generated > sum(len(call.tokens) for result in results for call in result.calls), "none refused"
     rewards = tuple(float(index % 2) for index in range(48))
-    scored = rollouts.Scored(tuple(results), rewards, np.asarray([1.0, -1.0] * 24))
+    scored = rollouts.Scored(tuple(results), rewards, np.asarray([1.0, -1.0] * 24), (False, True) * 24)
     return scored, params, engine
 
 
@@ -183,7 +183,7 @@ def _update(config, scored, params, monkeypatch):
     state, metrics, old = updater.update(state, batches, state.params)
     leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
     grads = [np.asarray(leaf) for path, leaf in leaves if ".mu" in jax.tree_util.keystr(path)]
-    return {name: float(value) for name, value in metrics.items()}, grads, grpo._gap(batches, old)
+    return {name: float(value) for name, value in metrics.items()}, grads, grpo._gap(batches, old, 0.0)
 
 
 @pytest.mark.parametrize("mesh", [{"data": 1}, {"data": 2, "fsdp": 2}], ids=["one", "four"])

@@ -20,6 +20,7 @@ from apr_jax.tasks.countdown import Problem, Verdict
 from apr_jax.train import grpo, rollouts
 from apr_jax.train.checkpoint import PHASES, Checkpoints
 from apr_jax.train.metrics import MetricsWriter, read
+from apr_jax.train.objectives import make_objective
 from apr_jax.train.signals import StoppedError, StopSignal
 from apr_jax.train.state import create_state
 from tests.train.small import on_mesh, small_config
@@ -56,7 +57,7 @@ def _scored(seed=0):
     ]
     rewards = (1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0)
     advantages = np.asarray([1.0, -1.0, -1.0, 1.0, 0, 0, 0, 0])
-    return rollouts.Scored(tuple(made), rewards, advantages)
+    return rollouts.Scored(tuple(made), rewards, advantages, tuple(reward > 0 for reward in rewards))
 
 
 def _moved(config, params, seed):
@@ -147,6 +148,24 @@ def test_same_update_however_the_batch_is_cut(change):
         np.testing.assert_allclose(metrics[name], value, atol=1e-5, err_msg=name)
     for name, grad in expected_grads.items():
         np.testing.assert_allclose(grads[name], grad, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["dr_grpo", "dapo", "gspo", "cispo"])
+def test_every_objective_updates_alike_however_the_batch_is_cut(name):
+    """Two inner updates, so that ratios leave 1, with truncated importance weights."""
+    changes = {"objective": name, "inner_updates": 2, "importance_cap": 1.5, "clip_ratio_high": 0.28}
+    optimizer = dataclasses.replace(CONFIG.grpo.optimizer, learning_rate=0.01)
+    config = dataclasses.replace(CONFIG, grpo=dataclasses.replace(CONFIG.grpo, optimizer=optimizer, **changes))
+    weigh = make_objective(config.grpo).weigh
+    sequences = rollouts.training_sequences(_scored(), CONFIG.grpo.kl_coef, weigh=weigh)
+    expected, expected_grads, _, _ = _update(config, sequences)
+    cut = dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, rows_per_microbatch=8))
+    metrics, grads, _, _ = _update(on_mesh(cut, data=2, fsdp=2), sequences[::-1])
+    assert expected["policy_loss"] != 0
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+    for name, grad in expected_grads.items():
+        np.testing.assert_allclose(grads[name], grad, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 def test_leaving_out_calls_without_signal_changes_no_gradient():

@@ -92,6 +92,9 @@ def test_logged_figures():
     words = len(scored.rollouts[0].calls[0].tokens)
     drawn = words + 2 + 4
     assert metrics["accuracy"] == 0.5
+    assert metrics["reward"] == 0.5
+    assert metrics["spawn_depth"] == 0.5
+    assert metrics["advantage_share"] == 1
     assert metrics["no_signal_groups"] == 0
     assert metrics["children_per_rollout"] == 1.5
     assert metrics["children_per_spawn"] == 3
@@ -126,3 +129,5 @@ def test_gap_between_rollout_and_trainer():
     assert rollouts.gap_metrics(same, other)["probs_pearson_corr"] == pytest.approx(-1)
     assert rollouts.gap_metrics(same, same + np.float32([0, 0, 0.3]))["logp_diff_max"] == pytest.approx(0.3, rel=1e-5)
     assert rollouts.gap_metrics(np.zeros(0), np.zeros(0))["probs_pearson_corr"] == 1
+    assert rollouts.truncated_share(same, same - np.float32([0, 0.6, 0.8]), 2.0) == pytest.approx(1 / 3)
+    assert rollouts.truncated_share(same, other, 0.0) == rollouts.truncated_share(np.zeros(0), np.zeros(0), 2.0) == 0

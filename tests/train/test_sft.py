@@ -166,6 +166,15 @@ class StopAt(StopSignal):
         pass
 
 
+def test_training_starts_from_given_weights():
+    given = jax.tree.map(lambda x: x + 1, init_params(CONFIG.model, 0))
+    still = dataclasses.replace(CONFIG.sft, num_steps=0)
+    held_out = random_rows(CONFIG.model.vocab_size, CONFIG.sft.row_len, 6)
+    how = {"rows": Rows(CONFIG), "validation_rows": held_out, "seed": 0, "params": given}
+    trained = train_sft(still, CONFIG.model, make_mesh(CONFIG.mesh), **how)
+    jax.tree.map(np.testing.assert_array_equal, trained, given)
+
+
 def test_stopped_and_resumed_equals_uninterrupted(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     expected = _train(CONFIG, whole)
