@@ -34,7 +34,7 @@ test-peers: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
 	$(BIN)/python -m pytest -m peers
 
-# One environment for each other system that launch/benchmark_decode.py --peers measures; PEERS="hf tunix" makes only those.
+# One environment for each other system that launch/benchmark_{decode,train}.py --peers measure; PEERS="hf tunix" makes only those.
 peers:
 	$(PYTHON) launch/peers/install.py $(PEERS)
 

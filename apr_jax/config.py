@@ -33,8 +33,9 @@ class ModelConfig:
     rms_norm_eps: float
     tie_embeddings: bool
     compute_dtype: Literal["float32", "bfloat16"]  # weights stay float32
-    attention: Literal["auto", "xla", "splash", "cudnn"]  # training kernel; auto = the best of the backend
-    remat: bool  # recompute each layer in the backward pass
+    attention: Literal["auto", "windows", "xla", "splash", "cudnn"]  # training kernel; auto = the best of the backend
+    # What the backward pass of a layer recomputes: nothing, all but products and attention, or the whole layer.
+    remat: Literal["none", "dots", "full"]
 
     def __post_init__(self) -> None:
         _positive(self, "model", "vocab_size num_layers embed_dim mlp_dim num_heads num_kv_heads head_dim max_seq_len")

@@ -38,7 +38,7 @@ def laptop() -> ConfigDict:
         tie_embeddings=True,
         compute_dtype="float32",
         attention="auto",
-        remat=False,
+        remat="none",
     )
     config.task = dict(
         num_numbers=3,
@@ -188,7 +188,7 @@ def paper() -> ConfigDict:
         max_seq_len=4_096,
         tie_embeddings=False,
         compute_dtype="bfloat16",
-        remat=True,
+        remat="full",
     )
     config.task.update(
         num_numbers=4,

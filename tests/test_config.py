@@ -16,7 +16,9 @@ from apr_jax.config import Config, ConfigError, from_config_dict, to_dict
 
 ROOT = pathlib.Path(__file__).parent.parent
 VARIANTS = [
-    (name, variant) for name in ("grpo", "sft", "benchmark_decode") for variant in ("laptop", "smoke", "paper", "7b")
+    (name, variant)
+    for name in ("grpo", "sft", "benchmark_decode", "benchmark_train")
+    for variant in ("laptop", "smoke", "paper", "7b")
 ]
 REWARD = {"sequential_token_price": 0.0, "token_price": 0.0, "thread_price": 0.0, "failures_pay": False}
 

@@ -62,9 +62,8 @@ class Updater:
         self.optimizer = make_optimizer(config.grpo.optimizer, config.grpo.num_steps * config.grpo.inner_updates)
         self.objective = make_objective(config.grpo)
         self.gate = spawn_gate(config, tokenizer)
-        self._scorer = make_scorer(
-            config.model, _sampling_policy(config, tokenizer, self.gate), ("bans", "allowed") if self.gate else ()
-        )
+        policy = _sampling_policy(config, tokenizer, self.gate)
+        self._scorer = make_scorer(config.model, mesh, policy, ("bans", "allowed") if self.gate else ())
         self._reference = jax.jit(lambda params, batch: self._scorer(params, batch).logprob_BT)
         self._accumulate = jax.jit(self._add_gradients, donate_argnums=0)
         self._apply = jax.jit(
@@ -222,6 +221,7 @@ def train_grpo(
                 "dropped_groups": sample.dropped,
                 **{name: float(value) for name, value in jax.device_get(device_metrics).items()},
                 **_gap(microbatches, old, grpo.importance_cap),
+                "packing": _packing(microbatches),
             }
             ended = time.perf_counter()
             writer.write("grpo", step, metrics)
@@ -291,6 +291,12 @@ def _gap(microbatches: Sequence[Batch], old: Sequence[jax.Array], importance_cap
         rollout.append(hosts.whole(batch["rollout_logprob"])[generated_BT])
     drawn = np.concatenate(trainer), np.concatenate(rollout)
     return {**gap_metrics(*drawn), "importance_truncated": truncated_share(*drawn, importance_cap)}
+
+
+def _packing(microbatches: Sequence[Batch]) -> float:
+    """The share of the batch that is not padding, rows that only fill the last microbatch included; 1 for no batch."""
+    filled = [int(np.count_nonzero(np.asarray(batch["segment_ids"]))) for batch in microbatches]
+    return sum(filled) / max(sum(batch["segment_ids"].size for batch in microbatches), 1) if filled else 1.0
 
 
 def _timings(scored: Scored, began: float, rolled_out: float, ended: float) -> dict[str, float]:

@@ -55,8 +55,11 @@ def token_scores(
 
     def score(hidden_BUD: jax.Array, targets_BU: jax.Array, *given: jax.Array) -> TokenScores:
         logprobs_BUV = log_probs(logits(hidden_BUD), *given)
-        picked_BU = jnp.take_along_axis(logprobs_BUV, targets_BU[..., None], axis=-1)[..., 0]
-        return TokenScores(picked_BU, jnp.argmax(logprobs_BUV, axis=-1) == targets_BU)
+        # A masked sum, whose gradient is a mask, too: that of an index would be a scatter.
+        ids_BUV = jax.lax.broadcasted_iota(jnp.int32, logprobs_BUV.shape, logprobs_BUV.ndim - 1)
+        chosen_BUV = targets_BU[..., None] == ids_BUV
+        picked_BU = jnp.sum(jnp.where(chosen_BUV, logprobs_BUV, 0.0), axis=-1)
+        return TokenScores(picked_BU, picked_BU >= jnp.max(logprobs_BUV, axis=-1))
 
     chunks = num_chunks(batch, time, vocab, max_logits)
     if chunks == 1:

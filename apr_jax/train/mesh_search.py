@@ -13,6 +13,8 @@ from apr_jax.parallel.peaks import Cost, Estimate, Peaks
 
 _MASTER, _COMPUTE = 4, 2  # bytes of a weight: float32, and bfloat16 where it is multiplied and gathered
 _MOMENTS = 2  # of Adam, float32
+# What a layer keeps for its backward pass, in widths of the model: its input, the results of its products too, or all.
+_KEPT = {"full": 1, "dots": 10, "none": 16}
 
 _num_params = functools.cache(num_params)  # it takes a second for many layers
 
@@ -117,7 +119,7 @@ def rows_per_shard(config: Config) -> int:
 def estimate(config: Config, peaks: Peaks) -> Candidate:
     """An SFT step on the config's mesh, by arithmetic.
 
-    FLOPs: 6 a weight and token, 8 with remat, and causal attention (Kaplan et al. 2020, section 2.1). Links, on rings:
+    FLOPs: 6 a weight and token, 8 with full remat, and causal attention (Kaplan et al. 2020, section 2.1). Links, on rings:
     each microbatch gathers the weights of the layers over "fsdp" twice and scatters their gradients once, reduces
     gradients over "data", and reduces two activations a layer over "tensor" forward, backward and where recomputed.
     """
@@ -125,7 +127,7 @@ def estimate(config: Config, peaks: Peaks) -> Candidate:
     devices = mesh.data * mesh.fsdp * mesh.tensor
     weights = _num_params(model).total - model.vocab_size * model.embed_dim * (not model.tie_embeddings)
     tokens = sft.rows_per_step * sft.row_len
-    passes = 4 if model.remat else 3
+    passes = 4 if model.remat == "full" else 3
     attention = 2 * model.num_layers * model.num_heads * model.head_dim * sft.row_len * tokens
     local_tokens = tokens // sft.microbatches // (mesh.data * mesh.fsdp)
     own_weights = _num_params(model).total / mesh.tensor
@@ -140,7 +142,7 @@ def estimate(config: Config, peaks: Peaks) -> Candidate:
     moved = read + sft.microbatches * passes * 16 * model.num_layers * activations
     cost = Cost(flops=(2 * passes * weights * tokens + passes * attention) / devices, bytes=moved, sent=sent)
     share = _num_params(model).total * _MASTER / (mesh.fsdp * mesh.tensor)
-    kept = model.num_layers * activations * (1 if model.remat else 16)
+    kept = model.num_layers * activations * _KEPT[model.remat]
     layer = local_tokens * (8 * model.embed_dim + 6 * model.mlp_dim / mesh.tensor) * _MASTER
     state = 2 * share + _MOMENTS * share / mesh.data + share * (config.grpo.kl_coef > 0)
     return Candidate(

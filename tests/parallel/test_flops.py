@@ -67,7 +67,7 @@ def test_a_training_pass_is_six_or_eight_flops_a_weight_and_token():
     from apr_jax.train.batches import make_scorer
     from tests.train.small import small_config
 
-    model = dataclasses.replace(small_config().model, remat=False)
+    model = dataclasses.replace(small_config().model, remat="none")
     rows = {
         name: jax.ShapeDtypeStruct((2, 64), jnp.int32) for name in ("tokens", "targets", "positions", "segment_ids")
     }
@@ -77,7 +77,7 @@ def test_a_training_pass_is_six_or_eight_flops_a_weight_and_token():
         return flops(jax.grad(lambda p, b: jnp.sum(scorer(p, b).logprob_BT)), abstract_params(model), rows)
 
     weights = num_params(model).non_embedding + model.embed_dim * model.vocab_size
-    plain, remat = traced(model), traced(dataclasses.replace(model, remat=True))
+    plain, remat = traced(model), traced(dataclasses.replace(model, remat="full"))
     attention = 12 * model.num_layers * model.num_heads * model.head_dim * 64 * 128
     assert 6 * weights * 128 * 0.95 < plain < 6 * weights * 128 + 2 * attention
     assert 1.1 < remat / plain < 4 / 3 + 0.05
