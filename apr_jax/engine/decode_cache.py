@@ -143,8 +143,9 @@ class DecodePlan:
         rows, every = self.layout, lanes * self.layout.num_blocks
         return min(every, max(rows.num_blocks, pages // rows.pages_per_block + lanes)) if self._packed else every
 
-    def buffers(self, config: ModelConfig, num_shards: int, row_blocks: int) -> RowBuffers:
-        return RowBuffers.create(config, num_shards, self.layout, row_blocks) if self._packed else RowBuffers(())
+    def buffers(self, config: ModelConfig, num_shards: int, row_blocks: int, lanes: int) -> RowBuffers:
+        """Room for the rows of `lanes` lanes a shard."""
+        return RowBuffers.create(config, num_shards, self.layout, row_blocks, lanes) if self._packed else RowBuffers(())
 
     @property
     def _packed(self) -> bool:

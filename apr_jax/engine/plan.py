@@ -62,7 +62,7 @@ class EnginePlan:
         pages = PagedKVCache.create(
             self.model, limits.num_shards, limits.pages, limits.page_size, self.decode.layout.tile
         )
-        return pages, self.decode.buffers(self.model, limits.num_shards, limits.row_blocks)
+        return pages, self.decode.buffers(self.model, limits.num_shards, limits.row_blocks, limits.lanes)
 
     @property
     def cache_sharding(self) -> NamedSharding:

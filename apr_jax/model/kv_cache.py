@@ -15,6 +15,7 @@ a step reads is then the sum of the threads' lengths, not the number of lanes ti
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -28,8 +29,8 @@ from apr_jax.model.paged_attention import PLAIN, HeadTile
 BLOCK = 64  # positions, rounded up to whole pages
 MAX_SPANS = 8  # of a row; each is a branch in the compiled prefill
 MERGED_BLOCKS = 8  # blocks of a lane that are merged at once
-MIN_ENTRIES = 32  # of a chunk of packed rows; large enough to amortise a matmul's overhead
-MAX_CHUNKS = 16  # of packed rows; each is a branch in the compiled decode step
+LARGE_CHUNK = 32  # entries of packed rows, enough to amortise a chunk's overhead
+MAX_LARGE_CHUNKS = 16  # each is a branch in the compiled decode step
 MASKED_SCORE = -1e30
 
 Block = tuple[jax.Array, jax.Array]  # keys and values [K, S, H]
@@ -116,18 +117,37 @@ class RowBuffers:
     layers: tuple[Chunks, ...]  # arrays [shards, entries of a chunk, K, S, H]
 
     @classmethod
-    def create(cls, config: ModelConfig, num_shards: int, layout: RowLayout, max_entries: int) -> Self:
-        """Room for `max_entries` blocks a shard, in chunks of equally many."""
-        size = max(1, min(MIN_ENTRIES, max_entries), -(-max_entries // MAX_CHUNKS))
-        shape = (num_shards, size, config.num_kv_heads, layout.block_size, config.head_dim)
-        chunks = range(-(-max_entries // size))
-        return cls(tuple(tuple((_zeros(shape, config),) * 2 for _ in chunks) for _ in range(config.num_layers)))
+    def create(cls, config: ModelConfig, num_shards: int, layout: RowLayout, max_entries: int, lanes: int) -> Self:
+        """Room for `max_entries` blocks of `lanes` lanes a shard, in chunks of `chunk_sizes`."""
+        rest = (config.num_kv_heads, layout.block_size, config.head_dim)
+        shapes = [(num_shards, size, *rest) for size in chunk_sizes(max_entries, lanes)]
+        return cls(tuple(tuple((_zeros(shape, config),) * 2 for shape in shapes) for _ in range(config.num_layers)))
+
+    @property
+    def chunks(self) -> list[slice]:
+        """Which entries each chunk holds."""
+        sizes = [keys.shape[-4] for keys, _ in self.layers[0]]
+        return [slice(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
+
+
+def chunk_sizes(max_entries: int, lanes: int) -> list[int]:
+    """How many entries each chunk of a list holds.
+
+    A chunk is read whole or not at all. The first has an entry for each lane, each further one as many as those before
+    it together, up to a limit: so at most half of what is read is empty where the list is short, and one chunk's worth
+    where it is long.
+    """
+    limit = max(LARGE_CHUNK, -(-max_entries // MAX_LARGE_CHUNKS))
+    sizes: list[int] = []
+    while (total := sum(sizes)) < max_entries:
+        sizes.append(min(max(total, lanes, 2), limit, max_entries - total))
+    return sizes
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedRows:
-    """The blocks that the lanes' rows fill, copied from the pages: entry after entry, in chunks of equally many.
+    """The blocks that the lanes' rows fill, copied from the pages: entry after entry, chunk after chunk.
 
     Entries are ordered by lane, then by place in the row. What lies behind the last entry has no meaning.
     """
@@ -149,8 +169,7 @@ def pack_rows(
         The rows, and int32 `[L, blocks of a row]`: which entries are a lane's; E where it has no further block.
     """
     num_lanes, B, W = len(lengths_L), layout.num_blocks, layout.pages_per_block
-    size = len(buffers.layers[0][0][0])
-    E = size * len(buffers.layers[0])
+    E = buffers.chunks[-1].stop
     filled_L = layout.blocks_for(lengths_L)
     ends_L = jnp.cumsum(filled_L)
     num_entries = ends_L[-1]
@@ -163,12 +182,12 @@ def pack_rows(
     block_B = jnp.arange(B)[None]
     own_LB = jnp.where(block_B < filled_L[:, None], (ends_L - filled_L)[:, None] + block_B, E).astype(jnp.int32)
 
-    def fill(chunk: int) -> list[Block]:
+    def fill(chunk: int, part_of_E: slice) -> list[Block]:
         """The layers' chunk with its entries' pages, one page after the other."""
 
         def copy(index: jax.Array, blocks: list[Block]) -> list[Block]:
             entry, part = index // W, index % W
-            page = tables_EW[chunk * size + entry, part]
+            page = tables_EW[part_of_E.start + entry, part]
             target = (entry, 0, part * layout.page_size, 0)
 
             def move(pages_PKCH: jax.Array, block_EKSH: jax.Array) -> jax.Array:
@@ -178,10 +197,10 @@ def pack_rows(
             sources = zip(pages.keys, pages.values, strict=True)
             return [(move(k, old_k), move(v, old_v)) for (k, v), (old_k, old_v) in zip(sources, blocks, strict=True)]
 
-        count = jnp.clip(num_entries - chunk * size, 0, size) * W
+        count = jnp.clip(num_entries - part_of_E.start, 0, part_of_E.stop - part_of_E.start) * W
         return jax.lax.fori_loop(0, count, copy, [layer[chunk] for layer in buffers.layers])
 
-    chunks = [fill(chunk) for chunk in range(len(buffers.layers[0]))]
+    chunks = [fill(chunk, part_of_E) for chunk, part_of_E in enumerate(buffers.chunks)]
     layers = tuple(tuple(chunk[layer] for chunk in chunks) for layer in range(len(buffers.layers)))
     return PackedRows(lane_E, length_E, num_entries, RowBuffers(layers)), own_LB
 
@@ -235,9 +254,8 @@ def _attend(
 def _attend_entries(q_LKGH: jax.Array, own_LB: jax.Array, rows: PackedRows, layer: int) -> Carry:
     """Every lane's online softmax over its own entries: maximum and sum `[L, K, G]`, weighted values `[L, K, G, H]`."""
     parts = []
-    for chunk, (k_EKSH, v_EKSH) in enumerate(rows.buffers.layers[layer]):
+    for part, (k_EKSH, v_EKSH) in zip(rows.buffers.chunks, rows.buffers.layers[layer], strict=True):
         size, K, S, H = k_EKSH.shape
-        part = slice(chunk * size, (chunk + 1) * size)
         G = q_LKGH.shape[2]
 
         def attend(k_EKSH: jax.Array = k_EKSH, v_EKSH: jax.Array = v_EKSH, part: slice = part, S: int = S) -> Carry:
@@ -246,7 +264,7 @@ def _attend_entries(q_LKGH: jax.Array, own_LB: jax.Array, rows: PackedRows, laye
             return _softmax_parts(q_EKGH, k_EKSH, v_EKSH, mask_E11S)
 
         nothing = _nothing((size, K, G), H)
-        parts.append(jax.lax.cond(chunk * size < rows.num_entries, attend, lambda nothing=nothing: nothing))
+        parts.append(jax.lax.cond(part.start < rows.num_entries, attend, lambda nothing=nothing: nothing))
     tops, sums, outs = (
         jnp.concatenate([*each, empty])
         for each, empty in zip(

@@ -104,7 +104,7 @@ def programs(config: Config, mesh: Mesh) -> dict[str, Any]:
 
     def create() -> tuple[PagedKVCache, RowBuffers]:
         pages = PagedKVCache.create(model, shards, limits.pages, limits.page_size, plan.layout.tile)
-        return pages, plan.buffers(model, shards, limits.row_blocks)
+        return pages, plan.buffers(model, shards, limits.row_blocks, limits.lanes)
 
     pages, rows = jax.tree.map(lambda x: array(x.shape, x.dtype, PAGES), jax.eval_shape(create))
     L, R, whole = (shards, limits.lanes), steps.layout.pages_per_row, PartitionSpec()

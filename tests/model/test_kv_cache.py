@@ -80,12 +80,12 @@ VIEW_AXES = DecodeView(rows=None, own_B=0, fresh=0, length=0, step=None)
 
 
 @functools.cache
-def compiled(min_entries):
+def compiled(lanes, large_chunk):
     """`pack_rows`, and `DecodeView.attend` for all lanes and for one thread, traced anew for each chunk size."""
-    assert min_entries == kv_cache.MIN_ENTRIES
+    assert large_chunk == kv_cache.LARGE_CHUNK
 
     def pack(pages, tables, lengths):
-        buffers = jax.tree.map(lambda x: x[0], RowBuffers.create(CONFIG, 1, LAYOUT, 5 * LAYOUT.num_blocks))
+        buffers = jax.tree.map(lambda x: x[0], RowBuffers.create(CONFIG, 1, LAYOUT, 5 * LAYOUT.num_blocks, lanes))
         return pack_rows(buffers, pages, tables, lengths, LAYOUT)
 
     def attend(view, q, k, v):
@@ -101,7 +101,7 @@ def decode_steps(threads, steps, lanes=range(5)):
     """
     *_, pages, tables, lengths = threads
     lengths = np.where(np.isin(np.arange(5), list(lanes)), lengths, 0)
-    pack, attend, _ = compiled(kv_cache.MIN_ENTRIES)
+    pack, attend, _ = compiled(*chunking())
     rows, own_LB = pack(pages, tables, jnp.asarray(lengths))
     empty = jnp.zeros((5, K, steps, H))
     view = DecodeView(rows, own_LB, ((empty, empty),), jnp.asarray(lengths), jnp.int32(0))
@@ -119,17 +119,37 @@ def new_positions(threads, at):
     return (jnp.stack([x[lane, n][None] for lane, n in enumerate(at)]) for x in (QUERIES, keys, values))
 
 
+MANY_CHUNKS = [2, 2, 4, 4, 4, 4, 4, 1]
+
+
+def chunking():
+    """Lanes and the large chunk's entries, which decide how the entries are cut into chunks."""
+    return (5 if kv_cache.LARGE_CHUNK > 4 else 2), kv_cache.LARGE_CHUNK
+
+
 @pytest.fixture
 def many_chunks(monkeypatch):
-    """Chunks of four entries: the threads' nine fill two and a bit of seven."""
-    monkeypatch.setattr(kv_cache, "MIN_ENTRIES", 4)
+    """`MANY_CHUNKS`: the threads' nine entries fill three and a bit of eight."""
+    monkeypatch.setattr(kv_cache, "LARGE_CHUNK", 4)
 
 
-def check_decode(threads, dense, num_chunks):
+def test_chunks_grow_with_the_list():
+    assert kv_cache.chunk_sizes(64, 1) == [2, 2, 4, 8, 16, 32]
+    assert kv_cache.chunk_sizes(96, 32) == [32, 32, 32]
+    assert kv_cache.chunk_sizes(20, 8) == [8, 8, 4]
+    assert kv_cache.chunk_sizes(1, 8) == [1]
+    for entries in range(1, 3000, 37):
+        for lanes in (1, 3, 8, 64):
+            sizes = kv_cache.chunk_sizes(entries, lanes)
+            assert sum(sizes) == entries
+            assert len(sizes) <= kv_cache.MAX_LARGE_CHUNKS + 8  # as often as the size may double
+
+
+def check_decode(threads, dense, chunks):
     keys, values, pages, tables, lengths = threads
     steps = 6
     out, view = decode_steps(threads, steps)
-    assert len(view.rows.buffers.layers[0]) == num_chunks
+    assert [len(k) for k, _ in view.rows.buffers.layers[0]] == chunks
     for lane, length in enumerate(lengths):
         np.testing.assert_allclose(out[lane], dense[lane, length : length + steps], atol=1e-5)
     counts = np.asarray([6, 3, 0, 6, 1], np.int32)
@@ -148,22 +168,22 @@ def check_decode(threads, dense, num_chunks):
 
 
 def test_decode_equals_dense_and_is_written_back(threads, dense):
-    check_decode(threads, dense, num_chunks=1)
+    check_decode(threads, dense, chunks=[5, 5, 10, 5])
 
 
 @pytest.mark.usefixtures("many_chunks")
 def test_decode_from_many_chunks_equals_dense_and_is_written_back(threads, dense):
-    check_decode(threads, dense, num_chunks=7)
+    check_decode(threads, dense, chunks=MANY_CHUNKS)
 
 
 @pytest.mark.usefixtures("many_chunks")
 def test_packed_entries_are_the_filled_blocks(threads):
     """Entries are the lanes' blocks in order, hold their pages' contents, and nothing behind the last is copied."""
     keys, values, pages, tables, lengths = threads
-    rows, own_LB = compiled(kv_cache.MIN_ENTRIES)[0](pages, tables, jnp.asarray(lengths))
+    rows, own_LB = compiled(*chunking())[0](pages, tables, jnp.asarray(lengths))
     blocks = [(lane, start) for lane, n in enumerate(lengths) for start in range(0, n, LAYOUT.block_size)]
     assert int(rows.num_entries) == len(blocks) == 9
-    assert [len(k) for k, _ in rows.buffers.layers[0]] == [4] * 7
+    assert [len(k) for k, _ in rows.buffers.layers[0]] == MANY_CHUNKS
     stored = [np.concatenate([np.asarray(chunk[kind]) for chunk in rows.buffers.layers[0]]) for kind in range(2)]
     for entry, (lane, start) in enumerate(blocks):
         held = min(lengths[lane] - start, LAYOUT.block_size)
@@ -173,7 +193,7 @@ def test_packed_entries_are_the_filled_blocks(threads):
             expected = np.asarray(source)[lane, start : start + held].swapaxes(0, 1)
             np.testing.assert_array_equal(packed[entry, :, :held], expected)
     assert not rows.length_E[len(blocks) :].any()
-    assert not any(packed[3 * 4 :].any() for packed in stored)
+    assert not any(packed[len(blocks) :].any() for packed in stored)
     assert int((own_LB == len(rows.lane_E)).sum()) == own_LB.size - len(blocks)
 
 
@@ -183,7 +203,7 @@ def test_neighbours_entries_change_no_bit(threads, lanes):
     """A thread gets the same bits with long neighbours and with none, wherever among the chunks its entries lie."""
     together, _ = decode_steps(threads, 2)
     apart, view = decode_steps(threads, 2, lanes)
-    assert len(view.rows.buffers.layers[0]) == 7
+    assert [len(k) for k, _ in view.rows.buffers.layers[0]] == MANY_CHUNKS
     for lane in lanes:
         assert together[lane].tobytes() == apart[lane].tobytes()
 
@@ -193,7 +213,7 @@ def test_one_thread_equals_its_lane(threads):
     """The view of one thread is complete by itself: not lifted, it computes what it computes as one of many lanes."""
     *_, pages, tables, lengths = threads
     lifted, _ = decode_steps(threads, 1)
-    pack, _, attend = compiled(kv_cache.MIN_ENTRIES)
+    pack, _, attend = compiled(*chunking())
     rows, own_LB = pack(pages, tables, jnp.asarray(lengths))
     q, k, v = new_positions(threads, lengths)
     for lane, length in enumerate(lengths):
