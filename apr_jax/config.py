@@ -224,8 +224,12 @@ class GRPOConfig:
     rows_per_microbatch: int
     optimizer: OptimizerConfig
     checkpoint_every: int
+    validate_every: int  # steps between evaluations on the validation split, which choose the best checkpoint; 0: none
+    validation_problems: int  # problems in one, decoded greedily
 
     def __post_init__(self) -> None:
+        _not_negative(self, "grpo", "validate_every")
+        _positive(self, "grpo", "validation_problems")
         _positive(
             self, "grpo", "prompts_per_step group_size inner_updates row_len rows_per_microbatch checkpoint_every"
         )
@@ -235,6 +239,17 @@ class GRPOConfig:
         for field in ("max_resamples", "clip_ratio", "clip_ratio_high", "kl_coef", "advantage_eps", "importance_cap"):
             if getattr(self, field) < 0:
                 raise ConfigError(f"grpo.{field}={getattr(self, field)} must be >= 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FaultsConfig:
+    """What is kept against faults, and when a run gives up."""
+
+    keep_checkpoints: int  # the newest of a phase; the best by validation stays besides
+    max_skipped_steps: int  # a run stops after so many steps in a row whose loss or gradient was not finite
+
+    def __post_init__(self) -> None:
+        _positive(self, "faults", "keep_checkpoints max_skipped_steps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -263,6 +278,7 @@ class Config:
     sft: SFTConfig
     rollout: RolloutConfig
     grpo: GRPOConfig
+    faults: FaultsConfig
     evaluation: EvaluationConfig
 
     def __post_init__(self) -> None:
@@ -273,7 +289,8 @@ def check_consistent(config: Config) -> None:
     """Checks what spans several sections. Raises ConfigError with the two numbers that disagree."""
     model, rollout, mesh = config.model, config.rollout, config.mesh
     pages_per_thread = -(-model.max_seq_len // rollout.page_size)
-    usable = rollout.num_pages // mesh.data - 1
+    batch_shards = mesh.data * mesh.fsdp
+    usable = rollout.num_pages // batch_shards - 1
     if usable < pages_per_thread:
         raise ConfigError(
             f"rollout.num_pages={rollout.num_pages} leaves {usable} usable pages a data shard, and one thread of "
@@ -291,8 +308,8 @@ def check_consistent(config: Config) -> None:
         ("num_pages", rollout.num_pages),
         ("prefill_lanes", rollout.prefill_lanes),
     ):
-        if value % mesh.data:
-            raise ConfigError(f"rollout.{field}={value} must be a multiple of mesh.data={mesh.data}")
+        if value % batch_shards:
+            raise ConfigError(f"rollout.{field}={value} must be a multiple of mesh.data * mesh.fsdp = {batch_shards}")
     for field, value in (
         ("num_kv_heads", model.num_kv_heads),
         ("num_heads", model.num_heads),
@@ -302,13 +319,17 @@ def check_consistent(config: Config) -> None:
             raise ConfigError(f"model.{field}={value} must be a multiple of mesh.tensor={mesh.tensor}")
     if model.embed_dim % mesh.fsdp:
         raise ConfigError(f"model.embed_dim={model.embed_dim} must be a multiple of mesh.fsdp={mesh.fsdp}")
+    if config.grpo.validate_every and config.grpo.validation_problems > config.data.num_validation:
+        raise ConfigError(
+            f"grpo.validation_problems={config.grpo.validation_problems} is more than "
+            f"data.num_validation={config.data.num_validation}"
+        )
     most_prompts = config.grpo.prompts_per_step * (1 + config.grpo.max_resamples)
     if config.grpo.max_resamples and most_prompts > config.data.num_train:
         raise ConfigError(
             f"grpo.max_resamples={config.grpo.max_resamples} may ask for {most_prompts} problems in a step, and "
             f"data.num_train={config.data.num_train}"
         )
-    batch_shards = mesh.data * mesh.fsdp
     rows = config.sft.rows_per_step // config.sft.microbatches
     for field, value in (
         ("sft.rows_per_step / sft.microbatches", rows),
@@ -381,6 +402,12 @@ def _positive(section: Any, name: str, fields: str) -> None:
     for field in fields.split():
         if getattr(section, field) < 1:
             raise ConfigError(f"{name}.{field}={getattr(section, field)} must be at least 1")
+
+
+def _not_negative(section: Any, name: str, fields: str) -> None:
+    for field in fields.split():
+        if getattr(section, field) < 0:
+            raise ConfigError(f"{name}.{field}={getattr(section, field)} must be at least 0")
 
 
 def _share(section: Any, name: str, fields: str) -> None:

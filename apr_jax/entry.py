@@ -9,6 +9,8 @@ import logging
 import os
 import pathlib
 import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -19,6 +21,8 @@ from ml_collections import ConfigDict, config_flags
 from apr_jax.config import Config, ConfigError, from_config_dict
 
 FAILED, BAD_ARGUMENTS, STOPPED = 1, 2, 75  # exit codes
+
+_LAST_WORDS_SECONDS = 1.0
 
 # Everything that absl and ml_collections raise for a flag, a config file or a field that is wrong.
 _PARSE_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)
@@ -97,6 +101,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         _exit(error, BAD_ARGUMENTS)
     except FailedError as error:
         _exit(error, FAILED)
+    except Exception:
+        if not _is_one_of_several():
+            raise
+        traceback.print_exc()
+        _leave(FAILED)
     sys.exit(0)
 
 
@@ -143,4 +152,20 @@ def _message(error: BaseException) -> str:
 
 def _exit(error: BaseException, code: int) -> NoReturn:
     print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process. A host of a job that fails doesn't wait for the others at the exit, where they won't come."""
+    if _is_one_of_several():
+        time.sleep(_LAST_WORDS_SECONDS)  # for others with the same complaint: without host 0 they would be aborted
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
+
+
+def _is_one_of_several() -> bool:
+    """Whether this process has joined a job of several hosts (`parallel.hosts.joined`)."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()

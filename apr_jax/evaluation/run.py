@@ -4,7 +4,7 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from apr_jax.config import Config, ConfigError
 from apr_jax.data.countdown_builder import OnProgress, load_split
@@ -73,8 +73,8 @@ def evaluate(
 class ShownProgress:
     """An `on_progress` for Engine.run that draws it. Use as a context manager."""
 
-    def __init__(self, total: int, desc: str = "Evaluate") -> None:
-        self._bar = progress(total=total, desc=desc, unit="rollout")
+    def __init__(self, total: int, desc: str = "Evaluate", stream: TextIO | None = None) -> None:
+        self._bar = progress(total=total, desc=desc, unit="rollout", stream=stream)
 
     def __call__(self, now: Progress) -> None:
         rate = now.generated_tokens / now.seconds if now.seconds > 0 else 0.0

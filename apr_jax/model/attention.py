@@ -173,16 +173,20 @@ def cudnn_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, seg
         raise ConfigError(f"model.attention='cudnn' computes in bfloat16, and model.compute_dtype='{q_BTNH.dtype}'")
     T = q_BTNH.shape[1]
     length = _round_up(T, 2)  # cuDNN takes a bias only for even lengths
-    ids_BT = _pad(segment_ids_BT, length)
-    out_BTNH = jax.nn.dot_product_attention(
-        _pad(q_BTNH, length),
-        _pad(k_BTKH, length),
-        _pad(v_BTKH, length),
-        mask=(ids_BT[:, :, None] == ids_BT[:, None, :])[:, None],
-        is_causal=True,
-        implementation="cudnn",
-    )
-    return out_BTNH[:, :T]
+
+    def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BT: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            mask=(ids_BT[:, :, None] == ids_BT[:, None, :])[:, None],
+            is_causal=True,
+            implementation="cudnn",
+        )
+
+    # Where weights are split over "fsdp" the partitioner splits queries and keys in different ways, and cuDNN refuses.
+    padded = [_pad(x, length) for x in (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)]
+    return _over_mesh(attend)(*padded)[:, :T]
 
 
 _KERNELS: dict[str, Callable[..., jax.Array]] = {

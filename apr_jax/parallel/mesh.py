@@ -30,7 +30,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     On a machine whose only device is the CPU, the CPU serves as so many devices as the mesh needs, unless JAX has
     started already or their number was set from outside (`JAX_NUM_CPU_DEVICES`).
 
-    Raises ConfigError with both numbers when the mesh needs more devices than there are.
+    Raises ConfigError with both numbers when the mesh needs more devices than there are, or in a job of several hosts
+    another number.
     """
     shape = (config.data, config.fsdp, config.tensor)
     needed = int(np.prod(shape))
@@ -41,6 +42,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         raise ConfigError(
             f"mesh.data={config.data} * mesh.fsdp={config.fsdp} * mesh.tensor={config.tensor} needs {needed} devices, "
             f"and there are {len(devices)}"
+        )
+    hosts = len({device.process_index for device in devices})
+    if hosts > 1 and needed != len(devices):
+        raise ConfigError(
+            f"mesh.data={config.data} * mesh.fsdp={config.fsdp} * mesh.tensor={config.tensor} needs {needed} devices, "
+            f"and the job's {hosts} hosts have {len(devices)}: all of them must be used"
         )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=tuple(devices[:needed]))
 

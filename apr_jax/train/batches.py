@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ModelConfig
 from apr_jax.model.llama import Params, graphdef
+from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import BATCH_AXES, partition_spec
 from apr_jax.train.losses import LogProbs, TokenScores, token_scores
 
@@ -36,14 +37,15 @@ def make_scorer(model: ModelConfig, log_probs: LogProbs, given: Sequence[str] = 
 def to_mesh(rows: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int | None = None) -> Batch:
     """Puts rows [B, T] on the mesh, split over its batch axes; with `microbatches` M as [M, B / M, T].
 
-    In a multi-host job each process gives its own rows.
+    In a job of several hosts each gives all rows; only its own devices' go to the mesh.
     """
     batch_axis = partition_spec(BATCH_AXES) if microbatches is None else partition_spec(None, BATCH_AXES)
     sharding = NamedSharding(mesh, batch_axis)
 
     def place(rows_BT: np.ndarray) -> jax.Array:
         shaped = rows_BT if microbatches is None else rows_BT.reshape(microbatches, -1, rows_BT.shape[-1])
-        return jax.make_array_from_process_local_data(sharding, shaped)  # type: ignore[no-untyped-call]
+        placed: jax.Array = hosts.place(shaped, sharding)
+        return placed
 
     return {name: place(rows_BT) for name, rows_BT in rows.items()}
 

@@ -15,29 +15,40 @@ from tensorboardX import SummaryWriter
 
 Values = Mapping[str, float | int | Mapping[str, int]]
 
+_NOWHERE = pathlib.Path(os.devnull)
+
 
 class MetricsWriter:
     """Appends one JSON object a step to a run folder. Use as a context manager.
 
     On opening, what a killed run wrote after its last complete checkpoint is cut: lines of `phase` beyond `step`,
-    lines of later phases, and a torn last line.
+    lines of later phases, and a torn last line. With `writes` off, as on all hosts of a job but the first, nothing
+    reaches the folder.
     """
 
-    def __init__(self, workdir: pathlib.Path, phases: tuple[str, ...], phase: str, step: int) -> None:
+    def __init__(
+        self, workdir: pathlib.Path, phases: tuple[str, ...], phase: str, step: int, *, writes: bool = True
+    ) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "timings.jsonl"):
+        names = ("metrics.jsonl", "timings.jsonl")
+        for name in names if writes else ():
             cut(workdir / name, phases, phase, step)
-        self._metrics = (workdir / "metrics.jsonl").open("a")
-        self._timings = (workdir / "timings.jsonl").open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=10)
+        self._writes = writes
+        self._metrics, self._timings = ((workdir / name if writes else _NOWHERE).open("a") for name in names)
+        folder = str(workdir / "tensorboard")
+        self._board = SummaryWriter(folder, purge_step=step + 1, flush_secs=10, write_to_disk=writes)
 
     def write(self, phase: str, step: int, metrics: Values) -> None:
-        """Raises FloatingPointError for a value that is not finite: nothing after it would mean anything."""
-        for name, value in metrics.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise FloatingPointError(f"{phase} step {step}: {name} is {value}")
-        _append(self._metrics, {"step": step, "phase": phase, **metrics})
-        self._scalars(phase, step, metrics)
+        """Writes a step's metrics. A value that is not finite is null where an update was skipped (`skipped_rate`).
+
+        Elsewhere it raises FloatingPointError: nothing after it would mean anything.
+        """
+        broken = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+        if broken and not metrics.get("skipped_rate"):
+            raise FloatingPointError(f"{phase} step {step}: {broken[0]} is {metrics[broken[0]]}")
+        finite = {name: value for name, value in metrics.items() if name not in broken}
+        _append(self._metrics, {"step": step, "phase": phase, **metrics, **dict.fromkeys(broken)})
+        self._scalars(phase, step, finite)
 
     def write_timings(self, phase: str, step: int, timings: Values) -> None:
         _append(self._timings, {"step": step, "phase": phase, **timings})
@@ -47,7 +58,8 @@ class MetricsWriter:
         """Makes the lines so far survive a crash of the machine: before a checkpoint that counts on them."""
         for file in (self._metrics, self._timings):
             file.flush()
-            os.fsync(file.fileno())
+            if self._writes:
+                os.fsync(file.fileno())
 
     def _scalars(self, prefix: str, step: int, values: Values) -> None:
         for name, value in values.items():

@@ -4,13 +4,13 @@ WORKDIR/config.json         the configuration
 WORKDIR/metrics.jsonl       one object a step (metrics.py)
 WORKDIR/checkpoints/        checkpoint.py
 WORKDIR/evaluations/        one file for each evaluation that is done
+WORKDIR/skipped/            batches whose loss or gradient was not finite, of a run that gave up (skipping.py)
 WORKDIR/summary.json, rollouts.jsonl, report.html, figure.svg
 """
 
 import dataclasses
 import json
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -20,30 +20,32 @@ from apr_jax.config import Config, ConfigError, to_dict
 from apr_jax.data.countdown_builder import load_split
 from apr_jax.data.pipeline import train_iterator, validation_batches
 from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
-from apr_jax.engine.engine import Engine
-from apr_jax.engine.plan import EnginePlan
 from apr_jax.evaluation.policy import check_vocabulary
 from apr_jax.evaluation.report import write_figure, write_report
 from apr_jax.evaluation.run import ShownProgress, evaluate, load_problems, save_rollouts
 from apr_jax.model.llama import Params
+from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.progress import Progress, progress
-from apr_jax.reasoning.outcome import banned_tokens, make_settings, spawn_gate
+from apr_jax.reasoning.outcome import make_settings
 from apr_jax.tasks.countdown import Problem
 from apr_jax.tasks.trace import Demonstration
 from apr_jax.train.checkpoint import (
-    PHASES,
     Checkpoints,
-    fields_that_matter,
+    forget_reference,
     has_reference,
     load_policy,
     load_reference,
     save_reference,
 )
 from apr_jax.train.grpo import train_grpo
+from apr_jax.train.hosted_engine import RolloutEngine, make_engine, plan_engine
 from apr_jax.train.metrics import MetricsWriter
+from apr_jax.train.phases import PHASES
+from apr_jax.train.same_run import fields_that_matter
 from apr_jax.train.sft import train_sft
-from apr_jax.train.signals import StopSignal
+from apr_jax.train.signals import StopSignal, stop_signal
+from apr_jax.train.skipping import SkippedSteps
 from apr_jax.train.state import abstract_params_on, place_params
 
 Stage = Literal["before", "after"]
@@ -63,7 +65,7 @@ def train(
     """
     mesh = make_mesh(config.mesh)
     workdir.mkdir(parents=True, exist_ok=True)
-    with StopSignal().listening() as stop:
+    with stop_signal(mesh).listening() as stop:
         return _Run(config, workdir, mesh, stop).run(checkpoint, start)
 
 
@@ -85,23 +87,24 @@ class Problems(Sequence[Problem]):
 class _Run:
     def __init__(self, config: Config, workdir: pathlib.Path, mesh: Mesh, stop: StopSignal) -> None:
         self.config, self.workdir, self.mesh, self.stop = config, workdir, mesh, stop
-        self.engine: Engine | None = None
+        self.engine: RolloutEngine | None = None
         self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer)
         check_vocabulary(config.model, self.tokenizer)
-        plan = EnginePlan.of(config.model, config.rollout, mesh)  # what cannot fit is refused before any training
-        print(f"engine memory: {plan.memory}", file=sys.stderr)
+        plan = plan_engine(config, mesh)  # what cannot fit is refused before any training
+        print(f"engine memory: {plan.memory}", file=hosts.messages())
 
     def run(self, checkpoint: pathlib.Path | None, start: pathlib.Path | None) -> dict[str, Any]:
         config = self.config
-        _write_json(self.workdir / "config.json", to_dict(config))
+        if hosts.is_first():
+            _write_json(self.workdir / "config.json", to_dict(config))
         with Checkpoints(self.workdir, "sft", config) as sft, Checkpoints(self.workdir, "grpo", config) as grpo:
-            sft.check()
-            grpo.check()
+            sft_step, grpo_step = sft.settle() or 0, grpo.settle() or 0
+            if sft.is_extended() and has_reference(self.workdir):
+                self._reopen_sft(sft_step, grpo_step)
             started = has_reference(self.workdir)
-            grpo_step = grpo.latest_step() or 0
-            phase, step = (PHASES[1], grpo_step) if started else (PHASES[0], sft.latest_step() or 0)
+            phase, step = (PHASES[1], grpo_step) if started else (PHASES[0], sft_step)
             self._build_data()
-            with MetricsWriter(self.workdir, PHASES, phase, step) as writer:
+            with MetricsWriter(self.workdir, PHASES, phase, step, writes=hosts.is_first()) as writer:
                 if not started:
                     policy = self._sft(start, sft, writer) if checkpoint is None else self._given(checkpoint)
                     save_reference(self.workdir, policy)
@@ -109,11 +112,21 @@ class _Run:
                 summary = self._evaluate("before", reference)
                 policy = self._grpo(reference, grpo, writer)
                 summary |= self._evaluate("after", policy)
-        _write_json(self.workdir / "summary.json", summary)
-        self._save_rollouts()
-        write_report(self.workdir)
-        write_figure(self.workdir, self.workdir / "figure.svg")
+        if hosts.is_first():
+            _write_json(self.workdir / "summary.json", summary)
+            self._save_rollouts()
+            write_report(self.workdir)
+            write_figure(self.workdir, self.workdir / "figure.svg")
         return summary
+
+    def _reopen_sft(self, sft_step: int, grpo_step: int) -> None:
+        """SFT was done, and `sft.num_steps` is more now: the reference policy that it led to is outdated."""
+        if grpo_step:
+            raise ConfigError(
+                f"sft.num_steps={self.config.sft.num_steps}: SFT ended at step {sft_step} and GRPO started from its "
+                f"policy. Set it back to go on with GRPO, or choose another --workdir."
+            )
+        forget_reference(self.workdir)
 
     def _build_data(self) -> None:
         """Builds the demonstrations where they are absent, under a progress bar for each split."""
@@ -121,14 +134,17 @@ class _Run:
 
         def on_progress(split: str, done: int, total: int) -> None:
             if split not in bars:
-                bars[split] = progress(total, f"Demonstrations ({split})", "problem")
+                bars[split] = progress(total, f"Demonstrations ({split})", "problem", hosts.messages())
                 bars[split].__enter__()
             bars[split].update(done - bars[split].done)
             if done == total:
                 bars[split].__exit__(None)
 
-        with self.stop.interrupting():
-            self.train_split = load_split(self.config, "train", on_progress)
+        def build() -> None:
+            load_split(self.config, "train", on_progress)
+
+        self.stop.together(build)
+        self.train_split = load_split(self.config, "train")
 
     def _given(self, checkpoint: pathlib.Path) -> Params:
         """The policy at `checkpoint`, on the mesh. Raises ConfigError where its weights are another model's."""
@@ -152,18 +168,15 @@ class _Run:
             "replay_weight": config.data.replay_weight,
             "loss_on_context": config.data.loss_on_context,
         }
-        validation = validation_batches(
-            load_split(config, "validation"),
-            self.tokenizer,
-            rows_per_batch=sft.validation_rows,
-            num_rows=sft.validation_rows,
-            **how,
-        )
-        return train_sft(
-            sft,
-            config.model,
-            self.mesh,
-            rows=train_iterator(
+        with self.stop.interrupting():  # a large split takes minutes
+            validation = validation_batches(
+                load_split(config, "validation"),
+                self.tokenizer,
+                rows_per_batch=sft.validation_rows,
+                num_rows=sft.validation_rows,
+                **how,
+            )
+            rows = train_iterator(
                 self.train_split,
                 self.tokenizer,
                 rows_per_batch=sft.rows_per_step,
@@ -171,18 +184,25 @@ class _Run:
                 shard_index=0,
                 shard_count=1,
                 **how,
-            ),
+            )
+        return train_sft(
+            sft,
+            config.model,
+            self.mesh,
+            rows=rows,
             validation_rows=validation[0],
             seed=config.seed,
             checkpoints=checkpoints,
             writer=writer,
             stop=self.stop,
+            skipped=SkippedSteps(self.workdir, config.faults.max_skipped_steps),
             params=None if start is None else self._given(start),
         )
 
     def _grpo(self, reference: Params, checkpoints: Checkpoints, writer: MetricsWriter) -> Params:
         if self.config.grpo.num_steps == 0:
             return reference
+        engine = self._engine_with(reference)
         return train_grpo(
             self.config,
             self.mesh,
@@ -190,21 +210,29 @@ class _Run:
             reference=reference if self.config.grpo.kl_coef > 0 else None,
             problems=Problems(self.train_split),
             tokenizer=self.tokenizer,
-            engine=self._engine_with(reference),
+            engine=engine,
             checkpoints=checkpoints,
             writer=writer,
             stop=self.stop,
+            skipped=SkippedSteps(self.workdir, self.config.faults.max_skipped_steps),
+            validate=lambda: self._validation_accuracy(engine),
         )
 
-    def _engine_with(self, params: Params) -> Engine:
+    def _validation_accuracy(self, engine: RolloutEngine) -> float:
+        """The share of validation problems that the engine's policy solves, greedily."""
+        config = self.config
+        problems = load_problems(config, "validation", config.grpo.validation_problems)
+        settings = make_settings(config, self.tokenizer)
+        how: dict[str, Any] = {"method": config.data.method, "settings": settings, "seed": config.seed}
+        summary, _ = evaluate(engine, self.tokenizer, problems, temperature=0.0, keep_calls=0, **how)
+        return float(summary["accuracy"])
+
+    def _engine_with(self, params: Params) -> RolloutEngine:
         """The run's one engine, which compiles its steps once for all stages."""
         if self.engine is None:
-            banned = banned_tokens(self.tokenizer, self.config.model.vocab_size)
-            gate = spawn_gate(self.config, self.tokenizer)
-            self.engine = Engine(
-                self.config.model, self.config.rollout, self.mesh, params=params, banned_tokens=banned, gate=gate
-            )
-            self.engine.warm_up()  # so that no rate or latency counts compilation
+            self.engine = make_engine(self.config, self.mesh, self.tokenizer, params, self.stop)
+            with self.stop.interrupting():
+                self.engine.warm_up()  # so that no rate or latency counts compilation
         else:
             self.engine.set_params(params)
         return self.engine
@@ -221,14 +249,13 @@ class _Run:
     def _evaluate_at(self, stage: Stage, label: str, params: Params, temperature: float) -> dict[str, Any]:
         config, path = self.config, self.workdir / "evaluations" / f"{label}.json"
         settings = fields_that_matter(to_dict(config), PHASES[0] if stage == "before" else PHASES[1], "evaluation")
-        if path.exists():
-            done = json.loads(path.read_text())
-            if done["settings"] == settings:
-                return done["summary"]
+        done = hosts.from_first(lambda: json.loads(path.read_text()) if path.exists() else None)
+        if done is not None and done["settings"] == settings:
+            return done["summary"]
         problems = load_problems(config, config.evaluation.split, config.evaluation.num_problems)
         title = f"Evaluate {stage} GRPO, temperature {temperature:g}"
         engine = self._engine_with(params)
-        with ShownProgress(len(problems), title) as shown, self.stop.interrupting():
+        with ShownProgress(len(problems), title, hosts.messages()) as shown, self.stop.interrupting():
             summary, records = evaluate(
                 engine,
                 self.tokenizer,
@@ -240,7 +267,8 @@ class _Run:
                 on_progress=shown,
             )
         drawn = [record for record in records if "calls" in record]
-        _write_json(path, {"settings": settings, "summary": summary, "records": drawn})
+        if hosts.is_first():
+            _write_json(path, {"settings": settings, "summary": summary, "records": drawn})
         return summary
 
     def _save_rollouts(self) -> None:

@@ -1,9 +1,20 @@
-"""Stopping a run by a signal, with everything saved."""
+"""Stopping a run by a signal, with everything saved, on all hosts of a job at the same step."""
 
 import contextlib
 import signal
+import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import jax
+from jax.sharding import Mesh
+
+from apr_jax.parallel import hosts
+
+T = TypeVar("T")
+
+_LISTEN_SECONDS = 1.0
 
 
 class StoppedError(Exception):
@@ -15,6 +26,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.requested = False
+        self._signalled = False
         self._interrupting = False
 
     @contextlib.contextmanager
@@ -37,6 +49,21 @@ class StopSignal:
         finally:
             self._interrupting = False
 
+    def agreed(self) -> bool:
+        """Whether to stop now. All hosts of a job ask once a step, and get the same answer."""
+        return self.requested
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """What `work` returns on each host. All hosts of a job call it; `work` itself calls nothing that they share.
+
+        It is redone from its start anyway, so a signal on any host raises StoppedError at once, on all.
+        """
+        with self.interrupting():
+            return [work()]
+
+    def listen(self) -> None:
+        """Within `together`'s work, now and then: raises StoppedError when another host was asked to stop."""
+
     def check(self) -> None:
         """Raises StoppedError once a stop was requested."""
         if self.requested:
@@ -44,9 +71,52 @@ class StopSignal:
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         del frame
-        if self.requested:
+        if self._signalled:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.requested = True
+        self.requested = self._signalled = True
         if self._interrupting:
             self.check()
+
+
+class StopTogether(StopSignal):
+    """The stop signal of a job of several hosts, of which any may be asked. A step later, all know it."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__()
+        self._vote = hosts.Vote(mesh)
+        self._listened = 0.0
+
+    def agreed(self) -> bool:
+        agreed = self._vote.cast(self.requested)
+        self.requested |= agreed
+        return agreed
+
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Interrupts nothing: a host must not leave alone what it does with others. See `together`."""
+        yield
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        done: list[T] | None = None
+        try:
+            with super().interrupting():
+                done = [work()]
+        except StoppedError:
+            hosts.tell_stop()
+        everybody = hosts.gather(done)
+        if None in everybody:  # only then: a signal that came meanwhile is this host's own knowledge
+            self.requested = True
+            self.check()
+        return [result for results in everybody if results is not None for result in results]
+
+    def listen(self) -> None:
+        if time.monotonic() - self._listened > _LISTEN_SECONDS:
+            self._listened = time.monotonic()
+            self.requested |= hosts.was_told_stop()
+            self.check()
+
+
+def stop_signal(mesh: Mesh) -> StopSignal:
+    """The stop signal of this process, which is one of a job's hosts where there are several. `mesh` is the job's."""
+    return StopSignal() if jax.process_count() == 1 else StopTogether(mesh)

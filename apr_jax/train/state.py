@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ModelConfig
 from apr_jax.model.llama import Params, abstract_params, init_params, logical_axes
+from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import param_shardings, replicated, split_over_data
 
 
@@ -65,8 +66,9 @@ def abstract_params_on(mesh: Mesh, model: ModelConfig) -> Params:
 
 
 def place_params(params: Any, mesh: Mesh, model: ModelConfig) -> Params:
-    """Puts parameters on the mesh."""
-    return jax.device_put(params, model_shardings(mesh, model))
+    """Puts parameters, which every host of a job holds, on the mesh."""
+    placed: Params = hosts.place(params, model_shardings(mesh, model))
+    return placed
 
 
 def create_state(
@@ -83,16 +85,29 @@ def create_state(
     def init(params: Params) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), optimizer.init(params))
 
-    return jax.jit(init, out_shardings=target)(jax.device_put(start, target.params))
+    return jax.jit(init, out_shardings=target)(hosts.place(start, target.params))
 
 
 def apply_gradients(
-    state: TrainState, grads: Params, optimizer: optax.GradientTransformation
-) -> tuple[TrainState, jax.Array]:
-    """One optimiser update. Returns the new state and the gradients' global norm before clipping."""
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), optax.tree.norm(grads)
+    state: TrainState, grads: Params, loss: jax.Array, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimiser update; none where the loss or the gradients' norm is not finite, decided on the device.
+
+    A step that is left out counts in `state.step` and changes nothing else: neither weights nor moments nor the
+    optimiser's own counters.
+
+    Returns: the new state, and metrics: `grad_norm`, the global norm before clipping, and `skipped_rate`, 1 or 0.
+    """
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+
+    def update(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    kept = jax.lax.cond(finite, update, lambda *kept: kept, state.params, state.opt_state)
+    metrics = {"grad_norm": norm, "skipped_rate": 1.0 - finite.astype(jnp.float32)}
+    return TrainState(state.step + 1, *kept), metrics
 
 
 def _on(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

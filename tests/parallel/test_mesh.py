@@ -49,8 +49,9 @@ def random_batch() -> dict[str, jax.Array]:
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions, "segment_ids": segment_ids}
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (4, 1, 2)])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "tied"), [((8, 1, 1), True), ((1, 8, 1), False), ((2, 2, 2), True), ((1, 4, 2), False)]
+)
 def test_sharded_loss_and_gradients_equal_one_device(shape: tuple[int, int, int], tied: bool) -> None:
     config = dataclasses.replace(MODEL, tie_embeddings=tied, remat=tied)
     params, batch = llama.init_params(config, 0), random_batch()

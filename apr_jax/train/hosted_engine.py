@@ -1,0 +1,120 @@
+"""An engine on every host, that together look like one: each runs its share of the programs on its own devices."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import Mesh
+
+from apr_jax.config import Config, ConfigError, RolloutConfig
+from apr_jax.data.tokenizer import Tokenizer
+from apr_jax.engine.engine import Engine
+from apr_jax.engine.plan import EnginePlan
+from apr_jax.engine.threads import Program, Progress, Rollout, RolloutKey
+from apr_jax.model.llama import Params, abstract_params, logical_axes
+from apr_jax.parallel import hosts
+from apr_jax.parallel.mesh import RULES, param_shardings
+from apr_jax.reasoning.outcome import banned_tokens, spawn_gate
+from apr_jax.train.signals import StopSignal
+
+
+class RolloutEngine(Protocol):
+    """What training and evaluation need of an engine."""
+
+    def set_params(self, params: Params) -> None: ...
+    def warm_up(self) -> float: ...
+    def run(
+        self,
+        programs: Sequence[tuple[RolloutKey, Program]],
+        *,
+        seed: int,
+        temperature: float,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> list[Rollout]: ...
+
+
+def plan_engine(config: Config, mesh: Mesh) -> EnginePlan:
+    """What each host's engine will be. Raises ConfigError for sizes that don't divide, or don't fit a device."""
+    return EnginePlan.of(config.model, _share_of(config.rollout), hosts.rollout_mesh(mesh))
+
+
+def make_engine(config: Config, mesh: Mesh, tokenizer: Tokenizer, params: Params, stop: StopSignal) -> RolloutEngine:
+    """The engine of a run whose trainer works on `mesh`, where `params` lie. Raises ConfigError as `plan_engine`."""
+
+    def on_this_host(params: Params) -> Engine:
+        return Engine(
+            config.model,
+            _share_of(config.rollout),
+            hosts.rollout_mesh(mesh),
+            params=params,
+            banned_tokens=banned_tokens(tokenizer, config.model.vocab_size),
+            gate=spawn_gate(config, tokenizer),
+        )
+
+    if jax.process_count() == 1:
+        return on_this_host(params)
+    shapes = abstract_params(config.model)
+    whole_over_fsdp = dataclasses.replace(RULES, embed=None)
+    localise = hosts.Localiser(mesh, param_shardings(mesh, shapes, logical_axes(shapes), whole_over_fsdp))
+    return HostedEngine(on_this_host(localise(params)), localise, stop)
+
+
+class HostedEngine:
+    """Gives each host's engine its share of the programs, and every host all rollouts.
+
+    A rollout depends on weights, seed, temperature, its key and its program only (`Engine.run`), so that it is the same
+    on whichever host it runs.
+    """
+
+    def __init__(self, engine: Engine, localise: Callable[[Any], Any], stop: StopSignal) -> None:
+        """`localise` brings parameters from the job's mesh to the engine's. `engine` holds the first ones already."""
+        self._engine, self._localise, self._stop = engine, localise, stop
+
+    def set_params(self, params: Params) -> None:
+        """New weights, from the job's mesh. Called by all hosts."""
+        self._engine.set_params(self._localise(params))
+
+    def warm_up(self) -> float:
+        """Compiles all that runs will use. Returns the seconds it took."""
+        return self._engine.warm_up()
+
+    def run(
+        self,
+        programs: Sequence[tuple[RolloutKey, Program]],
+        *,
+        seed: int,
+        temperature: float,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> list[Rollout]:
+        """As `Engine.run`, called by all hosts with the same programs. Progress is this host's, scaled up to all.
+
+        Raises StoppedError on every host when any of them was asked to stop.
+        """
+        mine = hosts.share(programs)
+
+        def show(now: Progress) -> None:
+            self._stop.listen()
+            if on_progress is not None:
+                done = now.finished * len(programs) // len(mine)
+                tokens = now.generated_tokens * len(programs) // len(mine)
+                on_progress(Progress(done, len(programs), tokens, now.seconds))
+
+        def run_mine() -> list[Rollout]:
+            return self._engine.run(mine, seed=seed, temperature=temperature, on_progress=show)
+
+        return [rollout for rollouts in self._stop.together(run_mine) for rollout in rollouts]
+
+
+def _share_of(rollout: RolloutConfig) -> RolloutConfig:
+    """One host's part of lanes and pages."""
+    count = jax.process_count()
+    for name in ("num_lanes", "num_pages", "prefill_lanes"):
+        if getattr(rollout, name) % count:
+            raise ConfigError(f"rollout.{name}={getattr(rollout, name)} must be a multiple of the {count} hosts")
+    return dataclasses.replace(
+        rollout,
+        num_lanes=rollout.num_lanes // count,
+        num_pages=rollout.num_pages // count,
+        prefill_lanes=rollout.prefill_lanes // count,
+    )

@@ -1,0 +1,156 @@
+"""launch/local_hosts.py as a user runs it: several hosts learn what one learns, through a signal and a host's death."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+SMALL = """
+from tests.train.small import small_config_dict
+def get_config():
+    config = small_config_dict({directory!r})
+    config.mesh.data, config.mesh.fsdp = 2, 2
+    config.rollout.update(max_steps=64, temperature=1.0)
+    config.grpo.update(num_steps=6, checkpoint_every=1)
+    config.grpo.reward.update(token_price=0.01, failures_pay=True)  # something to learn for one that solves nothing
+    config.evaluation.update(num_problems=2)
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a config file, and whatever runs share: data and compiled programs."""
+    folder = tmp_path_factory.mktemp("hosts")
+    (folder / "small.py").write_text(SMALL.format(directory=str(folder / "data")))
+    return folder
+
+
+def _environment(place, **more):
+    return {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        **more,
+    }
+
+
+def _train(place, workdir):
+    return [sys.executable, str(ROOT / "launch/train.py"), f"--config={place / 'small.py'}", f"--workdir={workdir}"]
+
+
+def _local_hosts(command, hosts=2, devices=2):
+    launcher = str(ROOT / "launch/local_hosts.py")
+    return [sys.executable, launcher, f"--hosts={hosts}", f"--devices-per-host={devices}", "--", *command]
+
+
+def _start(place, command, **more):
+    environment = _environment(place, **more)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _finish(process, code=0):
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == code, errors
+    return output, errors
+
+
+def _when(process, workdir, phase, step):
+    """Returns as soon as the run has written the metrics of a step."""
+    path, wanted = workdir / "metrics.jsonl", f'{{"step": {step}, "phase": "{phase}"'
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if path.exists() and wanted in path.read_text():
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    raise TimeoutError(f"no {phase} step {step}")
+
+
+def _host_process(launcher, host):
+    """The id of the process that is this host of a job."""
+    for child in pathlib.Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+        if f"APR_HOST={host}\0" in pathlib.Path(f"/proc/{child}/environ").read_text():
+            return int(child)
+    raise AssertionError(f"no host {host}")
+
+
+def _records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_hosts_stopped_killed_and_resumed_learn_what_one_process_learns(place):
+    whole, parts = place / "whole", place / "parts"
+    _finish(_start(place, _train(place, whole), JAX_NUM_CPU_DEVICES="4"))
+    job = _local_hosts(_train(place, parts))
+
+    process = _start(place, job)
+    _when(process, parts, "sft", 2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = _finish(process, 75)
+    assert "host 0: Stopped by a signal; everything is saved" in errors
+    assert not (parts / "summary.json").exists()
+
+    process = _start(place, job)
+    _when(process, parts, "grpo", 2)
+    os.kill(_host_process(process, 1), signal.SIGKILL)
+    _, errors = _finish(process, 128 + signal.SIGKILL)
+    assert "host 1 was killed by SIGKILL: ending the other hosts" in errors
+
+    output, _ = _finish(_start(place, job))
+    assert output.count("solved") == 4  # told once, by host 0
+    assert "host 1" not in output
+    expected, actual = _records(whole), _records(parts)
+    assert [(r["phase"], r["step"]) for r in actual] == [("sft", s) for s in range(1, 7)] + [
+        ("grpo", s) for s in range(1, 7)
+    ]
+    assert max(record["grad_norm"] for record in actual if record["phase"] == "grpo") > 1e-3
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            expected_value = pytest.approx(value, abs=1e-6) if isinstance(value, float) else value
+            assert ours[name] == expected_value, f"{ours['phase']} {ours['step']}: {name}"
+    summaries = [json.loads((workdir / "summary.json").read_text()) for workdir in (whole, parts)]
+    for label, theirs in summaries[0].items():
+        for name in ("accuracy", "num_problems", "total_tokens", "sequential_tokens"):
+            assert summaries[1][label][name] == theirs[name], f"{label} {name}"
+
+
+FAILS = "import os, sys, time; host = os.environ['APR_HOST']; print('here', flush=True); "
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "message"),
+    [
+        ("host == '1' and sys.exit(3); time.sleep(100)", 3, "host 1 ended with exit code 3: ending the other hosts"),
+        ("host == '2' and os.kill(os.getpid(), 9); time.sleep(100)", 137, "host 2 was killed by SIGKILL"),
+        ("sys.exit(75)", 75, ""),
+        ("pass", 0, ""),
+    ],
+)
+def test_the_first_host_that_fails_is_named_and_ends_the_job(place, program, code, message):
+    command = _local_hosts([sys.executable, "-c", FAILS + program], hosts=3, devices=1)
+    output, errors = _finish(_start(place, command), code)
+    assert sorted(output.splitlines()) == [f"host {host}: here" for host in range(3)]
+    assert message in errors
+
+
+def test_a_job_needs_a_command(place):
+    _, errors = _finish(_start(place, _local_hosts([])), 2)
+    assert "no command" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_mesh_that_leaves_out_a_host_is_refused(place):
+    command = [*_train(place, place / "refused"), "--config.mesh.fsdp=1"]
+    _, errors = _finish(_start(place, _local_hosts(command)), 2)
+    assert "needs 2 devices, and the job's 2 hosts have 4: all of them must be used" in errors

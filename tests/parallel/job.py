@@ -1,0 +1,93 @@
+"""What tests/parallel/test_hosts.py runs as a job of several hosts: python job.py WHAT. Prints what each host saw."""
+
+import os
+import signal
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from apr_jax.config import MeshConfig
+from apr_jax.model.llama import abstract_params, init_params, logical_axes
+from apr_jax.parallel import hosts
+from apr_jax.parallel.mesh import RULES, make_mesh, param_shardings
+from apr_jax.train.signals import StoppedError, stop_signal
+from tests.train.small import small_config
+
+MESHES = [(4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)]
+
+
+def shared():
+    host = jax.process_index()
+    assert hosts.gather({"host": host, "long": "x" * 5_000 * host}) == [
+        {"host": i, "long": "x" * 5_000 * i} for i in range(2)
+    ]
+    assert hosts.from_first(lambda: ("only", jax.process_index())) == ("only", 0)
+    assert [list(part) for part in hosts.gather(hosts.share(range(5)))] == [[0, 1], [2, 3, 4]]
+    assert (hosts.messages() is sys.stderr) == hosts.is_first()
+
+
+def weights(shape):
+    """Weights go to the job's mesh whole, and to each host's own devices unchanged."""
+    config = small_config(**{"model.num_kv_heads": 4, "model.num_heads": 4, "model.head_dim": 8})
+    mesh = make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))
+    own = hosts.rollout_mesh(mesh)
+    assert {device.process_index for device in own.devices.flat} == {jax.process_index()}
+    assert dict(own.shape) == {"data": 2 // min(shape[2], 2), "fsdp": 1, "tensor": min(shape[2], 2)}
+    params, shapes = init_params(config.model, 3), abstract_params(config.model)
+    placed = hosts.place(params, param_shardings(mesh, shapes, logical_axes(shapes)))
+    rules = type(RULES)(embed=None)
+    localise = hosts.Localiser(mesh, param_shardings(mesh, shapes, logical_axes(shapes), rules))
+    for expected, there, here in zip(*map(jax.tree.leaves, (params, placed, localise(placed))), strict=True):
+        assert set(here.devices()) == set(own.devices.flat)
+        np.testing.assert_array_equal(hosts.whole(there), np.asarray(expected))
+        np.testing.assert_array_equal(hosts.whole(here), np.asarray(expected))
+
+
+def stopping():
+    """Host 1 alone is asked to stop. Both know it a round later, and in long work of their own soon."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=1))
+    with stop_signal(mesh).listening() as stop:
+        assert not stop.agreed()
+        assert stop.together(lambda: jax.process_index()) == [0, 1]
+
+        def long_work():
+            if not hosts.is_first():
+                signal.raise_signal(signal.SIGTERM)
+            while True:
+                time.sleep(0.05)
+                stop.listen()
+
+        try:
+            stop.together(long_work)
+        except StoppedError:
+            assert stop.requested
+            assert [stop.agreed(), stop.agreed()] == [False, True]
+            return
+    raise AssertionError("nobody stopped")
+
+
+def dying():
+    """Host 1 dies while the other waits for it."""
+    if not hosts.is_first():
+        os.kill(os.getpid(), signal.SIGKILL)
+    hosts.whole(jax.jit(jnp.sum)(hosts.place(np.ones(4), jax.sharding.NamedSharding(_mesh(), jax.P("data")))))
+    hosts.gather("host 0 waits")
+
+
+def _mesh():
+    return make_mesh(MeshConfig(data=4, fsdp=1, tensor=1))
+
+
+if __name__ == "__main__":
+    with hosts.joined():
+        if sys.argv[1] == "dying":
+            hosts.gather("all are here")
+            dying()
+        shared()
+        for mesh_shape in MESHES:
+            weights(mesh_shape)
+        stopping()
+        print(f"fine on {jax.process_count()}", flush=True)
