@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -221,7 +221,7 @@ def train_grpo(
                 "dropped_groups": sample.dropped,
                 **{name: float(value) for name, value in jax.device_get(device_metrics).items()},
                 **_gap(microbatches, old, grpo.importance_cap),
-                "packing": _packing(microbatches),
+                "packing": _packing(sequences, microbatches),
             }
             ended = time.perf_counter()
             writer.write("grpo", step, metrics)
@@ -293,10 +293,10 @@ def _gap(microbatches: Sequence[Batch], old: Sequence[jax.Array], importance_cap
     return {**gap_metrics(*drawn), "importance_truncated": truncated_share(*drawn, importance_cap)}
 
 
-def _packing(microbatches: Sequence[Batch]) -> float:
+def _packing(sequences: Sequence[Mapping[str, np.ndarray]], microbatches: Sequence[Batch]) -> float:
     """The share of the batch that is not padding, rows that only fill the last microbatch included; 1 for no batch."""
-    filled = [int(np.count_nonzero(np.asarray(batch["segment_ids"]))) for batch in microbatches]
-    return sum(filled) / max(sum(batch["segment_ids"].size for batch in microbatches), 1) if filled else 1.0
+    tokens = sum(len(sequence["tokens"]) for sequence in sequences)
+    return tokens / sum(batch["tokens"].size for batch in microbatches) if microbatches else 1.0
 
 
 def _timings(scored: Scored, began: float, rolled_out: float, ended: float) -> dict[str, float]:

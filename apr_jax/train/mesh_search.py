@@ -120,7 +120,7 @@ def estimate(config: Config, peaks: Peaks) -> Candidate:
     """An SFT step on the config's mesh, by arithmetic.
 
     FLOPs: 6 a weight and token, 8 with full remat, and causal attention (Kaplan et al. 2020, section 2.1). Links, on
-    rings: each microbatch gathers the weights of the layers over "fsdp" twice and scatters their gradients once, reduces
+    rings: each microbatch gathers the layers' weights over "fsdp" twice and scatters their gradients once, reduces
     gradients over "data", and reduces two activations a layer over "tensor" forward, backward and where recomputed.
     """
     model, sft, mesh = config.model, config.sft, config.mesh

@@ -106,6 +106,7 @@ def test_a_missing_or_empty_file_is_refused(tmp_path, content):
 def test_problems_of_a_split(tmp_path):
     values = get_config("smoke")
     values.data.update(directory=str(tmp_path), num_train=8, num_validation=6, num_test=5, num_test_unseen_targets=4)
+    values.grpo.validation_problems = 6
     values.data.num_workers = 1
     config = from_config_dict(values)
     assert load_problems(config, "test", 3) == load_problems(config, "test", 5)[:3]

@@ -63,17 +63,20 @@ def test_a_splash_kernel_counts_the_blocks_that_causality_leaves():
 
 
 def test_a_training_pass_is_six_or_eight_flops_a_weight_and_token():
+    from apr_jax.config import MeshConfig
     from apr_jax.model.llama import abstract_params, num_params
+    from apr_jax.parallel.mesh import make_mesh
     from apr_jax.train.batches import make_scorer
     from tests.train.small import small_config
 
-    model = dataclasses.replace(small_config().model, remat="none")
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1))
+    model = dataclasses.replace(small_config().model, remat="none", attention="xla")
     rows = {
         name: jax.ShapeDtypeStruct((2, 64), jnp.int32) for name in ("tokens", "targets", "positions", "segment_ids")
     }
 
     def traced(model):
-        scorer = make_scorer(model, jax.nn.log_softmax)
+        scorer = make_scorer(model, mesh, jax.nn.log_softmax)
         return flops(jax.grad(lambda p, b: jnp.sum(scorer(p, b).logprob_BT)), abstract_params(model), rows)
 
     weights = num_params(model).non_embedding + model.embed_dim * model.vocab_size
