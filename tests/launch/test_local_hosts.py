@@ -88,17 +88,10 @@ def _records(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_hosts_stopped_killed_and_resumed_learn_what_one_process_learns(place):
+def test_two_hosts_killed_resumed_and_stopped_learn_what_one_process_learns(place):
     whole, parts = place / "whole", place / "parts"
     _finish(_start(place, _train(place, whole), JAX_NUM_CPU_DEVICES="4"))
-    job = _local_hosts(_train(place, parts))
-
-    process = _start(place, job)
-    _when(process, parts, "sft", 2)
-    process.send_signal(signal.SIGTERM)
-    _, errors = _finish(process, 75)
-    assert "host 0: Stopped by a signal; everything is saved" in errors
-    assert not (parts / "summary.json").exists()
+    job = _local_hosts([*_train(place, parts), "--config.grpo.num_steps=60"])  # its end is not reached
 
     process = _start(place, job)
     _when(process, parts, "grpo", 2)
@@ -106,23 +99,28 @@ def test_two_hosts_stopped_killed_and_resumed_learn_what_one_process_learns(plac
     _, errors = _finish(process, 128 + signal.SIGKILL)
     assert "host 1 was killed by SIGKILL: ending the other hosts" in errors
 
-    output, _ = _finish(_start(place, job))
-    assert output.count("solved") == 4  # told once, by host 0
-    assert "host 1" not in output
+    process = _start(place, job)
+    _when(process, parts, "grpo", 6)
+    process.send_signal(signal.SIGTERM)
+    _, errors = _finish(process, 75)
+    assert errors.count("Stopped by a signal; everything is saved") == 1  # told by host 0
+    assert not (parts / "summary.json").exists()
+
     expected, actual = _records(whole), _records(parts)
-    assert [(r["phase"], r["step"]) for r in actual] == [("sft", s) for s in range(1, 7)] + [
-        ("grpo", s) for s in range(1, 7)
-    ]
-    assert max(record["grad_norm"] for record in actual if record["phase"] == "grpo") > 1e-3
-    for ours, theirs in zip(actual, expected, strict=True):
+    steps = [("sft", step) for step in range(1, 7)] + [("grpo", step) for step in range(1, 7)]
+    assert [(record["phase"], record["step"]) for record in expected] == steps
+    assert max(record["grad_norm"] for record in expected if record["phase"] == "grpo") > 1e-3
+    for ours, theirs in zip(actual, expected, strict=False):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             expected_value = pytest.approx(value, abs=1e-6) if isinstance(value, float) else value
             assert ours[name] == expected_value, f"{ours['phase']} {ours['step']}: {name}"
-    summaries = [json.loads((workdir / "summary.json").read_text()) for workdir in (whole, parts)]
-    for label, theirs in summaries[0].items():
+    saved = max(int(folder.name) for folder in (parts / "checkpoints/grpo").iterdir() if folder.name.isdigit())
+    assert len(actual) == 6 + saved >= len(expected)
+    for label in ("before", "before_sampled"):
+        summaries = [json.loads((run / f"evaluations/{label}.json").read_text())["summary"] for run in (whole, parts)]
         for name in ("accuracy", "num_problems", "total_tokens", "sequential_tokens"):
-            assert summaries[1][label][name] == theirs[name], f"{label} {name}"
+            assert summaries[0][name] == summaries[1][name], f"{label} {name}"
 
 
 FAILS = "import os, sys, time; host = os.environ['APR_HOST']; print('here', flush=True); "
@@ -148,9 +146,3 @@ def test_a_job_needs_a_command(place):
     _, errors = _finish(_start(place, _local_hosts([])), 2)
     assert "no command" in errors
     assert "Traceback" not in errors
-
-
-def test_a_mesh_that_leaves_out_a_host_is_refused(place):
-    command = [*_train(place, place / "refused"), "--config.mesh.fsdp=1"]
-    _, errors = _finish(_start(place, _local_hosts(command)), 2)
-    assert "needs 2 devices, and the job's 2 hosts have 4: all of them must be used" in errors

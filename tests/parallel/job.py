@@ -8,8 +8,9 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from apr_jax.config import MeshConfig
+from apr_jax.config import ConfigError, MeshConfig
 from apr_jax.model.llama import abstract_params, init_params, logical_axes
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import RULES, make_mesh, param_shardings
@@ -27,6 +28,8 @@ def shared():
     assert hosts.from_first(lambda: ("only", jax.process_index())) == ("only", 0)
     assert [list(part) for part in hosts.gather(hosts.share(range(5)))] == [[0, 1], [2, 3, 4]]
     assert (hosts.messages() is sys.stderr) == hosts.is_first()
+    with pytest.raises(ConfigError, match="needs 2 devices, and the job's 2 hosts have 4: all of them must be used"):
+        make_mesh(MeshConfig(data=2, fsdp=1, tensor=1))
 
 
 def weights(shape):
