@@ -21,7 +21,7 @@ from flax import nnx
 from apr_jax.config import ModelConfig
 from apr_jax.model.attention import self_attention
 from apr_jax.model.window_attention import ATTENTION_NAME
-from apr_jax.parallel.mesh import partition_spec
+from apr_jax.parallel.mesh import partition_spec, split_rows
 
 INIT_STDDEV = 0.02
 _ANGLE_CHUNKS = 4
@@ -201,6 +201,7 @@ class Block(nnx.Module):
         self.mlp = MLP(config, layout, rngs=rngs)
 
     def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None) -> jax.Array:
+        x = split_rows(x)
         q_TNH, k_TKH, v_TKH = self.attention.project(self.attention_norm(x), angles)
         batched = [a.reshape(-1, *a.shape[-3:]) for a in (q_TNH, k_TKH, v_TKH)]
         segment_ids_BT = None if segment_ids is None else segment_ids.reshape(-1, segment_ids.shape[-1])
@@ -262,7 +263,7 @@ class Llama(nnx.Module):
                 x = nnx.remat(Block.__call__, policy=_KEPT[config.remat])(block, x, angles, segment_ids)
             else:
                 x = block(x, angles, segment_ids)
-        return self.final_norm(x), cache
+        return self.final_norm(x if cache is not None else split_rows(x)), cache
 
     def head_weight(self) -> jax.Array:
         """The output head `[D, V]` (tied: the embedding, transposed), for losses that chunk over tokens."""

@@ -83,6 +83,7 @@ def prepare_process(topology: Topology) -> None:
             f"{INSTALL}"
         )
     os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # its entries can only be read back where they can run
     if topology.platform == "tpu":
         accelerator = _ACCELERATOR[topology.kind].format(chips=topology.num_devices, cores=2 * topology.num_devices)
         os.environ.update(_LIBTPU, TPU_ACCELERATOR_TYPE=accelerator)

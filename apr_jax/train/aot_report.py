@@ -1,6 +1,7 @@
 """The survey behind `launch/compile_aot.py`: the best mesh of a topology, every program on it, and both as tables."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -211,6 +212,12 @@ def _candidates_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _short(value: float) -> str:
+    """Three digits: 7,260 and 0.00123."""
+    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{round(value, digits):,.{max(0, digits)}f}" if value >= 1e-6 else "0"
+
+
 def _programs_table(figures: dict[str, Any]) -> str:
     head = ["program", "GB", "arguments", "outputs", "temporaries", "held beside", "TFLOP", "GB moved", "GB sent"]
     head += ["collectives", "compute ms", "memory ms", "links ms", "bound"]
@@ -219,9 +226,11 @@ def _programs_table(figures: dict[str, Any]) -> str:
         cost, least = row["cost"], row["estimate"]
         cells = [f"`{name}`", f"{row['memory'] / _GB:.2f}{'' if row['fits'] else ' (does not fit)'}"]
         cells += [f"{row[part] / _GB:.2f}" for part in ("arguments", "outputs", "temporaries", "held")]
-        cells += [f"{cost['flops'] / 1e12:.3g}", f"{cost['bytes'] / _GB:.3g}", f"{cost['sent'] / _GB:.3g}"]
-        cells += [", ".join(f"{c['count']:,} {c['kind']} ({c['payload'] / _GB:.3g} GB)" for c in row["collectives"])]
-        cells += [f"{least[part] * _MS:.3g}" for part in ("compute", "memory", "links")] + [least["bound"]]
+        cells += [_short(cost["flops"] / 1e12), _short(cost["bytes"] / _GB), _short(cost["sent"] / _GB)]
+        cells += [
+            ", ".join(f"{c['count']:,} {c['kind']} ({_short(c['payload'] / _GB)} GB)" for c in row["collectives"])
+        ]
+        cells += [_short(least[part] * _MS) for part in ("compute", "memory", "links")] + [least["bound"]]
         lines.append(f"| {' | '.join(cell or 'none' for cell in cells)} |")
     lines += [f"| `{name}` | the compiler refuses it: does not fit |" + " |" * 12 for name in figures["refused"]]
     return "\n".join(lines)
