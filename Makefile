@@ -1,4 +1,5 @@
-# make train | make test | make test-peers | make peers | make test-aot | make gpu-check | make lint | make lock
+# make train | make test | make test-slow | make test-peers | make peers | make test-aot | make compile-aot | make gpu-check |
+# make lint | make lock
 # PYTHON=python3.13 picks another interpreter (and its own environment).
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv-$(notdir $(PYTHON))
@@ -7,8 +8,9 @@ CONFIG ?= configs/grpo.py
 WORKDIR ?=
 
 PEERS ?=
+TOPOLOGY ?= tpu:v5e:4x4
 
-.PHONY: train test test-peers peers test-aot gpu-check lint format lock env clean
+.PHONY: train test test-slow test-peers peers test-aot compile-aot gpu-check lint format lock env clean
 
 env: $(VENV)/.installed
 
@@ -24,16 +26,24 @@ train: env
 test: env
 	$(BIN)/python -m pytest -n 2
 
+# What `make test` leaves out because it is exhaustive: every mesh shape, many kills.
+test-slow: env
+	$(BIN)/python -m pytest -n 2 -m slow
+
 test-peers: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
 	$(BIN)/python -m pytest -m peers
 
-# One environment for each other system that launch/benchmark_decode.py --peers measures; PEERS="hf tunix" makes only those.
+# One environment for each other system that launch/benchmark_{decode,train}.py --peers measure; PEERS="hf tunix" makes only those.
 peers:
 	$(PYTHON) launch/peers/install.py $(PEERS)
 
 test-aot: .venv-aot/.installed
 	.venv-aot/bin/python -m pytest tests/aot
+
+# FLAGS="--mesh=4,4,1 --json=scale.json" and others: launch/compile_aot.py says which there are.
+compile-aot: .venv-aot/.installed
+	.venv-aot/bin/python launch/compile_aot.py --config=$(CONFIG) --topology=$(TOPOLOGY) $(FLAGS)
 
 .venv-aot/.installed: requirements.lock tests/aot/requirements.txt
 	$(PYTHON) -m venv .venv-aot

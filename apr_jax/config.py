@@ -33,8 +33,9 @@ class ModelConfig:
     rms_norm_eps: float
     tie_embeddings: bool
     compute_dtype: Literal["float32", "bfloat16"]  # weights stay float32
-    attention: Literal["auto", "xla", "splash", "cudnn"]  # training kernel; auto = the best of the backend
-    remat: bool  # recompute each layer in the backward pass
+    attention: Literal["auto", "windows", "xla", "splash", "cudnn"]  # training kernel; auto = the best of the backend
+    # What the backward pass of a layer recomputes: nothing, all but products and attention, or the whole layer.
+    remat: Literal["none", "dots", "full"]
 
     def __post_init__(self) -> None:
         _positive(self, "model", "vocab_size num_layers embed_dim mlp_dim num_heads num_kv_heads head_dim max_seq_len")
@@ -224,8 +225,12 @@ class GRPOConfig:
     rows_per_microbatch: int
     optimizer: OptimizerConfig
     checkpoint_every: int
+    validate_every: int  # steps between evaluations on the validation split, which choose the best checkpoint; 0: none
+    validation_problems: int  # problems in one, decoded greedily
 
     def __post_init__(self) -> None:
+        _not_negative(self, "grpo", "validate_every")
+        _positive(self, "grpo", "validation_problems")
         _positive(
             self, "grpo", "prompts_per_step group_size inner_updates row_len rows_per_microbatch checkpoint_every"
         )
@@ -235,6 +240,17 @@ class GRPOConfig:
         for field in ("max_resamples", "clip_ratio", "clip_ratio_high", "kl_coef", "advantage_eps", "importance_cap"):
             if getattr(self, field) < 0:
                 raise ConfigError(f"grpo.{field}={getattr(self, field)} must be >= 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FaultsConfig:
+    """What is kept against faults, and when a run gives up."""
+
+    keep_checkpoints: int  # the newest of a phase; the best by validation stays besides
+    max_skipped_steps: int  # a run stops after so many steps in a row whose loss or gradient was not finite
+
+    def __post_init__(self) -> None:
+        _positive(self, "faults", "keep_checkpoints max_skipped_steps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -263,6 +279,7 @@ class Config:
     sft: SFTConfig
     rollout: RolloutConfig
     grpo: GRPOConfig
+    faults: FaultsConfig
     evaluation: EvaluationConfig
 
     def __post_init__(self) -> None:
@@ -303,6 +320,11 @@ def check_consistent(config: Config) -> None:
             raise ConfigError(f"model.{field}={value} must be a multiple of mesh.tensor={mesh.tensor}")
     if model.embed_dim % mesh.fsdp:
         raise ConfigError(f"model.embed_dim={model.embed_dim} must be a multiple of mesh.fsdp={mesh.fsdp}")
+    if config.grpo.validate_every and config.grpo.validation_problems > config.data.num_validation:
+        raise ConfigError(
+            f"grpo.validation_problems={config.grpo.validation_problems} is more than "
+            f"data.num_validation={config.data.num_validation}"
+        )
     most_prompts = config.grpo.prompts_per_step * (1 + config.grpo.max_resamples)
     if config.grpo.max_resamples and most_prompts > config.data.num_train:
         raise ConfigError(
@@ -381,6 +403,12 @@ def _positive(section: Any, name: str, fields: str) -> None:
     for field in fields.split():
         if getattr(section, field) < 1:
             raise ConfigError(f"{name}.{field}={getattr(section, field)} must be at least 1")
+
+
+def _not_negative(section: Any, name: str, fields: str) -> None:
+    for field in fields.split():
+        if getattr(section, field) < 0:
+            raise ConfigError(f"{name}.{field}={getattr(section, field)} must be at least 0")
 
 
 def _share(section: Any, name: str, fields: str) -> None:

@@ -3,6 +3,7 @@
     python launch/train.py --config=configs/grpo.py            # :laptop, two CPU cores, under half an hour
     python launch/train.py --config=configs/grpo.py:smoke      # under a minute: does everything run?
     python launch/train.py --config=configs/grpo.py:paper      # the 228M model, the paper's numbers
+    python launch/train.py --config=configs/grpo.py:7b         # Llama-2 7B on eight H100s (docs/scale.md)
     python launch/train.py --config=configs/grpo.py --config.grpo.num_steps=40 --config.seed=1
 
 `apr_jax/config.py` says what each field means. Sources of the numbers: docs/recipe.md.
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 
 
 def get_config(variant: str = "laptop") -> ConfigDict:
-    variants = {"laptop": laptop, "smoke": smoke, "paper": paper}
+    variants = {"laptop": laptop, "smoke": smoke, "paper": paper, "7b": llama_7b}
     if variant not in variants:
         raise ValueError(f"configs/grpo.py:{variant}: no such variant; choose one of {', '.join(variants)}")
     return variants[variant]()
@@ -37,7 +38,7 @@ def laptop() -> ConfigDict:
         tie_embeddings=True,
         compute_dtype="float32",
         attention="auto",
-        remat=False,
+        remat="none",
     )
     config.task = dict(
         num_numbers=3,
@@ -146,7 +147,10 @@ def laptop() -> ConfigDict:
             clip_norm=1.0,
         ),
         checkpoint_every=2,
+        validate_every=0,
+        validation_problems=100,
     )
+    config.faults = dict(keep_checkpoints=2, max_skipped_steps=3)
     config.evaluation = dict(split="test", num_problems=1_000, temperature=0.0, also_temperature=1.0)
     return config
 
@@ -163,6 +167,7 @@ def smoke() -> ConfigDict:
     config.grpo.update(
         num_steps=2, prompts_per_step=4, group_size=4, inner_updates=2, kl_coef=0.001, checkpoint_every=1
     )
+    config.grpo.update(validate_every=1, validation_problems=8)
     config.evaluation.num_problems = 16
     return config
 
@@ -183,7 +188,7 @@ def paper() -> ConfigDict:
         max_seq_len=4_096,
         tie_embeddings=False,
         compute_dtype="bfloat16",
-        remat=True,
+        remat="full",
     )
     config.task.update(
         num_numbers=4,
@@ -228,6 +233,25 @@ def paper() -> ConfigDict:
         row_len=4_096,
         rows_per_microbatch=4,
         checkpoint_every=10,
+        validate_every=10,
+        validation_problems=300,
     )
     config.grpo.optimizer.update(learning_rate=1e-5, schedule="constant", b2=0.999, weight_decay=0.01)
+    return config
+
+
+def llama_7b() -> ConfigDict:
+    """Llama-2 7B (Touvron et al. 2023, table 1; intermediate size of its released weights) on one machine of 8 H100s.
+
+    Schedules are the paper's. How it is split, and what a device then holds, is docs/scale.md's.
+    """
+    config = paper()
+    config.name = "7b"
+    config.model.update(
+        num_layers=32, embed_dim=4_096, mlp_dim=11_008, num_heads=32, num_kv_heads=32, head_dim=128, rms_norm_eps=1e-5
+    )
+    config.mesh.update(data=1, fsdp=8, tensor=1)
+    config.sft.update(microbatches=32, validation_rows=16)
+    config.rollout.update(num_lanes=128, num_pages=3_072, prefill_lanes=32)
+    config.grpo.rows_per_microbatch = 8
     return config

@@ -2,6 +2,7 @@
 
     python launch/evaluate.py                                       # the newest run in runs/
     python launch/evaluate.py --checkpoint=runs/laptop --temperature=1 --json=figures.json
+    python launch/evaluate.py --checkpoint=runs/laptop/best         # its best checkpoint by validation
     python launch/evaluate.py --checkpoint=runs/laptop --problems=mine.jsonl --rollouts=threads.jsonl
 
 A policy brings the configuration it was trained with; --config.a.b=c changes a field of it, and --config=FILE takes
@@ -17,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from apr_jax import entry
-from apr_jax.config import Config, ConfigError
-from apr_jax.evaluation.sources import newest_run, read_problems
+from apr_jax.config import Config
+from apr_jax.evaluation.sources import check_policy_folder, newest_run, read_problems
 from apr_jax.tasks.countdown import Problem
 from apr_jax.tasks.generation import SPLITS, Split, split_size
 
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
 _RUNS = "runs"
 _CONFIG = entry.define_config("grpo.py")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, f"Run, checkpoint or Hugging Face folder [newest in {_RUNS}/].")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, f"Run (or RUN/best), checkpoint or Hugging Face folder [newest in {_RUNS}/]."
+)
 _SPLIT = flags.DEFINE_enum("split", None, list(SPLITS), "Which problems [evaluation.split].")
 _NUM_PROBLEMS = flags.DEFINE_integer("num_problems", None, "How many [evaluation.num_problems].", lower_bound=1)
 _PROBLEMS = flags.DEFINE_string("problems", None, 'JSONL file, {"numbers": [3, 7, 12], "target": 40} a line.')
@@ -41,18 +44,19 @@ def main() -> None:
     # What can be refused is refused at once, before JAX and its friends have loaded.
     _CONFIG.config()
     own_problems = read_problems(_PROBLEMS.value, _NUM_PROBLEMS.value) if _PROBLEMS.value else None
-    if _CHECKPOINT.value and not pathlib.Path(_CHECKPOINT.value).is_dir():
-        raise ConfigError(f"--checkpoint={_CHECKPOINT.value}: no such folder")
+    if _CHECKPOINT.value:
+        check_policy_folder(pathlib.Path(_CHECKPOINT.value))
     try:
         checkpoint = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else newest_run(_RUNS)
     except FileNotFoundError as error:
         raise entry.FailedError(str(error)) from error
     from apr_jax.data.countdown_builder import DatasetError
     from apr_jax.model.hf import HuggingFaceError
+    from apr_jax.train.integrity import CheckpointError
 
     try:
         _evaluate(checkpoint, own_problems)
-    except (DatasetError, FileNotFoundError, HuggingFaceError) as error:
+    except (CheckpointError, DatasetError, FileNotFoundError, HuggingFaceError) as error:
         raise entry.FailedError(str(error)) from error
 
 

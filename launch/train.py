@@ -5,6 +5,7 @@
     python launch/train.py --config=configs/sft.py
     python launch/train.py --start=runs/laptop/checkpoints/sft/1200 --workdir=runs/more_sft --config.sft.num_steps=200
     python launch/train.py --checkpoint=runs/laptop --workdir=runs/more_grpo --config.grpo.num_steps=40
+    python launch/train.py --checkpoint=runs/sft_laptop/best     # GRPO from the best by validation
 
 Starting again with the same workdir goes on from its last checkpoint. Exit codes: 0 done, 1 failed, 2 bad arguments or
 config, 75 stopped by a signal with everything saved.
@@ -17,11 +18,14 @@ from absl import flags
 
 from apr_jax import entry
 from apr_jax.config import ConfigError
+from apr_jax.evaluation.sources import check_policy_folder
 
 _CONFIG = entry.define_config("grpo.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder [runs/NAME, with the config's name].")
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Start GRPO from this policy instead of SFT: a run, checkpoint or Hugging Face folder."
+    "checkpoint",
+    None,
+    "Start GRPO from this policy instead of SFT: a run (or RUN/best), checkpoint or Hugging Face folder.",
 )
 _START = flags.DEFINE_string("start", None, "Start SFT from this policy instead of fresh weights: a folder as above.")
 _JSON = flags.DEFINE_string("json", None, "Write the summary here as one JSON object.")
@@ -32,12 +36,12 @@ def main() -> int:
     given = {"checkpoint": _CHECKPOINT.value, "start": _START.value}
     folders = {flag: pathlib.Path(value) for flag, value in given.items() if value}
     for flag, folder in folders.items():
-        if not folder.is_dir():
-            raise ConfigError(f"--{flag}={folder}: no such folder")
+        check_policy_folder(folder, flag)
     if len(folders) > 1:
         raise ConfigError("--checkpoint leaves SFT out, and --start is where SFT starts: name one of them")
     from apr_jax.data.countdown_builder import DatasetError
     from apr_jax.parallel import hosts
+    from apr_jax.train.integrity import CheckpointError
     from apr_jax.train.run import train
     from apr_jax.train.signals import StoppedError
 
@@ -48,7 +52,7 @@ def main() -> int:
     except StoppedError:
         print(f"Stopped by a signal; everything is saved in {workdir}. Start again to go on.", file=hosts.messages())
         return entry.STOPPED
-    except (DatasetError, OSError, FloatingPointError) as error:
+    except (CheckpointError, DatasetError, OSError, FloatingPointError) as error:
         raise entry.FailedError(str(error)) from error
     if not hosts.is_first():
         return 0

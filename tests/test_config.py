@@ -15,7 +15,11 @@ from apr_jax import config as config_lib
 from apr_jax.config import Config, ConfigError, from_config_dict, to_dict
 
 ROOT = pathlib.Path(__file__).parent.parent
-VARIANTS = [(name, variant) for name in ("grpo", "sft", "benchmark_decode") for variant in ("laptop", "smoke", "paper")]
+VARIANTS = [
+    (name, variant)
+    for name in ("grpo", "sft", "benchmark_decode", "benchmark_train")
+    for variant in ("laptop", "smoke", "paper", "7b")
+]
 REWARD = {"sequential_token_price": 0.0, "token_price": 0.0, "thread_price": 0.0, "failures_pay": False}
 
 
@@ -126,7 +130,7 @@ def _read_fields() -> set[str]:
 
 def test_every_option_is_read():
     sections = [hint for hint in typing.get_type_hints(Config).values() if dataclasses.is_dataclass(hint)]
-    assert len(sections) == 8
+    assert len(sections) == 9
     sections += [config_lib.OptimizerConfig, config_lib.RewardConfig]
     fields = {f.name for section in sections for f in dataclasses.fields(section)}
     assert fields - _read_fields() == set()

@@ -99,7 +99,7 @@ def _programs(model: ModelConfig, rollout: RolloutConfig, rng: np.random.Generat
 
 def _reference(model: ModelConfig, params: Params, calls: Sequence[Call]) -> list[np.ndarray]:
     """Log-probabilities `[tokens written, V]` of each call, by full forwards in float32 on the CPU."""
-    model = dataclasses.replace(model, compute_dtype="float32", attention="xla", remat=False)
+    model = dataclasses.replace(model, compute_dtype="float32", attention="xla", remat="none")
     width = max(len(call.context) + len(call.tokens) for call in calls)
     cpu = jax.devices("cpu")[0]
 

@@ -80,5 +80,8 @@ def _device_bytes(mesh: Mesh) -> int | None:
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // mesh.size
-    stats = device.memory_stats()
+    try:
+        stats = device.memory_stats()
+    except jax.errors.JaxRuntimeError:  # a device that is only compiled for (parallel/topology.py)
+        return None
     return None if stats is None else stats.get("bytes_limit")

@@ -30,6 +30,12 @@ def read_problems(path: str | pathlib.Path, limit: int | None = None) -> list[Pr
     return problems if limit is None else problems[:limit]
 
 
+def check_policy_folder(path: pathlib.Path, flag: str = "checkpoint") -> None:
+    """Raises ConfigError unless there is a folder `path`, or `path` is "best" in one (train.checkpoint.load_policy)."""
+    if not path.is_dir() and not (path.name == "best" and path.parent.is_dir()):
+        raise ConfigError(f"--{flag}={path}: no such folder")
+
+
 def newest_run(root: str | pathlib.Path) -> pathlib.Path:
     """The run folder below `root` whose checkpoints were written last. Raises FileNotFoundError where there is none."""
     folders = [checkpoints for checkpoints in pathlib.Path(root).glob("*/checkpoints") if any(checkpoints.iterdir())]

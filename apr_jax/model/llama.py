@@ -20,9 +20,19 @@ from flax import nnx
 
 from apr_jax.config import ModelConfig
 from apr_jax.model.attention import self_attention
-from apr_jax.parallel.mesh import partition_spec
+from apr_jax.model.window_attention import ATTENTION_NAME
+from apr_jax.parallel.mesh import partition_spec, split_rows
 
 INIT_STDDEV = 0.02
+_ANGLE_CHUNKS = 4
+_POLICIES = jax.checkpoint_policies
+# What a layer keeps for its backward pass; None keeps its input alone.
+_KEPT = {
+    "dots": _POLICIES.save_from_both_policies(
+        _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(ATTENTION_NAME)
+    ),
+    "full": None,
+}
 
 
 class KVCache(Protocol):
@@ -86,6 +96,20 @@ def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.
     frequencies = frequencies.reshape((1,) * (positions.ndim + 1) + (-1,))
     angles = jnp.expand_dims(positions.astype(jnp.float32), (-2, -1)) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def _rope_angles_once(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """The same, computed in a loop over stretches of time, which XLA does not fuse with what reads the result.
+
+    Else its CPU backend computes them anew for every head of every layer, forward and backward: a tenth of a step.
+    """
+    chunks = math.gcd(positions.shape[-1], _ANGLE_CHUNKS)
+    if chunks == 1:
+        return rope_angles(positions, head_dim, theta)
+    positions_C = jnp.moveaxis(positions.reshape(*positions.shape[:-1], chunks, -1), -2, 0)
+    angles_C = jax.lax.map(lambda positions: rope_angles(positions, head_dim, theta), positions_C)
+    time = positions.ndim - 1
+    return jax.tree.map(lambda x_C: jnp.moveaxis(x_C, 0, time).reshape(*positions.shape, 1, head_dim // 2), angles_C)
 
 
 def apply_rope(x_TNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -177,6 +201,7 @@ class Block(nnx.Module):
         self.mlp = MLP(config, layout, rngs=rngs)
 
     def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None) -> jax.Array:
+        x = split_rows(x)
         q_TNH, k_TKH, v_TKH = self.attention.project(self.attention_norm(x), angles)
         batched = [a.reshape(-1, *a.shape[-3:]) for a in (q_TNH, k_TKH, v_TKH)]
         segment_ids_BT = None if segment_ids is None else segment_ids.reshape(-1, segment_ids.shape[-1])
@@ -229,15 +254,16 @@ class Llama(nnx.Module):
             raise ValueError("segment_ids and cache exclude each other: a cache holds one sequence")
         config = self.config
         x = self.embedding[...].astype(config.compute_dtype)[tokens]
-        angles = rope_angles(positions, config.head_dim, config.rope_theta)
+        find_angles = rope_angles if cache is not None else _rope_angles_once
+        angles = find_angles(positions, config.head_dim, config.rope_theta)
         for layer, block in enumerate(self.blocks):
             if cache is not None:
                 x, cache = block.cached(x, angles, positions, layer, cache)
-            elif config.remat:
-                x = nnx.remat(Block.__call__)(block, x, angles, segment_ids)
+            elif config.remat in _KEPT:
+                x = nnx.remat(Block.__call__, policy=_KEPT[config.remat])(block, x, angles, segment_ids)
             else:
                 x = block(x, angles, segment_ids)
-        return self.final_norm(x), cache
+        return self.final_norm(x if cache is not None else split_rows(x)), cache
 
     def head_weight(self) -> jax.Array:
         """The output head `[D, V]` (tied: the embedding, transposed), for losses that chunk over tokens."""

@@ -6,7 +6,7 @@ winning path from its own root. Model text is data: readers return `Malformed` w
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from apr_jax.tasks import countdown
@@ -85,6 +85,23 @@ class Malformed:
     """Text that breaks the grammar, with a short snake_case reason to count it under."""
 
     reason: str
+
+
+def demonstrated_tokens(demonstration: Demonstration, count_tokens: Callable[[str], int]) -> tuple[int, int]:
+    """The tokens that a demonstration writes, as the engine counts them: on the longest causal chain, and in all.
+
+    A spawn takes as long as its longest child. `count_tokens` is of a text; a call that ends its thread has one more,
+    EOS. Spawns are the root's: children of children have no place here.
+    """
+    lengths = [count_tokens(call.completion) + (not call.ends_in_spawn) for call in demonstration.calls]
+    children = [length for call, length in zip(demonstration.calls, lengths, strict=True) if call.depth > 0]
+    chain = 0
+    for call, length in zip(demonstration.calls, lengths, strict=True):
+        if call.depth == 0:
+            spawned = call.completion.count("<Start Sub Search ") if call.ends_in_spawn else 0
+            chain += length + max(children[:spawned], default=0)
+            del children[:spawned]
+    return chain, sum(lengths)
 
 
 def move_line(node_id: str) -> str:

@@ -1,54 +1,118 @@
 """Orbax checkpoints: policy, optimiser, position in the data, and which configuration they belong to.
 
-    WORKDIR/checkpoints/sft/STEP    one folder a checkpoint, written whole or not at all
-    WORKDIR/checkpoints/grpo/STEP
-    WORKDIR/checkpoints/reference   GRPO's first policy, which its KL term refers to; written once
+    WORKDIR/checkpoints/sft/STEP        one folder a checkpoint, written whole or not at all, with checksums
+    WORKDIR/checkpoints/sft/best.json   the validation score of each (best.py); `WORKDIR/best` names the best policy
+    WORKDIR/checkpoints/grpo/           likewise
+    WORKDIR/checkpoints/reference       GRPO's first policy, which its KL term refers to; written once
+    WORKDIR/checkpoints/unusable        checkpoints that were damaged or another run's, moved out of the way
 
-All randomness of a run is derived from (seed, phase, step), so that the seed and the step are its whole RNG state.
+All randomness of a run is derived from (seed, phase, step), so that the seed and the step are its whole RNG state. The
+position in the data counts global batches: it depends neither on the mesh nor on the number of processes.
 """
 
+import json
 import pathlib
-from typing import Any, Literal
+import shutil
+import sys
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
 
 from apr_jax.config import Config, ConfigError, MeshConfig, ModelConfig, to_dict
 from apr_jax.model.hf import load_hf
 from apr_jax.model.llama import Params
 from apr_jax.parallel.mesh import make_mesh
+from apr_jax.train.best import PreserveBest, add_score, best_step, read_scores
+from apr_jax.train.integrity import CheckpointError, check_files, write_sums
+from apr_jax.train.phases import PHASES, Phase
+from apr_jax.train.same_run import check_same
 from apr_jax.train.state import TrainState, abstract_params_on
 
-Phase = Literal["sft", "grpo"]
-PHASES: tuple[Phase, ...] = ("sft", "grpo")
+_NONE_USABLE = -2  # among steps, when processes agree on one
 
-# What a checkpoint's numbers depend on. The rest (mesh, evaluation, name, ...) may change from one start to the next.
-_SECTIONS = {
-    "sft": ("seed", "model", "task", "data", "sft"),
-    "grpo": ("seed", "model", "task", "data", "rollout", "grpo"),
-}
-_FREE = ("data.directory", "data.num_workers", "sft.checkpoint_every", "grpo.checkpoint_every")
+
+class Restored(NamedTuple):
+    """What a checkpoint holds."""
+
+    state: TrainState
+    position: Any  # of the data iterator
+    skipped_in_a_row: int  # steps up to this one whose update was left out (skipping.py)
 
 
 class Checkpoints:
     """The checkpoints of one phase of a run. Call `close` (or leave the with-block) before the process ends."""
 
-    def __init__(self, workdir: pathlib.Path, phase: Phase, config: Config, keep: int = 2) -> None:
+    def __init__(self, workdir: pathlib.Path, phase: Phase, config: Config) -> None:
         self.phase, self._config = phase, config
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager((workdir / "checkpoints" / phase).absolute(), options=options)
+        self.directory = (workdir / "checkpoints" / phase).absolute()
+        newest = checkpoint_managers.LatestN(config.faults.keep_checkpoints)
+        policies = [newest, PreserveBest(self.directory, phase)]
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_sums),
+            cleanup_tmp_directories=True,
+            create=True,
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest_step(self) -> int | None:
-        """The step of the last complete checkpoint."""
+        """The step of the last complete checkpoint; after `settle`, of the last that can be used."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, data_state: Any) -> None:
+    def settle(self) -> int | None:
+        """Makes the last checkpoint one that can be used: damaged and foreign ones after it are moved out of the way.
+
+        Checks the files of those it looks at against their checksums. Returns the step; None where there is none.
+        Raises:
+          ConfigError: none is of this configuration; names each field with both values.
+          CheckpointError: there are checkpoints, and all are damaged.
+        """
+        usable, unusable = self._look() if jax.process_index() == 0 else (None, {})
+        usable = _agreed(_NONE_USABLE if unusable and usable is None else usable)
+        if usable == _NONE_USABLE:
+            problems = self._look()[1]
+            foreign = [problem for problem in problems.values() if isinstance(problem, ConfigError)]
+            raise (
+                foreign[0]
+                if foreign
+                else CheckpointError(
+                    f"no checkpoint under {self.directory} can be used:\n"
+                    + "\n".join(f"  {step}: {problem}" for step, problem in problems.items())
+                    + "\nMove the folder away to start this phase anew."
+                )
+            )
+        for step, problem in unusable.items():
+            self._set_aside(step, problem)
+        _agreed(usable)  # all are moved before another process reads what there is
+        self._manager.reload()
+        return usable
+
+    def is_extended(self) -> bool:
+        """Whether the phase was done when it was last saved, and has more steps to do now."""
+        step = self.latest_step()
+        if step is None:
+            return False
+        then = _read_meta(self.directory / str(step))["config"][self.phase]["num_steps"]
+        now: int = to_dict(self._config)[self.phase]["num_steps"]
+        return bool(step >= then and now > then)
+
+    def save(self, step: int, state: TrainState, data_state: Any, skipped_in_a_row: int = 0) -> None:
         """Saves in the background; the state's arrays are copied before it returns and may then be donated.
 
         Args:
-          data_state: JSON-able position of the data iterator.
+          data_state: JSON-able position of the data iterator, in global batches.
         """
-        meta = {"phase": self.phase, "step": step, "seed": self._config.seed, "config": to_dict(self._config)}
+        meta = {
+            "phase": self.phase,
+            "step": step,
+            "seed": self._config.seed,
+            "config": to_dict(self._config),
+            "skipped_in_a_row": skipped_in_a_row,
+        }
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -59,42 +123,48 @@ class Checkpoints:
             ),
         )
 
-    def save_if_new(self, step: int, state: TrainState, data_state: Any) -> None:
+    def save_if_new(self, step: int, state: TrainState, data_state: Any, skipped_in_a_row: int = 0) -> None:
         """Saves unless this step is saved already, or is step 0, which needs no checkpoint."""
         if step and step != self.latest_step():
-            self.save(step, state, data_state)
+            self.save(step, state, data_state, skipped_in_a_row)
 
-    def check(self) -> None:
-        """Raises ConfigError when the last checkpoint was made under another configuration; names each field."""
-        step = self.latest_step()
-        if step is not None:
-            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-            check_same(meta["config"], to_dict(self._config), self.phase, str(self._manager.directory / str(step)))
+    def score(self, step: int, value: float) -> None:
+        """Notes a step's validation score. The best of the checkpoints is kept, however many follow."""
+        if jax.process_index() == 0:
+            add_score(self.directory, self.phase, step, value)
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, Any]:
-        """The last complete checkpoint and its data position.
+    def has_score(self, step: int) -> bool:
+        """Whether the step was validated before."""
+        return step in read_scores(self.directory, self.phase)
+
+    def restore(self, abstract: TrainState) -> Restored:
+        """The last complete checkpoint.
 
         Args:
           abstract: a ShapeDtypeStruct with a sharding for each array.
         Raises:
           FileNotFoundError: there is none.
           ConfigError: it was made under another configuration; names each field with both values.
+          CheckpointError: its files are damaged, in a way that `settle` could not see.
         """
         step = self.latest_step()
         if step is None:
-            raise FileNotFoundError(f"no complete checkpoint under {self._manager.directory}")
-        self.check()
+            raise FileNotFoundError(f"no complete checkpoint under {self.directory}")
         rest = (abstract.step, abstract.opt_state)
-        items = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                policy=ocp.args.StandardRestore(_flatten(abstract.params)),
-                optimizer=ocp.args.StandardRestore(_flatten(rest)),
-                data=ocp.args.JsonRestore(),
-            ),
+        target = ocp.args.Composite(
+            policy=ocp.args.StandardRestore(_flatten(abstract.params)),
+            optimizer=ocp.args.StandardRestore(_flatten(rest)),
+            data=ocp.args.JsonRestore(),
         )
+        meta = _read_meta(self.directory / str(step))
+        check_same(meta, to_dict(self._config), self.phase, str(self.directory / str(step)))
+        try:
+            items = self._manager.restore(step, args=target)
+        except Exception as error:  # Orbax raises ValueError, KeyError and bare Exception for what it cannot read
+            raise CheckpointError(f"{self.directory / str(step)} cannot be read; move it away: {error}") from error
         count, opt_state = _unflatten(rest, items["optimizer"])
-        return TrainState(count, _unflatten(abstract.params, items["policy"]), opt_state), items["data"]
+        state = TrainState(count, _unflatten(abstract.params, items["policy"]), opt_state)
+        return Restored(state, items["data"], meta.get("skipped_in_a_row", 0))
 
     def wait(self) -> None:
         """Returns when every save has reached the disk."""
@@ -108,6 +178,51 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _look(self) -> tuple[int | None, dict[int, Exception]]:
+        """The last step that can be used, and why each after it cannot."""
+        unusable: dict[int, Exception] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            folder = self.directory / str(step)
+            try:
+                check_files(folder)
+                check_same(_read_meta(folder), to_dict(self._config), self.phase, str(folder))
+            except (ConfigError, CheckpointError) as error:
+                unusable[step] = error
+            else:
+                return step, unusable
+        return None, unusable
+
+    def _set_aside(self, step: int, problem: Exception) -> None:
+        target = self.directory.parent / "unusable" / f"{self.phase}-{step}"
+        if target.exists():
+            shutil.rmtree(target)
+        target.parent.mkdir(exist_ok=True)
+        (self.directory / str(step)).rename(target)
+        print(f"{self.directory / str(step)} cannot be used and is now {target}: {problem}", file=sys.stderr)
+
+    def _write_sums(self) -> None:
+        """For the checkpoint whose files are all written, just before the rename that completes it."""
+        if jax.process_index() == 0:
+            for folder in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                write_sums(folder)
+
+
+def _agreed(step: int | None) -> int | None:
+    """The first process's step, on all."""
+    if jax.process_count() == 1:
+        return step
+    given = np.int32(-1 if step is None else step)
+    agreed = int(multihost_utils.broadcast_one_to_all(given))
+    return None if agreed == -1 else agreed
+
+
+def _read_meta(folder: pathlib.Path) -> dict[str, Any]:
+    """What `save` wrote about a checkpoint. Raises CheckpointError where it cannot be read."""
+    try:
+        return json.loads((folder / "meta" / "metadata").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"meta/metadata cannot be read: {error}") from error
 
 
 def save_reference(workdir: pathlib.Path, params: Params) -> None:
@@ -124,21 +239,41 @@ def has_reference(workdir: pathlib.Path) -> bool:
 
 
 def load_reference(workdir: pathlib.Path, abstract: Params) -> Params:
-    """The reference policy, with the shardings of `abstract`. Raises FileNotFoundError where none was saved."""
+    """The reference policy, with the shardings of `abstract`.
+
+    Raises FileNotFoundError where none was saved, CheckpointError where it cannot be read.
+    """
     path = (workdir / "checkpoints" / "reference").absolute()
     if not path.exists():
         raise FileNotFoundError(f"no reference policy at {path}")
-    with ocp.StandardCheckpointer() as checkpointer:
-        return _unflatten(abstract, checkpointer.restore(path, _flatten(abstract)))
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return _unflatten(abstract, checkpointer.restore(path, _flatten(abstract)))
+    except Exception as error:  # as in `Checkpoints.restore`
+        raise CheckpointError(
+            f"the reference policy {path} cannot be read. Move it away, and it is made again from SFT's last "
+            f"checkpoint or --checkpoint. ({error})"
+        ) from error
+
+
+def forget_reference(workdir: pathlib.Path) -> None:
+    """Removes the reference policy, so that it is made anew. At no moment is there half of one."""
+    path = (workdir / "checkpoints" / "reference").absolute()
+    if jax.process_index() == 0 and path.exists():
+        doomed = path.with_name("reference.removed")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+    _agreed(None)  # it is gone before another process looks
 
 
 def load_policy(path: pathlib.Path) -> tuple[ModelConfig, Params, dict[str, Any] | None]:
     """Loads a policy for evaluation or as GRPO's start.
 
     Args:
-      path: a run folder (its newest checkpoint, GRPO's before SFT's), a checkpoint folder, or a Hugging Face folder.
+      path: a run folder (its newest checkpoint, GRPO's before SFT's), a checkpoint folder, or a Hugging Face folder;
+        or "best" in one of the first two: the checkpoint with the best validation score.
     Returns: the model's config, its parameters, and the whole config it was trained with (None from Hugging Face).
-    Raises: FileNotFoundError when there is no policy at `path`.
+    Raises: FileNotFoundError when there is no policy at `path`, CheckpointError when it is damaged.
     """
     path = path.absolute()
     folder = _checkpoint_folder(path)
@@ -147,54 +282,45 @@ def load_policy(path: pathlib.Path) -> tuple[ModelConfig, Params, dict[str, Any]
             model, params = load_hf(path)
             return model, params, None
         raise FileNotFoundError(f"{path} is neither a run folder, a checkpoint folder nor a Hugging Face folder")
-    checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-    meta = checkpointer.restore(folder, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    try:
+        check_files(folder)
+        meta = _read_meta(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder} is damaged: {error}. Name another checkpoint of the run.") from error
     model = ModelConfig(**meta["config"]["model"])
     abstract = abstract_params_on(make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.local_devices()), model)
     target = ocp.args.Composite(policy=ocp.args.StandardRestore(_flatten(abstract)))
+    checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
     return model, _unflatten(abstract, checkpointer.restore(folder, args=target)["policy"]), meta["config"]
 
 
-def check_same(saved: dict[str, Any], current: dict[str, Any], phase: Phase, where: str) -> None:
-    """Raises ConfigError when a field that the phase's numbers depend on differs."""
-    then, now = fields_that_matter(saved, phase), fields_that_matter(current, phase)
-    different = [
-        f"  {field}: {then.get(field, 'absent')!r} saved, {now.get(field, 'absent')!r} now"
-        for field in sorted({*now, *then})
-        if then.get(field) != now.get(field)
-    ]
-    if different:
-        raise ConfigError(
-            f"{where} was made with another configuration:\n" + "\n".join(different) + "\n"
-            "Restore these fields to go on with it, or choose another --workdir to start anew."
-        )
-
-
-def fields_that_matter(config: dict[str, Any], phase: Phase, *more_sections: str) -> dict[str, Any]:
-    """The fields that a phase's numbers depend on, and those of `more_sections`, by dotted name."""
-    sections = {*_SECTIONS[phase], *more_sections}
-    fields = _leaves(config).items()
-    return {name: value for name, value in fields if name.split(".")[0] in sections and name not in _FREE}
-
-
 def _checkpoint_folder(path: pathlib.Path) -> pathlib.Path | None:
-    """The newest checkpoint in a run, phase or checkpoint folder."""
+    """The newest checkpoint in a run, phase or checkpoint folder; of PATH/best the best of PATH.
+
+    Raises FileNotFoundError where the best is asked for and no checkpoint was validated.
+    """
     if (path / "meta").is_dir() and (path / "policy").is_dir():
         return path
-    roots = [path / "checkpoints" / phase for phase in reversed(PHASES)] + [path / phase for phase in reversed(PHASES)]
-    for root in [*roots, path]:
-        steps = [int(child.name) for child in root.iterdir() if child.name.isdigit()] if root.is_dir() else []
-        complete = [step for step in steps if (root / str(step) / "meta").is_dir()]
-        if complete:
-            return root / str(max(complete))
+    best = path.name == "best" and not path.exists()
+    root = path.parent if best else path
+    for folder in (root / "checkpoints", root, root.parent):
+        for phase in reversed(PHASES):
+            inside = folder / phase
+            if folder == root.parent and inside != root:  # a phase's own folder
+                continue
+            steps = _steps_in(inside)
+            chosen = best_step(inside, phase, steps) if best else max(steps, default=None)
+            if chosen is not None:
+                return inside / str(chosen)
+    if best:
+        raise FileNotFoundError(f"no checkpoint in {root} has a validation score, so none is the best")
     return None
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        leaves |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return leaves
+def _steps_in(folder: pathlib.Path) -> list[int]:
+    """The steps with a checkpoint in a phase's folder."""
+    names = [child.name for child in folder.iterdir()] if folder.is_dir() else []
+    return [int(name) for name in names if name.isdigit() and (folder / name / "meta").is_dir()]
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +41,7 @@ from apr_jax.train.rollouts import (
     truncated_share,
 )
 from apr_jax.train.signals import StoppedError, StopSignal
+from apr_jax.train.skipping import SkippedSteps
 from apr_jax.train.state import (
     TrainState,
     abstract_state,
@@ -61,13 +62,12 @@ class Updater:
         self.optimizer = make_optimizer(config.grpo.optimizer, config.grpo.num_steps * config.grpo.inner_updates)
         self.objective = make_objective(config.grpo)
         self.gate = spawn_gate(config, tokenizer)
-        self._scorer = make_scorer(
-            config.model, _sampling_policy(config, tokenizer, self.gate), ("bans", "allowed") if self.gate else ()
-        )
+        policy = _sampling_policy(config, tokenizer, self.gate)
+        self._scorer = make_scorer(config.model, mesh, policy, ("bans", "allowed") if self.gate else ())
         self._reference = jax.jit(lambda params, batch: self._scorer(params, batch).logprob_BT)
         self._accumulate = jax.jit(self._add_gradients, donate_argnums=0)
         self._apply = jax.jit(
-            lambda state, grads: apply_gradients(state, grads, self.optimizer),
+            lambda state, grads, loss: apply_gradients(state, grads, loss, self.optimizer),
             donate_argnums=0,
             out_shardings=(state_shardings(mesh, config.model, self.optimizer), None),
         )
@@ -81,7 +81,7 @@ class Updater:
         if not sequences:
             return []
         size = self._config.grpo.rows_per_microbatch
-        rows = pad_rows(pack(sequences, self._config.grpo.row_len).rows, size)
+        rows = pad_rows(_rows(sequences, self._config.grpo.row_len), size)
         count = len(rows["tokens"])
         return [
             to_mesh({name: rows_BT[first : first + size] for name, rows_BT in rows.items()}, self._mesh)
@@ -111,8 +111,8 @@ class Updater:
                 new.append(logprob_BT)
             old = [logprob_BT if old_BT is None else old_BT for logprob_BT, old_BT in zip(new, old, strict=True)]
             grads, terms = sums
-            state, grad_norm = self._apply(state, grads)
-            metrics.append(_device_metrics(terms, grad_norm))
+            state, applied = self._apply(state, grads, terms.policy_loss + terms.kl_loss)
+            metrics.append(_device_metrics(terms) | applied)
         averaged = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
         return state, averaged, [old_BT for old_BT in old if old_BT is not None]
 
@@ -175,56 +175,80 @@ def train_grpo(
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     stop: StopSignal,
+    skipped: SkippedSteps,
+    validate: Callable[[], float],
 ) -> Params:
     """Trains from `params`, or from the last checkpoint, to `config.grpo.num_steps`. Returns the policy.
 
     Args:
       reference: the policy that the KL term refers to; None when kl_coef is 0.
       problems: the train split.
+      validate: accuracy of the engine's policy on held-out problems, asked for every `grpo.validate_every` steps. It is
+        the policy that the next step's rollouts are drawn from, and stands in that step's metrics.
     Raises:
       StoppedError: a signal came; the last finished step is saved.
+      FloatingPointError: too many steps in a row had a loss or gradient that was not finite (`skipped`).
       Whatever a program or the engine raises: a bug is no reward.
     """
     grpo = config.grpo
     updater = Updater(config, mesh, tokenizer)
     if checkpoints.latest_step() is not None:
-        state, _ = checkpoints.restore(abstract_state(mesh, config.model, updater.optimizer))
+        abstract = abstract_state(mesh, config.model, updater.optimizer)
+        state, _, skipped.in_a_row = checkpoints.restore(abstract)
     else:
         state = create_state(mesh, config.model, updater.optimizer, params)
     start = int(state.step) // grpo.inner_updates
     with progress(grpo.num_steps - start, "GRPO", "step", hosts.messages()) as bar:
         for step in range(start + 1, grpo.num_steps + 1):
-            began = time.perf_counter()
             engine.set_params(state.params)
             try:
                 with stop.interrupting():
+                    validation = _validate(validate, checkpoints, grpo.validate_every, step - 1)
+                    began = time.perf_counter()
                     sample = sample_step(config, engine, problems, tokenizer, step)
             except StoppedError:
-                checkpoints.save_if_new(step - 1, state, {})
+                writer.sync()
+                checkpoints.save_if_new(step - 1, state, {}, skipped.in_a_row)
                 raise
             rolled_out = time.perf_counter()
-            microbatches = updater.microbatches(
-                training_sequences(sample.learnt, grpo.kl_coef, updater.gate, updater.objective.weigh)
-            )
+            sequences = training_sequences(sample.learnt, grpo.kl_coef, updater.gate, updater.objective.weigh)
+            microbatches = updater.microbatches(sequences)
             state, device_metrics, old = updater.update(state, microbatches, reference)
             metrics = {
+                **validation,
                 **rollout_metrics(sample.scored, sample.asked, tokenizer, config),
                 "rollout_rounds": sample.rounds,
                 "dropped_groups": sample.dropped,
                 **{name: float(value) for name, value in jax.device_get(device_metrics).items()},
                 **_gap(microbatches, old, grpo.importance_cap),
+                "packing": _packing(sequences, microbatches),
             }
             ended = time.perf_counter()
             writer.write("grpo", step, metrics)
             writer.write_timings("grpo", step, _timings(sample.scored, began, rolled_out, ended))
             bar.update(1, accuracy=metrics["accuracy"], children=metrics["children_per_rollout"])
+            skipped.note("grpo", step, metrics["skipped_rate"], functools.partial(_rows, sequences, grpo.row_len))
             stopping = stop.agreed()
             if step % grpo.checkpoint_every == 0 or step == grpo.num_steps or stopping:
                 writer.sync()
-                checkpoints.save(step, state, {})
+                checkpoints.save(step, state, {}, skipped.in_a_row)
             if stopping:
                 stop.check()
+    if not checkpoints.has_score(grpo.num_steps):
+        engine.set_params(state.params)
+        with stop.interrupting():
+            _validate(validate, checkpoints, grpo.validate_every, grpo.num_steps)
     return state.params
+
+
+def _validate(validate: Callable[[], float], checkpoints: Checkpoints, every: int, step: int) -> dict[str, float]:
+    """Validates and scores the policy after `step` where that is due; its metric, or nothing."""
+    if not every or step % every:
+        return {}
+    accuracy = validate()
+    if step:  # step 0 is the reference, which is no checkpoint of this phase
+        checkpoints.score(step, accuracy)
+    return {"validation_accuracy": accuracy}
 
 
 def sample_step(
@@ -255,6 +279,10 @@ def sample_step(
     )
 
 
+def _rows(sequences: Sequence[dict[str, np.ndarray]], row_len: int) -> dict[str, np.ndarray]:
+    return pack(sequences, row_len).rows
+
+
 def _gap(microbatches: Sequence[Batch], old: Sequence[jax.Array], importance_cap: float) -> dict[str, float]:
     trainer, rollout = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
     for batch, old_BT in zip(microbatches, old, strict=True):
@@ -263,6 +291,12 @@ def _gap(microbatches: Sequence[Batch], old: Sequence[jax.Array], importance_cap
         rollout.append(hosts.whole(batch["rollout_logprob"])[generated_BT])
     drawn = np.concatenate(trainer), np.concatenate(rollout)
     return {**gap_metrics(*drawn), "importance_truncated": truncated_share(*drawn, importance_cap)}
+
+
+def _packing(sequences: Sequence[Mapping[str, np.ndarray]], microbatches: Sequence[Batch]) -> float:
+    """The share of the batch that is not padding, rows that only fill the last microbatch included; 1 for no batch."""
+    tokens = sum(len(sequence["tokens"]) for sequence in sequences)
+    return tokens / sum(batch["tokens"].size for batch in microbatches) if microbatches else 1.0
 
 
 def _timings(scored: Scored, began: float, rolled_out: float, ended: float) -> dict[str, float]:
@@ -281,7 +315,7 @@ def _zero_terms() -> GRPOTerms:
     return GRPOTerms(policy_loss=zero, kl_loss=zero, clipped=none, k3=zero, tokens=none)
 
 
-def _device_metrics(terms: GRPOTerms, grad_norm: jax.Array) -> dict[str, jax.Array]:
+def _device_metrics(terms: GRPOTerms) -> dict[str, jax.Array]:
     tokens = jnp.maximum(terms.tokens, 1)
     return {
         "loss": terms.policy_loss + terms.kl_loss,
@@ -289,5 +323,4 @@ def _device_metrics(terms: GRPOTerms, grad_norm: jax.Array) -> dict[str, jax.Arr
         "kl_loss": terms.kl_loss,
         "kl": terms.k3 / tokens,
         "clip_fraction": terms.clipped / tokens,
-        "grad_norm": grad_norm,
     }

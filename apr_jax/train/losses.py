@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from apr_jax.parallel.mesh import num_row_shards
+
 MAX_LOGITS = 1 << 24  # logits held at a time, in elements: 64 MiB in float32
 
 Logits = Callable[[jax.Array], jax.Array]
@@ -48,17 +50,21 @@ def token_scores(
       logits: hidden [..., D] -> float32 logits [..., V].
       log_probs: logits [..., V] and the same positions of `given` -> float32 normalised log-probabilities
         (`jax.nn.log_softmax` in SFT, the engine's sampling policy in GRPO).
-      vocab: V, which with `max_logits` sets how many chunks of time there are; each is recomputed in the backward pass.
+      vocab: V, which with `max_logits`, of a device, sets how many chunks of time there are; each is recomputed in the
+        backward pass.
       given: arrays [B, T, ...].
     """
     batch, time = targets_BT.shape
 
     def score(hidden_BUD: jax.Array, targets_BU: jax.Array, *given: jax.Array) -> TokenScores:
         logprobs_BUV = log_probs(logits(hidden_BUD), *given)
-        picked_BU = jnp.take_along_axis(logprobs_BUV, targets_BU[..., None], axis=-1)[..., 0]
-        return TokenScores(picked_BU, jnp.argmax(logprobs_BUV, axis=-1) == targets_BU)
+        # A masked sum, whose gradient is a mask, too: that of an index would be a scatter.
+        ids_BUV = jax.lax.broadcasted_iota(jnp.int32, logprobs_BUV.shape, logprobs_BUV.ndim - 1)
+        chosen_BUV = targets_BU[..., None] == ids_BUV
+        picked_BU = jnp.sum(jnp.where(chosen_BUV, logprobs_BUV, 0.0), axis=-1)
+        return TokenScores(picked_BU, picked_BU >= jnp.max(logprobs_BUV, axis=-1))
 
-    chunks = num_chunks(batch, time, vocab, max_logits)
+    chunks = num_chunks(-(-batch // num_row_shards()), time, vocab, max_logits)
     if chunks == 1:
         return score(hidden_BTD, targets_BT, *given)
     arrays_CBU = jax.tree.map(

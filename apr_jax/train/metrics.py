@@ -39,12 +39,16 @@ class MetricsWriter:
         self._board = SummaryWriter(folder, purge_step=step + 1, flush_secs=10, write_to_disk=writes)
 
     def write(self, phase: str, step: int, metrics: Values) -> None:
-        """Raises FloatingPointError for a value that is not finite: nothing after it would mean anything."""
-        for name, value in metrics.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise FloatingPointError(f"{phase} step {step}: {name} is {value}")
-        _append(self._metrics, {"step": step, "phase": phase, **metrics})
-        self._scalars(phase, step, metrics)
+        """Writes a step's metrics. A value that is not finite is null where an update was skipped (`skipped_rate`).
+
+        Elsewhere it raises FloatingPointError: nothing after it would mean anything.
+        """
+        broken = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+        if broken and not metrics.get("skipped_rate"):
+            raise FloatingPointError(f"{phase} step {step}: {broken[0]} is {metrics[broken[0]]}")
+        finite = {name: value for name, value in metrics.items() if name not in broken}
+        _append(self._metrics, {"step": step, "phase": phase, **metrics, **dict.fromkeys(broken)})
+        self._scalars(phase, step, finite)
 
     def write_timings(self, phase: str, step: int, timings: Values) -> None:
         _append(self._timings, {"step": step, "phase": phase, **timings})

@@ -4,6 +4,7 @@ WORKDIR/config.json         the configuration
 WORKDIR/metrics.jsonl       one object a step (metrics.py)
 WORKDIR/checkpoints/        checkpoint.py
 WORKDIR/evaluations/        one file for each evaluation that is done
+WORKDIR/skipped/            batches whose loss or gradient was not finite, of a run that gave up (skipping.py)
 WORKDIR/summary.json, rollouts.jsonl, report.html, figure.svg
 """
 
@@ -30,9 +31,8 @@ from apr_jax.reasoning.outcome import make_settings
 from apr_jax.tasks.countdown import Problem
 from apr_jax.tasks.trace import Demonstration
 from apr_jax.train.checkpoint import (
-    PHASES,
     Checkpoints,
-    fields_that_matter,
+    forget_reference,
     has_reference,
     load_policy,
     load_reference,
@@ -41,8 +41,11 @@ from apr_jax.train.checkpoint import (
 from apr_jax.train.grpo import train_grpo
 from apr_jax.train.hosted_engine import RolloutEngine, make_engine, plan_engine
 from apr_jax.train.metrics import MetricsWriter
+from apr_jax.train.phases import PHASES
+from apr_jax.train.same_run import fields_that_matter
 from apr_jax.train.sft import train_sft
 from apr_jax.train.signals import StopSignal, stop_signal
+from apr_jax.train.skipping import SkippedSteps
 from apr_jax.train.state import abstract_params_on, place_params
 
 Stage = Literal["before", "after"]
@@ -96,11 +99,11 @@ class _Run:
         if hosts.is_first():
             _write_json(self.workdir / "config.json", to_dict(config))
         with Checkpoints(self.workdir, "sft", config) as sft, Checkpoints(self.workdir, "grpo", config) as grpo:
-            sft.check()
-            grpo.check()
+            sft_step, grpo_step = sft.settle() or 0, grpo.settle() or 0
+            if sft.is_extended() and has_reference(self.workdir):
+                self._reopen_sft(sft_step, grpo_step)
             started = has_reference(self.workdir)
-            grpo_step = grpo.latest_step() or 0
-            phase, step = (PHASES[1], grpo_step) if started else (PHASES[0], sft.latest_step() or 0)
+            phase, step = (PHASES[1], grpo_step) if started else (PHASES[0], sft_step)
             self._build_data()
             with MetricsWriter(self.workdir, PHASES, phase, step, writes=hosts.is_first()) as writer:
                 if not started:
@@ -116,6 +119,15 @@ class _Run:
             write_report(self.workdir)
             write_figure(self.workdir, self.workdir / "figure.svg")
         return summary
+
+    def _reopen_sft(self, sft_step: int, grpo_step: int) -> None:
+        """SFT was done, and `sft.num_steps` is more now: the reference policy that it led to is outdated."""
+        if grpo_step:
+            raise ConfigError(
+                f"sft.num_steps={self.config.sft.num_steps}: SFT ended at step {sft_step} and GRPO started from its "
+                f"policy. Set it back to go on with GRPO, or choose another --workdir."
+            )
+        forget_reference(self.workdir)
 
     def _build_data(self) -> None:
         """Builds the demonstrations where they are absent, under a progress bar for each split."""
@@ -157,18 +169,15 @@ class _Run:
             "replay_weight": config.data.replay_weight,
             "loss_on_context": config.data.loss_on_context,
         }
-        validation = validation_batches(
-            load_split(config, "validation"),
-            self.tokenizer,
-            rows_per_batch=sft.validation_rows,
-            num_rows=sft.validation_rows,
-            **how,
-        )
-        return train_sft(
-            sft,
-            config.model,
-            self.mesh,
-            rows=train_iterator(
+        with self.stop.interrupting():  # a large split takes minutes
+            validation = validation_batches(
+                load_split(config, "validation"),
+                self.tokenizer,
+                rows_per_batch=sft.validation_rows,
+                num_rows=sft.validation_rows,
+                **how,
+            )
+            rows = train_iterator(
                 self.train_split,
                 self.tokenizer,
                 rows_per_batch=sft.rows_per_step,
@@ -176,18 +185,25 @@ class _Run:
                 shard_index=0,
                 shard_count=1,
                 **how,
-            ),
+            )
+        return train_sft(
+            sft,
+            config.model,
+            self.mesh,
+            rows=rows,
             validation_rows=validation[0],
             seed=config.seed,
             checkpoints=checkpoints,
             writer=writer,
             stop=self.stop,
+            skipped=SkippedSteps(self.workdir, config.faults.max_skipped_steps),
             params=None if start is None else self._given(start),
         )
 
     def _grpo(self, reference: Params, checkpoints: Checkpoints, writer: MetricsWriter) -> Params:
         if self.config.grpo.num_steps == 0:
             return reference
+        engine = self._engine_with(reference)
         return train_grpo(
             self.config,
             self.mesh,
@@ -195,17 +211,29 @@ class _Run:
             reference=reference if self.config.grpo.kl_coef > 0 else None,
             problems=Problems(self.train_split),
             tokenizer=self.tokenizer,
-            engine=self._engine_with(reference),
+            engine=engine,
             checkpoints=checkpoints,
             writer=writer,
             stop=self.stop,
+            skipped=SkippedSteps(self.workdir, self.config.faults.max_skipped_steps),
+            validate=lambda: self._validation_accuracy(engine),
         )
+
+    def _validation_accuracy(self, engine: RolloutEngine) -> float:
+        """The share of validation problems that the engine's policy solves, greedily."""
+        config = self.config
+        problems = load_problems(config, "validation", config.grpo.validation_problems)
+        settings = make_settings(config, self.tokenizer)
+        how: dict[str, Any] = {"method": config.data.method, "settings": settings, "seed": config.seed}
+        summary, _ = evaluate(engine, self.tokenizer, problems, temperature=0.0, keep_calls=0, **how)
+        return float(summary["accuracy"])
 
     def _engine_with(self, params: Params) -> RolloutEngine:
         """The run's one engine, which compiles its steps once for all stages."""
         if self.engine is None:
             self.engine = make_engine(self.config, self.mesh, self.tokenizer, params, self.stop)
-            self.engine.warm_up()  # so that no rate or latency counts compilation
+            with self.stop.interrupting():
+                self.engine.warm_up()  # so that no rate or latency counts compilation
         else:
             self.engine.set_params(params)
         return self.engine

@@ -1,5 +1,6 @@
 """Supervised fine-tuning on demonstrations (paper section 4.2): every call of every thread is a training sequence."""
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from apr_jax.train.losses import normalise, weighted_nll
 from apr_jax.train.metrics import MetricsWriter
 from apr_jax.train.optimizer import make_optimizer, schedule
 from apr_jax.train.signals import StopSignal
+from apr_jax.train.skipping import SkippedSteps
 from apr_jax.train.state import TrainState, abstract_state, apply_gradients, create_state, state_shardings
 
 Rows = Mapping[str, np.ndarray]
@@ -43,7 +45,7 @@ def make_sft_step(
     Gradients of the M microbatches are summed; `weights` sum to 1 over the whole batch, so the result does not depend
     on M. `rate` is only logged.
     """
-    loss_fn = jax.value_and_grad(functools.partial(_loss, make_scorer(model, jax.nn.log_softmax)), has_aux=True)
+    loss_fn = jax.value_and_grad(functools.partial(_loss, make_scorer(model, mesh, jax.nn.log_softmax)), has_aux=True)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(state_shardings(mesh, model, optimizer), None))
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -57,20 +59,20 @@ def make_sft_step(
             zeros = jax.tree.map(jnp.zeros_like, state.params)
             grads, sums_M = jax.lax.scan(accumulate, zeros, batch)
             sums = jax.tree.map(jnp.sum, sums_M)
-        updated, grad_norm = apply_gradients(state, grads, optimizer)
+        updated, applied = apply_gradients(state, grads, sums["loss"], optimizer)
         return updated, {
             "loss": sums["loss"],
             "token_accuracy": sums["correct"] / sums["tokens"],
-            "grad_norm": grad_norm,
+            **applied,
             "learning_rate": rate(state.step),
         }
 
     return step
 
 
-def make_validation(model: ModelConfig) -> Callable[[Params, Batch], Metrics]:
+def make_validation(model: ModelConfig, mesh: Mesh) -> Callable[[Params, Batch], Metrics]:
     """A jitted (params, batch [M, B / M, T]) -> validation metrics."""
-    loss_fn = functools.partial(_loss, make_scorer(model, jax.nn.log_softmax))
+    loss_fn = functools.partial(_loss, make_scorer(model, mesh, jax.nn.log_softmax))
 
     @jax.jit
     def validate(params: Params, batch: Batch) -> Metrics:
@@ -88,6 +90,7 @@ def train_sft(
     rows: RowIterator,
     validation_rows: Rows,
     seed: int,
+    skipped: SkippedSteps,
     checkpoints: Checkpoints | None = None,
     writer: MetricsWriter | None = None,
     stop: StopSignal | None = None,
@@ -101,70 +104,89 @@ def train_sft(
       seed: of the initial weights, where `params` does not give them.
     Raises:
       StoppedError: a signal came; the state is saved.
-      FloatingPointError: the loss is not finite.
+      FloatingPointError: too many steps in a row had a loss or gradient that was not finite (`skipped`).
     """
     optimizer = make_optimizer(config.optimizer, config.num_steps)
     if checkpoints is not None and checkpoints.latest_step() is not None:
-        state, position = checkpoints.restore(abstract_state(mesh, model, optimizer))
+        state, position, skipped.in_a_row = checkpoints.restore(abstract_state(mesh, model, optimizer))
         rows.set_state(position)
     else:
         state = create_state(mesh, model, optimizer, params, seed)
     start = int(state.step)
     rate = schedule(config.optimizer, config.num_steps, config.optimizer.learning_rate)
-    step_fn, validate = make_sft_step(model, optimizer, rate, mesh), make_validation(model)
+    step_fn, validate = make_sft_step(model, optimizer, rate, mesh), make_validation(model, mesh)
     held_out = _validation_batch(validation_rows, mesh, config.rows_per_step // config.microbatches)
-    log = _Log(writer)
+    log = _Log(writer, skipped)
     with progress(config.num_steps - start, "SFT", "step", hosts.messages()) as bar:
         for step in range(start + 1, config.num_steps + 1):
+            asked = time.perf_counter()
             batch = dict(next(rows))
+            waited = time.perf_counter() - asked
             batch["weights"] = normalise(batch["weights"])
-            tokens = int(np.count_nonzero(batch["segment_ids"]))
             state, metrics = step_fn(state, to_mesh(batch, mesh, config.microbatches))
             if step % config.validate_every == 0 or step == config.num_steps:
                 metrics |= validate(state.params, held_out)
-            bar.update(1, **log.add(step, tokens, metrics))
+            bar.update(1, **log.add(_Step(step, batch, waited, metrics)))
             stopping = stop is not None and stop.agreed()
             if checkpoints is not None and (
                 step % config.checkpoint_every == 0 or step == config.num_steps or stopping
             ):
-                log.flush()
-                checkpoints.save(step, state, rows.get_state())
+                written = log.flush()
+                if "validation_loss" in written:
+                    checkpoints.score(step, written["validation_loss"])
+                checkpoints.save(step, state, rows.get_state(), skipped.in_a_row)
             if stop is not None and stopping:
                 stop.check()
         log.flush()
     return state.params
 
 
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """A dispatched step, and the host's rows that it trains on; for these the host waited `waited` seconds, while the
+    device was still at work on the step before."""
+
+    number: int
+    batch: Rows
+    waited: float
+    metrics: Metrics
+
+
 class _Log:
     """Writes a step's metrics when the next step is under way, so that the host never waits for the device."""
 
-    def __init__(self, writer: MetricsWriter | None) -> None:
-        self._writer = writer
-        self._pending: tuple[int, int, Metrics] | None = None
+    def __init__(self, writer: MetricsWriter | None, skipped: SkippedSteps) -> None:
+        self._writer, self._skipped = writer, skipped
+        self._pending: _Step | None = None
         self._last = time.perf_counter()
 
-    def add(self, step: int, tokens: int, metrics: Metrics) -> dict[str, float]:
+    def add(self, step: _Step) -> dict[str, float]:
         """Takes a dispatched step; returns the loss of the one before, for the progress bar."""
         written = self._write()
-        self._pending = (step, tokens, metrics)
+        self._pending = step
         return {"loss": written["loss"]} if written else {}
 
-    def flush(self) -> None:
-        self._write()
+    def flush(self) -> dict[str, float]:
+        """Returns what was written just now."""
+        written = self._write()
         if self._writer is not None:
             self._writer.sync()
+        return written
 
     def _write(self) -> dict[str, float]:
         if self._pending is None:
             return {}
-        step, tokens, device_metrics = self._pending
-        self._pending = None
-        metrics = {**fetch(device_metrics), "tokens": tokens}
+        step, self._pending = self._pending, None
+        ids_BT = step.batch["segment_ids"]
+        tokens = int(np.count_nonzero(ids_BT))
+        metrics = {**fetch(step.metrics), "tokens": tokens, "packing": tokens / ids_BT.size}
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         if self._writer is not None:
-            self._writer.write("sft", step, metrics)
-            self._writer.write_timings("sft", step, {"seconds": seconds, "tokens_per_second": tokens / seconds})
+            self._writer.write("sft", step.number, metrics)
+            timings = {"seconds": seconds, "tokens_per_second": tokens / seconds, "data_seconds": step.waited}
+            self._writer.write_timings("sft", step.number, timings)
+        self._skipped.note("sft", step.number, metrics["skipped_rate"], lambda: step.batch)
         return metrics
 
 

@@ -89,12 +89,25 @@ def create_state(
 
 
 def apply_gradients(
-    state: TrainState, grads: Params, optimizer: optax.GradientTransformation
-) -> tuple[TrainState, jax.Array]:
-    """One optimiser update. Returns the new state and the gradients' global norm before clipping."""
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), optax.tree.norm(grads)
+    state: TrainState, grads: Params, loss: jax.Array, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimiser update; none where the loss or the gradients' norm is not finite, decided on the device.
+
+    A step that is left out counts in `state.step` and changes nothing else: neither weights nor moments nor the
+    optimiser's own counters.
+
+    Returns: the new state, and metrics: `grad_norm`, the global norm before clipping, and `skipped_rate`, 1 or 0.
+    """
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+
+    def update(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    kept = jax.lax.cond(finite, update, lambda *kept: kept, state.params, state.opt_state)
+    metrics = {"grad_norm": norm, "skipped_rate": 1.0 - finite.astype(jnp.float32)}
+    return TrainState(state.step + 1, *kept), metrics
 
 
 def _on(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -14,9 +14,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 LAYERS = 18
 CACHE_BYTES = 2 * LAYERS * 1024 * 16 * 64 * 64 * 2  # keys and values of a shard's 1,024 pages of 64 positions, bfloat16
 TARGETS = {  # compiler, decode kernel, memory, meshes (data, tensor)
-    "v5e:2x2": ("libtpu", "tpu_custom_call", 16 * 2**30, [(1, 1), (2, 2)]),
-    "v5p:2x2x1": ("libtpu", "tpu_custom_call", 95 * 2**30, [(1, 1), (2, 2)]),
-    "h100": ("jax_plugins.xla_cuda12", "__gpu$xla.gpu.triton", 80 * 10**9, [(1, 1), (2, 2), (8, 1)]),
+    "tpu:v5e:2x2": ("libtpu", "tpu_custom_call", 16 * 2**30, [(1, 1), (2, 2)]),
+    "tpu:v5p:2x2x1": ("libtpu", "tpu_custom_call", 95 * 2**30, [(1, 1), (2, 2)]),
+    "gpu:h100:8": ("jax_plugins.xla_cuda12", "__gpu$xla.gpu.triton", 80 * 10**9, [(1, 1), (2, 2), (8, 1)]),
 }
 TRAINING_KERNELS = {  # of one layer, forward and backward
     "tpu_custom_call": (["tpu_custom_call"], 3),
@@ -93,3 +93,27 @@ def test_pages_are_updated_in_place(target):
             assert row["page_copies"] == 0, name
             assert row["temp_bytes"] < CACHE_BYTES // tensor / LAYERS, f"{name}: less than one layer's pages"
         assert programs["prefill"]["page_copies"] == 0
+
+
+@pytest.mark.parametrize(
+    ("topology", "compiler"), [("tpu:v5e:2x2", "libtpu"), ("gpu:h100:4", "jax_plugins.xla_cuda12")]
+)
+def test_a_whole_run_is_surveyed(topology, compiler, tmp_path):
+    """The launcher on a small model: every program compiles on a mesh of all three axes, and what was told is there."""
+    if not installed(compiler):
+        pytest.skip(f"{compiler} is not installed: make test-aot")
+    small = ["model.num_layers=2", "model.embed_dim=256", "model.mlp_dim=512", "model.num_heads=4"]
+    small += ["model.num_kv_heads=4", "model.vocab_size=1024", "sft.rows_per_step=16", "sft.microbatches=2"]
+    command = [sys.executable, "launch/compile_aot.py", f"--topology={topology}", "--mesh=1,2,2"]
+    command += [f"--config.{field}" for field in small] + [f"--json={tmp_path / 'found.json'}"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["engine_mesh"] == {"data": 2, "fsdp": 1, "tensor": 2}
+    for name, row in found["programs"].items():
+        assert row["fits"], name
+        assert row["estimate"]["seconds"] > 0, name
+    assert {c["kind"] for c in found["programs"]["sft_step"]["collectives"]} & {"all-gather", "reduce-scatter"}
+    assert found["programs"]["decode"]["collectives"], "heads are split over tensor"

@@ -47,7 +47,7 @@ MODEL = ModelConfig(
     tie_embeddings=False,
     compute_dtype="float32",
     attention="xla",
-    remat=False,
+    remat="none",
 )
 ROLLOUT = RolloutConfig(
     num_lanes=8,

@@ -1,4 +1,4 @@
-"""Reading optimised HLO: which arrays are copied, which inputs become outputs, which devices talk to each other."""
+"""Reading optimised HLO: which arrays are copied, which inputs become outputs, and who talks over the data axis."""
 
 import math
 import re
@@ -8,15 +8,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from apr_jax.parallel.hlo import collective_lines as collectives
+from apr_jax.parallel.hlo import groups
+
 _COPY = re.compile(r"^\s*(?:ROOT )?%?\S+ = (.*?) copy(?:-start)?\(")
 _SHAPE = re.compile(r"\b[a-z]+[0-9]*[a-z0-9]*\[([0-9,]*)\]")
 _ALIAS = re.compile(r"\{(\d*)\}: \((\d+), \{\}, (?:may|must)-alias\)")
-_COLLECTIVE = re.compile(
-    r" (all-reduce|all-gather|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast|reduce-scatter)"
-    r"(-start)?\("
-)
-_IOTA = re.compile(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?")
-_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[0-9,{}]*\})\}")
 
 
 def step_texts(engine: Any) -> dict[str, str]:
@@ -52,22 +49,6 @@ def copies_of(text: str, sizes: set[int]) -> list[str]:
 def aliases(text: str) -> dict[int, int]:
     """Which input each output takes the memory of."""
     return {int(output or 0): int(source) for output, source in _ALIAS.findall(text.partition("\n")[0])}
-
-
-def groups(line: str, num_devices: int) -> list[list[int]]:
-    """The places in the mesh's order of devices that a collective's line lets talk to each other."""
-    if iota := _IOTA.search(line):
-        shape, order = (list(map(int, part.split(","))) for part in iota.groups()[:2])
-        ids = np.arange(math.prod(order)).reshape(order)
-        ids = ids.transpose(list(map(int, iota[3].split(",")))) if iota[3] else ids
-        return ids.reshape(shape).tolist()
-    if listed := _LISTED.search(line):
-        return [list(map(int, group.split(","))) for group in re.findall(r"\{([0-9,]+)\}", listed[1])]
-    return [list(range(num_devices))]
-
-
-def collectives(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if _COLLECTIVE.search(line)]
 
 
 def collectives_over_data(text: str, mesh: Mesh) -> list[str]:

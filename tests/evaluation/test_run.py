@@ -17,6 +17,7 @@ from apr_jax.evaluation.run import (
 )
 from apr_jax.evaluation.sources import ProblemFileError, newest_run, read_problems
 from apr_jax.tasks.countdown import Problem
+from apr_jax.tasks.trace import demonstrated_tokens
 from configs.grpo import get_config
 from tests.reasoning.fixtures import SMALL, TOKENIZER, Replay, demonstrations, settings
 from tests.reasoning.scripted_engine import ScriptedEngine
@@ -51,6 +52,8 @@ def test_evaluating_a_perfect_imitator_gives_the_solvers_figures(method):
     assert summary["children_per_rollout"] == children / 30
     written = sum(len(TOKENIZER.encode(c.completion)) + (not c.ends_in_spawn) for demo in demos for c in demo.calls)
     assert summary["total_tokens"] == written / 30
+    counted = [demonstrated_tokens(demo, lambda text: len(TOKENIZER.encode(text))) for demo in demos]
+    assert [(record["sequential_tokens"], record["total_tokens"]) for record in records] == counted
     assert [record["correct"] for record in records] == [demo.correct for demo in demos]
     assert [("calls" in record) for record in records] == [True] * 3 + [False] * 27
     json.dumps([summary, records])
@@ -103,6 +106,7 @@ def test_a_missing_or_empty_file_is_refused(tmp_path, content):
 def test_problems_of_a_split(tmp_path):
     values = get_config("smoke")
     values.data.update(directory=str(tmp_path), num_train=8, num_validation=6, num_test=5, num_test_unseen_targets=4)
+    values.grpo.validation_problems = 6
     values.data.num_workers = 1
     config = from_config_dict(values)
     assert load_problems(config, "test", 3) == load_problems(config, "test", 5)[:3]

@@ -27,6 +27,7 @@ def small_config(folder):
     values.model.update(num_layers=1, embed_dim=32, mlp_dim=32, num_heads=1, num_kv_heads=1, max_seq_len=64)
     values.rollout.update(max_steps=16, num_lanes=4, prefill_lanes=4, num_pages=64)
     values.data.update(directory=str(folder / "data"), num_train=4, num_validation=4, num_test=4)
+    values.grpo.validation_problems = 4
     values.data.update(num_test_unseen_targets=4, num_workers=1)
     return from_config_dict(values)
 

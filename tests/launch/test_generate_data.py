@@ -32,6 +32,15 @@ def test_it_measures_and_writes_both_searches(tmp_path: pathlib.Path) -> None:
     assert written["serial_accuracy"] == sum(line["serial"]["correct"] for line in lines) / 70
 
 
+def test_it_counts_what_parallel_searches_write(tmp_path: pathlib.Path) -> None:
+    figures = tmp_path / "figures.json"
+    done = _run("--tokens", "--num_problems=5", "--config.data.num_workers=1", f"--json={figures}")
+    assert done.returncode == 0, done.stderr
+    assert "tokens one after the other" in done.stdout
+    written = json.loads(figures.read_text())
+    assert 100 < written["sequential_tokens"] < written["total_tokens"]
+
+
 def test_it_measures_the_references_setting(tmp_path: pathlib.Path) -> None:
     figures = tmp_path / "figures.json"
     done = _run(

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from apr_jax.config import ConfigError, MeshConfig
-from apr_jax.model.attention import choose_impl, cudnn_attention, self_attention, splash_attention, xla_attention
+from apr_jax.model.attention import (
+    choose_impl,
+    cudnn_attention,
+    self_attention,
+    splash_attention,
+    windows,
+    xla_attention,
+)
+from apr_jax.model.window_attention import window_attention, window_lengths
 from apr_jax.parallel.mesh import make_mesh
 
 
@@ -44,10 +52,34 @@ def assert_all_close(ours: Any, theirs: Any, atol: float = 2e-5) -> None:
         np.testing.assert_allclose(one, other, atol=atol)
 
 
+@pytest.mark.parametrize("attend", [xla_attention, window_attention])
 @pytest.mark.parametrize(("T", "N", "K"), [(1, 2, 2), (100, 4, 2), (128, 3, 3), (300, 4, 1), (1100, 2, 1)])
-def test_xla_equals_plain_attention(T: int, N: int, K: int) -> None:
+def test_equals_plain_attention(attend: Any, T: int, N: int, K: int) -> None:
     inputs = random_inputs(2, T, N, K, 8)
-    assert_all_close(out_and_grads(xla_attention, *inputs), out_and_grads(plain_attention, *inputs))
+    assert_all_close(out_and_grads(attend, *inputs), out_and_grads(plain_attention, *inputs))
+
+
+def test_a_row_of_one_segment_has_the_longest_windows() -> None:
+    *inputs, ids_BT = random_inputs(2, 160, 2, 1, 8)
+    ids_BT = jnp.ones_like(ids_BT).at[1].set(ids_BT[1])
+    assert_all_close(out_and_grads(window_attention, *inputs, ids_BT), out_and_grads(plain_attention, *inputs, ids_BT))
+
+
+@pytest.mark.parametrize(("T", "lengths"), [(32, (32,)), (512, (32, 64, 96, 128, 192, 256, 384, 512))])
+def test_windows_have_few_lengths(T: int, lengths: tuple[int, ...]) -> None:
+    assert window_lengths(T) == lengths
+
+
+def test_windows_in_bfloat16_are_as_close_as_bfloat16_is() -> None:
+    *inputs, ids_BT = random_inputs(2, 100, 4, 2, 16)
+    halves = [x.astype(jnp.bfloat16) for x in inputs]
+    ours = out_and_grads(window_attention, *halves, ids_BT)
+    assert {x.dtype for x in ours} == {jnp.dtype("bfloat16")}
+    assert_all_close(
+        [x.astype(jnp.float32) for x in ours],
+        out_and_grads(plain_attention, *(x.astype(jnp.float32) for x in halves), ids_BT),
+        atol=0.04,
+    )
 
 
 def test_no_segment_ids_is_one_segment() -> None:
@@ -57,11 +89,16 @@ def test_no_segment_ids_is_one_segment() -> None:
     np.testing.assert_allclose(out_BTNH, plain_attention(q_BTNH, k_BTKH, v_BTKH, jnp.ones_like(ids_BT)), atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", ["xla", "splash"])
+@pytest.mark.parametrize("impl", ["xla", "windows", "splash"])
 def test_gradients_flow_only_from_earlier_tokens_of_the_own_segment(impl: str) -> None:
     q_BTNH, k_BTKH, v_BTKH, _ = random_inputs(1, 160, 2, 1, 8)
     ids_BT = jnp.asarray([[1] * 40 + [2] * 100 + [0] * 20])  # the second segment crosses a block's border
-    attend = xla_attention if impl == "xla" else functools.partial(splash_attention, interpret=True)
+    kernels: dict[str, Any] = {
+        "xla": xla_attention,
+        "windows": window_attention,
+        "splash": functools.partial(splash_attention, interpret=True),
+    }
+    attend = kernels[impl]
 
     @jax.jit
     def influence(t: jax.Array) -> jax.Array:
@@ -79,10 +116,11 @@ def test_gradients_flow_only_from_earlier_tokens_of_the_own_segment(impl: str) -
         np.testing.assert_array_equal(np.asarray(influence(t)) > 0, visible)
 
 
-def test_memory_of_a_long_row_is_far_below_its_square() -> None:
+@pytest.mark.parametrize("attend", [xla_attention, window_attention])
+def test_memory_of_a_long_row_is_far_below_its_square(attend: Any) -> None:
     def temporary_bytes(T: int) -> int:
         inputs = [jax.ShapeDtypeStruct((1, T, 4, 16), jnp.float32)] * 3 + [jax.ShapeDtypeStruct((1, T), jnp.int32)]
-        grad = jax.grad(lambda *args: jnp.sum(xla_attention(*args)), argnums=(0, 1, 2))
+        grad = jax.grad(lambda *args: jnp.sum(attend(*args)), argnums=(0, 1, 2))
         return int(jax.jit(grad).lower(*inputs).compile().memory_analysis().temp_size_in_bytes)
 
     assert temporary_bytes(4096) < 2.5 * temporary_bytes(2048)  # linear in T
@@ -96,10 +134,11 @@ def test_splash_in_interpret_mode_equals_xla(T: int, N: int, K: int) -> None:
     assert_all_close(ours, out_and_grads(xla_attention, *inputs))
 
 
-def test_splash_is_mapped_over_the_mesh() -> None:
+@pytest.mark.parametrize("attend", [functools.partial(splash_attention, interpret=True), windows])
+def test_kernels_are_mapped_over_the_mesh(attend: Any) -> None:
     inputs = random_inputs(4, 128, 4, 2, 16)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
-        ours = jax.jit(functools.partial(splash_attention, interpret=True))(*inputs)
+        ours = jax.jit(attend)(*inputs)
     np.testing.assert_allclose(ours, xla_attention(*inputs), atol=2e-5)
 
 
@@ -125,13 +164,13 @@ def test_cudnn_refuses_float32() -> None:
 
 def test_auto_picks_by_backend() -> None:
     bfloat16, float32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
-    assert choose_impl("cpu", bfloat16, 64) == "xla"
+    assert choose_impl("cpu", bfloat16, 64) == "windows"
     assert choose_impl("tpu", float32, 64) == "splash"
     assert choose_impl("gpu", bfloat16, 64) == "cudnn"
     assert choose_impl("gpu", float32, 64) == choose_impl("gpu", bfloat16, 60) == "xla"
     q_BTNH, k_BTKH, v_BTKH, ids_BT = random_inputs(1, 8, 1, 1, 8)
     auto = self_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=ids_BT)
-    np.testing.assert_array_equal(auto, self_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=ids_BT, impl="xla"))
+    np.testing.assert_array_equal(auto, self_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT=ids_BT, impl="windows"))
 
 
 def test_bad_arguments_are_named() -> None:

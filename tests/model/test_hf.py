@@ -85,8 +85,8 @@ def test_tied_embeddings_are_stored_once(tmp_path: pathlib.Path) -> None:
 
 
 def test_the_settings_that_hugging_face_lacks_are_arguments() -> None:
-    config, _ = load_hf(ORACLES / "llama_tiny", compute_dtype="bfloat16", attention="splash", remat=True)
-    assert (config.compute_dtype, config.attention, config.remat) == ("bfloat16", "splash", True)
+    config, _ = load_hf(ORACLES / "llama_tiny", compute_dtype="bfloat16", attention="splash", remat="full")
+    assert (config.compute_dtype, config.attention, config.remat) == ("bfloat16", "splash", "full")
     assert (config.head_dim, config.rope_theta, config.rms_norm_eps, config.max_seq_len) == (12, 10000.0, 1e-6, 128)
 
 
@@ -180,7 +180,7 @@ def test_transformers_loads_what_we_wrote(tied: bool, tmp_path: pathlib.Path) ->
         tie_embeddings=tied,
         compute_dtype="float32",
         attention="xla",
-        remat=False,
+        remat="none",
     )
     params = jax.tree.map(lambda leaf: leaf * 3, llama.init_params(config, 0))
     save_hf(tmp_path, config, params, FakeTokenizer())

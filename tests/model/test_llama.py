@@ -31,7 +31,7 @@ TINY = ModelConfig(
     tie_embeddings=True,
     compute_dtype="float32",
     attention="xla",
-    remat=False,
+    remat="none",
 )
 PAPER = dataclasses.replace(
     TINY,
@@ -70,9 +70,11 @@ def random_tokens(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
 
 
 @BOTH
-@pytest.mark.parametrize("remat", [False, True])
-def test_logits_loss_and_gradients_equal_transformers(name: str, remat: bool) -> None:
-    config, params = load_hf(ORACLES / name, attention="xla", remat=remat)
+@pytest.mark.parametrize(
+    ("remat", "attention"), [("none", "xla"), ("full", "xla"), ("dots", "windows"), ("full", "windows")]
+)
+def test_logits_loss_and_gradients_equal_transformers(name: str, remat: str, attention: str) -> None:
+    config, params = load_hf(ORACLES / name, attention=attention, remat=remat)
     expected = np.load(ORACLES / name / "expected.npz")
     step = jax.jit(jax.value_and_grad(lambda p, t: next_token_loss(config, p, t), has_aux=True))
     (loss, logits), grads = step(params, jnp.asarray(expected["input_ids"]))

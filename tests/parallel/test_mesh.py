@@ -12,7 +12,16 @@ from jax.sharding import AxisType, PartitionSpec
 
 from apr_jax.config import ConfigError, MeshConfig, ModelConfig
 from apr_jax.model import llama
-from apr_jax.parallel.mesh import Rules, batch_sharding, make_mesh, param_shardings, replicated, split_over_data
+from apr_jax.parallel.mesh import (
+    Rules,
+    batch_sharding,
+    make_mesh,
+    num_row_shards,
+    param_shardings,
+    replicated,
+    split_over_data,
+    split_rows,
+)
 
 MODEL = ModelConfig(
     vocab_size=32,
@@ -28,7 +37,7 @@ MODEL = ModelConfig(
     tie_embeddings=True,
     compute_dtype="float32",
     attention="xla",
-    remat=False,
+    remat="none",
 )
 
 
@@ -49,10 +58,11 @@ def random_batch() -> dict[str, jax.Array]:
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions, "segment_ids": segment_ids}
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (4, 1, 2)])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "tied"), [((8, 1, 1), True), ((1, 8, 1), False), ((2, 2, 2), True), ((1, 4, 2), False)]
+)
 def test_sharded_loss_and_gradients_equal_one_device(shape: tuple[int, int, int], tied: bool) -> None:
-    config = dataclasses.replace(MODEL, tie_embeddings=tied, remat=tied)
+    config = dataclasses.replace(MODEL, tie_embeddings=tied, remat="full" if tied else "none")
     params, batch = llama.init_params(config, 0), random_batch()
     step = jax.jit(lambda params, batch: loss_and_grads(config, params, batch))
     expected_loss, expected_grads = step(params, batch)
@@ -130,3 +140,26 @@ def test_the_longest_axis_that_divides_is_split_over_data(spec: Any, shape: Any,
         size // int(np.prod([mesh.shape[name] for name in np.atleast_1d(axes or [])], dtype=int))
         for size, axes in zip(shape, expected, strict=True)
     )
+
+
+def test_activations_keep_their_rows_where_weights_are_split_over_fsdp():
+    """And without an ambient mesh, as in the engine, nothing is touched."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    x_BTD, threads_TD = jnp.zeros((8, 4, 16)), jnp.zeros((4, 16))
+    assert split_rows(x_BTD) is x_BTD
+    assert num_row_shards() == 1
+    with jax.set_mesh(mesh):
+        assert num_row_shards() == 4
+        assert split_rows(threads_TD) is threads_TD
+        assert jax.jit(split_rows)(x_BTD).sharding.is_equivalent_to(batch_sharding(mesh), 3)
+
+
+def test_loss_and_gradients_are_the_same_under_an_ambient_mesh():
+    params, batch = llama.init_params(MODEL, 0), random_batch()
+    expected = jax.jit(loss_and_grads, static_argnums=0)(MODEL, params, batch)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    placed = jax.device_put(params, param_shardings(mesh, params, llama.logical_axes(params)))
+    with jax.set_mesh(mesh):
+        found = jax.jit(loss_and_grads, static_argnums=0)(MODEL, placed, jax.device_put(batch, batch_sharding(mesh)))
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -32,6 +32,7 @@ def small_config_dict(directory: str) -> ConfigDict:
     config.sft.update(num_steps=6, rows_per_step=4, checkpoint_every=2, validate_every=3, validation_rows=4)
     config.rollout.update(num_lanes=8, num_pages=512, max_steps=24, steps_per_visit=8, prefill_lanes=8)
     config.grpo.update(num_steps=4, prompts_per_step=2, group_size=2, checkpoint_every=2, rows_per_microbatch=4)
+    config.grpo.update(validate_every=2, validation_problems=4)
     config.grpo.optimizer.schedule = "constant"  # so that a step does not depend on how many follow
     config.evaluation.num_problems = 4
     return config

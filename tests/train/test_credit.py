@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from apr_jax.engine.threads import StopReason
+from apr_jax.tasks import trace
+from apr_jax.tasks.countdown import Problem
 from apr_jax.train import credit, rollouts
 from tests.reasoning.test_adaptive import GOOD, LAST, PROBLEM, SPAWN, STATE_6_4, TOKENIZER, run
 from tests.train.small import small_config
@@ -40,6 +42,26 @@ def _used(texts, **changes):
 )
 def test_a_thread_is_used_if_the_answer_contains_its_path(texts, loser, winner):
     assert _used(texts) == {(): 1, (0, 0): loser, (0, 1): winner}
+
+
+def test_a_chain_of_threads_is_used_as_far_as_its_paths_are():
+    problem = Problem((1, 2, 3, 4), 10)
+    first = "Exploring Operation: 1+2=3, Resulting Numbers: [3, 4, 3]\n"
+    first += "Generated Node #0,0: 10:[3, 4, 3] Operation: 1+2=3\n"
+    second = "Exploring Operation: 3+4=7, Resulting Numbers: [3, 7]\n"
+    second += "Generated Node #0,0,0: 10:[3, 7] Operation: 3+4=7\n"
+    last = "Exploring Operation: 3+7=10, Resulting Numbers: [10]\n10,10 equal: Goal Reached\n"
+    lowest = "Moving to Node #0,0,0\nCurrent State: 10:[3, 7], Operations: ['1+2=3', '3+4=7']\n" + last
+    middle = "Moving to Node #0,0\nCurrent State: 10:[3, 4, 3], Operations: ['1+2=3']\n" + second + lowest
+    whole = "Moving to Node #0\nCurrent State: 10:[1, 2, 3, 4], Operations: []\n" + first + middle
+    texts = {
+        (): [first + trace.render_spawn(["0,0"]), trace.goal_line(10) + whole],
+        (0, 0): [second + trace.render_spawn(["0,0,0"], level=2), trace.goal_line(10) + middle],
+        (0, 0, 0, 0): [last + lowest],
+    }
+    assert _used(texts, problem=problem, max_depth=2) == {(): 1, (0, 0): 1, (0, 0, 0, 0): 1}
+    other = texts | {path: [texts[path][0], texts[path][1].replace("3+7=10", "7+3=10")] for path in ((), (0, 0))}
+    assert _used(other, problem=problem, max_depth=2) == {(): 1, (0, 0): 1, (0, 0, 0, 0): 0}
 
 
 def test_a_thread_that_was_cut_off_is_not_used():

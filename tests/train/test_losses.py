@@ -2,7 +2,9 @@
 
 import functools
 import json
+import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -122,3 +124,23 @@ def test_normalise():
     np.testing.assert_allclose(weights, [[0.25, 0, 0.75]])
     with pytest.raises(ValueError, match="no token to learn from"):
         losses.normalise(np.zeros((2, 3), np.float32))
+
+
+def test_chunked_scores_never_hold_all_logits():
+    """Neither forward nor backward has an array of B * T * V elements, and without chunks both have."""
+    batch, time, dim, vocab = 2, 64, 8, 96
+
+    def program(max_logits):
+        def loss(hidden, head):
+            targets = jnp.zeros((batch, time), jnp.int32)
+            scores = losses.token_scores(hidden, targets, lambda h: h @ head, jax.nn.log_softmax, vocab, max_logits)
+            return losses.weighted_nll(scores.logprob_BT, jnp.ones((batch, time)))
+
+        shapes = jnp.zeros((batch, time, dim)), jnp.zeros((dim, vocab))
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*shapes).compile().as_text()
+
+    def largest(text):
+        return max(math.prod(map(int, dims.split(","))) for dims in re.findall(r"f32\[([0-9,]+)\]", text))
+
+    assert largest(program(1 << 24)) >= batch * time * vocab
+    assert largest(program(batch * 8 * vocab)) <= max(batch * 8 * vocab, batch * time * dim)

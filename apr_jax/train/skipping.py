@@ -1,0 +1,42 @@
+"""Steps whose loss or gradient was not finite: their update is left out on the device, and here they are counted.
+
+`state.apply_gradients` decides; nothing waits for its decision. The host learns of it with the step's other metrics, in
+SFT one step late, and by then the device has gone on from the weights that the skipped step left as they were.
+"""
+
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class SkippedSteps:
+    """Counts skipped steps in a row, and ends the run after too many, with the last one's batch saved.
+
+    Attributes:
+      in_a_row: steps, up to the last one noted, with an update that was left out.
+    """
+
+    def __init__(self, workdir: pathlib.Path, limit: int) -> None:
+        self.in_a_row = 0
+        self._workdir, self._limit = workdir, limit
+
+    def note(self, phase: str, step: int, skipped_rate: float, batch: Callable[[], Mapping[str, np.ndarray]]) -> None:
+        """Takes a step's share of updates that were left out, and what gives the host's rows that it trained on.
+
+        Raises FloatingPointError at the `limit`-th step in a row with a share above 0.
+        """
+        self.in_a_row = self.in_a_row + 1 if skipped_rate > 0 else 0
+        if self.in_a_row < self._limit:
+            return
+        path = self._workdir / "skipped" / f"{phase}_{step}_process_{jax.process_index()}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, Any] = {name: np.asarray(array) for name, array in batch().items()}
+        np.savez_compressed(path, **arrays)
+        raise FloatingPointError(
+            f"{phase} step {step}: the loss or the gradient was not finite, in {self.in_a_row} steps in a row "
+            f"(faults.max_skipped_steps={self._limit}). The weights are as they were before these steps, and the batch "
+            f"of step {step} is in {path}. Starting again repeats the steps since the last checkpoint."
+        )

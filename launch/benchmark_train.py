@@ -1,0 +1,56 @@
+"""Training speed: SFT and GRPO steps against the machine's measured limit, and beside other systems'.
+
+    python launch/benchmark_train.py                                             # the main job's model
+    python launch/benchmark_train.py --peers=hf,trl --json=train.json --plot=train.svg
+
+Weights are random: speed depends on shapes only. `make peers PEERS="hf trl"` makes the peers' environments first.
+Exit codes: 0 done, 1 failed, 2 bad arguments or config.
+"""
+
+import json
+import pathlib
+import sys
+
+from absl import flags
+
+from apr_jax import entry
+from apr_jax.config import ConfigError
+
+_CONFIG = entry.define_config("benchmark_train.py")
+_PEERS = flags.DEFINE_list("peers", [], "Other systems to measure: hf (SFT), trl (GRPO).")
+_TURNS = flags.DEFINE_integer("turns", 5, "Passes of each contestant that count.", lower_bound=1)
+_PHASES = flags.DEFINE_list("phases", ["sft", "grpo"], "What to measure.")
+_PEER_SECONDS = flags.DEFINE_float("peer_seconds", 900.0, "Time limit of one peer.", lower_bound=1.0)
+_JSON = flags.DEFINE_string("json", None, "Write the figures here as one JSON object.")
+_PLOT = flags.DEFINE_string("plot", None, "Draw tokens/s here (.svg, .png).")
+
+
+def main() -> None:
+    config = _CONFIG.config()
+    from apr_jax.train import benchmark_report
+    from apr_jax.train.peers import PEERS
+
+    for flag, given, known in (("peers", _PEERS.value, tuple(PEERS)), ("phases", _PHASES.value, ("sft", "grpo"))):
+        if unknown := [name for name in given if name not in known]:
+            raise ConfigError(f"--{flag}: there is no {unknown[0]!r}; choose of {', '.join(known)}")
+    figures = benchmark_report.measure(
+        config,
+        _PHASES.value,
+        _PEERS.value,
+        _TURNS.value,
+        _PEER_SECONDS.value,
+        lambda text: print(text, file=sys.stderr),
+    )
+    print(benchmark_report.table(figures))
+    if _PLOT.value:
+        benchmark_report.write_plot(_PLOT.value, figures)
+    if _JSON.value:
+        pathlib.Path(_JSON.value).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    entry.run(main)
