@@ -15,6 +15,7 @@ called by all of them in the same order; what decides whether one is called must
 import contextlib
 import functools
 import io
+import itertools
 import os
 import pickle
 import sys
@@ -34,6 +35,7 @@ from apr_jax.parallel.mesh import AXES, partition_spec, replicated
 T = TypeVar("T")
 
 _HEARTBEAT_SECONDS = "20"
+_VERDICT_SECONDS = 20  # that a host in trouble waits at most
 _START_SECONDS = 300  # until the last host must have joined
 _END_SECONDS = 300  # that hosts wait for each other at the end: host 0 may still be writing a report
 _STOP_KEYS = "apr_jax_stop"
@@ -68,7 +70,7 @@ def joined() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         print(f"host {jax.process_index()}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         print("Is another host dead? Waiting for the job's coordinator to say so.", file=sys.stderr, flush=True)
-        time.sleep(heartbeat + 10)
+        time.sleep(min(heartbeat, _VERDICT_SECONDS) + 10)
         raise
 
 
@@ -96,6 +98,22 @@ def _positive(name: str, value: str) -> int:
     if not value.isdecimal() or int(value) < 1:
         raise ConfigError(f"{name}={value}: takes a positive whole number")
     return int(value)
+
+
+def meet(mesh: Mesh) -> None:
+    """Waits for all hosts, and connects those that programs over the job's mesh will connect.
+
+    Between CPUs a group of devices that communicates for the first time has 30 seconds to come together (gloo). Hosts
+    that have compiled a train step first may be further apart.
+    """
+    if jax.process_count() == 1:
+        return
+    split = [axis for axis in AXES if mesh.shape[axis] > 1]
+    for axes in (axes for count in range(1, len(split) + 1) for axes in itertools.combinations(split, count)):
+        _client().wait_at_barrier(f"apr_jax_meet/{'-'.join(axes)}", _START_SECONDS * 1_000)
+        ones = np.ones([mesh.shape[axis] for axis in axes], np.float32)
+        placed = place(ones, NamedSharding(mesh, partition_spec(*axes)))
+        float(jax.jit(lambda x: x.sum(), out_shardings=replicated(mesh))(placed))
 
 
 def is_first() -> bool:

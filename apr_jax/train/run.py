@@ -64,6 +64,7 @@ def train(
       StoppedError: SIGTERM or SIGINT came; all that was finished is saved, and the same call goes on from there.
     """
     mesh = make_mesh(config.mesh)
+    hosts.meet(mesh)
     workdir.mkdir(parents=True, exist_ok=True)
     with stop_signal(mesh).listening() as stop:
         return _Run(config, workdir, mesh, stop).run(checkpoint, start)

@@ -90,6 +90,7 @@ if __name__ == "__main__":
             hosts.gather("all are here")
             dying()
         shared()
+        hosts.meet(_mesh())
         for mesh_shape in MESHES:
             weights(mesh_shape)
         stopping()
