@@ -142,7 +142,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def num_row_shards() -> int:
-    """Devices of the ambient mesh (`jax.set_mesh`) that have rows of their own; 1 where there is none."""
+    """Devices of the ambient mesh (`use_abstract_mesh`) that have rows of their own; 1 where there is none."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 

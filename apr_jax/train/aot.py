@@ -2,7 +2,7 @@
 
 Programs: the SFT step, GRPO's gradients of one microbatch and its update, the engine's prefill and decode. Trainer and
 engine are built as a run builds them, on shapes instead of arrays. Each host of a slice has an engine of its own over
-its own devices (`engine_mesh`), so prefill and decode are compiled for one host.
+its own devices (`hosts.rollout_mesh`), so prefill and decode are compiled for one host.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from apr_jax.engine.threads import MAX_STOP_TOKENS, Call, Rollout, RolloutKey, S
 from apr_jax.model.attention import choose_impl
 from apr_jax.model.decode_weights import layout_shardings, to_layout
 from apr_jax.model.llama import abstract_params, num_params
+from apr_jax.parallel import hosts
 from apr_jax.parallel.flops import count_flops
 from apr_jax.parallel.hlo import Collective, Program
 from apr_jax.parallel.mesh import BATCH_AXES, make_mesh, partition_spec
@@ -81,8 +82,7 @@ def tasks(config: Config, devices: Sequence[Any]) -> dict[str, Task]:
     Raises ConfigError for a mesh that the model, the batches or the engine cannot have.
     """
     mesh = make_mesh(config.mesh, devices)
-    host = [device for device in devices if device.process_index == devices[0].process_index][: mesh.size]
-    rollout_mesh = make_mesh(engine_mesh(config.mesh, len(host)), host)
+    rollout_mesh = hosts.rollout_mesh(mesh)  # of host 0
     model, platform = config.model, mesh.devices.flat[0].platform
     if model.attention == "auto":  # asks JAX's own backend, which is the CPU
         kernel = choose_impl(platform, jnp.dtype(model.compute_dtype), model.head_dim)
@@ -111,6 +111,7 @@ def _training_tasks(config: Config, mesh: Mesh, engine_bytes: int, engine: dict[
     def shared(traced: Any) -> float:
         return count_flops(traced.jaxpr) / mesh.size
 
+    scalar = _on(_shape((), jnp.float32), mesh)
     trained = _bytes(state) + reference
     return {
         "sft_step": Task(
@@ -123,7 +124,7 @@ def _training_tasks(config: Config, mesh: Mesh, engine_bytes: int, engine: dict[
         "grpo_gradients": Task(
             updater._accumulate, arguments, mesh, shared, held=trained - _bytes(state.params) + engine_bytes
         ),
-        "grpo_update": Task(updater._apply, (state, params), mesh, shared, held=reference + engine_bytes),
+        "grpo_update": Task(updater._apply, (state, params, scalar), mesh, shared, held=reference + engine_bytes),
         **{
             name: dataclasses.replace(task, held=trained + max(0, engine_bytes - _bytes(task.arguments)))
             for name, task in engine.items()
@@ -218,10 +219,9 @@ def compile_task(task: Task, on_text: Callable[[str], None] | None = None) -> Co
     Raises jax.errors.JaxRuntimeError where the compiler refuses, as a TPU's does when memory runs out.
     """
     start = time.perf_counter()
-    with jax.set_mesh(task.mesh):
-        traced = task.jitted.trace(*task.arguments)
-        flops = task.flops(traced)
-        compiled = traced.lower().compile()
+    traced = task.jitted.trace(*task.arguments)
+    flops = task.flops(traced)
+    compiled = traced.lower().compile()
     seconds = time.perf_counter() - start
     text, memory = compiled.as_text(), compiled.memory_analysis()
     if on_text is not None:
@@ -266,7 +266,9 @@ def _grow_collectives(
     return tuple(grown)
 
 
-def grpo_step_seconds(config: Config, programs: dict[str, Compiled], peaks: Peaks, hosts: int, shards: int) -> float:
+def grpo_step_seconds(
+    config: Config, programs: dict[str, Compiled], peaks: Peaks, num_hosts: int, shards: int
+) -> float:
     """The least time of a GRPO step whose rollouts each generate a full context, `model.max_seq_len` tokens in all.
 
     Decode with every lane busy, then gradients of rows that are full, `inner_updates` times, each with an update.
@@ -274,12 +276,12 @@ def grpo_step_seconds(config: Config, programs: dict[str, Compiled], peaks: Peak
 
     Args:
         programs: at least "decode", "grpo_gradients" and "grpo_update".
-        hosts: engines.
+        num_hosts: engines.
         shards: data shards of each engine.
     """
     grpo = config.grpo
     tokens = grpo.prompts_per_step * grpo.group_size * config.model.max_seq_len
-    lanes = config.rollout.num_lanes // (config.mesh.data * config.mesh.fsdp) * shards * hosts
+    lanes = config.rollout.num_lanes // (config.mesh.data * config.mesh.fsdp) * shards * num_hosts
     microbatches = -(-tokens // (grpo.rows_per_microbatch * grpo.row_len))
     least = {name: Estimate.of(program.cost, peaks).seconds for name, program in programs.items()}
     update = microbatches * least["grpo_gradients"] + least["grpo_update"]

@@ -21,7 +21,8 @@ Scorer = Callable[[Params, Batch], TokenScores]
 def make_scorer(model: ModelConfig, mesh: Mesh, log_probs: LogProbs, given: Sequence[str] = ()) -> Scorer:
     """A function (params, batch of packed rows) -> scores of the batch's targets.
 
-    The batch's arrays named in `given` go to `log_probs`, after the logits. Attention kernels are mapped over the mesh.
+    The batch's arrays named in `given` go to `log_probs`, after the logits. Attention kernels are mapped over the mesh,
+    activations keep their rows on it, and the loss counts its chunks per device.
     """
     structure = graphdef(model)
 
@@ -29,8 +30,8 @@ def make_scorer(model: ModelConfig, mesh: Mesh, log_probs: LogProbs, given: Sequ
         llama = nnx.merge(structure, params)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             hidden_BTD, _ = llama(batch["tokens"], batch["positions"], segment_ids=batch["segment_ids"])
-        arrays = tuple(batch[name] for name in given)
-        return token_scores(hidden_BTD, batch["targets"], llama.logits, log_probs, model.vocab_size, given=arrays)
+            arrays = tuple(batch[name] for name in given)
+            return token_scores(hidden_BTD, batch["targets"], llama.logits, log_probs, model.vocab_size, given=arrays)
 
     return score
 

@@ -34,13 +34,9 @@ def paper_config(data: int, tensor: int) -> Config:
 
 def programs(config: Config, mesh: Any) -> dict[str, Any]:
     """What the engine runs, lowered for the mesh's devices."""
-    import jax
-
     from apr_jax.train.aot import engine_tasks
 
-    tasks = engine_tasks(config, mesh)
-    with jax.set_mesh(mesh):
-        return {name: task.jitted.lower(*task.arguments) for name, task in tasks.items()}
+    return {name: task.jitted.lower(*task.arguments) for name, task in engine_tasks(config, mesh).items()}
 
 
 def training_attention(config: Config, mesh: Any, impl: str) -> Any:
