@@ -20,6 +20,8 @@ VARIANTS = [
     for name in ("grpo", "sft", "benchmark_decode", "benchmark_train")
     for variant in ("laptop", "smoke", "paper", "7b")
 ]
+# Lanes that 3 and 5 divide: what else they don't divide is told.
+LANES_BY_30 = {"rollout__num_lanes": 60, "rollout__num_pages": 1_200, "rollout__prefill_lanes": 30}
 REWARD = {"sequential_token_price": 0.0, "token_price": 0.0, "thread_price": 0.0, "failures_pay": False}
 
 
@@ -63,10 +65,10 @@ def test_unknown_variant_names_the_known_ones():
         ({"model__attention": "cudn"}, r"model\.attention='cudn': .* did you mean 'cudnn'\?"),
         ({"model__num_kv_heads": 2}, r"num_heads=3 must be a multiple of model\.num_kv_heads=2"),
         ({"model__head_dim": 3}, r"head_dim=3 must be even"),
-        ({"mesh__data": 3}, r"rollout\.num_lanes=64 must be a multiple of mesh\.data=3"),
+        ({"mesh__data": 3}, r"rollout\.num_lanes=64 must be a multiple of mesh\.data \* mesh\.fsdp = 3"),
         ({"mesh__tensor": 2}, r"num_kv_heads=3 must be a multiple of mesh\.tensor=2"),
-        ({"mesh__fsdp": 5}, r"embed_dim=192 must be a multiple of mesh\.fsdp=5"),
-        ({"mesh__fsdp": 3}, r"=8 must be a multiple of mesh\.data \* mesh\.fsdp = 6"),
+        ({"mesh__fsdp": 5, **LANES_BY_30}, r"embed_dim=192 must be a multiple of mesh\.fsdp=5"),
+        ({"mesh__fsdp": 3, **LANES_BY_30}, r"=8 must be a multiple of mesh\.data \* mesh\.fsdp = 6"),
         ({"rollout__num_pages": 20}, r"num_pages=20 leaves 9 usable pages .* tokens needs 16"),
         ({"sft__row_len": 256}, r"sft\.row_len=256 is shorter than model\.max_seq_len=512"),
         ({"sft__microbatches": 3}, r"rows_per_step=8 must be a multiple of sft\.microbatches=3"),

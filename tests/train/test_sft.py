@@ -169,11 +169,17 @@ class StopAt(StopSignal):
         pass
 
 
-def test_training_starts_from_given_weights():
+def test_training_starts_from_given_weights(tmp_path):
     given = jax.tree.map(lambda x: x + 1, init_params(CONFIG.model, 0))
     still = dataclasses.replace(CONFIG.sft, num_steps=0)
     held_out = random_rows(CONFIG.model.vocab_size, CONFIG.sft.row_len, 6)
-    how = {"rows": Rows(CONFIG), "validation_rows": held_out, "seed": 0, "params": given}
+    how = {
+        "rows": Rows(CONFIG),
+        "validation_rows": held_out,
+        "seed": 0,
+        "params": given,
+        "skipped": SkippedSteps(tmp_path, 1),
+    }
     trained = train_sft(still, CONFIG.model, make_mesh(CONFIG.mesh), **how)
     jax.tree.map(np.testing.assert_array_equal, trained, given)
 
