@@ -1,6 +1,7 @@
 """An engine on every host, that together look like one: each runs its share of the programs on its own devices."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -103,7 +104,12 @@ class HostedEngine:
         def run_mine() -> list[Rollout]:
             return self._engine.run(mine, seed=seed, temperature=temperature, on_progress=show)
 
-        return [rollout for rollouts in self._stop.together(run_mine) for rollout in rollouts]
+        begin = time.perf_counter()
+        rollouts = [rollout for theirs in self._stop.together(run_mine) for rollout in theirs]
+        if on_progress is not None:
+            tokens = sum(len(call.tokens) for rollout in rollouts for call in rollout.calls)
+            on_progress(Progress(len(rollouts), len(rollouts), tokens, time.perf_counter() - begin))
+        return rollouts
 
 
 def _share_of(rollout: RolloutConfig) -> RolloutConfig:
