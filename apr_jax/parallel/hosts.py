@@ -81,6 +81,8 @@ def _place_in_job() -> dict[str, Any] | None:
         return None
     if hosts == "auto":
         return {}
+    if hosts == "1":
+        return None
     missing = [name for name in ("APR_HOST", "APR_COORDINATOR") if name not in os.environ]
     if missing:
         raise ConfigError(f"APR_HOSTS={hosts} is set, and {missing[0]} is not")

@@ -71,6 +71,7 @@ class Updater:
             donate_argnums=0,
             out_shardings=(state_shardings(mesh, config.model, self.optimizer), None),
         )
+        self._mean = jax.jit(_mean_metrics)  # one program: some forty small ones a step can lock up XLA's CPU devices
         self._zeros = jax.jit(
             lambda params: (jax.tree.map(jnp.zeros_like, params), _zero_terms()),
             out_shardings=(model_shardings(mesh, config.model), replicated(mesh)),
@@ -102,7 +103,7 @@ class Updater:
         """
         references = [None if reference is None else self._reference(reference, batch) for batch in microbatches]
         old: list[jax.Array | None] = [None] * len(microbatches)
-        metrics: list[dict[str, jax.Array]] = []
+        updates: list[tuple[GRPOTerms, dict[str, jax.Array]]] = []
         for _ in range(self._config.grpo.inner_updates):
             sums: Sums = self._zeros(state.params)
             new = []
@@ -112,9 +113,8 @@ class Updater:
             old = [logprob_BT if old_BT is None else old_BT for logprob_BT, old_BT in zip(new, old, strict=True)]
             grads, terms = sums
             state, applied = self._apply(state, grads, terms.policy_loss + terms.kl_loss)
-            metrics.append(_device_metrics(terms) | applied)
-        averaged = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
-        return state, averaged, [old_BT for old_BT in old if old_BT is not None]
+            updates.append((terms, applied))
+        return state, self._mean(updates), [old_BT for old_BT in old if old_BT is not None]
 
     def _add_gradients(
         self,
@@ -313,6 +313,11 @@ def _timings(scored: Scored, began: float, rolled_out: float, ended: float) -> d
 def _zero_terms() -> GRPOTerms:
     zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
     return GRPOTerms(policy_loss=zero, kl_loss=zero, clipped=none, k3=zero, tokens=none)
+
+
+def _mean_metrics(updates: Sequence[tuple[GRPOTerms, Mapping[str, jax.Array]]]) -> dict[str, jax.Array]:
+    metrics = [{**_device_metrics(terms), **applied} for terms, applied in updates]
+    return {name: jnp.asarray(sum(m[name] for m in metrics) / len(metrics)) for name in metrics[0]}
 
 
 def _device_metrics(terms: GRPOTerms) -> dict[str, jax.Array]:
