@@ -113,7 +113,7 @@ def test_two_hosts_killed_resumed_and_stopped_learn_what_one_process_learns(plac
     for ours, theirs in zip(actual, expected, strict=False):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
-            expected_value = pytest.approx(value, abs=1e-6) if isinstance(value, float) else value
+            expected_value = pytest.approx(value, rel=1e-5, abs=1e-5) if isinstance(value, float) else value
             assert ours[name] == expected_value, f"{ours['phase']} {ours['step']}: {name}"
     saved = max(int(folder.name) for folder in (parts / "checkpoints/grpo").iterdir() if folder.name.isdigit())
     assert len(actual) == 6 + saved >= len(expected)
