@@ -75,16 +75,16 @@ def _compare(folders: dict[str, pathlib.Path]) -> None:
 def _evaluate_all(folders: dict[str, pathlib.Path]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Summary and records of each policy, on one engine."""
     from apr_jax.data.tokenizer import load_tokenizer
-    from apr_jax.engine.engine import Engine
     from apr_jax.evaluation.policy import check_vocabulary, choose_config
     from apr_jax.evaluation.run import ShownProgress, evaluate, load_problems
     from apr_jax.parallel.mesh import make_mesh, offer_cpu_devices
-    from apr_jax.reasoning.outcome import banned_tokens, make_settings, spawn_gate
+    from apr_jax.reasoning.outcome import make_settings
+    from apr_jax.reasoning.policy_engine import policy_engine
     from apr_jax.train.checkpoint import load_policy
 
     offer_cpu_devices()
     policies = {name: load_policy(folder) for name, folder in folders.items()}
-    model, _, saved = next(iter(policies.values()))
+    model, first_params, saved = next(iter(policies.values()))
     given = _CONFIG.config_dict() if _CONFIG.is_given or saved is None else None
     config = choose_config(model, saved, given, _CONFIG.overrides)
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -93,18 +93,13 @@ def _evaluate_all(folders: dict[str, pathlib.Path]) -> tuple[dict[str, Any], dic
     split: Split = _SPLIT.value or evaluation.split  # type: ignore[assignment]
     problems = load_problems(config, split, _NUM_PROBLEMS.value or evaluation.num_problems)
     check_vocabulary(config.model, tokenizer)
-    engine: Engine | None = None
-    summaries, records = {}, {}
-    for name, (other, params, _) in policies.items():
+    for name, (other, _, _) in policies.items():
         if dataclasses.replace(other, max_seq_len=model.max_seq_len) != model:
             raise ConfigError(f"--policies: {name} is another model than {next(iter(policies))}")
-        if engine is None:
-            banned = banned_tokens(tokenizer, config.model.vocab_size)
-            gate = spawn_gate(config, tokenizer)
-            engine = Engine(
-                config.model, config.rollout, make_mesh(config.mesh), params=params, banned_tokens=banned, gate=gate
-            )
-            engine.warm_up()  # so that no rate or latency counts compilation
+    engine = policy_engine(config, make_mesh(config.mesh), tokenizer, first_params)
+    engine.warm_up()  # so that no rate or latency counts compilation
+    summaries, records = {}, {}
+    for name, (_, params, _) in policies.items():
         engine.set_params(params)
         with ShownProgress(len(problems), f"Evaluate {name}") as on_progress:
             summaries[name], records[name] = evaluate(

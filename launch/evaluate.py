@@ -61,11 +61,11 @@ def main() -> None:
 
 
 def _evaluate(checkpoint: pathlib.Path, own_problems: list[Problem] | None) -> None:
-    from apr_jax.engine.engine import Engine
     from apr_jax.evaluation.policy import check_vocabulary, choose_config
     from apr_jax.evaluation.run import ShownProgress, evaluate, save_rollouts, show_summary
     from apr_jax.parallel.mesh import make_mesh, offer_cpu_devices
-    from apr_jax.reasoning.outcome import banned_tokens, make_settings, spawn_gate
+    from apr_jax.reasoning.outcome import make_settings
+    from apr_jax.reasoning.policy_engine import policy_engine
     from apr_jax.train.checkpoint import load_policy
 
     offer_cpu_devices()  # before the weights start JAX; how many the mesh needs, they will tell
@@ -75,9 +75,7 @@ def _evaluate(checkpoint: pathlib.Path, own_problems: list[Problem] | None) -> N
     tokenizer = _tokenizer(checkpoint, config, saved)
     check_vocabulary(config.model, tokenizer)
     problems, source = (own_problems, _PROBLEMS.value) if own_problems else _problems(config)
-    banned = banned_tokens(tokenizer, config.model.vocab_size)
-    mesh, gate = make_mesh(config.mesh), spawn_gate(config, tokenizer)
-    engine = Engine(config.model, config.rollout, mesh, params=params, banned_tokens=banned, gate=gate)
+    engine = policy_engine(config, make_mesh(config.mesh), tokenizer, params)
     print(f"engine memory: {engine.memory}", file=sys.stderr)
     engine.warm_up()  # so that no rate or latency counts compilation
     temperature = config.evaluation.temperature if _TEMPERATURE.value is None else _TEMPERATURE.value

@@ -13,26 +13,19 @@ from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.plan import EnginePlan
 from apr_jax.engine.threads import Program, Progress, Rollout, RolloutKey
+from apr_jax.evaluation.run import RunsPrograms
 from apr_jax.model.llama import Params, abstract_params, logical_axes
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import RULES, param_shardings
-from apr_jax.reasoning.outcome import banned_tokens, spawn_gate
+from apr_jax.reasoning.policy_engine import policy_engine
 from apr_jax.train.signals import StopSignal
 
 
-class RolloutEngine(Protocol):
-    """What training and evaluation need of an engine."""
+class RolloutEngine(RunsPrograms, Protocol):
+    """What training needs of an engine, besides what evaluation does."""
 
     def set_params(self, params: Params) -> None: ...
     def warm_up(self) -> float: ...
-    def run(
-        self,
-        programs: Sequence[tuple[RolloutKey, Program]],
-        *,
-        seed: int,
-        temperature: float,
-        on_progress: Callable[[Progress], None] | None = None,
-    ) -> list[Rollout]: ...
 
 
 def plan_engine(config: Config, mesh: Mesh) -> EnginePlan:
@@ -44,14 +37,7 @@ def make_engine(config: Config, mesh: Mesh, tokenizer: Tokenizer, params: Params
     """The engine of a run whose trainer works on `mesh`, where `params` lie. Raises ConfigError as `plan_engine`."""
 
     def on_this_host(params: Params) -> Engine:
-        return Engine(
-            config.model,
-            _share_of(config.rollout),
-            hosts.rollout_mesh(mesh),
-            params=params,
-            banned_tokens=banned_tokens(tokenizer, config.model.vocab_size),
-            gate=spawn_gate(config, tokenizer),
-        )
+        return policy_engine(config, hosts.rollout_mesh(mesh), tokenizer, params, _share_of(config.rollout))
 
     if jax.process_count() == 1:
         return on_this_host(params)
