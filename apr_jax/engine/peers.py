@@ -61,7 +61,7 @@ def run_peers(
             raise ConfigError(f"--peers: there is no peer {name!r}; choose of {', '.join(PEERS)}")
     reports = {}
     for name in names:
-        reason = _not_installed(name, root)
+        reason = why_not_installed(name, root)
         report: dict[str, Any] = {"error": reason} if reason else _run(name, workload, root)
         if report.get("greedy_tokens") is not None:
             report |= compare(report["greedy_tokens"], expected_tokens)
@@ -99,15 +99,22 @@ def summary(name: str, report: Mapping[str, Any]) -> str:
     return f"{name}: {'; '.join(parts)}"
 
 
-def _python(name: str, root: pathlib.Path) -> pathlib.Path:
+def peer_environment(threads: int) -> dict[str, str]:
+    """The environment variables of a peer's process: ours, less what steers our own process."""
+    environment = {key: value for key, value in os.environ.items() if key not in _OURS}
+    return environment | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def peer_python(name: str, root: pathlib.Path) -> pathlib.Path:
+    """The interpreter of a peer's own environment."""
     return root / ".venv-peers" / name / "bin" / "python"
 
 
-def _not_installed(name: str, root: pathlib.Path) -> str | None:
+def why_not_installed(name: str, root: pathlib.Path) -> str | None:
     """Why a peer has no environment, or None where it has one."""
     failed = root / ".venv-peers" / f"{name}.failed"
     if failed.exists():
-        return f"not installed: {_last_lines(failed.read_text(errors='replace'))}"
+        return f"not installed: {last_lines(failed.read_text(errors='replace'))}"
     if not (root / ".venv-peers" / name / ".installed").exists():
         return "not installed: run `make peers`"
     return None
@@ -118,7 +125,7 @@ def _run(name: str, workload: Workload, root: pathlib.Path) -> dict[str, Any]:
         given, out, log = (pathlib.Path(folder) / part for part in ("workload.json", "report.json", "log.txt"))
         given.write_text(json.dumps(dataclasses.asdict(workload)))
         script = root / "launch" / "peers" / f"peer_{name}.py"
-        command = [str(_python(name, root)), str(script), f"--workload={given}", f"--out={out}"]
+        command = [str(peer_python(name, root)), str(script), f"--workload={given}", f"--out={out}"]
         with log.open("w") as stream:
             reason = _call(command, stream, workload)
         if reason == "" and not out.exists():
@@ -128,15 +135,14 @@ def _run(name: str, workload: Workload, root: pathlib.Path) -> dict[str, Any]:
         except ValueError as error:
             report, reason = {}, f"its report is no JSON: {error}"
         if reason:
-            lines = _last_lines(log.read_text(errors="replace"))
+            lines = last_lines(log.read_text(errors="replace"))
             report["error"] = f"{reason}: {lines}" if lines else reason
         return report
 
 
 def _call(command: Sequence[str], stream: Any, workload: Workload) -> str:
     """Runs a peer to its end, or ends it and its children when its time is over. Returns what went wrong, or ""."""
-    environment = {key: value for key, value in os.environ.items() if key not in _OURS}
-    environment |= {"OMP_NUM_THREADS": str(workload.threads), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    environment = peer_environment(workload.threads)
     process = subprocess.Popen(
         command, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
     )
@@ -145,11 +151,11 @@ def _call(command: Sequence[str], stream: Any, workload: Workload) -> str:
     except subprocess.TimeoutExpired:
         return f"stopped after {workload.seconds_limit:g} s"
     finally:
-        _end(process)
+        end_peer(process)
     return "" if code == 0 else f"exit code {code}"
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end_peer(process: subprocess.Popen[bytes]) -> None:
     """Ends whatever is left of a peer: it leads a process group of its own."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
@@ -158,6 +164,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _last_lines(text: str) -> str:
+def last_lines(text: str) -> str:
+    """The end of a peer's output, in one line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " | ".join(lines[-_REASON_LINES:])

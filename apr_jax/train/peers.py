@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Self
 
-from apr_jax.engine import peers as decode_peers
+from apr_jax.engine.peers import end_peer, last_lines, peer_environment, peer_python, why_not_installed
 
 PEERS = {"hf": "peer_hf_train.py", "trl": "peer_trl.py"}  # a peer's environment has its name
 
@@ -35,17 +35,15 @@ class Peer:
         self, name: str, workload: Mapping[str, Any], seconds_limit: float, root: pathlib.Path = _ROOT
     ) -> None:
         """`seconds_limit` holds for all passes together, loading and compiling included."""
-        if reason := decode_peers._not_installed(name, root):
+        if reason := why_not_installed(name, root):
             raise PeerError(reason)
         self._folder = tempfile.TemporaryDirectory(prefix=f"peer-{name}-")
         folder = pathlib.Path(self._folder.name)
         (folder / "workload.json").write_text(json.dumps(dict(workload)))
         self._log = folder / "log.txt"
         self._left, self._name = seconds_limit, name
-        environment = {key: value for key, value in os.environ.items() if key not in decode_peers._OURS}
-        environment |= {"OMP_NUM_THREADS": str(workload["threads"]), "HF_HUB_OFFLINE": "1"}
         command = [
-            str(decode_peers._python(name, root)),
+            str(peer_python(name, root)),
             str(root / "launch" / "peers" / PEERS[name]),
             f"--workload={folder / 'workload.json'}",
         ]
@@ -55,7 +53,7 @@ class Peer:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=environment,
+                env=peer_environment(workload["threads"]),
                 start_new_session=True,
             )
         try:
@@ -82,7 +80,7 @@ class Peer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        decode_peers._end(self._process)
+        end_peer(self._process)
         self._folder.cleanup()
 
     def _answer(self) -> dict[str, Any]:
@@ -97,7 +95,7 @@ class Peer:
                     raise PeerError(f"{self._name} was stopped: its time was over")
                 part = os.read(self._process.stdout.fileno(), 1 << 16)
                 if not part:
-                    lines = decode_peers._last_lines(self._log.read_text(errors="replace"))
+                    lines = last_lines(self._log.read_text(errors="replace"))
                     raise PeerError(f"{self._name} ended: {lines}")
                 line += part
         self._left -= time.perf_counter() - start
