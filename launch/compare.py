@@ -16,6 +16,7 @@ from absl import flags
 
 from apr_jax import entry
 from apr_jax.config import ConfigError
+from apr_jax.evaluation.sources import check_policy_folder
 from apr_jax.tasks.generation import SPLITS, Split
 
 _CONFIG = entry.define_config("grpo.py")
@@ -33,11 +34,11 @@ def main() -> None:
     if len(folders) < 2:
         raise ConfigError("--policies takes two or more different names: first=runs/a,second=runs/b")
     for name, folder in folders.items():
-        if not folder.is_dir():
-            raise ConfigError(f"--policies={name}={folder}: no such folder")
+        check_policy_folder(folder, f"policies={name}")
     from apr_jax.data.countdown_builder import DatasetError
     from apr_jax.evaluation.compare import draw_runs
     from apr_jax.model.hf import HuggingFaceError
+    from apr_jax.train.integrity import CheckpointError
 
     if _FIGURE.value:
         try:
@@ -46,7 +47,7 @@ def main() -> None:
             raise entry.FailedError(str(error)) from error
     try:
         _compare(folders)
-    except (DatasetError, FileNotFoundError, HuggingFaceError) as error:
+    except (CheckpointError, DatasetError, FileNotFoundError, HuggingFaceError) as error:
         raise entry.FailedError(str(error)) from error
 
 
