@@ -14,25 +14,23 @@ import json
 import pathlib
 import shutil
 import sys
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from apr_jax.config import Config, ConfigError, MeshConfig, ModelConfig, to_dict
 from apr_jax.model.hf import load_hf
 from apr_jax.model.llama import Params
+from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.train.best import PreserveBest, add_score, best_step, read_scores
 from apr_jax.train.integrity import CheckpointError, check_files, write_sums
 from apr_jax.train.phases import PHASES, Phase
 from apr_jax.train.same_run import check_same
 from apr_jax.train.state import TrainState, abstract_params_on
-
-_NONE_USABLE = -2  # among steps, when processes agree on one
 
 
 class Restored(NamedTuple):
@@ -71,23 +69,19 @@ class Checkpoints:
           ConfigError: none is of this configuration; names each field with both values.
           CheckpointError: there are checkpoints, and all are damaged.
         """
-        usable, unusable = self._look() if jax.process_index() == 0 else (None, {})
-        usable = _agreed(_NONE_USABLE if unusable and usable is None else usable)
-        if usable == _NONE_USABLE:
-            problems = self._look()[1]
-            foreign = [problem for problem in problems.values() if isinstance(problem, ConfigError)]
+        usable, unusable = hosts.from_first(self._look)
+        if unusable and usable is None:
+            foreign = [problem for problem in unusable.values() if isinstance(problem, ConfigError)]
             raise (
                 foreign[0]
                 if foreign
                 else CheckpointError(
                     f"no checkpoint under {self.directory} can be used:\n"
-                    + "\n".join(f"  {step}: {problem}" for step, problem in problems.items())
+                    + "\n".join(f"  {step}: {problem}" for step, problem in unusable.items())
                     + "\nMove the folder away to start this phase anew."
                 )
             )
-        for step, problem in unusable.items():
-            self._set_aside(step, problem)
-        _agreed(usable)  # all are moved before another process reads what there is
+        hosts.from_first(lambda: self._set_aside(unusable))  # all are moved before another host reads what there is
         self._manager.reload()
         return usable
 
@@ -130,7 +124,7 @@ class Checkpoints:
 
     def score(self, step: int, value: float) -> None:
         """Notes a step's validation score. The best of the checkpoints is kept, however many follow."""
-        if jax.process_index() == 0:
+        if hosts.is_first():
             add_score(self.directory, self.phase, step, value)
 
     def has_score(self, step: int) -> bool:
@@ -193,28 +187,22 @@ class Checkpoints:
                 return step, unusable
         return None, unusable
 
-    def _set_aside(self, step: int, problem: Exception) -> None:
-        target = self.directory.parent / "unusable" / f"{self.phase}-{step}"
-        if target.exists():
-            shutil.rmtree(target)
-        target.parent.mkdir(exist_ok=True)
-        (self.directory / str(step)).rename(target)
-        print(f"{self.directory / str(step)} cannot be used and is now {target}: {problem}", file=sys.stderr)
+    def _set_aside(self, problems: Mapping[int, Exception]) -> None:
+        """Moves checkpoints that cannot be used out of the way, and says why each."""
+        for step, problem in problems.items():
+            source = self.directory / str(step)
+            target = self.directory.parent / "unusable" / f"{self.phase}-{step}"
+            if target.exists():
+                shutil.rmtree(target)
+            target.parent.mkdir(exist_ok=True)
+            source.rename(target)
+            print(f"{source} cannot be used and is now {target}: {problem}", file=sys.stderr)
 
     def _write_sums(self) -> None:
         """For the checkpoint whose files are all written, just before the rename that completes it."""
-        if jax.process_index() == 0:
+        if hosts.is_first():
             for folder in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 write_sums(folder)
-
-
-def _agreed(step: int | None) -> int | None:
-    """The first process's step, on all."""
-    if jax.process_count() == 1:
-        return step
-    given = np.int32(-1 if step is None else step)
-    agreed = int(multihost_utils.broadcast_one_to_all(given))
-    return None if agreed == -1 else agreed
 
 
 def _read_meta(folder: pathlib.Path) -> dict[str, Any]:
@@ -259,11 +247,14 @@ def load_reference(workdir: pathlib.Path, abstract: Params) -> Params:
 def forget_reference(workdir: pathlib.Path) -> None:
     """Removes the reference policy, so that it is made anew. At no moment is there half of one."""
     path = (workdir / "checkpoints" / "reference").absolute()
-    if jax.process_index() == 0 and path.exists():
-        doomed = path.with_name("reference.removed")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
-    _agreed(None)  # it is gone before another process looks
+
+    def remove() -> None:
+        if path.exists():
+            doomed = path.with_name("reference.removed")
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+
+    hosts.from_first(remove)  # it is gone before another host looks
 
 
 def load_policy(path: pathlib.Path) -> tuple[ModelConfig, Params, dict[str, Any] | None]:
