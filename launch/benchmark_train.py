@@ -28,19 +28,19 @@ _PLOT = flags.DEFINE_string("plot", None, "Draw tokens/s here (.svg, .png).")
 def main() -> None:
     config = _CONFIG.config()
     from apr_jax.train import benchmark_report
+    from apr_jax.train.benchmark import Session
     from apr_jax.train.peers import PEERS
 
     for flag, given, known in (("peers", _PEERS.value, tuple(PEERS)), ("phases", _PHASES.value, ("sft", "grpo"))):
         if unknown := [name for name in given if name not in known]:
             raise ConfigError(f"--{flag}: there is no {unknown[0]!r}; choose of {', '.join(known)}")
-    figures = benchmark_report.measure(
-        config,
-        _PHASES.value,
-        _PEERS.value,
-        _TURNS.value,
-        _PEER_SECONDS.value,
-        lambda text: print(text, file=sys.stderr),
+    session = Session(
+        peers=_PEERS.value,
+        turns=_TURNS.value,
+        seconds_limit=_PEER_SECONDS.value,
+        say=lambda text: print(text, file=sys.stderr),
     )
+    figures = benchmark_report.measure(config, _PHASES.value, session)
     print(benchmark_report.table(figures))
     if _PLOT.value:
         benchmark_report.write_plot(_PLOT.value, figures)

@@ -4,7 +4,9 @@ The machine's speed moves from minute to minute. So the contestants take turns, 
 median over the turns of the ratio of one turn's times. The first turn warms up and is not counted.
 """
 
+import contextlib
 import dataclasses
+import functools
 import os
 import random
 import statistics
@@ -46,6 +48,16 @@ _wait: Callable[[Any], Any] = jax.block_until_ready
 _SFT_STEPS = 6  # of a pass
 _PROBLEMS = 400  # whose demonstrations the rows are packed from
 _SAME_LOSS = 1e-3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Session:
+    """How a benchmark is run."""
+
+    peers: Sequence[str]  # names of `peers.PEERS` that take part
+    turns: int  # counted ones
+    seconds_limit: float  # of one peer
+    say: Callable[[str], None]  # is told what is measured now
 
 
 def take_turns(contestants: Mapping[str, Contestant], turns: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -130,9 +142,7 @@ def training_flops(config: Config, segment_ids: np.ndarray) -> float:
     return 6.0 * matrices * sum(lengths) + 12.0 * model.head_dim * model.num_heads * model.num_layers * pairs
 
 
-def benchmark_sft(
-    config: Config, mesh: Mesh, peers: Sequence[str], turns: int, seconds_limit: float, say: Callable[[str], None]
-) -> dict[str, Any]:
+def benchmark_sft(config: Config, mesh: Mesh, session: Session) -> dict[str, Any]:
     """SFT steps with AdamW, ours and `hf`'s on the same batches, and ours with the config's own optimizer beside them.
 
     The learning rate is constant, so that losses agree step by step: `same_model` says whether they do.
@@ -149,7 +159,7 @@ def benchmark_sft(
         "optimizer": dataclasses.asdict(adamw),
     }
     tokens = statistics.fmean(int(np.count_nonzero(batch["segment_ids"])) for batch in batches)
-    figures = _measure("hf" in peers and "hf", contestants, workload, config, params, turns, seconds_limit, tokens, say)
+    figures = _measure(session, "hf", contestants, workload, (config, params), tokens)
     rows = figures["contestants"]
     for name, row in rows.items():
         if name.startswith("hf") and "losses" in row:
@@ -181,9 +191,7 @@ def _sft_pass(
     return run
 
 
-def benchmark_grpo(
-    config: Config, mesh: Mesh, peers: Sequence[str], turns: int, seconds_limit: float, say: Callable[[str], None]
-) -> dict[str, Any]:
+def benchmark_grpo(config: Config, mesh: Mesh, session: Session) -> dict[str, Any]:
     """GRPO steps of `grpo.prompts_per_step * group_size` rollouts, rollouts included, ours and TRL's.
 
     The rollouts have the lengths of the solver's searches, `group_size` of each problem. Ours runs them as this method
@@ -220,9 +228,7 @@ def benchmark_grpo(
         "optimizer": dataclasses.asdict(config.grpo.optimizer),
     }
     tokens = float(sum(lengths) * group)
-    figures = _measure(
-        "trl" in peers and "trl", contestants, workload, one_thread, params, turns, seconds_limit, tokens, say
-    )
+    figures = _measure(session, "trl", contestants, workload, (one_thread, params), tokens)
     return figures | {
         "rollouts": len(threads),
         "generated_tokens": tokens,
@@ -282,35 +288,33 @@ def _grpo_pass(
 
 
 def _measure(
-    peer: str | bool,
+    session: Session,
+    peer: str,
     contestants: Mapping[str, Contestant],
     workload: Mapping[str, Any],
-    config: Config,
-    params: Params,
-    turns: int,
-    seconds_limit: float,
+    model: tuple[Config, Params],
     tokens: float,
-    say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Takes turns, with every mode of the peer among the contestants; a peer that cannot run says why."""
-    if not peer:
-        return {"contestants": compare(take_turns(contestants, turns, say), OURS, tokens)}
-    name = str(peer)
-    with tempfile.TemporaryDirectory(prefix="apr_jax-") as folder:
-        save_hf(folder, config.model, params)
-        given = {**workload, "model": folder, "threads": os.cpu_count() or 1}
-        try:
-            running = Peer(name, given, seconds_limit)
-        except PeerError as error:
-            return {
-                "contestants": compare(take_turns(contestants, turns, say), OURS, tokens),
-                name: {"error": str(error)},
-            }
-        with running:
-            modes = {f"{name} {mode}": lambda mode=mode: running.run(mode) for mode in running.modes}
-            rows = compare(take_turns({**contestants, **modes}, turns, say), OURS, tokens)
-            about = {"version": running.version, "method": running.method}
-    measured = [mode for mode in modes if "median_seconds" in rows[mode]]
+    """Takes turns, with every mode of the peer among them where it is asked for; a peer that cannot run says why.
+
+    `model` is what the peer is given, `tokens` how many a step has.
+    """
+    entered, about, running = dict(contestants), {}, None
+    with contextlib.ExitStack() as stack:
+        if peer in session.peers:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="apr_jax-"))
+            config, params = model
+            save_hf(folder, config.model, params)
+            given = {**workload, "model": folder, "threads": os.cpu_count() or 1}
+            try:
+                running = stack.enter_context(Peer(peer, given, session.seconds_limit))
+            except PeerError as error:
+                about["error"] = str(error)
+            else:
+                about |= {"version": running.version, "method": running.method}
+                entered |= {f"{peer} {mode}": functools.partial(running.run, mode) for mode in running.modes}
+        rows = compare(take_turns(entered, session.turns, session.say), OURS, tokens)
+    measured = [name for name in entered if name not in contestants and "median_seconds" in rows[name]]
     if measured:
-        about["fastest"] = min(measured, key=lambda mode: rows[mode]["median_seconds"])
-    return {"contestants": rows, name: about}
+        about["fastest"] = min(measured, key=lambda name: rows[name]["median_seconds"])
+    return {"contestants": rows, **({peer: about} if about else {})}

@@ -2,33 +2,26 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from apr_jax.config import Config
 from apr_jax.engine.benchmark import about
 from apr_jax.engine.roofline import measure_limits
 from apr_jax.parallel.mesh import make_mesh
-from apr_jax.train.benchmark import OURS, benchmark_grpo, benchmark_sft
+from apr_jax.train.benchmark import OURS, Session, benchmark_grpo, benchmark_sft
 
 _TITLES = {"sft": "SFT", "grpo": "GRPO step"}
 
 
-def measure(
-    config: Config,
-    phases: Sequence[str],
-    peers: Sequence[str],
-    turns: int,
-    seconds_limit: float,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
+def measure(config: Config, phases: Sequence[str], session: Session) -> dict[str, Any]:
     """Measures the phases, and the machine's limits before and after each (the better ones count)."""
     mesh = make_mesh(config.mesh)
     limits = measure_limits(mesh, config.model.compute_dtype)
     figures: dict[str, Any] = about(config)
     for phase in phases:
         benchmark = benchmark_sft if phase == "sft" else benchmark_grpo
-        figures[phase] = benchmark(config, mesh, peers, turns, seconds_limit, say)
+        figures[phase] = benchmark(config, mesh, session)
         limits = limits.better(measure_limits(mesh, config.model.compute_dtype))
     figures["limits"] = dataclasses.asdict(limits)
     for row in figures.get("sft", {}).get("contestants", {}).values():
