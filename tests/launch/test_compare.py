@@ -1,10 +1,7 @@
 """launch/compare.py as a user runs it."""
 
+import functools
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
@@ -13,17 +10,9 @@ from apr_jax.parallel.mesh import make_mesh
 from apr_jax.train.checkpoint import Checkpoints
 from apr_jax.train.optimizer import make_optimizer
 from apr_jax.train.state import create_state
-from tests.launch.test_evaluate import small_config
+from tests.launch.test_evaluate import launched, small_config
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def _compare(cwd, *arguments, check=0):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    command = [sys.executable, str(ROOT / "launch" / "compare.py"), *arguments]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == check, done.stdout + done.stderr
-    return done
+_compare = functools.partial(launched, "compare.py")
 
 
 @pytest.fixture(scope="module")

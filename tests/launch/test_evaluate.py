@@ -1,5 +1,6 @@
 """launch/evaluate.py as a user runs it: a run folder, a Hugging Face folder, and each way to be told what is wrong."""
 
+import functools
 import json
 import os
 import pathlib
@@ -32,10 +33,11 @@ def small_config(folder):
     return from_config_dict(values)
 
 
-def evaluate(cwd, *arguments, check=0):
+def launched(script, cwd, *arguments, check=0):
+    """A script of launch/, run in `cwd`; it must end with the exit code `check`."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "evaluate.py"), *arguments],
+        [sys.executable, str(ROOT / "launch" / script), *arguments],
         cwd=cwd,
         env=environment,
         capture_output=True,
@@ -44,6 +46,9 @@ def evaluate(cwd, *arguments, check=0):
     )
     assert done.returncode == check, done.stdout + done.stderr
     return done
+
+
+evaluate = functools.partial(launched, "evaluate.py")
 
 
 @pytest.fixture(scope="module")
