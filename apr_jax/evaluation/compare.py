@@ -10,6 +10,7 @@ import numpy as np
 
 from apr_jax.evaluation import charts
 from apr_jax.evaluation.charts import Series
+from apr_jax.evaluation.metrics import Z95
 from apr_jax.evaluation.report import read_jsonl, write_svg
 
 _RESAMPLES = 10_000
@@ -44,7 +45,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Differ
         raise ValueError(f"{len(first)} and {len(second)} figures: a comparison takes the same problems, 2 or more")
     a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
     change = float(np.mean(b - a))
-    half = 1.959963984540054 * float(np.std(b - a, ddof=1)) / math.sqrt(len(a))
+    half = Z95 * float(np.std(b - a, ddof=1)) / math.sqrt(len(a))
     rng = np.random.default_rng(0)
     ratios = []
     for _ in range(_RESAMPLES):

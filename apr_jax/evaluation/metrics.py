@@ -15,7 +15,7 @@ from apr_jax.reasoning.outcome import Outcome
 from apr_jax.tasks import countdown, trace
 from apr_jax.tasks.countdown import Problem
 
-_Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
+Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 _WRITTEN = re.compile(r"^Exploring Operation: (.*)\n", re.M)
 _OPERATION = re.compile(r"([0-9]{1,18})[-+*/]([0-9]{1,18})=[0-9]{1,18}")
 _FIRST_OPERATIONS = re.compile(r"Current State: [0-9]+:\[[^\]\n]*\], Operations: \[([^\]\n]*)\]\n")
@@ -25,9 +25,9 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
     """The Wilson score interval of a share, 95 % two-sided. Raises ValueError unless 0 <= successes <= total > 0."""
     if not 0 <= successes <= total or total < 1:
         raise ValueError(f"no share of {successes} in {total}")
-    share, z2 = successes / total, _Z95**2
+    share, z2 = successes / total, Z95**2
     centre = share + z2 / (2 * total)
-    spread = _Z95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total))
+    spread = Z95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total))
     low, high = (centre - spread) / (1 + z2 / total), (centre + spread) / (1 + z2 / total)
     return (0.0 if successes == 0 else low), (1.0 if successes == total else high)
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, PreservationContext, PreservationPolicy
 
+from apr_jax.train.files import write_json
 from apr_jax.train.phases import Phase
 
 
@@ -32,9 +33,7 @@ def read_scores(folder: pathlib.Path, phase: Phase) -> dict[int, float]:
 def add_score(folder: pathlib.Path, phase: Phase, step: int, value: float) -> None:
     """Adds a step's score, or replaces it. Atomic."""
     scores = {**read_scores(folder, phase), step: value}
-    temporary = folder / "best.tmp"
-    temporary.write_text(json.dumps({MEASURES[phase].name: dict(sorted(scores.items()))}, indent=1) + "\n")
-    temporary.replace(folder / "best.json")
+    write_json(folder / "best.json", {MEASURES[phase].name: dict(sorted(scores.items()))})
 
 
 def best_step(folder: pathlib.Path, phase: Phase, steps: Iterable[int]) -> int | None:

@@ -23,7 +23,7 @@ from apr_jax.progress import progress
 from apr_jax.reasoning.outcome import banned_tokens, make_settings, spawn_gate
 from apr_jax.reasoning.programs import make_program
 from apr_jax.tasks.countdown import Problem
-from apr_jax.train.batches import Batch, make_scorer, pad_rows, to_mesh
+from apr_jax.train.batches import Batch, fetch, make_scorer, pad_rows, to_mesh
 from apr_jax.train.checkpoint import Checkpoints
 from apr_jax.train.dynamic_sampling import Sample, draw
 from apr_jax.train.hosted_engine import RolloutEngine
@@ -219,7 +219,7 @@ def train_grpo(
                 **rollout_metrics(sample.scored, sample.asked, tokenizer, config),
                 "rollout_rounds": sample.rounds,
                 "dropped_groups": sample.dropped,
-                **{name: float(value) for name, value in jax.device_get(device_metrics).items()},
+                **fetch(device_metrics),
                 **_gap(microbatches, old, grpo.importance_cap),
                 "packing": _packing(sequences, microbatches),
             }

@@ -38,6 +38,7 @@ from apr_jax.train.checkpoint import (
     load_reference,
     save_reference,
 )
+from apr_jax.train.files import write_json
 from apr_jax.train.grpo import train_grpo
 from apr_jax.train.hosted_engine import RolloutEngine, make_engine, plan_engine
 from apr_jax.train.metrics import MetricsWriter
@@ -97,7 +98,7 @@ class _Run:
     def run(self, checkpoint: pathlib.Path | None, start: pathlib.Path | None) -> dict[str, Any]:
         config = self.config
         if hosts.is_first():
-            _write_json(self.workdir / "config.json", to_dict(config))
+            write_json(self.workdir / "config.json", to_dict(config))
         with Checkpoints(self.workdir, "sft", config) as sft, Checkpoints(self.workdir, "grpo", config) as grpo:
             sft_step, grpo_step = sft.settle() or 0, grpo.settle() or 0
             if sft.is_extended() and has_reference(self.workdir):
@@ -114,7 +115,7 @@ class _Run:
                 policy = self._grpo(reference, grpo, writer)
                 summary |= self._evaluate("after", policy)
         if hosts.is_first():
-            _write_json(self.workdir / "summary.json", summary)
+            write_json(self.workdir / "summary.json", summary)
             self._save_rollouts()
             write_report(self.workdir)
             write_figure(self.workdir, self.workdir / "figure.svg")
@@ -269,7 +270,7 @@ class _Run:
             )
         drawn = [record for record in records if "calls" in record]
         if hosts.is_first():
-            _write_json(path, {"settings": settings, "summary": summary, "records": drawn})
+            write_json(path, {"settings": settings, "summary": summary, "records": drawn})
         return summary
 
     def _save_rollouts(self) -> None:
@@ -292,11 +293,3 @@ _WEIGHT_FIELDS = (
     "rms_norm_eps",
     "tie_embeddings",
 )
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-    """Atomic: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
