@@ -1,10 +1,12 @@
 # make train | make test | make test-slow | make test-peers | make peers | make test-aot | make compile-aot | make gpu-check |
 # make lint | make lock
+# METHOD=serial trains another way of reasoning (configs/methods.py).
 # PYTHON=python3.13 picks another interpreter (and its own environment).
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv-$(notdir $(PYTHON))
 BIN := $(VENV)/bin
-CONFIG ?= configs/grpo.py
+METHOD ?=
+CONFIG ?= $(if $(METHOD),configs/methods.py:$(METHOD),configs/grpo.py)
 WORKDIR ?=
 
 PEERS ?=

@@ -18,8 +18,8 @@ from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import Append, Decode, Join, Open, Program, Progress, Rollout, RolloutKey, Spawn, Truncate
 from apr_jax.tasks import trace
+from apr_jax.tasks.demonstrations import demonstrate
 from apr_jax.tasks.generation import generate_problems
-from apr_jax.tasks.solver import demonstrate
 
 MAX_PROBLEMS = 256  # where no number is asked for
 

@@ -18,8 +18,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Literal, TypeVar
 
 from apr_jax.config import ConfigError, DataConfig, TaskConfig
-from apr_jax.tasks import countdown, solver
+from apr_jax.tasks import countdown
 from apr_jax.tasks.countdown import Problem
+from apr_jax.tasks.demonstrations import demonstrate
 from apr_jax.tasks.trace import Demonstration
 
 Split = Literal["train", "validation", "test", "test_unseen_targets"]
@@ -127,8 +128,8 @@ def generate_split(
       ValueError: `count_tokens` is needed and missing.
     """
     draw_splits(task, data, seed)
-    demonstrate = functools.partial(_demonstrate_chunk, task, data, seed, split, count_tokens)
-    chunks = _map_chunks(demonstrate, split_size(data, split), data.num_workers)
+    of_chunk = functools.partial(_demonstrate_chunk, task, data, seed, split, count_tokens)
+    chunks = _map_chunks(of_chunk, split_size(data, split), data.num_workers)
     return itertools.chain.from_iterable(chunks)
 
 
@@ -194,9 +195,7 @@ def _demonstrate_chunk(
     for index in indices:
         rng = random.Random(f"{seed}/{split}/{index}/search")
         problem = splits.problem(split, index)
-        demonstrations.append(
-            solver.demonstrate(problem, rng, task, data.method, data.condition_on_budget, count_tokens)
-        )
+        demonstrations.append(demonstrate(problem, rng, task, data.method, data.condition_on_budget, count_tokens))
     return demonstrations
 
 
@@ -208,8 +207,8 @@ def _measure_chunk(
     for index in indices:
         rng = random.Random(f"{seed}/measure/{index}")
         problem = countdown.sample_problem(rng, task)
-        serial = solver.demonstrate(problem, rng, task, "serial", condition_on_budget=False)
-        pairs.append((serial, solver.demonstrate(problem, rng, task, "adaptive", condition_on_budget=False)))
+        serial = demonstrate(problem, rng, task, "serial", condition_on_budget=False)
+        pairs.append((serial, demonstrate(problem, rng, task, "adaptive", condition_on_budget=False)))
     return pairs, time.process_time() - start
 
 

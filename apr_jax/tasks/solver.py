@@ -12,12 +12,12 @@ import heapq
 import operator
 import random
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from apr_jax.config import TaskConfig
 from apr_jax.tasks import countdown, trace
 from apr_jax.tasks.countdown import Problem
-from apr_jax.tasks.trace import Call, ChildResult, Demonstration
+from apr_jax.tasks.trace import Call, ChildResult
 
 TOKEN_BUDGETS = tuple(range(512, 4096 + 1, 512))  # what SoS+ is conditioned on (paper section 4.2)
 
@@ -27,40 +27,6 @@ _GENERATION_INDEX = operator.itemgetter(1)  # of a candidate: a tuple of heurist
 def token_budget(length: int) -> int:
     """The smallest budget that `length` tokens keep to, or the largest of all."""
     return next((budget for budget in TOKEN_BUDGETS if budget >= length), TOKEN_BUDGETS[-1])
-
-
-def demonstrate(
-    problem: Problem,
-    rng: random.Random,
-    task: TaskConfig,
-    method: Literal["adaptive", "serial"],
-    condition_on_budget: bool,
-    count_tokens: Callable[[str], int] | None = None,
-) -> Demonstration:
-    """Searches for a solution and returns the search as training sequences, whether or not it found one.
-
-    Args:
-      problem: what to solve.
-      rng: draws beams, orders and delegations.
-      task: the searches' parameters.
-      method: "adaptive" (APR) or "serial" (SoS+).
-      condition_on_budget: name in the prompt what the search took: children opened, or tokens rounded up to a bin.
-      count_tokens: tokens of a text; only a serial budget needs it.
-
-    Raises:
-      ValueError: a serial budget is asked for without `count_tokens`.
-    """
-    if method == "serial" and condition_on_budget and count_tokens is None:
-        raise ValueError("a serial budget counts tokens: pass count_tokens")
-    search = _Search(problem, rng, task)
-    calls = (
-        _adaptive_calls(search, task, condition_on_budget)
-        if method == "adaptive"
-        else _serial_calls(search, task, count_tokens if condition_on_budget else None)
-    )
-    end = next(call for call in calls if call.depth == 0 and not call.ends_in_spawn)
-    answer = trace.read_answer(end.context + end.completion)
-    return Demonstration(problem, method, calls, answer, countdown.verify(answer, problem).correct)
 
 
 class _Node(NamedTuple):
@@ -209,8 +175,11 @@ class _Search:
             candidates.sort(key=_GENERATION_INDEX)
 
 
-def _adaptive_calls(search: _Search, task: TaskConfig, condition_on_budget: bool) -> tuple[Call, ...]:
-    """APR: a parent that hands expansions to children."""
+def adaptive_calls(
+    problem: Problem, rng: random.Random, task: TaskConfig, count_tokens: Callable[[str], int] | None, *, budget: bool
+) -> tuple[Call, ...]:
+    """APR: a parent that hands expansions to children. With `budget` its prompt names how many it opens."""
+    search = _Search(problem, rng, task)
     parent_beam = search.rng.choice(task.parent_beams)
     child_beam = search.rng.randint(parent_beam, task.child_beam_max)
     context = ""  # what the parent has after its prompt when its current call begins
@@ -239,7 +208,7 @@ def _adaptive_calls(search: _Search, task: TaskConfig, condition_on_budget: bool
         return _Delegated(goals[0])
 
     goal = search.breadth_first(search.root, parent_beam, lines, delegate, task.retry_probability)
-    prompt = trace.parent_prompt(search.problem, len(child_calls) if condition_on_budget else None)
+    prompt = trace.parent_prompt(search.problem, len(child_calls) if budget else None)
     calls = [Call(prompt + before, completion, 0, True, len(completion)) for before, completion in spawning_calls]
     return (*calls, _last_call(search, search.root, prompt + context, lines, goal, depth=0), *child_calls)
 
@@ -250,8 +219,17 @@ def _child_call(search: _Search, node: _Node, beam: int) -> tuple[Call, _Goal | 
     return _last_call(search, node, search.header(node), lines, goal, depth=1), goal
 
 
-def _serial_calls(search: _Search, task: TaskConfig, count_tokens: Callable[[str], int] | None) -> tuple[Call, ...]:
-    """SoS+: one thread, which searches some expansions depth-first in place."""
+def serial_calls(
+    problem: Problem, rng: random.Random, task: TaskConfig, count_tokens: Callable[[str], int] | None, *, budget: bool
+) -> tuple[Call, ...]:
+    """SoS+: one thread, which searches some expansions depth-first in place.
+
+    With `budget` its prompt names the tokens it takes, rounded up to a bin. Raises ValueError where they are asked for
+    without `count_tokens`.
+    """
+    if budget and count_tokens is None:
+        raise ValueError("a serial budget counts tokens: pass count_tokens")
+    search = _Search(problem, rng, task)
     beam = search.rng.randint(task.serial_beam_min, task.serial_beam_max)
     lines: list[str] = []
     exits: list[str] = []  # lines that leave the sub searches in which the goal was found, the innermost first
@@ -275,7 +253,7 @@ def _serial_calls(search: _Search, task: TaskConfig, count_tokens: Callable[[str
     goal = search_below(search.root, 0)
     prompt = trace.serial_prompt(search.problem)
     call = _last_call(search, search.root, prompt, lines, goal, depth=0, exits="".join(exits))
-    if count_tokens is not None:
+    if budget and count_tokens is not None:
         length = count_tokens(call.context + call.completion)
         call = dataclasses.replace(call, context=trace.serial_prompt(search.problem, token_budget(length)))
     return (call,)

@@ -7,7 +7,6 @@ winning path from its own root. Model text is data: readers return `Malformed` w
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from apr_jax.tasks import countdown
 from apr_jax.tasks.countdown import NUMBER, Problem
@@ -56,7 +55,7 @@ class Demonstration:
     """A solver's search as training sequences: the parent's calls in order, then the children's in spawn order."""
 
     problem: Problem
-    method: Literal["adaptive", "serial"]
+    method: str  # a name in tasks.demonstrations.DEMONSTRATORS
     calls: tuple[Call, ...]
     answer: str | None
     correct: bool

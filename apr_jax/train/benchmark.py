@@ -28,8 +28,8 @@ from apr_jax.evaluation.replay import make_replays, replay
 from apr_jax.model.hf import save_hf
 from apr_jax.model.llama import Params, init_params, num_params
 from apr_jax.reasoning.outcome import banned_tokens
+from apr_jax.tasks.demonstrations import demonstrate
 from apr_jax.tasks.generation import generate_problems
-from apr_jax.tasks.solver import demonstrate
 from apr_jax.train.batches import to_mesh
 from apr_jax.train.grpo import Updater
 from apr_jax.train.losses import group_advantages, normalise

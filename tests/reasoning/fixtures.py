@@ -10,7 +10,7 @@ from apr_jax.engine.threads import Path
 from apr_jax.reasoning.outcome import Settings
 from apr_jax.tasks import trace
 from apr_jax.tasks.countdown import sample_problem
-from apr_jax.tasks.solver import demonstrate
+from apr_jax.tasks.demonstrations import demonstrate
 from configs.grpo import get_config
 
 TOKENIZER = load_tokenizer("builtin")

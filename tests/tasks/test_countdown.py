@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apr_jax.config import ConfigError
-from apr_jax.tasks import countdown, solver
+from apr_jax.tasks import countdown
 from apr_jax.tasks.countdown import Problem, Verdict, is_solvable, operations, sample_problem, verify
+from apr_jax.tasks.demonstrations import demonstrate
 from tests.tasks.settings import LAPTOP, REFERENCE
 
 PROBLEM = Problem((51, 54, 28, 1), 24)
@@ -106,7 +107,7 @@ def test_what_is_called_correct_evaluates_to_the_target(seed: int, small: bool, 
     """An answer with one character changed is either refused or still a true solution."""
     rng = random.Random(seed)
     task = LAPTOP if small else REFERENCE
-    demonstration = solver.demonstrate(sample_problem(rng, task), rng, task, "adaptive", condition_on_budget=False)
+    demonstration = demonstrate(sample_problem(rng, task), rng, task, "adaptive", condition_on_budget=False)
     if demonstration.answer is None:
         return
     answer = demonstration.answer

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from apr_jax.config import TaskConfig
 from apr_jax.tasks import countdown, trace
 from apr_jax.tasks.countdown import Problem, sample_problem, verify
-from apr_jax.tasks.solver import demonstrate
+from apr_jax.tasks.demonstrations import demonstrate
 from apr_jax.tasks.trace import Call, ChildResult, Demonstration, SpawnCall
 from tests.tasks.settings import LAPTOP, REFERENCE
 from tests.tasks.test_oracles import heuristic

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apr_jax.tasks import solver, trace
+from apr_jax.tasks import trace
 from apr_jax.tasks.countdown import Problem, sample_problem, verify
+from apr_jax.tasks.demonstrations import demonstrate
 from apr_jax.tasks.trace import CALL_BEGIN, CALL_END, ChildResult, Malformed, SpawnCall
 from tests.tasks.settings import LAPTOP, REFERENCE
 
@@ -147,7 +148,7 @@ def test_damaged_traces_can_be_read(seed: int, small: bool, data: st.DataObject)
     rng = random.Random(seed)
     task = LAPTOP if small else REFERENCE
     problem = sample_problem(rng, task)
-    demonstration = solver.demonstrate(problem, rng, task, "adaptive", condition_on_budget=True)
+    demonstration = demonstrate(problem, rng, task, "adaptive", condition_on_budget=True)
     call = data.draw(st.sampled_from(demonstration.calls))
     text = call.context + call.completion
     for _ in range(data.draw(st.integers(1, 3))):

@@ -1,0 +1,59 @@
+"""Every method's demonstrations, by name."""
+
+import random
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Protocol
+
+from apr_jax.config import TaskConfig
+from apr_jax.tasks import countdown, solver, trace
+from apr_jax.tasks.countdown import Problem
+from apr_jax.tasks.trace import Call, Demonstration
+
+
+class Demonstrator(Protocol):
+    """Searches for a solution of `problem`, and returns the search as training sequences (see `demonstrate`)."""
+
+    def __call__(
+        self,
+        problem: Problem,
+        rng: random.Random,
+        task: TaskConfig,
+        count_tokens: Callable[[str], int] | None,
+        *,
+        budget: bool,
+    ) -> tuple[Call, ...]: ...
+
+
+DEMONSTRATORS: Mapping[str, Demonstrator] = MappingProxyType(
+    {"adaptive": solver.adaptive_calls, "serial": solver.serial_calls}
+)
+
+
+def demonstrate(
+    problem: Problem,
+    rng: random.Random,
+    task: TaskConfig,
+    method: str,
+    condition_on_budget: bool,
+    count_tokens: Callable[[str], int] | None = None,
+) -> Demonstration:
+    """Searches for a solution and returns the search as training sequences, whether or not it found one.
+
+    Args:
+      problem: what to solve.
+      rng: draws beams, orders and delegations.
+      task: the searches' parameters.
+      method: a name in DEMONSTRATORS.
+      condition_on_budget: name in the prompt what the search took: children opened, or tokens rounded up to a bin.
+      count_tokens: tokens of a text; only a serial budget needs it.
+
+    Raises:
+      ValueError: an unknown method, or a serial budget is asked for without `count_tokens`.
+    """
+    if method not in DEMONSTRATORS:
+        raise ValueError(f"method {method!r}: choose one of {', '.join(sorted(DEMONSTRATORS))}")
+    calls = DEMONSTRATORS[method](problem, rng, task, count_tokens, budget=condition_on_budget)
+    end = next(call for call in calls if call.depth == 0 and not call.ends_in_spawn)
+    answer = trace.read_answer(end.context + end.completion)
+    return Demonstration(problem, method, calls, answer, countdown.verify(answer, problem).correct)

@@ -1,0 +1,36 @@
+"""The laptop setting, one variant a way of reasoning: its own demonstrations, its own SFT.
+
+    python launch/train.py --config=configs/methods.py:serial      # or: make train METHOD=serial
+
+`adaptive` is configs/grpo.py:laptop itself.
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "adaptive") -> ConfigDict:
+    variants = {"adaptive": adaptive, "serial": serial}
+    if variant not in variants:
+        raise ValueError(f"configs/methods.py:{variant}: no such variant; choose one of {', '.join(variants)}")
+    return variants[variant]()
+
+
+def adaptive() -> ConfigDict:
+    """Adaptive Parallel Reasoning."""
+    return _laptop("laptop")
+
+
+def serial() -> ConfigDict:
+    """SoS+: one thread that searches as a stream of text."""
+    config = _laptop("serial")
+    config.data.method = "serial"
+    return config
+
+
+def _laptop(name: str) -> ConfigDict:
+    config: ConfigDict = runpy.run_path(str(pathlib.Path(__file__).with_name("grpo.py")))["get_config"]("laptop")
+    config.name = name
+    return config
