@@ -47,10 +47,11 @@ test-aot: .venv-aot/.installed
 compile-aot: .venv-aot/.installed
 	.venv-aot/bin/python launch/compile_aot.py --config=$(CONFIG) --topology=$(TOPOLOGY) $(FLAGS)
 
-.venv-aot/.installed: requirements.lock tests/aot/requirements.txt
+.venv-aot/.installed: requirements.lock setup.py tests/aot/requirements.txt
 	$(PYTHON) -m venv .venv-aot
 	.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/aot/requirements.txt
+	.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
 gpu-check:
