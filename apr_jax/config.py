@@ -92,7 +92,7 @@ class DataConfig:
     """The demonstrations on disk and how they become training rows."""
 
     directory: str
-    method: Literal["adaptive", "serial"]
+    method: Literal["adaptive", "serial", "tree_of_thoughts"]
     tokenizer: str  # "builtin", or the path of a Hugging Face tokenizer.json
     num_train: int  # problems
     num_validation: int
@@ -189,6 +189,19 @@ class RolloutConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TreeOfThoughtsConfig:
+    """How the method tree_of_thoughts searches (reasoning/tree_of_thoughts.py)."""
+
+    search: Literal["breadth_first", "depth_first"]
+    breadth: int  # breadth first: states that a level keeps
+    value_samples: int  # verdicts on a state, whose values are summed (sure 20, likely 1, impossible 0.001)
+    threshold: float  # depth first: a state is gone on from only where its value is above this
+
+    def __post_init__(self) -> None:
+        _positive(self, "tree_of_thoughts", "breadth value_samples")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     """What a rollout earns (train/rewards.py): 1 where its answer is right, less the prices of what it took."""
 
@@ -278,6 +291,7 @@ class Config:
     mesh: MeshConfig
     sft: SFTConfig
     rollout: RolloutConfig
+    tree_of_thoughts: TreeOfThoughtsConfig
     grpo: GRPOConfig
     faults: FaultsConfig
     evaluation: EvaluationConfig
@@ -320,6 +334,8 @@ def check_consistent(config: Config) -> None:
             raise ConfigError(f"model.{field}={value} must be a multiple of mesh.tensor={mesh.tensor}")
     if model.embed_dim % mesh.fsdp:
         raise ConfigError(f"model.embed_dim={model.embed_dim} must be a multiple of mesh.fsdp={mesh.fsdp}")
+    if config.data.condition_on_budget and config.data.method == "tree_of_thoughts":
+        raise ConfigError("data.condition_on_budget=True: data.method='tree_of_thoughts' has no prompt to name one in")
     if config.grpo.validate_every and config.grpo.validation_problems > config.data.num_validation:
         raise ConfigError(
             f"grpo.validation_problems={config.grpo.validation_problems} is more than "

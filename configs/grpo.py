@@ -111,6 +111,7 @@ def laptop() -> ConfigDict:
         prefix_reuse=True,
         constrain_spawns=False,
     )
+    config.tree_of_thoughts = dict(search="breadth_first", breadth=5, value_samples=1, threshold=0.5)
     config.grpo = dict(
         objective="grpo",  # or dr_grpo, dapo, gspo, cispo: docs/objectives.md says what goes with each
         num_steps=12,

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 
 def get_config(variant: str = "adaptive") -> ConfigDict:
-    variants = {"adaptive": adaptive, "serial": serial}
+    variants = {"adaptive": adaptive, "serial": serial, "tree_of_thoughts": tree_of_thoughts}
     if variant not in variants:
         raise ValueError(f"configs/methods.py:{variant}: no such variant; choose one of {', '.join(variants)}")
     return variants[variant]()
@@ -27,6 +27,16 @@ def serial() -> ConfigDict:
     """SoS+: one thread that searches as a stream of text."""
     config = _laptop("serial")
     config.data.method = "serial"
+    return config
+
+
+def tree_of_thoughts() -> ConfigDict:
+    """Tree of Thoughts: proposers and evaluators, driven by a search. SFT alone: a reward for the root's answer says
+    nothing of a single proposal or verdict."""
+    config = _laptop("tree_of_thoughts")
+    config.data.method = "tree_of_thoughts"
+    config.sft.num_steps = 1_000
+    config.grpo.num_steps = 0
     return config
 
 

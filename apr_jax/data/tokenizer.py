@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from apr_jax.tasks.thought_traces import VALUES
 from apr_jax.tasks.trace import CALL_BEGIN, CALL_END, JOIN_BEGIN, JOIN_END
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
@@ -62,6 +63,8 @@ PHRASES = (
     "No solution found in sub search\n",
     *(f",{child}" for child in range(LARGEST_CHILD + 1)),
 )
+# Phrases of other methods. Their ids come after all numbers, so that those above never change.
+LATER_PHRASES = (*(f"{verdict}\n" for verdict in VALUES),)
 SYMBOLS = tuple("#,:[]'+-*/=<> \n")  # single characters; letters occur only inside phrases
 
 
@@ -100,14 +103,14 @@ class BuiltinTokenizer:
     def __init__(self) -> None:
         digits = [str(digit) for digit in range(10)]
         numbers = [str(number) for number in range(LARGEST_NUMBER + 1)]
-        self._texts = ["", "", "", *PHRASES, *SYMBOLS, *digits, *numbers]
+        self._texts = ["", "", "", *PHRASES, *SYMBOLS, *digits, *numbers, *LATER_PHRASES]
         self._first_digit = 3 + len(PHRASES) + len(SYMBOLS)
         self._ids = {text: index for index, text in enumerate(self._texts) if text}  # a number wins over its digit
         self.vocab_size = len(self._texts)
         self.pad_id, self.bos_id, self.eos_id = 0, 1, 2
         self.call_begin_id, self.call_end_id = self._ids[CALL_BEGIN], self._ids[CALL_END]
         self.join_begin_id = self._ids[JOIN_BEGIN]
-        self._by_length = sorted((*PHRASES, *SYMBOLS), key=len, reverse=True)
+        self._by_length = sorted((*PHRASES, *LATER_PHRASES, *SYMBOLS), key=len, reverse=True)
         self._find = re.compile("|".join(["[0-9]+", *map(_guarded, self._by_length)])).findall
 
     def encode(self, text: str) -> list[int]:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from apr_jax.config import Config
+from apr_jax.config import Config, TreeOfThoughtsConfig
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.constraints import Gate
 from apr_jax.engine.threads import Stop, StopReason, Thread
@@ -32,6 +32,7 @@ class Settings:
     max_total_children: int  # children in a rollout's whole tree of threads
     cancel_on_success: bool  # the first child that hands back a path ends its siblings
     spawn_grammar: SpawnGrammar | None  # what spawns are held to; None: the model writes what it will
+    tree_of_thoughts: TreeOfThoughtsConfig
     budget: int | None  # written into the prompt: sub calls (adaptive) or tokens (serial); None = not conditioned
 
 
@@ -46,6 +47,7 @@ class Outcome:
     num_children: int = 0  # the same
     child_reasons: tuple[str, ...] = ()  # of the children that were malformed or truncated, in spawn order
     child_paths: tuple[str, ...] = ()  # the winning paths that children handed back, in spawn order
+    dropped_lines: tuple[str, ...] = ()  # why lines of model text were dropped, one reason a line
 
 
 def make_settings(config: Config, tokenizer: Tokenizer, budget: int | None = None) -> Settings:
@@ -66,6 +68,7 @@ def make_settings(config: Config, tokenizer: Tokenizer, budget: int | None = Non
         max_total_children=rollout.max_total_children,
         cancel_on_success=rollout.cancel_on_success,
         spawn_grammar=_spawn_grammar(config, tokenizer),
+        tree_of_thoughts=config.tree_of_thoughts,
         budget=budget,
     )
 

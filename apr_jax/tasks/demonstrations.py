@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from apr_jax.config import TaskConfig
-from apr_jax.tasks import countdown, solver, trace
+from apr_jax.tasks import countdown, solver, thought_traces, trace
 from apr_jax.tasks.countdown import Problem
 from apr_jax.tasks.trace import Call, Demonstration
 
@@ -26,7 +26,11 @@ class Demonstrator(Protocol):
 
 
 DEMONSTRATORS: Mapping[str, Demonstrator] = MappingProxyType(
-    {"adaptive": solver.adaptive_calls, "serial": solver.serial_calls}
+    {
+        "adaptive": solver.adaptive_calls,
+        "serial": solver.serial_calls,
+        "tree_of_thoughts": thought_traces.tree_calls,
+    }
 )
 
 
@@ -54,6 +58,9 @@ def demonstrate(
     if method not in DEMONSTRATORS:
         raise ValueError(f"method {method!r}: choose one of {', '.join(sorted(DEMONSTRATORS))}")
     calls = DEMONSTRATORS[method](problem, rng, task, count_tokens, budget=condition_on_budget)
-    end = next(call for call in calls if call.depth == 0 and not call.ends_in_spawn)
-    answer = trace.read_answer(end.context + end.completion)
+    end = next((call for call in calls if call.depth == 0 and not call.ends_in_spawn), None)
+    if end is None:  # the root writes nothing: its program assembles the answer from what the children wrote
+        answer = thought_traces.demonstrated_answer(problem, calls)
+    else:
+        answer = trace.read_answer(end.context + end.completion)
     return Demonstration(problem, method, calls, answer, countdown.verify(answer, problem).correct)

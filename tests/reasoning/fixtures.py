@@ -14,7 +14,8 @@ from apr_jax.tasks.demonstrations import demonstrate
 from configs.grpo import get_config
 
 TOKENIZER = load_tokenizer("builtin")
-SMALL = from_config_dict(get_config()).task  # three numbers, fixed order
+LAPTOP = from_config_dict(get_config())
+SMALL = LAPTOP.task  # three numbers, fixed order
 REFERENCE = from_config_dict(get_config("paper")).task  # four numbers, shuffled, spawns by chance
 
 
@@ -27,6 +28,7 @@ def settings(**changes: object) -> Settings:
         max_total_children=1000,
         cancel_on_success=False,
         spawn_grammar=None,
+        tree_of_thoughts=LAPTOP.tree_of_thoughts,
         budget=None,
     )
     return dataclasses.replace(values, **changes)
