@@ -20,7 +20,7 @@ from apr_jax.engine.plan import EnginePlan
 from apr_jax.engine.programs import Programs
 from apr_jax.engine.scheduler import PrefillChunk, Scheduler
 from apr_jax.engine.steps import COPIES_PER_CALL, SHARDED, DecodeLanes, Policy, PrefillLanes, Steps, Written
-from apr_jax.engine.threads import MAX_STOP_TOKENS, Program, Progress, Rollout, RolloutKey, Thread
+from apr_jax.engine.threads import MAX_STOP_TOKENS, Observer, Program, Progress, Rollout, RolloutKey, Thread
 from apr_jax.model.decode_weights import layout_shardings, to_layout
 from apr_jax.model.llama import logical_axes
 from apr_jax.parallel.mesh import RULES, param_shardings, partition_spec
@@ -132,11 +132,13 @@ class Engine:
         seed: int,
         temperature: float,
         on_progress: Callable[[Progress], None] | None = None,
+        observer: Observer | None = None,
     ) -> list[Rollout]:
         """Runs all programs to their end and returns their rollouts in the order given.
 
         A rollout's tokens depend on the weights, `seed`, `temperature`, its key and its program only. An exception
-        inside a program propagates; the engine can be used again afterwards.
+        inside a program propagates; the engine can be used again afterwards. `on_progress` is called after each visit,
+        `observer` whenever something happens to a thread.
         """
         if temperature < 0:
             raise ValueError(f"temperature={temperature} must be >= 0 (0 is greedy)")
@@ -157,6 +159,7 @@ class Engine:
             max_total_tokens=self._max_total_tokens,
             now=time.perf_counter,
             gate=self._gate,
+            observer=observer,
         )
         policy = self._policy(temperature)
         try:

@@ -18,7 +18,9 @@ from apr_jax.engine.threads import (
     Append,
     Call,
     Decode,
+    Happening,
     Join,
+    Observer,
     Open,
     Path,
     Program,
@@ -103,6 +105,7 @@ class Programs:
         max_total_tokens: int,
         now: Callable[[], float],
         gate: Gate | None = None,
+        observer: Observer | None = None,
     ):
         self._waiting = collections.deque(enumerate(programs))
         self._scheduler = scheduler
@@ -112,6 +115,7 @@ class Programs:
         self._max_total_tokens = max_total_tokens
         self._now = now  # seconds
         self._gate = gate
+        self._observer = observer
         self._queue: collections.deque[tuple[_Node, Any]] = collections.deque()
         self._node_of: dict[Thread, _Node] = {}
         self._rollouts: list[Rollout | None] = [None] * len(programs)
@@ -148,6 +152,7 @@ class Programs:
         node.call.logprobs.extend(logprobs)
         node.clock += len(tokens)
         node.left -= len(tokens)
+        self._tell(node, Happening.WROTE)
         stop = self._stop(thread) if tokens else None
         if node.cutoff is not None and (node.clock > node.cutoff or (stop is None and node.clock == node.cutoff)):
             self._park(node)
@@ -226,6 +231,7 @@ class Programs:
         self._node_of[node.thread] = node
         if parent is not None:
             self._scheduler.fork(parent, node.thread)
+        self._tell(node, Happening.OPENED)
         return node.thread
 
     def _decode(self, node: _Node, request: Decode) -> Stop | None:
@@ -290,6 +296,7 @@ class Programs:
         node.join = request
         if node.thread is not None:
             node.thread.status = Status.WAITING_ON_CHILDREN
+        self._tell(node, Happening.WAITS)
         for child in node.spawns[request.handle.ordinal]:
             if child.ended:
                 child.succeeded = request.success is not None and request.success(child.value)
@@ -300,6 +307,7 @@ class Programs:
         if node.unjoined:
             raise RuntimeError(f"program {node.path} returned without joining {len(node.unjoined)} of its spawns")
         node.ended, node.value = True, value
+        self._tell(node, Happening.ENDED)
         if node.thread is not None:
             self._scheduler.release(node.thread)
         parent = node.parent
@@ -327,6 +335,7 @@ class Programs:
         node.join = None
         if node.thread is not None:
             node.thread.status = Status.IDLE
+        self._tell(node, Happening.RESUMED)
         self._queue.append((node, [None if child.cancelled else child.value for child in children]))
 
     def _cut(self, child: _Node, cutoff: int) -> None:
@@ -362,6 +371,8 @@ class Programs:
                 if node.thread is not None:
                     self._scheduler.release(node.thread)
             node.calls = [_trim(call, cutoff) for call in node.calls if call.clock_start < cutoff]
+            if not node.cancelled:
+                self._tell(node, Happening.CANCELLED)
             node.ended = node.cancelled = True
             node.succeeded, node.value, node.join = False, None, None
             node.clock = min(node.clock, cutoff)
@@ -401,6 +412,10 @@ class Programs:
         for node in nodes:
             if node.thread is not None:
                 del self._node_of[node.thread]
+
+    def _tell(self, node: _Node, happening: Happening) -> None:
+        if self._observer is not None and node.thread is not None:
+            self._observer(node.rollout.key, node.thread, happening)
 
     def _ms(self, node: _Node) -> float:
         return (self._now() - node.rollout.started) * 1e3

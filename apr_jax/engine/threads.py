@@ -192,6 +192,22 @@ class Rollout:
     prefilled_tokens: int
 
 
+class Happening(enum.Enum):
+    """What may happen to a thread in the sight of an observer."""
+
+    OPENED = "opened"
+    WROTE = "wrote"  # the device decoded tokens for it
+    WAITS = "waits"  # for its children
+    RESUMED = "resumed"  # its children have ended
+    ENDED = "ended"  # its program returned
+    CANCELLED = "cancelled"  # a sibling succeeded first
+
+
+# An observer of a run: told what happens to which rollout's thread, on the host, between two visits. The thread is the
+# engine's own, to be read (`path`, `tokens`, `generated`) and never changed.
+Observer = Callable[[RolloutKey, Thread, Happening], None]
+
+
 @dataclasses.dataclass(frozen=True)
 class Progress:
     """How far a run is."""

@@ -18,6 +18,7 @@ from apr_jax.engine.scheduler import Limits, Scheduler
 from apr_jax.engine.threads import (
     Append,
     Decode,
+    Happening,
     Join,
     Open,
     RolloutKey,
@@ -44,7 +45,7 @@ WIDE = Limits(
 class StandIn:
     """Plays the device. `memory` holds (position's token) per page place, so that wrong sharing would show."""
 
-    def __init__(self, limits, programs, max_steps=25, max_total_tokens=10**6):
+    def __init__(self, limits, programs, max_steps=25, max_total_tokens=10**6, observer=None):
         self.scheduler = Scheduler(limits)
         self.memory = [np.full((limits.pages, PAGE), -1) for _ in range(limits.num_shards)]
         self.run = Programs(
@@ -55,6 +56,7 @@ class StandIn:
             max_steps=max_steps,
             max_total_tokens=max_total_tokens,
             now=lambda: 0.0,
+            observer=observer,
         )
         self.max_steps = max_steps
         self.visits = 0
@@ -250,6 +252,49 @@ def test_first_success_cancels_siblings_and_frees_their_pages_at_once():
     assert rollout.sequential_tokens == 7 + 25
     cancelled = [call for call in rollout.calls if call.stop.reason is StopReason.CANCELLED]
     assert [(call.path, len(call.tokens), len(call.logprobs)) for call in cancelled] == [((0, 1), 7, 7)]
+
+
+def test_an_observer_sees_each_thread_from_its_opening_to_its_end():
+    seen = {}
+
+    def observe(key, thread, happening):
+        assert key == RolloutKey(0, 0)
+        seen.setdefault(thread.path, []).append((happening, len(thread.tokens), thread.generated))
+
+    def parent():
+        thread = yield Open([2, 2])
+        handle = yield Spawn([leaf(MAX_LEN - 3), leaf(MAX_LEN - 10), leaf(MAX_LEN - 7)])
+        yield Join(handle, lambda value: value == 7)
+        yield Append(thread, [4])
+        yield Decode(thread, ())
+
+    StandIn(dataclasses.replace(WIDE, steps_per_visit=5), [parent()], max_steps=6, observer=observe).finish()
+    opened, wrote = Happening.OPENED, Happening.WROTE
+    assert seen == {
+        (): [
+            (opened, 2, 0),
+            (Happening.WAITS, 2, 0),
+            (Happening.RESUMED, 2, 0),
+            (wrote, 8, 5),
+            (wrote, 9, 6),
+            (Happening.ENDED, 9, 6),
+        ],
+        (0, 0): [(opened, 37, 0), (wrote, 40, 3), (Happening.ENDED, 40, 3)],
+        (0, 1): [(opened, 30, 0), (wrote, 35, 5), (wrote, 36, 6), (Happening.ENDED, 36, 6)],
+        (0, 2): [(opened, 33, 0), (wrote, 38, 5), (wrote, 39, 6), (Happening.ENDED, 39, 6)],
+    }
+
+
+def test_an_observer_is_told_of_what_a_success_cancels():
+    last = {}
+
+    def parent():
+        yield Open([2, 2])
+        handle = yield Spawn([leaf(MAX_LEN - 10), leaf(MAX_LEN - 3)])
+        yield Join(handle, lambda value: value == 3)
+
+    StandIn(WIDE, [parent()], observer=lambda _, thread, happening: last.update({thread.path: happening})).finish()
+    assert last == {(): Happening.ENDED, (0, 0): Happening.CANCELLED, (0, 1): Happening.ENDED}
 
 
 def test_success_on_the_clock_not_on_the_schedule():
