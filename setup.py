@@ -28,6 +28,7 @@ setup(
         "tqdm>=4.67,<5",
         "matplotlib>=3.10,<4",
         "jinja2>=3.1,<4",
+        "rich>=14,<16",
     ],
     extras_require={
         "gpu": ["jax[cuda12]>=0.10,<1"],

@@ -81,10 +81,21 @@ def positive_numbers(flag: str, values: Sequence[str]) -> tuple[int, ...]:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Parses the command line, runs `main` and exits with what it returns (None: 0).
+    """Parses the command line, which takes flags alone, runs `main` and exits with what it returns (None: 0).
 
     ConfigError, and everything that is wrong with the command line, exits with 2; FailedError exits with 1.
     """
+
+    def without_words(words: Sequence[str]) -> int | None:
+        if words:
+            raise ConfigError(f"unknown arguments: {' '.join(words)}")
+        return main()
+
+    run_with_words(without_words)
+
+
+def run_with_words(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
+    """As `run`, and hands `main` what stands on the command line besides flags."""
 
     _prefer_huge_pages()
     _cache_compilations()
@@ -93,7 +104,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if not flags.FLAGS["verbosity"].present:
             absl.logging.set_verbosity(absl.logging.ERROR)  # libraries log each file that they touch
             logging.getLogger("apr_jax").setLevel(logging.WARNING)
-        return main()
+        return main(argv[1:])
 
     try:
         app.run(quietly, flags_parser=_parse)
@@ -131,12 +142,9 @@ def _cache_compilations() -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        rest = flags.FLAGS(argv)
+        return list(flags.FLAGS(argv))
     except _PARSE_ERRORS as error:
         raise ConfigError(_message(error)) from error
-    if len(rest) > 1:
-        raise ConfigError(f"unknown arguments: {' '.join(rest[1:])}")
-    return list(rest)
 
 
 def _message(error: BaseException) -> str:

@@ -13,7 +13,6 @@ Exit codes: 0 done, 1 failed, 2 bad arguments or config.
 import json
 import pathlib
 import sys
-from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -22,9 +21,6 @@ from apr_jax.config import Config
 from apr_jax.evaluation.sources import check_policy_folder, newest_run, read_problems
 from apr_jax.tasks.countdown import Problem
 from apr_jax.tasks.generation import SPLITS, Split, split_size
-
-if TYPE_CHECKING:
-    from apr_jax.data.tokenizer import Tokenizer
 
 _RUNS = "runs"
 _CONFIG = entry.define_config("grpo.py")
@@ -61,27 +57,24 @@ def main() -> None:
 
 
 def _evaluate(checkpoint: pathlib.Path, own_problems: list[Problem] | None) -> None:
-    from apr_jax.evaluation.policy import check_vocabulary, choose_config
+    from apr_jax import library
     from apr_jax.evaluation.run import ShownProgress, evaluate, save_rollouts, show_summary
-    from apr_jax.parallel.mesh import make_mesh, offer_cpu_devices
     from apr_jax.reasoning.outcome import make_settings
-    from apr_jax.reasoning.policy_engine import policy_engine
-    from apr_jax.train.checkpoint import load_policy
 
-    offer_cpu_devices()  # before the weights start JAX; how many the mesh needs, they will tell
-    model, params, saved = load_policy(checkpoint)
-    given = _CONFIG.config_dict() if _CONFIG.is_given or saved is None else None
-    config = choose_config(model, saved, given, _CONFIG.overrides)
-    tokenizer = _tokenizer(checkpoint, config, saved)
-    check_vocabulary(config.model, tokenizer)
+    given = _CONFIG.config_dict()
+    policy = library.load(
+        checkpoint,
+        config=given if _CONFIG.is_given else None,
+        fallback=given,
+        overrides=_CONFIG.overrides,
+    )
+    config, tokenizer = policy.config, policy.tokenizer
     problems, source = (own_problems, _PROBLEMS.value) if own_problems else _problems(config)
-    engine = policy_engine(config, make_mesh(config.mesh), tokenizer, params)
-    print(f"engine memory: {engine.memory}", file=sys.stderr)
-    engine.warm_up()  # so that no rate or latency counts compilation
+    print(f"engine memory: {policy.engine.memory}", file=sys.stderr)
     temperature = config.evaluation.temperature if _TEMPERATURE.value is None else _TEMPERATURE.value
     with ShownProgress(len(problems)) as on_progress:
         summary, records = evaluate(
-            engine,
+            policy.engine,
             tokenizer,
             problems,
             method=config.data.method,
@@ -109,14 +102,6 @@ def _problems(config: Config) -> tuple[list[Problem], str]:
     elif _SPLIT.value is not None:
         wanted = min(wanted, split_size(config.data, split))
     return load_problems(config, split, wanted), split
-
-
-def _tokenizer(checkpoint: pathlib.Path, config: Config, saved: dict[str, Any] | None) -> "Tokenizer":
-    """The configuration's tokenizer, or a Hugging Face folder's own."""
-    from apr_jax.data.tokenizer import load_tokenizer
-
-    own = checkpoint / "tokenizer.json"
-    return load_tokenizer(str(own) if saved is None and own.exists() else config.data.tokenizer)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-LAYERS = ["config", "parallel", "model", "engine", "reasoning", "evaluation", "train", "launch"]
+LAYERS = ["config", "parallel", "model", "engine", "reasoning", "evaluation", "train", "library", "launch"]
 # Leaves: what they may import of apr_jax themselves.
 LEAVES = {
     "tasks": {"tasks", "config"},
@@ -15,7 +15,7 @@ LEAVES = {
     "config": set(),
     "entry": {"config"},
 }
-MAY_USE_LEAVES = {"reasoning", "evaluation", "train", "launch"}
+MAY_USE_LEAVES = {"reasoning", "evaluation", "train", "library", "launch"}
 NO_JAX = ["apr_jax/tasks", "apr_jax/data", "apr_jax/engine/pages.py", "apr_jax/engine/threads.py"]
 NO_JAX += ["apr_jax/engine/scheduler.py", "apr_jax/engine/constraints.py", "apr_jax/engine/peers.py"]
 NO_JAX += ["apr_jax/config.py"]

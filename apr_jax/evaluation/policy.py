@@ -1,13 +1,14 @@
-"""Which configuration a policy is evaluated under."""
+"""Which configuration and tokenizer a policy is evaluated under."""
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from apr_jax.config import Config, ConfigError, ModelConfig, from_config_dict
-from apr_jax.data.tokenizer import Tokenizer
+from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 # What may differ between training and evaluation; the rest of a model's config is its weights' shape and meaning.
 _FREE = ("compute_dtype", "attention", "remat", "max_seq_len")
@@ -27,7 +28,7 @@ def choose_config(
     """
     base = given if given is not None else saved
     if base is None:
-        raise ConfigError("this policy brings no configuration: name one with --config=FILE")
+        raise ConfigError("this policy brings no configuration: name one (config=, or --config=FILE)")
     values = ConfigDict(base)
     values.model = dataclasses.asdict(model)
     for field, value in overrides.items():
@@ -41,6 +42,18 @@ def choose_config(
     longest = max(values.model.max_seq_len, values.sft.row_len, values.grpo.row_len)
     values.sft.row_len = values.grpo.row_len = longest  # read in training only
     return from_config_dict(values.to_dict())
+
+
+def choose_tokenizer(folder: pathlib.Path, config: Config, saved: Mapping[str, Any] | None) -> Tokenizer:
+    """The tokenizer of the policy in `folder`: the configuration's, or a Hugging Face folder's own.
+
+    Args: `config` and `saved` as of `choose_config`.
+    Raises: ConfigError where it has ids that the policy's model lacks.
+    """
+    own = folder / "tokenizer.json"
+    tokenizer = load_tokenizer(str(own) if saved is None and own.exists() else config.data.tokenizer)
+    check_vocabulary(config.model, tokenizer)
+    return tokenizer
 
 
 def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:

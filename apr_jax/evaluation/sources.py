@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 from apr_jax.config import ConfigError
 from apr_jax.tasks.countdown import Problem
@@ -28,6 +29,21 @@ def read_problems(path: str | pathlib.Path, limit: int | None = None) -> list[Pr
     if not problems:
         raise ProblemFileError(f"{path}: holds no problem")
     return problems if limit is None else problems[:limit]
+
+
+def read_problem_words(words: Sequence[str]) -> Problem:
+    """A problem from the words of a command line: the target, then the numbers. Raises ConfigError with an example."""
+    example = "name the target and then the numbers: 27 22 26 31 53"
+    for word in words:
+        if not (word.isascii() and word.isdecimal()):
+            raise ConfigError(f"{word!r} is no whole number; {example}")
+    if len(words) < 3:
+        raise ConfigError(f"a problem is a target and at least two numbers, and here are {len(words)}; {example}")
+    try:
+        target, *numbers = map(int, words)
+        return Problem(tuple(numbers), target)
+    except ValueError as error:
+        raise ConfigError(f"{error}; {example}") from error
 
 
 def check_policy_folder(path: pathlib.Path, flag: str = "checkpoint") -> None:

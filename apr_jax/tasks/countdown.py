@@ -20,6 +20,7 @@ _OPERATION_LINE = re.compile(
 _GOAL_LINE = re.compile(rf"({NUMBER}),({NUMBER}) equal: Goal Reached")
 _EXIT_LINE = re.compile(r"Exit Sub Search at level [0-9]+")
 _MAX_DRAWS = 10_000
+_BINDING = {"+": 1, "-": 1, "*": 2, "/": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,42 @@ def verify(answer: str | None, problem: Problem) -> Verdict:
         return Verdict(False, "target_missed")
     goal = f"{problem.target},{problem.target} equal: Goal Reached"
     return Verdict(True, "correct") if _last_line(answer) == goal else Verdict(False, "goal_not_claimed")
+
+
+def express(answer: str, problem: Problem) -> str:
+    """The winning path as one expression for people: `(53-22)*2`. Brackets stand where they are needed only.
+
+    Raises ValueError unless `verify` finds the answer correct.
+    """
+    verdict = verify(answer, problem)
+    if not verdict.correct:
+        raise ValueError(f"no expression of an answer that is wrong ({verdict.reason})")
+    terms = [(number, str(number), "") for number in problem.numbers]  # value, text, outermost operator
+
+    def take(value: int, operator: str, *, on_the_right: bool) -> str:
+        index = next(index for index, term in enumerate(terms) if term[0] == value)
+        _, text, inner = terms.pop(index)
+        weaker = bool(inner) and _BINDING[inner] < _BINDING[operator]
+        reordered = on_the_right and inner != "" and _BINDING[inner] == _BINDING[operator] and operator in "-/"
+        return f"({text})" if weaker or reordered else text
+
+    for match in _OPERATION_LINE.finditer(answer):
+        left, operator, right = int(match[1]), match[2], int(match[3])
+        first = take(left, operator, on_the_right=False)
+        terms.append((int(match[4]), f"{first}{operator}{take(right, operator, on_the_right=True)}", operator))
+    return terms[0][1]
+
+
+def departures(problem: Problem, task: TaskConfig) -> list[str]:
+    """In what a problem is unlike those that `task` draws, each in some words; none where it could be one of them."""
+    found = []
+    if len(problem.numbers) != task.num_numbers:
+        found.append(f"{len(problem.numbers)} numbers instead of {task.num_numbers}")
+    if not all(task.min_number <= number <= task.max_number for number in problem.numbers):
+        found.append(f"numbers outside {task.min_number}..{task.max_number}")
+    if not task.min_target <= problem.target <= task.max_target:
+        found.append(f"a target outside {task.min_target}..{task.max_target}")
+    return found
 
 
 def claims_goal(text: str) -> bool:

@@ -1,7 +1,9 @@
+import ast
 import dataclasses
 import itertools
 import random
 import re
+from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
@@ -178,3 +180,60 @@ def _is_solution(answer: str, problem: Problem) -> bool:
             numbers.remove(int(number))
         numbers.append(int(result))
     return numbers == [problem.target]
+
+
+def _path(*operations: str, target: int) -> str:
+    lines = [f"Exploring Operation: {operation}, Resulting Numbers: []" for operation in operations]
+    return "\n".join([*lines, f"{target},{target} equal: Goal Reached"])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "operations", "expression"),
+    [
+        ((9, 3, 18), ("18-9=9", "3*9=27"), "3*(18-9)"),
+        ((4, 2, 1), ("4-2=2", "2-1=1"), "4-2-1"),
+        ((2, 7, 9), ("7-2=5", "9-5=4"), "9-(7-2)"),
+        ((8, 2, 2), ("2*2=4", "8/4=2"), "8/(2*2)"),
+        ((8, 4, 2, 3), ("8/4=2", "2*2=4", "4+3=7"), "2*8/4+3"),
+        ((1, 2, 3, 4), ("1+2=3", "3+4=7", "3*7=21"), "(1+2)*(3+4)"),
+    ],
+)
+def test_a_right_path_is_one_expression_with_the_brackets_that_it_needs(numbers, operations, expression):
+    target = int(operations[-1].partition("=")[2])
+    assert countdown.express(_path(*operations, target=target), Problem(numbers, target)) == expression
+
+
+def test_expressions_of_solver_paths_have_the_targets_value():
+    checked = 0
+    for seed in range(60):
+        rng = random.Random(seed)
+        demo = demonstrate(sample_problem(rng, LAPTOP), rng, LAPTOP, "adaptive", condition_on_budget=False)
+        if demo.answer is None:
+            continue
+        text = countdown.express(demo.answer, demo.problem)
+        assert sorted(map(int, re.findall("[0-9]+", text))) == sorted(demo.problem.numbers)
+        assert _value(ast.parse(text, mode="eval").body) == demo.problem.target
+        checked += 1
+    assert checked > 20
+
+
+def test_a_wrong_answer_has_no_expression():
+    with pytest.raises(ValueError, match="wrong_arithmetic"):
+        countdown.express(_path("4-2=3", target=3), Problem((4, 2), 3))
+
+
+def test_departures_name_what_a_task_does_not_draw():
+    assert countdown.departures(Problem((1, 20, 3), 40), LAPTOP) == []
+    assert countdown.departures(Problem((1, 21), 9), LAPTOP) == [
+        "2 numbers instead of 3",
+        "numbers outside 1..20",
+        "a target outside 10..40",
+    ]
+
+
+def _value(node: ast.expr) -> Fraction:
+    if isinstance(node, ast.Constant):
+        return Fraction(node.value)
+    left, right = _value(node.left), _value(node.right)
+    operators = {ast.Add: left + right, ast.Sub: left - right, ast.Mult: left * right}
+    return left / right if isinstance(node.op, ast.Div) else operators[type(node.op)]

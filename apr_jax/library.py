@@ -1,0 +1,156 @@
+"""apr_jax as a library: load a policy, and solve problems with it by any way of reasoning.
+
+    import apr_jax
+
+    policy = apr_jax.load("runs/laptop")  # a run, RUN/best, a checkpoint or a Hugging Face folder
+    for solution in policy.solve([(33, [3, 7, 12]), (24, [4, 4, 8])], temperature=0.5, seed=1):
+        print(solution.expression if solution.solved else solution.reason, solution.sequential_tokens)
+
+Results depend on weights, configuration, seed, temperature and the problem's place in the list, and on nothing else.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from apr_jax.config import Config
+from apr_jax.data.tokenizer import Tokenizer
+from apr_jax.engine.engine import Engine
+from apr_jax.engine.threads import Observer, Program, Progress, Rollout, RolloutKey
+from apr_jax.evaluation.metrics import record_rollout
+from apr_jax.evaluation.policy import choose_config, choose_tokenizer
+from apr_jax.model.llama import Params
+from apr_jax.parallel.mesh import make_mesh, offer_cpu_devices
+from apr_jax.reasoning.outcome import Outcome, Settings, make_settings
+from apr_jax.reasoning.policy_engine import policy_engine
+from apr_jax.reasoning.programs import make_program
+from apr_jax.tasks.countdown import Problem, express
+from apr_jax.train.checkpoint import load_policy
+
+Method = str | Callable[[Problem, Settings], Generator[Any, Any, Outcome]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Solution:
+    """What a policy made of one problem."""
+
+    problem: Problem
+    solved: bool  # by `tasks.countdown.verify`, whatever the policy claims
+    reason: str  # "correct", or in one snake_case word why it is not solved
+    expression: str | None  # of a solved problem, for people: "(53-22)*2"
+    answer: str | None  # what the policy claims, as it wrote it
+    total_tokens: int  # generated, by all threads
+    sequential_tokens: int  # of them one after the other: the longest causal chain
+    num_threads: int
+    latency_ms: float
+    record: dict[str, Any]  # every figure of the meter (`evaluation.metrics.record_rollout`), JSON-able
+    rollout: Rollout  # tokens and log-probabilities of each call
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A policy with all that it takes to decode it. Made by `load`."""
+
+    config: Config  # what it was trained with, and what replaced fields of that
+    tokenizer: Tokenizer
+    params: Params
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """An engine that holds the policy, compiled when it is first asked for.
+
+        Raises ConfigError where it does not fit the devices.
+        """
+        engine = policy_engine(self.config, make_mesh(self.config.mesh), self.tokenizer, self.params)
+        engine.warm_up()  # so that no rate or latency counts compilation
+        return engine
+
+    def solve(
+        self,
+        problems: Sequence[Problem | tuple[int, Sequence[int]]],
+        *,
+        method: Method | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+        budget: int | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        observer: Observer | None = None,
+    ) -> list[Solution]:
+        """Decodes each problem once, all at the same time, and verifies the answers.
+
+        Args:
+          problems: each a Problem, or its target and its numbers: `(27, [22, 26, 31, 53])`.
+          method: a way of reasoning by its name in `reasoning.programs.PROGRAMS`, or a program of your own
+            (docs/write_a_program.md); None is the one that the policy was trained for.
+          temperature: 0 is greedy.
+          budget: written into prompts; sub calls, or for a serial method tokens.
+          on_progress, observer: as of `Engine.run`.
+        Raises: ValueError for no problem (`Problem`), an unknown method, or a problem that the tokenizer cannot spell.
+        """
+        asked = [problem if isinstance(problem, Problem) else _problem(problem) for problem in problems]
+        name = method if isinstance(method, str) else self.config.data.method
+        settings = make_settings(self.config, self.tokenizer, budget)
+        make: Callable[[Problem], Program] = (
+            (lambda problem: method(problem, settings))
+            if callable(method)
+            else (lambda problem: make_program(name, problem, settings))
+        )
+        programs = [(RolloutKey(index, 0), make(problem)) for index, problem in enumerate(asked)]
+        rollouts = self.engine.run(
+            programs, seed=seed, temperature=temperature, on_progress=on_progress, observer=observer
+        )
+        name = getattr(method, "__name__", name) if callable(method) else name
+        return [self._solution(problem, rollout, name) for problem, rollout in zip(asked, rollouts, strict=True)]
+
+    def _solution(self, problem: Problem, rollout: Rollout, method: str) -> Solution:
+        record = record_rollout(problem, rollout, self.tokenizer, method=method, keep_calls=False)
+        solved, answer = record["correct"], record["answer"]
+        return Solution(
+            problem=problem,
+            solved=solved,
+            reason=record["verdict"],
+            expression=express(answer, problem) if solved else None,
+            answer=answer,
+            total_tokens=record["total_tokens"],
+            sequential_tokens=record["sequential_tokens"],
+            num_threads=len({call.path for call in rollout.calls}),
+            latency_ms=record["latency_ms"],
+            record=record,
+            rollout=rollout,
+        )
+
+
+def load(
+    checkpoint: str | pathlib.Path,
+    *,
+    config: ConfigDict | None = None,
+    fallback: ConfigDict | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Policy:
+    """Loads a policy.
+
+    Args:
+      checkpoint: a run folder (its newest checkpoint), RUN/best, a checkpoint folder, or a Hugging Face folder.
+      config: in place of the configuration that it was trained with.
+      fallback: where it brings none, as from Hugging Face.
+      overrides: single fields of the configuration: `{"rollout.num_lanes": 8}`.
+    Raises:
+      FileNotFoundError: there is no policy.
+      CheckpointError, HuggingFaceError: it is damaged.
+      ConfigError: it has no configuration, or one that does not go with its weights.
+    """
+    folder = pathlib.Path(checkpoint)
+    offer_cpu_devices()  # before the weights start JAX; how many the mesh needs, they will tell
+    model, params, saved = load_policy(folder)
+    given = fallback if config is None and saved is None else config
+    chosen = choose_config(model, saved, given, overrides or {})
+    return Policy(chosen, choose_tokenizer(folder, chosen, saved), params)
+
+
+def _problem(given: tuple[int, Sequence[int]]) -> Problem:
+    target, numbers = given
+    return Problem(tuple(numbers), target)

@@ -1,0 +1,152 @@
+"""Solves one Countdown problem before your eyes: the target, then the numbers.
+
+    python launch/solve.py 27 3 9 18                               # the newest run in runs/
+    python launch/solve.py 27 22 26 31 53 --checkpoint=runs/laptop/best --temperature=0.5 --seed=1
+    python launch/solve.py 27 3 9 18 --method=serial --checkpoint=runs/serial
+    python launch/solve.py 27 3 9 18 --json=-                      # one JSON object on standard output
+
+Threads are drawn on standard error, live on a terminal and as plain lines elsewhere; the verified answer goes to
+standard output. A policy brings its configuration; --config=FILE and --config.a.b=c are those of launch/evaluate.py.
+Exit codes: 0 done, whether or not it is solved; 1 failed; 2 bad arguments or config.
+"""
+
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from apr_jax import entry
+from apr_jax.config import ConfigError
+from apr_jax.evaluation.sources import check_policy_folder, newest_run, read_problem_words
+from apr_jax.tasks.countdown import Problem, departures, is_solvable
+
+if TYPE_CHECKING:
+    from apr_jax.library import Policy, Solution
+
+_RUNS = "runs"
+_MOST_NUMBERS = 6  # for which it is quickly known whether there is a solution
+_CONFIG = entry.define_config("grpo.py")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, f"Run (or RUN/best), checkpoint or Hugging Face folder [newest in {_RUNS}/]."
+)
+_METHOD = flags.DEFINE_string("method", None, "Way of reasoning [the one that the policy was trained for].")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling; read where the temperature is not 0.")
+_BUDGET = flags.DEFINE_integer("budget", None, "Written into prompts: sub calls; serial: tokens.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "Write the result here as one JSON object; - is standard output.")
+
+
+def main(words: Sequence[str]) -> None:
+    began = time.perf_counter()
+    # What can be refused is refused at once, before JAX and its friends have loaded.
+    problem = read_problem_words(words)
+    _check_method(problem)
+    if _CHECKPOINT.value:
+        check_policy_folder(pathlib.Path(_CHECKPOINT.value))
+    try:
+        checkpoint = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else newest_run(_RUNS)
+    except FileNotFoundError as error:
+        raise entry.FailedError(str(error)) from error
+    from apr_jax import library
+    from apr_jax.model.hf import HuggingFaceError
+    from apr_jax.train.integrity import CheckpointError
+
+    given = _CONFIG.config_dict()
+    try:
+        policy = library.load(
+            checkpoint, config=given if _CONFIG.is_given else None, fallback=given, overrides=_CONFIG.overrides
+        )
+    except (CheckpointError, FileNotFoundError, HuggingFaceError) as error:
+        raise entry.FailedError(str(error)) from error
+    _warn(problem, policy)
+    policy.engine  # noqa: B018 (compiles)
+    started = time.perf_counter()
+    solution = _solve(problem, policy)
+    _report(solution, checkpoint, start_ms=(started - began) * 1e3)
+
+
+def _check_method(problem: Problem) -> None:
+    """Raises ConfigError for an unknown method."""
+    from apr_jax.data.tokenizer import BuiltinTokenizer
+    from apr_jax.reasoning.outcome import make_settings
+    from apr_jax.reasoning.programs import make_program
+
+    config = _CONFIG.config()
+    try:
+        make_program(_METHOD.value or config.data.method, problem, make_settings(config, BuiltinTokenizer()))
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from error
+
+
+def _warn(problem: Problem, policy: "Policy") -> None:
+    """Says what the policy was not trained for. Raises ConfigError for a problem that it cannot even read."""
+    trained = policy.config.data.method
+    try:
+        policy.tokenizer.encode(", ".join(map(str, (problem.target, *problem.numbers))))
+    except ValueError as error:
+        raise ConfigError(f"the policy's tokenizer cannot spell this problem: {error}") from error
+    unlike = departures(problem, policy.config.task)
+    if _METHOD.value not in (None, trained):
+        unlike.append(f"--method={_METHOD.value} instead of {trained}")
+    if unlike:
+        print(f"The policy was not trained for this: {', '.join(unlike)}.", file=sys.stderr)
+
+
+def _solve(problem: Problem, policy: "Policy") -> "Solution":
+    from apr_jax.evaluation.live import LiveThreads
+
+    with LiveThreads(policy.tokenizer) as live:
+        (solution,) = policy.solve(
+            [problem],
+            method=_METHOD.value,
+            temperature=_TEMPERATURE.value,
+            seed=_SEED.value,
+            budget=_BUDGET.value,
+            observer=live,
+        )
+    return solution
+
+
+def _report(solution: "Solution", checkpoint: pathlib.Path, start_ms: float) -> None:
+    problem = solution.problem
+    solvable = is_solvable(problem.numbers, problem.target) if len(problem.numbers) <= _MOST_NUMBERS else None
+    calls = solution.rollout.calls
+    first_token_ms = min((call.first_token_ms for call in calls), default=0.0)
+    if _JSON.value:
+        result: dict[str, Any] = solution.record | {
+            "solved": solution.solved,
+            "expression": solution.expression,
+            "solvable": solvable,
+            "num_threads": solution.num_threads,
+            "start_ms": start_ms,
+            "first_token_ms": first_token_ms,
+            "temperature": _TEMPERATURE.value,
+            "seed": _SEED.value,
+            "checkpoint": str(checkpoint),
+        }
+        text = json.dumps(result, indent=1) + "\n"
+        if _JSON.value == "-":
+            print(text, end="")
+            return
+        pathlib.Path(_JSON.value).write_text(text, encoding="utf-8")
+    print(_verdict(solution, solvable))
+    one_after_the_other = f"{solution.sequential_tokens:,} of them one after the other"
+    print(f"tokens  {solution.total_tokens:,}, {one_after_the_other}; {solution.num_threads} threads")
+    print(f"time    {solution.latency_ms / 1e3:.2f} s, the first token after {first_token_ms / 1e3:.2f} s")
+    print(f"start   {start_ms / 1e3:.1f} s for libraries, weights and compilation")
+
+
+def _verdict(solution: "Solution", solvable: bool | None) -> str:
+    if solution.solved:
+        return f"{solution.expression} = {solution.problem.target}"
+    why = solution.reason.replace("_", " ")
+    there_is = {True: "there is a solution", False: "and there is none", None: "whether there is one is not known"}
+    return f"not solved: {why}; {there_is[solvable]}"
+
+
+if __name__ == "__main__":
+    entry.run_with_words(main)
