@@ -1,0 +1,81 @@
+"""launch/solve.py as a user runs it."""
+
+import functools
+import json
+
+import pytest
+
+from apr_jax.data.tokenizer import load_tokenizer
+from apr_jax.model.hf import save_hf
+from apr_jax.model.llama import init_params
+from apr_jax.parallel.mesh import make_mesh
+from apr_jax.train.checkpoint import Checkpoints
+from apr_jax.train.optimizer import make_optimizer
+from apr_jax.train.state import create_state
+from tests.launch.test_evaluate import ROOT, launched, small_config
+
+solve = functools.partial(launched, "solve.py")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a run in runs/, and a Hugging Face folder of the same policy."""
+    home = tmp_path_factory.mktemp("home")
+    config = small_config(home)
+    optimizer = make_optimizer(config.sft.optimizer, 1)
+    state = create_state(make_mesh(config.mesh), config.model, optimizer, init_params(config.model, 0))
+    with Checkpoints(home / "runs" / "tiny", "sft", config) as checkpoints:
+        checkpoints.save(1, state, {})
+    save_hf(home / "hugging_face", config.model, state.params, load_tokenizer("builtin"))
+    return home
+
+
+def test_for_programs_it_writes_one_json_object_and_threads_stay_on_standard_error(home):
+    done = solve(home, "27", "3", "9", "18", "--json=-", "--temperature=1", "--seed=2")
+    result = json.loads(done.stdout)
+    assert (result["target"], result["numbers"], result["checkpoint"]) == (27, [3, 9, 18], "runs/tiny")
+    assert (result["temperature"], result["seed"], result["method"]) == (1.0, 2, "adaptive")
+    assert (result["solved"], result["solvable"], result["expression"]) == (False, True, None)
+    assert 0 < result["sequential_tokens"] <= result["total_tokens"] <= 16  # the run's rollout.max_steps
+    assert 0 < result["first_token_ms"] <= result["latency_ms"]
+    assert "not trained" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if "parent" in line]
+    assert "starts" in lines[0]
+    assert "ended" in lines[-1]
+    assert f"{result['total_tokens']} tokens" in lines[-1]
+
+
+def test_for_people_it_says_what_came_of_it_and_what_the_policy_was_not_trained_for(home):
+    given = f"--config={ROOT / 'configs' / 'grpo.py'}:smoke"
+    small = ["--config.rollout.max_steps=16", "--config.rollout.num_lanes=4", "--config.rollout.prefill_lanes=4"]
+    arguments = ("--checkpoint=hugging_face", given, *small, "--method=serial", "--json=result.json")
+    done = solve(home, "90", "1", "2", *arguments)
+    assert done.stdout.startswith("not solved: max steps; and there is none\n")
+    unlike = "2 numbers instead of 3, a target outside 10..40, --method=serial instead of adaptive"
+    assert f"The policy was not trained for this: {unlike}." in done.stderr
+    assert json.loads((home / "result.json").read_text())["method"] == "serial"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "a target and at least two numbers"),
+        (["27"], "a target and at least two numbers"),
+        (["27", "3", "nine"], "'nine' is no whole number"),
+        (["27", "3", "9.5"], "'9.5' is no whole number"),
+        (["0", "3", "9"], "must be a positive int"),
+        (["27", "3", "9", "--method=adaptiv"], "choose one of"),
+        (["27", "3", "9", "--checkpoint=missing"], "no such folder"),
+        (["27", "3", "9", "--temperature=-1"], "temperature"),
+    ],
+)
+def test_a_wrong_problem_gets_a_sentence(home, arguments, message):
+    done = solve(home, *arguments, check=2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+
+
+def test_without_a_policy_it_says_how_to_get_one(tmp_path):
+    done = solve(tmp_path, "27", "3", "9", check=1)
+    assert "train one first" in done.stderr
