@@ -1,5 +1,5 @@
-# make train | make test | make test-slow | make test-peers | make peers | make test-aot | make compile-aot | make gpu-check |
-# make lint | make lock
+# make train | make test | make test-slow | make test-browser | make test-peers | make peers | make test-aot | make compile-aot |
+# make gpu-check | make screenshots | make lint | make lock
 # METHOD=serial trains another way of reasoning (configs/methods.py).
 # PYTHON=python3.13 picks another interpreter (and its own environment).
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -12,7 +12,9 @@ WORKDIR ?=
 PEERS ?=
 TOPOLOGY ?= tpu:v5e:4x4
 
-.PHONY: train test test-slow test-peers peers test-aot compile-aot gpu-check lint format lock env clean
+COMPARISON ?= docs/results/laptop
+
+.PHONY: train test test-slow test-browser screenshots test-peers peers test-aot compile-aot gpu-check lint format lock env clean
 
 env: $(VENV)/.installed
 
@@ -31,6 +33,20 @@ test: env
 # What `make test` leaves out because it is exhaustive: every mesh shape, many kills.
 test-slow: env
 	$(BIN)/python -m pytest -n 2 -m slow
+
+# The pages in a real browser, which is not a Python package: Debian's, or any that CHROMIUM names.
+test-browser: browser
+	$(BIN)/python -m pytest -m browser
+
+# Pictures of the pages of COMPARISON, a folder of launch/compare.py, for README.
+screenshots: browser
+	$(BIN)/python launch/report.py --comparison=$(COMPARISON) --screenshots=docs/pictures
+
+.PHONY: browser
+browser: env
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[browser]'
+	@$(BIN)/python -c 'from apr_jax.evaluation.browser import find_chromium as f; f()' 2> /dev/null || \
+	  { echo "no Chromium here: apt-get install -y chromium, or set CHROMIUM to a browser's path" >&2; exit 2; }
 
 test-peers: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'

@@ -34,6 +34,7 @@ setup(
         "gpu": ["jax[cuda12]>=0.10,<1"],
         "tpu": ["jax[tpu]>=0.10,<1"],
         "peers": ["torch>=2.9", "transformers>=5"],
+        "browser": ["playwright>=1.60,<2", "pillow>=11"],  # drives a Chromium that is there; brings none
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",

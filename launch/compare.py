@@ -1,44 +1,74 @@
-"""Compares policies on the same held-out problems, each with the first, with paired 95 % intervals.
+"""Compares ways of reasoning, and policies, on the same problems and on engines of the same lanes.
 
-    python launch/compare.py --policies=correct=runs/correct,path=runs/path --num_problems=1000
     python launch/compare.py --policies=correct=runs/correct,path=runs/path --figure=docs/critical_path.svg
+    python launch/compare.py --policies=adaptive=runs/laptop,serial=runs/serial --methods=adaptive,cons@8:serial \\
+      --temperatures=0,1 --context_windows=256,384,512
+    python launch/report.py --run=runs/laptop
 
-All decode under the first one's configuration; --config.a.b=c changes a field of it. --figure draws the training curves
-of those that are run folders. Exit codes: 0 done, 1 failed, 2 bad arguments or config.
+A row of --methods is PROGRAM or PROGRAM/POLICY; without --methods each policy reasons as it was trained to. Every row
+is run at every budget, temperature and context window. WORKDIR/results.jsonl has an object for each such cell, and
+WORKDIR/records its problems' records. Kill it at any moment and start it again: finished cells are kept. At the end
+every cell is compared with the first, problem by problem. docs/comparing.md says more.
+
+Each policy decodes under its own configuration, on an engine with the lanes and pages of the first one's;
+--config.a.b=c changes a field of all. Exit codes: 0 done, 1 failed, 2 bad arguments or config, 75 stopped by a signal
+(start again to go on).
 """
 
 import dataclasses
 import json
 import pathlib
-from typing import Any
+import shlex
+import sys
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from apr_jax import entry
 from apr_jax.config import ConfigError
-from apr_jax.evaluation.sources import check_policy_folder
+from apr_jax.evaluation.compare_grid import Cell, make_cells, read_policies, read_rows
+from apr_jax.evaluation.sources import check_policy_folder, newest_run, read_problems
+from apr_jax.tasks.countdown import Problem
 from apr_jax.tasks.generation import SPLITS, Split
 
+if TYPE_CHECKING:
+    from apr_jax.evaluation.compare_run import Asked, Policy
+
+_RUNS = "runs"
 _CONFIG = entry.define_config("grpo.py")
-_POLICIES = flags.DEFINE_list("policies", [], "NAME=FOLDER of two or more: run, checkpoint or Hugging Face folders.")
+_WORKDIR = flags.DEFINE_string("workdir", f"{_RUNS}/comparison", "Where results.jsonl and the records go.")
+_POLICIES = flags.DEFINE_list(
+    "policies", [], f"NAME=FOLDER of each: run (or RUN/best), checkpoint or Hugging Face folders [newest in {_RUNS}/]."
+)
+_METHODS = flags.DEFINE_list("methods", [], "Rows: PROGRAM or PROGRAM/POLICY, such as cons@8:adaptive [every policy].")
+_BUDGETS = flags.DEFINE_list("budgets", [], "Written into prompts: N or none for all rows, ROW=N for one.")
+_TEMPERATURES = flags.DEFINE_list("temperatures", [], "0 is greedy [evaluation.temperature].")
+_WINDOWS = flags.DEFINE_list("context_windows", [], "Tokens that a thread may hold [model.max_seq_len].")
 _SPLIT = flags.DEFINE_enum("split", None, list(SPLITS), "Which problems [evaluation.split].")
 _NUM_PROBLEMS = flags.DEFINE_integer("num_problems", None, "How many [evaluation.num_problems].", lower_bound=2)
-_TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy [evaluation.temperature].", lower_bound=0.0)
-_JSON = flags.DEFINE_string("json", None, "Write summaries and differences here as one JSON object.")
-_FIGURE = flags.DEFINE_string("figure", None, "Write the runs' training curves here, as an SVG.")
+_PROBLEMS = flags.DEFINE_string("problems", None, 'JSONL file, {"numbers": [3, 7, 12], "target": 40} a line.')
+_KEEP = flags.DEFINE_integer("keep_rollouts", 16, "Problems whose threads are kept for the viewer.", lower_bound=0)
+_JSON = flags.DEFINE_string("json", None, "Write rows and differences here as one JSON object.")
+_FIGURE = flags.DEFINE_string("figure", None, "Write the policies' training curves here, as an SVG.")
 
 
-def main() -> None:
-    _CONFIG.config()  # what can be refused is refused before JAX and its friends have loaded
-    folders = {name: pathlib.Path(folder) for name, _, folder in (given.partition("=") for given in _POLICIES.value)}
-    if len(folders) < 2:
-        raise ConfigError("--policies takes two or more different names: first=runs/a,second=runs/b")
+def main() -> int:
+    # What can be refused is refused at once, before JAX and its friends have loaded.
+    _CONFIG.config()
+    own = read_problems(_PROBLEMS.value, _NUM_PROBLEMS.value) if _PROBLEMS.value else None
+    entry.positive_numbers("context_windows", _WINDOWS.value)
+    _temperatures(0.0)
+    folders = {name: pathlib.Path(folder) for name, folder in read_policies(_POLICIES.value).items()}
     for name, folder in folders.items():
         check_policy_folder(folder, f"policies={name}")
-    from apr_jax.data.countdown_builder import DatasetError
+    try:
+        folders = folders or {(newest := newest_run(_RUNS)).name: newest}
+    except FileNotFoundError as error:
+        raise entry.FailedError(f"{error} (--policies=NAME=FOLDER)") from error
     from apr_jax.evaluation.compare import draw_runs
     from apr_jax.model.hf import HuggingFaceError
     from apr_jax.train.integrity import CheckpointError
+    from apr_jax.train.signals import StoppedError, StopSignal
 
     if _FIGURE.value:
         try:
@@ -46,75 +76,106 @@ def main() -> None:
         except ValueError as error:
             raise entry.FailedError(str(error)) from error
     try:
-        _compare(folders)
-    except (CheckpointError, DatasetError, FileNotFoundError, HuggingFaceError) as error:
+        with StopSignal().listening() as stop, stop.interrupting():
+            _compare(folders, own)
+    except StoppedError:
+        print(f"Stopped by a signal; finished cells are in {_WORKDIR.value}. Start again to go on.", file=sys.stderr)
+        return entry.STOPPED
+    except (CheckpointError, FileNotFoundError, HuggingFaceError) as error:
         raise entry.FailedError(str(error)) from error
+    return 0
 
 
-def _compare(folders: dict[str, pathlib.Path]) -> None:
-    from apr_jax.evaluation.compare import compare
-    from apr_jax.evaluation.run import show_summary
+def _compare(folders: dict[str, pathlib.Path], own: list[Problem] | None) -> None:
+    from apr_jax.evaluation.compare_run import check_programs, run_cells
+    from apr_jax.evaluation.compare_store import Results
 
-    summaries, records = _evaluate_all(folders)
-    for name, summary in summaries.items():
-        print(f"{name}: {folders[name]}\n{show_summary(summary)}\n")
-    first, *others = folders
-    differences = {name: compare(records[first], records[name]) for name in others}
-    for name, of_figures in differences.items():
-        print(f"{name} against {first} (95 %, paired):")
-        for figure, d in of_figures.items():
-            scale, unit = (100, " points") if figure == "accuracy" else (1, "")
-            change = f"{scale * d.change:+.1f}{unit} ({scale * d.change_low:+.1f} to {scale * d.change_high:+.1f})"
-            relative = f"{d.relative:+.1%} ({d.relative_low:+.1%} to {d.relative_high:+.1%})"
-            print(f"  {figure:18} {scale * d.first:.1f} -> {scale * d.second:.1f}: {change}, {relative}")
-    if _JSON.value:
-        plain = {name: {k: dataclasses.asdict(d) for k, d in of.items()} for name, of in differences.items()}
-        document = {"against": first, "summaries": summaries, "differences": plain}
-        pathlib.Path(_JSON.value).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    policies = _load(folders)
+    cells = _cells(policies)
+    asked = _asked(list(policies.values()), own)
+    check_programs(cells, policies, asked.problems[0])
+    workdir = pathlib.Path(_WORKDIR.value)
+    rows = run_cells(
+        cells,
+        policies,
+        asked,
+        Results(workdir),
+        command=shlex.join(["python", "launch/compare.py", *sys.argv[1:]]),
+        keep_rollouts=_KEEP.value,
+        say=lambda text: print(text, file=sys.stderr),
+    )
+    _show(workdir, rows)
 
 
-def _evaluate_all(folders: dict[str, pathlib.Path]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Summary and records of each policy, on one engine."""
-    from apr_jax.data.tokenizer import load_tokenizer
-    from apr_jax.evaluation.policy import check_vocabulary, choose_config
-    from apr_jax.evaluation.run import ShownProgress, evaluate, load_problems
-    from apr_jax.parallel.mesh import make_mesh, offer_cpu_devices
-    from apr_jax.reasoning.outcome import make_settings
-    from apr_jax.reasoning.policy_engine import policy_engine
+def _load(folders: dict[str, pathlib.Path]) -> "dict[str, Policy]":
+    from apr_jax.evaluation.compare_run import make_policy
+    from apr_jax.parallel.mesh import offer_cpu_devices
     from apr_jax.train.checkpoint import load_policy
 
-    offer_cpu_devices()
-    policies = {name: load_policy(folder) for name, folder in folders.items()}
-    model, first_params, saved = next(iter(policies.values()))
-    given = _CONFIG.config_dict() if _CONFIG.is_given or saved is None else None
-    config = choose_config(model, saved, given, _CONFIG.overrides)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    evaluation = config.evaluation
-    temperature = evaluation.temperature if _TEMPERATURE.value is None else _TEMPERATURE.value
-    split: Split = _SPLIT.value or evaluation.split  # type: ignore[assignment]
-    problems = load_problems(config, split, _NUM_PROBLEMS.value or evaluation.num_problems)
-    check_vocabulary(config.model, tokenizer)
-    for name, (other, _, _) in policies.items():
-        if dataclasses.replace(other, max_seq_len=model.max_seq_len) != model:
-            raise ConfigError(f"--policies: {name} is another model than {next(iter(policies))}")
-    engine = policy_engine(config, make_mesh(config.mesh), tokenizer, first_params)
-    engine.warm_up()  # so that no rate or latency counts compilation
-    summaries, records = {}, {}
-    for name, (_, params, _) in policies.items():
-        engine.set_params(params)
-        with ShownProgress(len(problems), f"Evaluate {name}") as on_progress:
-            summaries[name], records[name] = evaluate(
-                engine,
-                tokenizer,
-                problems,
-                method=config.data.method,
-                settings=make_settings(config, tokenizer),
-                seed=config.seed,
-                temperature=temperature,
-                on_progress=on_progress,
-                keep_calls=0,
-            )
-    return summaries, records
+    offer_cpu_devices()  # before the weights start JAX; how many the mesh needs, they will tell
+    policies: dict[str, Policy] = {}
+    for name, folder in folders.items():
+        first = next(iter(policies.values()), None)
+        given = _CONFIG.config_dict() if _CONFIG.is_given else None
+        policies[name] = make_policy(name, str(folder), load_policy(folder), given, _CONFIG.overrides, first)
+    return policies
+
+
+def _cells(policies: "dict[str, Policy]") -> list[Cell]:
+    rows = read_rows(_METHODS.value, {name: policy.config.data.method for name, policy in policies.items()})
+    return make_cells(
+        rows,
+        _BUDGETS.value,
+        _temperatures(next(iter(policies.values())).config.evaluation.temperature),
+        entry.positive_numbers("context_windows", _WINDOWS.value),
+        {name: policy.config.model.max_seq_len for name, policy in policies.items()},
+    )
+
+
+def _asked(policies: "list[Policy]", own: list[Problem] | None) -> "Asked":
+    """The user's problems, or those of a split."""
+    from apr_jax.evaluation.compare_run import Asked, held_out
+
+    config = policies[0].config
+    if own is not None and _PROBLEMS.value:
+        if len(own) < 2:
+            raise ConfigError(f"--problems={_PROBLEMS.value}: a comparison takes 2 problems or more")
+        return Asked(tuple(own), _PROBLEMS.value, config.seed)
+    split: Split = _SPLIT.value or config.evaluation.split  # type: ignore[assignment]
+    return held_out(policies, split, _NUM_PROBLEMS.value or config.evaluation.num_problems)
+
+
+def _temperatures(default: float) -> list[float]:
+    try:
+        values = [float(value) for value in _TEMPERATURES.value] or [default]
+    except ValueError as error:
+        raise ConfigError(f"--temperatures: {error}") from error
+    if not all(0 <= value < float("inf") for value in values):
+        raise ConfigError(f"--temperatures={','.join(_TEMPERATURES.value)} must be numbers >= 0 (0 is greedy)")
+    return values
+
+
+def _show(workdir: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    """The rows as a table, and each against the first."""
+    from apr_jax.evaluation.compare import cell_name, compare, show_differences, show_rows
+    from apr_jax.evaluation.compare_store import read_records
+
+    first, *others = rows
+    print(f"{first['num_problems']:,} problems ({first['problems']}), {first['lanes']} lanes, {first['machine']}")
+    print(show_rows(rows))
+    against = read_records(workdir, first)
+    differences = {}
+    for row in others:
+        differences[cell_name(row, rows)] = of_row = compare(against, read_records(workdir, row))
+        print(show_differences(cell_name(row, rows), cell_name(first, rows), of_row))
+    if _JSON.value:
+        plain = {name: {k: dataclasses.asdict(d) for k, d in of.items()} for name, of in differences.items()}
+        document = {
+            "against": cell_name(first, rows),
+            "summaries": {cell_name(row, rows): row for row in rows},
+            "differences": plain,
+        }
+        pathlib.Path(_JSON.value).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -92,13 +92,17 @@ def mesh_for(config: Config, lanes: int) -> MeshConfig:
 
 def about(config: Config) -> dict[str, Any]:
     """The device and the model, for a report."""
-    device = jax.devices()[0]
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     return {
-        "device": f"{device.device_kind} ({machine})",
+        "device": device_name(),
         "mesh": dataclasses.asdict(config.mesh),
         "model": {**dataclasses.asdict(config.model), "num_params": num_params(config.model).total},
     }
+
+
+def device_name() -> str:
+    """The device that JAX computes on, and its host."""
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    return f"{jax.devices()[0].device_kind} ({machine})"
 
 
 def greedy_tokens(config: Config, params: Any, lengths: Lengths) -> list[int]:

@@ -73,6 +73,51 @@ def compare(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, An
     }
 
 
+def cell_name(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The row's method, and of its other settings those in which `rows` differ at all: "adaptive, temperature 1"."""
+    words = {"budget": "budget {}", "temperature": "temperature {:g}", "context_window": "window {}"}
+    told = [
+        text.format(row[name])
+        for name, text in words.items()
+        if row[name] is not None and len({other[name] for other in rows}) > 1
+    ]
+    return ", ".join([row["method"], *told])
+
+
+def show_differences(label: str, against: str, differences: Mapping[str, Difference]) -> str:
+    """The differences for people, a line a figure."""
+    lines = [f"{label} against {against} (95 %, paired):"]
+    for figure, d in differences.items():
+        scale, unit = (100, " points") if figure == "accuracy" else (1, "")
+        change = f"{scale * d.change:+.1f}{unit} ({scale * d.change_low:+.1f} to {scale * d.change_high:+.1f})"
+        relative = f"{d.relative:+.1%} ({d.relative_low:+.1%} to {d.relative_high:+.1%})"
+        lines.append(f"  {figure:18} {scale * d.first:.1f} -> {scale * d.second:.1f}: {change}, {relative}")
+    return "\n".join(lines)
+
+
+def show_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of a comparison for people: a table of text."""
+    columns = ("method", "budget", "temp.", "window", "solved (95 %)", "tokens", "sequential", "latency, ms")
+    cells = [
+        (
+            row["method"],
+            "" if row["budget"] is None else str(row["budget"]),
+            f"{row['temperature']:g}",
+            str(row["context_window"]),
+            f"{row['accuracy']:.1%} ({row['accuracy_low']:.1%} to {row['accuracy_high']:.1%})",
+            f"{row['total_tokens']:,.0f}",
+            f"{row['sequential_tokens']:,.0f}",
+            f"{row['latency_ms']:,.0f}",
+        )
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    lines = [
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in (columns, *cells)
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
 def draw_runs(runs: Mapping[str, pathlib.Path], path: pathlib.Path) -> None:
     """Draws GRPO's curves of runs, each under its name, as an SVG at `path`.
 

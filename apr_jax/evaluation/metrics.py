@@ -87,6 +87,8 @@ def record_rollout(
                 "path": list(call.path),
                 "context": tokenizer.decode(call.context.tolist()[1:]),
                 "text": text,
+                "tokens": tokenizer.token_texts(call.tokens.tolist()),
+                "logprobs": [round(logprob, 4) for logprob in call.logprobs.tolist()],
                 "stop": call.stop.reason.name.lower(),
                 "num_tokens": len(call.tokens),
                 "clock_start": call.clock_start,

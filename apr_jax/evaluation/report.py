@@ -1,21 +1,19 @@
 """A run as one self-contained page (`report.html`), and its picture as one SVG.
 
 Reads what a run folder holds: metrics.jsonl, summary.json, rollouts.jsonl, config.json. Each may be missing: the page
-then says less. Nothing is loaded from anywhere else, and all model text is escaped.
+then says less. Nothing is loaded from anywhere else, and all model text is escaped. The rollouts that GRPO learnt from,
+with their advantages, are in grpo_rollouts/STEP.jsonl.
 """
 
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
-from apr_jax.evaluation import charts, viewer
+from apr_jax.evaluation import charts, page, viewer
 from apr_jax.evaluation.behaviour import behaviour_tables
 from apr_jax.evaluation.charts import Series
+from apr_jax.evaluation.thread_view import ThreadViews
 
 # Each panel: phase, title, (metric, label) curves; a curve or a panel that a run did not log is left out.
 _PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
@@ -77,7 +75,6 @@ _FORMATS = {
     "share": lambda value: f"{100 * value:.1f} %",
     "number": lambda value: f"{value:,.{0 if value >= 1000 else 1}f}",
 }
-_MAX_ROLLOUTS = 12
 
 
 def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
@@ -85,25 +82,21 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
     workdir = pathlib.Path(workdir)
     if not workdir.is_dir():
         raise FileNotFoundError(f"no run folder {workdir}")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     summary, metrics = _read_json(workdir / "summary.json"), read_jsonl(workdir / "metrics.jsonl")
-    rollouts = pick_rollouts(read_jsonl(workdir / "rollouts.jsonl"))[:_MAX_ROLLOUTS]
-    page = environment.from_string(_template("report.html")).render(
+    text = page.render(
+        "report.html",
         name=workdir.resolve().name,
         about=_about(_read_json(workdir / "config.json")),
-        figure_css=Markup(_template("figure.css")),
-        page_css=Markup(_template("report.css")),
-        script=Markup(_template("report.js")),
         entries=_entries(summary),
         rows=_table_rows(summary),
         failures=_failures(summary),
-        behaviour=behaviour_tables(_evaluations(summary), metrics),
-        panels=[Markup(_svg(body, charts.WIDTH, charts.HEIGHT)) for body in _panels(metrics)],
-        rollouts=[_rollout_view(record) for record in rollouts],
-        texts=Markup(_embed([_rollout_texts(record) for record in rollouts])),
+        behaviour=behaviour_tables(evaluations(summary), metrics),
+        panels=[page.svg(body, charts.WIDTH, charts.HEIGHT) for body in training_panels(metrics)],
+        views=run_views(workdir),
+        embed=page.embed,
     )
     path = workdir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -119,7 +112,7 @@ def write_figure(workdir: str | pathlib.Path, path: str | pathlib.Path) -> None:
         body, height = viewer.draw_threads(rollouts[0], width)
         parts.append(f'<g transform="translate(0,{y})">{body}</g>')
         y += height + 14
-    panels = _panels(read_jsonl(workdir / "metrics.jsonl"))
+    panels = training_panels(read_jsonl(workdir / "metrics.jsonl"))
     wanted = [
         panel
         for title in ("loss per token", "share of rollouts solved", "children per")
@@ -140,9 +133,18 @@ def write_svg(path: pathlib.Path, body: str, width: int, height: int) -> None:
     """Writes a drawing that brings its own colours and background. Raises ValueError unless `path` ends in .svg."""
     if path.suffix != ".svg":
         raise ValueError(f"{path}: the figure is an SVG, so its name must end in .svg")
-    background = f'<rect class="background" width="{width}" height="{height}"/>'
-    style = f"<style>{_template('figure.css')}</style>"
-    path.write_text(_svg(style + background + body, width, height), encoding="utf-8")
+    path.write_text(page.standalone_svg(body, width, height), encoding="utf-8")
+
+
+def run_views(workdir: pathlib.Path) -> ThreadViews:
+    """The rollouts of a run folder: those of its evaluations, then those that steps of GRPO learnt from."""
+    views = ThreadViews()
+    for record in pick_rollouts(read_jsonl(workdir / "rollouts.jsonl")):
+        views.add(record.get("label", "rollouts").replace("_", ", "), record)
+    for path in sorted((workdir / "grpo_rollouts").glob("*.jsonl"), key=lambda path: int(path.stem)):
+        for record in read_jsonl(path):
+            views.add(f"GRPO step {path.stem}", record)
+    return views
 
 
 def pick_rollouts(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -161,7 +163,7 @@ def pick_rollouts(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
     return sorted(drawn, key=rank)
 
 
-def _panels(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+def training_panels(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     """The SVG bodies of the panels that the run has data for."""
     last = {(record["phase"], record["step"]): record for record in metrics}
     bodies = []
@@ -188,12 +190,12 @@ def _entries(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             "low": round(100 * entry["accuracy_low"], 2),
             "high": round(100 * entry["accuracy_high"], 2),
         }
-        for name, entry in _evaluations(summary).items()
+        for name, entry in evaluations(summary).items()
     ]
 
 
 def _table_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    entries = list(_evaluations(summary).values())
+    entries = list(evaluations(summary).values())
     rows = []
     for key, label, kind in _ROWS:
         if any(key in entry for entry in entries):
@@ -204,7 +206,7 @@ def _table_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _failures(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Why problems failed: a row a reason, most frequent in the last entry first, a cell an evaluation."""
-    entries = list(_evaluations(summary).values())
+    entries = list(evaluations(summary).values())
     counts = [entry.get("failures", {}) for entry in entries]
     reasons = sorted(
         {reason for count in counts for reason in count}, key=lambda r: [-c.get(r, 0) for c in counts[::-1]]
@@ -219,7 +221,7 @@ def _failures(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _evaluations(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def evaluations(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {name: entry for name, entry in summary.items() if isinstance(entry, dict) and "accuracy" in entry}
 
 
@@ -233,45 +235,6 @@ def _about(config: Mapping[str, Any]) -> str:
         f"{task['min_target']}..{task['max_target']} · {data['method']} · {model['num_layers']} layers of width "
         f"{model['embed_dim']}, {model['max_seq_len']} tokens of context · seed {config['seed']}"
     )
-
-
-def _rollout_view(record: Mapping[str, Any]) -> dict[str, Any]:
-    body, height = viewer.draw_threads(record)
-    numbers = ", ".join(map(str, record["numbers"]))
-    label = record.get("label", "")
-    return {
-        "svg": Markup(_svg(body, 1000, height)),
-        "button": f"{numbers} to {record['target']}" + (f" ({label.replace('_', ', ')})" if label else ""),
-        "correct": record["correct"],
-    }
-
-
-def _rollout_texts(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {
-            "title": "parent" if not call["path"] else f"child {call['path'][-2] + 1}.{call['path'][-1] + 1}",
-            "context": call["context"],
-            "text": call["text"],
-            "note": f"{call['num_tokens']} tokens from {call['clock_start']} on, stop: {call['stop']}",
-        }
-        for call in record["calls"]
-    ]
-
-
-def _embed(value: Any) -> str:
-    """JSON that may stand inside a script element, whatever text it carries."""
-    return json.dumps(value).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _svg(body: str, width: int, height: int) -> str:
-    return (
-        f'<svg class="figure" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        f'role="img" preserveAspectRatio="xMinYMin meet">{body}</svg>'
-    )
-
-
-def _template(name: str) -> str:
-    return (resources.files("apr_jax.evaluation") / "templates" / name).read_text(encoding="utf-8")
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

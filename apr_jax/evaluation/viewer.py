@@ -52,7 +52,7 @@ def critical_threads(calls: Sequence[Mapping[str, Any]]) -> set[ThreadPath]:
     for call in calls:
         path, end = tuple(call["path"]), int(call["clock_start"]) + int(call["num_tokens"])
         ends[path] = max(ends.get(path, (0, False)), (end, call["stop"] != "cancelled"))
-    chain: set[ThreadPath] = {()} if () in ends else set()
+    chain: set[ThreadPath] = {()}
     for path in sorted(ends, key=len):
         siblings = [other for other in ends if other[:-1] == path[:-1] and len(other) == len(path)]
         if path and path[:-2] in chain and path == max(siblings, key=lambda other: (ends[other], [-i for i in other])):
@@ -80,8 +80,7 @@ def draw_threads(record: Mapping[str, Any], width: int = 1000) -> tuple[str, int
     for path, row in sorted({(bar.path, bar.row) for bar in bars}):
         y = _y(row) + 4
         indent = 10 * (len(path) // 2)
-        name = "parent" if not path else f"child {path[-2] + 1}.{path[-1] + 1}"
-        parts.append(f'<text x="{12 + indent}" y="{y:.1f}">{name}</text>')
+        parts.append(f'<text x="{12 + indent}" y="{y:.1f}">{thread_name(path)}</text>')
         end = max(bar.end for bar in bars if bar.path == path)
         end = max(end, _resumed(bars, path, end) or 0)
         verdict = "" if results[path] == "no_solution" and path else results[path].replace("_", " ")
@@ -96,6 +95,11 @@ def bar_class(result: str, path: ThreadPath) -> str:
     if result == "solved":
         return "solved"
     return "" if result in ("no_solution", "cancelled") else "failed"
+
+
+def thread_name(path: ThreadPath) -> str:
+    """What people call the thread: its spawn and its place in that, both from 1."""
+    return f"child {path[-2] + 1}.{path[-1] + 1}" if path else "parent"
 
 
 def describe(record: Mapping[str, Any]) -> str:
@@ -126,13 +130,17 @@ def _frame(record: Mapping[str, Any], x_of: Callable[[float], float], last: int,
 
 
 def _call(bar: Bar, call: Mapping[str, Any], result: str, x_of: Callable[[float], float]) -> str:
-    tip = f"{call['num_tokens']} tokens, stop: {call['stop']}, {call['start_ms']:.0f} to {call['end_ms']:.0f} ms\n\n"
-    tip += call["text"][:700] + ("..." if len(call["text"]) > 700 else "")
+    """A bar; what it says of itself is for pointers (title) and screen readers (label) alike."""
+    tip = (
+        f"{thread_name(bar.path)}, {result.replace('_', ' ')}: {call['num_tokens']} tokens from {bar.begin} on, "
+        f"stop: {call['stop']}, {call['start_ms']:.0f} to {call['end_ms']:.0f} ms"
+    )
     classes = " ".join(filter(None, ("bar", bar_class(result, bar.path), "critical" if bar.critical else "")))
     size = max(2.0, x_of(bar.end) - x_of(bar.begin))
     return (
-        f'<g class="call" data-call="{bar.index}"><title>{html.escape(tip)}</title><rect class="{classes}" '
-        f'x="{x_of(bar.begin):.1f}" y="{_y(bar.row) - _BAR / 2:.1f}" width="{size:.1f}" height="{_BAR}" rx="3"/></g>'
+        f'<g class="call" data-call="{bar.index}" role="button"><title>{html.escape(tip)}</title>'
+        f'<rect class="{classes}" x="{x_of(bar.begin):.1f}" y="{_y(bar.row) - _BAR / 2:.1f}" width="{size:.1f}" '
+        f'height="{_BAR}" rx="3"/></g>'
     )
 
 

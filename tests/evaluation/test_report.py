@@ -10,11 +10,10 @@ import pytest
 from apr_jax.config import from_config_dict, to_dict
 from apr_jax.evaluation.charts import Series, line_chart, nice_ticks
 from apr_jax.evaluation.report import pick_rollouts, write_figure, write_report
-from apr_jax.evaluation.run import evaluate, save_rollouts
+from apr_jax.evaluation.run import save_rollouts
 from apr_jax.evaluation.viewer import critical_threads, layout
 from configs.grpo import get_config
-from tests.reasoning.fixtures import SMALL, TOKENIZER, Replay, demonstrations, settings
-from tests.reasoning.scripted_engine import ScriptedEngine
+from tests.evaluation.made_rollouts import evaluated
 
 EVIL = '</script><script>alert("x")</script><img src=x onerror=alert(1)>&amp;'
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -22,10 +21,7 @@ VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 @pytest.fixture(scope="module")
 def evaluation():
-    demos = list(demonstrations(SMALL, "adaptive", 12))
-    problems = [demo.problem for demo in demos]
-    how = {"method": "adaptive", "settings": settings(), "seed": 0, "temperature": 0.0, "keep_calls": 4}
-    return evaluate(ScriptedEngine(Replay(demos)), TOKENIZER, problems, **how)
+    return evaluated("adaptive", keep=4)
 
 
 @pytest.fixture
@@ -108,7 +104,13 @@ def test_nothing_is_loaded_from_elsewhere(workdir):
 
 
 def test_light_and_dark(workdir):
-    assert write_report(workdir).read_text().count("prefers-color-scheme: dark") == 2
+    source = write_report(workdir).read_text()
+    (style,) = re.findall(r'<style id="dark" media="\(prefers-color-scheme: dark\)">(.*?)</style>', source, re.S)
+    light = source[: source.index('<style id="dark"')]
+    for variable in re.findall(r"--[a-z0-9]+(?=:)", light):  # radii and the like are none
+        assert f"{variable}:" in style
+    write_figure(workdir, workdir / "figure.svg")
+    assert '<style media="(prefers-color-scheme: dark)">' in (workdir / "figure.svg").read_text()
 
 
 def test_model_text_is_data(workdir):
@@ -118,17 +120,19 @@ def test_model_text_is_data(workdir):
         record["verdict"] = record["label"] = EVIL
         for call in record["calls"]:
             call["text"] = call["context"] = call["stop"] = EVIL
+            call["tokens"], call["logprobs"] = [EVIL], [-1.0]
         for thread in record["threads"]:
             thread["result"] = EVIL
     (workdir / "rollouts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     summary = json.loads((workdir / "summary.json").read_text())
     (workdir / "summary.json").write_text(json.dumps({EVIL: summary["after"] | {"failures": {EVIL: 3}}}))
     page = page_of(workdir)
-    assert page.tags.count("script") == 2
+    assert page.tags.count("script") == 3  # the theme, the viewer and its data
     assert "img" not in page.tags
     assert not [a for a in page.attributes if a[1].startswith("on")]
-    (embedded,) = [data for tag, data in page.data if tag == "script" and data.startswith("[")]
-    assert json.loads(embedded)[0][0]["text"] == EVIL
+    (embedded,) = [data for tag, data in page.data if tag == "script" and data.startswith("{")]
+    assert json.loads(embedded)["tokens"] == [EVIL]
+    assert json.loads(embedded)["rollouts"][0]["threads"][0]["calls"][0]["context"] == EVIL
     write_figure(workdir, workdir / "figure.svg")
     tags = {element.tag.rpartition("}")[2] for element in ElementTree.parse(workdir / "figure.svg").iter()}
     assert not tags & {"script", "img"}

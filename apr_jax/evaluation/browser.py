@@ -1,0 +1,87 @@
+"""A headless Chromium for the pages of this package: to test them, and to take their pictures.
+
+Needs Debian's chromium (or any Chromium or Chrome) and the extra `[browser]`, a Python driver that brings no browser of
+its own. Neither is needed to make or read a report.
+"""
+
+import contextlib
+import io
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+# No sandbox: it needs rights that containers seldom give, and only our own pages are opened. The rest keeps it offline.
+_FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+_COLOURS = 160
+
+
+class NoBrowserError(RuntimeError):
+    """There is no browser here, or nothing to drive it. The message says what to install."""
+
+
+def find_chromium() -> str:
+    """Its path: $CHROMIUM, or what is on the search path. Raises NoBrowserError where there is none."""
+    found = (
+        [os.environ["CHROMIUM"]] if os.environ.get("CHROMIUM") else [path for n in _NAMES if (path := shutil.which(n))]
+    )
+    if not found:
+        raise NoBrowserError("no Chromium here: apt-get install -y chromium (or set CHROMIUM to a browser's path)")
+    return found[0]
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Any]:
+    """A running browser (playwright's `Browser`). Raises NoBrowserError."""
+    path = find_chromium()
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError as error:
+        raise NoBrowserError("playwright is not installed: pip install 'apr_jax[browser]'") from error
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=_FLAGS)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+def take_pictures(report: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Pictures of a comparison's page: its figures, a rollout's threads, and two methods side by side in the dark.
+
+    Returns the files in `folder`, which is made. Raises NoBrowserError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    with chromium() as browser:
+        for name, scheme, selector, keys in (
+            ("report.png", "light", "#figures", ""),
+            ("threads.png", "light", "#threads", ""),
+            ("side_by_side.png", "dark", "#threads", "c"),
+        ):
+            context = browser.new_context(color_scheme=scheme, viewport={"width": 1360, "height": 900}, offline=True)
+            page = context.new_page()
+            page.goto(report.absolute().as_uri())
+            place = page.locator(selector)
+            if place.count():
+                for key in keys:
+                    page.keyboard.press(key)
+                made.append(folder / name)
+                made[-1].write_bytes(_small(place.screenshot(animations="disabled")))
+            context.close()
+    return made
+
+
+def _small(png: bytes) -> bytes:
+    """The same picture in fewer colours: a third of the bytes."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(png)) as picture:
+        out = io.BytesIO()
+        picture.convert("RGB").quantize(_COLOURS).save(out, "PNG", optimize=True)
+    return out.getvalue()
