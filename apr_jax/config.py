@@ -62,12 +62,17 @@ class TaskConfig:
     parent_beams: tuple[int, ...]  # APR: the parent's beam is one of these, drawn per problem; repeats weigh more
     child_beam_max: int  # APR: the children's beam is drawn from [parent's beam, this]
     spawn_probability: float  # APR: chance that a parent's expansion is handed to children
+    spawn_depth: int  # APR: levels of threads that spawn; 1 = the parent alone (the reference), 2 = its children, too
+    # APR: the prompt of each thread names the smallest of these, in tokens, that holds it; (): none is named.
+    context_windows: tuple[int, ...]
     retry_probability: float  # APR: chance that the next best operations follow when all children failed; reference: 0
     heuristic: Literal["mult", "none"]  # what ranks operations; none: the order in which they were generated
     shuffle: bool  # kept operations: in random order (the reference) or the order in which they were generated (fixed)
 
     def __post_init__(self) -> None:
-        _positive(self, "task", "num_numbers min_number serial_beam_min")
+        _positive(self, "task", "num_numbers min_number serial_beam_min spawn_depth")
+        if self.context_windows != tuple(sorted({*self.context_windows})) or min(self.context_windows, default=1) < 1:
+            raise ConfigError(f"task.context_windows={self.context_windows}: name distinct sizes from 1, in order")
         if not self.parent_beams or min(self.parent_beams) < 1:
             raise ConfigError(f"task.parent_beams={self.parent_beams}: name at least one beam, each at least 1")
         for low, high in (
@@ -92,7 +97,7 @@ class DataConfig:
     """The demonstrations on disk and how they become training rows."""
 
     directory: str
-    method: Literal["adaptive", "serial", "tree_of_thoughts"]
+    method: Literal["adaptive", "pasta", "serial", "tree_of_thoughts"]
     tokenizer: str  # "builtin", or the path of a Hugging Face tokenizer.json
     num_train: int  # problems
     num_validation: int
@@ -171,6 +176,7 @@ class RolloutConfig:
     prefill_lanes: int  # threads prefilled together; each advances up to one page a call
     decode_attention: Literal["auto", "packed", "paged"]  # rows gathered once a visit, or pages where they lie
     max_steps: int  # tokens one thread may generate
+    context_window: int  # of task.context_windows: what threads are told and held to; 0 = the largest
     max_children: int  # children one spawn may open
     max_spawns: int  # spawns one thread may make
     max_depth: int  # levels of threads below the root
@@ -334,6 +340,14 @@ def check_consistent(config: Config) -> None:
             raise ConfigError(f"model.{field}={value} must be a multiple of mesh.tensor={mesh.tensor}")
     if model.embed_dim % mesh.fsdp:
         raise ConfigError(f"model.embed_dim={model.embed_dim} must be a multiple of mesh.fsdp={mesh.fsdp}")
+    windows = config.task.context_windows
+    if windows and windows[-1] > model.max_seq_len:
+        raise ConfigError(f"task.context_windows={windows} holds one above model.max_seq_len={model.max_seq_len}")
+    if rollout.context_window not in (0, *windows):
+        raise ConfigError(
+            f"rollout.context_window={rollout.context_window} must be 0 or one of task.context_windows={windows}, "
+            "which demonstrations name"
+        )
     if config.data.condition_on_budget and config.data.method == "tree_of_thoughts":
         raise ConfigError("data.condition_on_budget=True: data.method='tree_of_thoughts' has no prompt to name one in")
     if config.grpo.validate_every and config.grpo.validation_problems > config.data.num_validation:

@@ -12,7 +12,13 @@ from ml_collections import ConfigDict
 
 
 def get_config(variant: str = "adaptive") -> ConfigDict:
-    variants = {"adaptive": adaptive, "serial": serial, "tree_of_thoughts": tree_of_thoughts}
+    variants = {
+        "adaptive": adaptive,
+        "serial": serial,
+        "tree_of_thoughts": tree_of_thoughts,
+        "pasta": pasta,
+        "nested": nested,
+    }
     if variant not in variants:
         raise ValueError(f"configs/methods.py:{variant}: no such variant; choose one of {', '.join(variants)}")
     return variants[variant]()
@@ -37,6 +43,25 @@ def tree_of_thoughts() -> ConfigDict:
     config.data.method = "tree_of_thoughts"
     config.sft.num_steps = 1_000
     config.grpo.num_steps = 0
+    return config
+
+
+def pasta() -> ConfigDict:
+    """PASTA: the parent searches beside its children and reads all that they wrote, so its context is twice as long."""
+    config = _laptop("pasta")
+    config.data.method = "pasta"
+    config.model.max_seq_len = config.sft.row_len = config.grpo.row_len = 1_024
+    config.sft.update(num_steps=1_000, rows_per_step=4)
+    config.rollout.update(num_pages=2_560, max_steps=1_024)
+    config.grpo.rows_per_microbatch = 4
+    return config
+
+
+def nested() -> ConfigDict:
+    """Adaptive Parallel Reasoning whose children spawn, too. That takes four numbers; these are small."""
+    config = _laptop("nested")
+    config.task.update(num_numbers=4, max_number=10, child_beam_max=4, retry_probability=0.0, spawn_depth=2)
+    config.rollout.max_depth = 2
     return config
 
 

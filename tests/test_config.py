@@ -20,8 +20,11 @@ VARIANTS = [
     for name in ("grpo", "sft", "benchmark_decode", "benchmark_train")
     for variant in ("laptop", "smoke", "paper", "7b")
 ]
+METHODS = ("adaptive", "serial", "tree_of_thoughts", "pasta", "nested")
+VARIANTS += [("methods", method) for method in METHODS]
 # Lanes that 3 and 5 divide: what else they don't divide is told.
 LANES_BY_30 = {"rollout__num_lanes": 60, "rollout__num_pages": 1_200, "rollout__prefill_lanes": 30}
+TREE = {"search": "breadth_first", "breadth": 5, "value_samples": 1, "threshold": 0.5}
 REWARD = {"sequential_token_price": 0.0, "token_price": 0.0, "thread_price": 0.0, "failures_pay": False}
 
 
@@ -51,6 +54,13 @@ def test_every_variant_converts_and_comes_back(name: str, variant: str):
 def test_unknown_variant_names_the_known_ones():
     with pytest.raises(ValueError, match="laptop, smoke, paper"):
         load(variant="lap")
+    with pytest.raises(ValueError, match="choose one of " + ", ".join(METHODS)):
+        load("methods", "search")
+
+
+def test_every_method_has_a_variant():
+    methods = typing.get_args(typing.get_type_hints(config_lib.DataConfig)["method"])
+    assert {load("methods", variant).data.method for variant in METHODS} == set(methods)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +97,16 @@ def test_unknown_variant_names_the_known_ones():
         ({"task__parent_beams": [5, "9"]}, r"parent_beams\[1\]='9': wrong type, it takes int"),
         ({"task__spawn_probability": 1.5}, r"spawn_probability=1\.5 must lie in \[0, 1\]"),
         ({"task__num_numbers": 1}, r"at least 2 numbers"),
+        ({"task__spawn_depth": 0}, r"task\.spawn_depth=0 must be at least 1"),
+        ({"task__context_windows": (256, 128)}, r"context_windows=\(256, 128\): name distinct sizes from 1, in order"),
+        ({"task__context_windows": (256, 1024)}, r"holds one above model\.max_seq_len=512"),
+        (
+            {"task__context_windows": (256, 512), "rollout__context_window": 300},
+            r"rollout\.context_window=300 must be 0 or one of task\.context_windows=\(256, 512\)",
+        ),
+        ({"tree_of_thoughts": dict(TREE, breadth=0)}, r"tree_of_thoughts\.breadth=0 must be at least 1"),
+        ({"tree_of_thoughts": dict(TREE, search="dfs")}, r"tree_of_thoughts\.search='dfs': choose one of 'breadth"),
+        ({"data__method": "tree_of_thoughts", "data__condition_on_budget": True}, r"has no prompt to name one in"),
         ({"data__num_train": 0}, r"data\.num_train=0 must be at least 1"),
     ],
 )

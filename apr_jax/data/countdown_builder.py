@@ -99,7 +99,7 @@ class Countdown(tfds.core.GeneratorBasedBuilder):
         assert config.task is not None
         assert config.data is not None
         count = None
-        if config.data.method == "serial" and config.data.condition_on_budget:
+        if _counts_tokens(config.task, config.data):
             count = functools.partial(_count_tokens, config.data.tokenizer)
         total = split_size(config.data, split)
         demonstrations = generate_split(config.task, config.data, config.seed, split, count_tokens=count)
@@ -134,8 +134,8 @@ class DemonstrationSource(Sequence[Demonstration]):
 def fingerprint(task: TaskConfig, data: DataConfig, seed: int) -> str:
     """16 hexadecimal digits that differ where the demonstrations may differ."""
     values = {key: value for key, value in dataclasses.asdict(data).items() if key not in _NOT_IN_FINGERPRINT}
-    if data.method == "serial" and data.condition_on_budget:
-        values["tokenizer"] = _tokenizer_fingerprint(data.tokenizer)  # budgets are counted in its tokens
+    if _counts_tokens(task, data):
+        values["tokenizer"] = _tokenizer_fingerprint(data.tokenizer)  # prompts name lengths in its tokens
     settings = {"task": dataclasses.asdict(task), "data": values, "seed": seed}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -216,6 +216,13 @@ def _from_example(example: dict[str, Any]) -> Demonstration:
         answer=example["answer"].decode() or None,
         correct=bool(example["correct"]),
     )
+
+
+def _counts_tokens(task: TaskConfig, data: DataConfig) -> bool:
+    """Whether the demonstrations' prompts name numbers of tokens."""
+    if data.method == "serial":
+        return data.condition_on_budget
+    return data.method == "adaptive" and bool(task.context_windows)
 
 
 @functools.cache

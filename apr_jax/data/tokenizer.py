@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from apr_jax.tasks.pasta_traces import SYNC
 from apr_jax.tasks.thought_traces import VALUES
 from apr_jax.tasks.trace import CALL_BEGIN, CALL_END, JOIN_BEGIN, JOIN_END
 
@@ -64,7 +65,7 @@ PHRASES = (
     *(f",{child}" for child in range(LARGEST_CHILD + 1)),
 )
 # Phrases of other methods. Their ids come after all numbers, so that those above never change.
-LATER_PHRASES = (*(f"{verdict}\n" for verdict in VALUES),)
+LATER_PHRASES = (*(f"{verdict}\n" for verdict in VALUES), SYNC)
 SYMBOLS = tuple("#,:[]'+-*/=<> \n")  # single characters; letters occur only inside phrases
 
 

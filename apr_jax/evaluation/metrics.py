@@ -190,8 +190,7 @@ def _threads(
 
 
 def _child_result(text: str, problem: Problem) -> str:
-    node_id = text.partition("\n")[0].removeprefix("Moving to Node #")
-    result = trace.read_child_result(text, node_id)
+    result = trace.read_child_result(text, trace.thread_node(text) or "")
     if isinstance(result, trace.Malformed):
         return result.reason
     if result.path is None:

@@ -69,13 +69,17 @@ def make_replays(config: Config, tokenizer: Tokenizer, count: int | None) -> lis
     None: as many as there are, up to MAX_PROBLEMS. Raises ConfigError when the test split has fewer than asked for.
     """
     wanted = MAX_PROBLEMS if count is None else count
+
+    def count_tokens(text: str) -> int:
+        return len(tokenizer.encode(text))
+
     replays: list[list[ReplayedCall]] = []
     for index, problem in enumerate(generate_problems(config.task, config.data, config.seed, "test")):
         if len(replays) == wanted:
             break
         rng = random.Random(f"{config.seed}/replay/{index}")
         calls = read_calls(
-            demonstrate(problem, rng, config.task, "adaptive", config.data.condition_on_budget), tokenizer
+            demonstrate(problem, rng, config.task, "adaptive", config.data.condition_on_budget, count_tokens), tokenizer
         )
         if _fits(calls, config):
             replays.append(calls)

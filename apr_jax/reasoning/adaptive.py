@@ -48,7 +48,8 @@ class _Child:
 
 def adaptive(problem: Problem, settings: Settings) -> Generator[Any, Any, Outcome]:
     """APR on one problem. Malformed and cut-off threads are outcomes with a reason, never exceptions."""
-    search = yield from _search(trace.parent_prompt(problem, settings.budget), settings, 0, settings.max_total_children)
+    prompt = trace.parent_prompt(problem, settings.budget, settings.context_window)
+    search = yield from _search(prompt, settings, 0, settings.max_total_children)
     answer, status, reason = (None, *search.failure) if search.failure else read_ending(search.text)
     return Outcome(
         answer=answer,
@@ -62,7 +63,8 @@ def adaptive(problem: Problem, settings: Settings) -> Generator[Any, Any, Outcom
 
 
 def _child(context: str, node_id: str, settings: Settings, depth: int, allowance: int) -> Generator[Any, Any, _Child]:
-    search = yield from _search(context, settings, depth, allowance)
+    prompt = trace.in_window(context, settings.context_window)
+    search = yield from _search(prompt, settings, depth, allowance)
     if search.failure is not None:
         return _Child(trace.ChildResult(node_id, None), search.failure[1], search)
     result = trace.read_child_result(search.text, node_id)
@@ -82,14 +84,15 @@ def _search(prompt: str, settings: Settings, depth: int, allowance: int) -> Gene
     spawns = 0
     thread = yield Open(prompt_tokens(tokenizer, prompt))
     while True:
-        stop = yield Decode(thread, stop_tokens, _grammar(settings, depth, spawns, allowance))
+        room = None if settings.context_window is None else max(0, settings.context_window - len(thread.tokens))
+        stop = yield Decode(thread, stop_tokens, thread_grammar(settings, depth, spawns, allowance), max_tokens=room)
         search.text = thread_text(tokenizer, thread)
         if stop.reason is not StopReason.TOKEN:
-            search.failure = ("truncated", truncated_reason(stop))
+            search.failure = ("truncated", truncated_reason(stop, thread, settings.context_window))
             return search
         if stop.token == tokenizer.eos_id:
             return search
-        call = _read_spawn(search.text, settings, depth, spawns, allowance)
+        call = read_spawn(search.text, settings, depth, spawns, allowance)
         spawn_begin = None if isinstance(call, trace.Malformed) else token_index(tokenizer, thread, call.start)
         if isinstance(call, trace.Malformed) or spawn_begin is None:
             search.failure = ("malformed", call.reason if isinstance(call, trace.Malformed) else "split_token")
@@ -110,8 +113,8 @@ def _search(prompt: str, settings: Settings, depth: int, allowance: int) -> Gene
         yield Append(thread, tokenizer.encode(joined))
 
 
-def _grammar(settings: Settings, depth: int, spawns: int, allowance: int) -> ThreadGrammar | None:
-    """What the thread's next spawn is held to: the same caps as in `_read_spawn`."""
+def thread_grammar(settings: Settings, depth: int, spawns: int, allowance: int) -> ThreadGrammar | None:
+    """What the thread's next spawn is held to: the same caps as in `read_spawn`."""
     if settings.spawn_grammar is None:
         return None
     may_spawn = depth < settings.max_depth and spawns < settings.max_spawns
@@ -119,12 +122,15 @@ def _grammar(settings: Settings, depth: int, spawns: int, allowance: int) -> Thr
     return ThreadGrammar(settings.spawn_grammar, depth + 1, most)
 
 
-def _read_spawn(
-    text: str, settings: Settings, depth: int, spawns: int, allowance: int
+def read_spawn(
+    text: str, settings: Settings, depth: int, spawns: int, allowance: int, *, last_begin: bool = False
 ) -> trace.SpawnCall | trace.Malformed:
-    """Parses the spawn that `text` ends in and holds it to the caps, each with a reason of its own."""
+    """Parses the spawn that `text` ends in and holds it to the caps, each with a reason of its own.
+
+    It begins at the first CALL_BEGIN line, or with `last_begin`, and where a grammar holds it, at the last.
+    """
     # A grammar holds what follows the token CALL_BEGIN, which an open vocabulary could also spell out before.
-    call = trace.parse_spawn(text, last_begin=settings.spawn_grammar is not None)
+    call = trace.parse_spawn(text, last_begin=last_begin or settings.spawn_grammar is not None)
     if isinstance(call, trace.Malformed):
         return call
     if depth >= settings.max_depth:

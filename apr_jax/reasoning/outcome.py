@@ -33,6 +33,7 @@ class Settings:
     cancel_on_success: bool  # the first child that hands back a path ends its siblings
     spawn_grammar: SpawnGrammar | None  # what spawns are held to; None: the model writes what it will
     tree_of_thoughts: TreeOfThoughtsConfig
+    context_window: int | None  # tokens that a thread of adaptive may hold, and is told of; None: model.max_seq_len
     budget: int | None  # written into the prompt: sub calls (adaptive) or tokens (serial); None = not conditioned
 
 
@@ -69,6 +70,7 @@ def make_settings(config: Config, tokenizer: Tokenizer, budget: int | None = Non
         cancel_on_success=rollout.cancel_on_success,
         spawn_grammar=_spawn_grammar(config, tokenizer),
         tree_of_thoughts=config.tree_of_thoughts,
+        context_window=rollout.context_window or max(config.task.context_windows, default=None),
         budget=budget,
     )
 
@@ -128,6 +130,11 @@ def read_ending(text: str) -> tuple[str | None, Status, str]:
     return None, "malformed", "no_replay" if claims_goal(text) else "unfinished"
 
 
-def truncated_reason(stop: Stop) -> str:
-    """Why a decode ended before a stop token. Raises KeyError where a stop token did end it."""
+def truncated_reason(stop: Stop, thread: Thread | None = None, window: int | None = None) -> str:
+    """Why a decode ended before a stop token; "context_window" where a thread held to a window has filled it.
+
+    Raises KeyError where a stop token did end it.
+    """
+    if thread is not None and window is not None and len(thread.tokens) >= window:
+        return "context_window"
     return _TRUNCATED[stop.reason]

@@ -6,12 +6,13 @@ from typing import Any
 
 from apr_jax.reasoning.adaptive import adaptive
 from apr_jax.reasoning.outcome import Outcome, Settings
+from apr_jax.reasoning.pasta import pasta
 from apr_jax.reasoning.serial import serial
 from apr_jax.reasoning.tree_of_thoughts import tree_of_thoughts
 from apr_jax.tasks.countdown import Problem
 
 PROGRAMS: Mapping[str, Callable[[Problem, Settings], Generator[Any, Any, Outcome]]] = MappingProxyType(
-    {"adaptive": adaptive, "serial": serial, "tree_of_thoughts": tree_of_thoughts}
+    {"adaptive": adaptive, "pasta": pasta, "serial": serial, "tree_of_thoughts": tree_of_thoughts}
 )
 
 

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from apr_jax.config import TaskConfig
-from apr_jax.tasks import countdown, solver, thought_traces, trace
+from apr_jax.tasks import countdown, pasta_traces, solver, thought_traces, trace
 from apr_jax.tasks.countdown import Problem
 from apr_jax.tasks.trace import Call, Demonstration
 
@@ -28,6 +28,7 @@ class Demonstrator(Protocol):
 DEMONSTRATORS: Mapping[str, Demonstrator] = MappingProxyType(
     {
         "adaptive": solver.adaptive_calls,
+        "pasta": pasta_traces.pasta_calls,
         "serial": solver.serial_calls,
         "tree_of_thoughts": thought_traces.tree_calls,
     }

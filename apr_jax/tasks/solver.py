@@ -11,7 +11,7 @@ import functools
 import heapq
 import operator
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from apr_jax.config import TaskConfig
@@ -29,7 +29,7 @@ def token_budget(length: int) -> int:
     return next((budget for budget in TOKEN_BUDGETS if budget >= length), TOKEN_BUDGETS[-1])
 
 
-class _Node(NamedTuple):
+class Node(NamedTuple):
     """A state of the search. It orders by heuristic, then by age; ages are unique within a problem."""
 
     heuristic: int
@@ -37,28 +37,28 @@ class _Node(NamedTuple):
     node_id: str
     numbers: list[int]
     operations: str  # quoted and comma-separated, as trace.state_line takes them
-    parent: "_Node | None"
+    parent: "Node | None"
     generated: str  # the lines that generated it; "" for the problem's root
 
 
-class _Goal(NamedTuple):
+class Goal(NamedTuple):
     """A state one operation before the target, and the lines of that operation."""
 
-    node: _Node
+    node: Node
     reached: str
 
 
-class _Delegated(NamedTuple):
+class Delegated(NamedTuple):
     """What came of an expansion's nodes that were searched outside of the heap."""
 
-    goal: _Goal | None
+    goal: Goal | None
 
 
 # Is given an expansion's nodes before they go to the heap; None leaves them to it.
-_Delegate = Callable[[list[_Node]], _Delegated | None]
+Delegate = Callable[[list[Node]], Delegated | None]
 
 
-class _Search:
+class Search:
     """What every search of one problem shares: its target, its random draws, and how a state is expanded."""
 
     def __init__(self, problem: Problem, rng: random.Random, task: TaskConfig) -> None:
@@ -66,18 +66,18 @@ class _Search:
         self.rng = rng
         self.shuffle = task.shuffle
         self._guided = task.heuristic == "mult"
-        self.root = _Node(0, 0, trace.ROOT_ID, list(problem.numbers), "", None, "")
+        self.root = Node(0, 0, trace.ROOT_ID, list(problem.numbers), "", None, "")
         self._distances = _factor_distances(problem.target)
         self._age = 0
 
     def breadth_first(
         self,
-        root: _Node,
+        root: Node,
         beam: int,
         lines: list[str],
-        delegate: _Delegate | None = None,
+        delegate: Delegate | None = None,
         retry_probability: float = 0.0,
-    ) -> _Goal | None:
+    ) -> Goal | None:
         """Searches below `root`, writing to `lines`; the caller has written the root's header and writes the ending.
 
         An expansion that was delegated in vain is taken up again with `retry_probability`, with the next best `beam`
@@ -108,16 +108,16 @@ class _Search:
                         lines.append(self.header(node))
         return None
 
-    def order(self, nodes: list[_Node]) -> list[_Node]:
+    def order(self, nodes: list[Node]) -> list[Node]:
         """The order in which an expansion's nodes are searched outside of the heap."""
         return sorted(nodes) if self.shuffle else nodes
 
-    def header(self, node: _Node) -> str:
+    def header(self, node: Node) -> str:
         """The two lines that begin a node, which are a child's prompt, too."""
         state = trace.state_line(self.problem.target, node.numbers, node.operations)
         return trace.move_line(node.node_id) + state
 
-    def replay(self, goal: _Goal, root: _Node) -> str:
+    def replay(self, goal: Goal, root: Node) -> str:
         """The winning path from `root` to the goal."""
         parts = [goal.reached]
         node = goal.node
@@ -128,7 +128,7 @@ class _Search:
         parts.append(self.header(root))
         return "".join(reversed(parts))
 
-    def _expand(self, node: _Node, beam: int, lines: list[str], tried: int = 0) -> tuple[list[_Node], bool]:
+    def _expand(self, node: Node, beam: int, lines: list[str], tried: int = 0) -> tuple[list[Node], bool]:
         """Writes the `beam` best operations that come after the `tried` best; also tells whether more are left."""
         numbers, target, distances = node.numbers, self.problem.target, self._distances
         own = [distances[n] if n <= target else n - target for n in numbers]
@@ -153,10 +153,10 @@ class _Search:
             generated = trace.generated_lines(node_id, target, remaining, operation)
             lines.append(generated)
             self._age += 1
-            nodes.append(_Node(heuristic, self._age, node_id, remaining, f"{before}'{operation}'", node, generated))
+            nodes.append(Node(heuristic, self._age, node_id, remaining, f"{before}'{operation}'", node, generated))
         return nodes, more
 
-    def _expand_final(self, node: _Node, beam: int, lines: list[str]) -> _Goal | None:
+    def _expand_final(self, node: Node, beam: int, lines: list[str]) -> Goal | None:
         left, right = node.numbers
         candidates = list(_final_candidates(left, right, self.problem.target))
         del candidates[beam:]
@@ -164,7 +164,7 @@ class _Search:
         for _, _, reached, written in candidates:
             lines.append(written)
             if reached:
-                return _Goal(node, written)
+                return Goal(node, written)
         return None
 
     def _arrange(self, candidates: list[Any]) -> None:
@@ -178,45 +178,80 @@ class _Search:
 def adaptive_calls(
     problem: Problem, rng: random.Random, task: TaskConfig, count_tokens: Callable[[str], int] | None, *, budget: bool
 ) -> tuple[Call, ...]:
-    """APR: a parent that hands expansions to children. With `budget` its prompt names how many it opens."""
-    search = _Search(problem, rng, task)
+    """APR: a parent that hands expansions to children, which do so, too, down to `task.spawn_depth` levels.
+
+    A thread's calls come in order, and after them those of each of its children, with all below it, in spawn order.
+    With `budget` the parent's prompt names how many children it opens; with `task.context_windows` every thread's
+    prompt names the smallest that holds its longest call, or the largest of all. Raises ValueError where windows are
+    asked for without `count_tokens`.
+    """
+    if task.context_windows and count_tokens is None:
+        raise ValueError("a context window counts tokens: pass count_tokens")
+    search = Search(problem, rng, task)
     parent_beam = search.rng.choice(task.parent_beams)
     child_beam = search.rng.randint(parent_beam, task.child_beam_max)
-    context = ""  # what the parent has after its prompt when its current call begins
-    lines: list[str] = []  # what it has written since
-    spawning_calls: list[tuple[str, str]] = []
-    child_calls: list[Call] = []
+    thread = _Thread(search, task, search.root, child_beam, depth=0)
+    thread.search_below(parent_beam)
+    return tuple(thread.calls(count_tokens, budget=budget))
 
-    def delegate(nodes: list[_Node]) -> _Delegated | None:
-        nonlocal context
-        if len(nodes) < 2 or search.rng.random() >= task.spawn_probability:
+
+class _Thread:
+    """One thread of APR, and the threads that it spawned."""
+
+    def __init__(self, search: Search, task: TaskConfig, root: Node, child_beam: int, depth: int) -> None:
+        self._search, self._task, self._root, self._child_beam, self._depth = search, task, root, child_beam, depth
+        self._context = ""  # what it has after its prompt when its current call begins
+        self._lines: list[str] = []  # what it has written since
+        self._own: list[Call] = []  # contexts without what a prompt names before the node
+        self._children: list[_Thread] = []
+        self.goal: Goal | None = None
+
+    def search_below(self, beam: int) -> None:
+        """Runs the search to its end."""
+        search, root = self._search, self._root
+        self.goal = search.breadth_first(root, beam, self._lines, self._delegate, self._task.retry_probability)
+        context = search.header(root) + self._context
+        self._own.append(last_call(search, root, context, self._lines, self.goal, self._depth))
+
+    def calls(self, count_tokens: Callable[[str], int] | None, *, budget: bool) -> list[Call]:
+        """Its own, then those of the threads below it."""
+        prefix = trace.call_budget_text(len(self._children)) if budget and self._depth == 0 else ""
+        if count_tokens is not None and self._task.context_windows:
+            # One token each for BOS and EOS.
+            longest = 2 + max(count_tokens(prefix + call.context + call.completion) for call in self._own)
+            prefix += _context_window(longest, self._task.context_windows, count_tokens)
+        calls = [dataclasses.replace(call, context=prefix + call.context) for call in self._own]
+        for child in self._children:
+            calls += child.calls(count_tokens, budget=budget)
+        return calls
+
+    def _delegate(self, nodes: list[Node]) -> Delegated | None:
+        task, search, level = self._task, self._search, self._depth + 1
+        if level > task.spawn_depth or len(nodes) < 2 or search.rng.random() >= task.spawn_probability:
             return None
         nodes = search.order(nodes)
-        written = "".join(lines)
-        spawning_calls.append((context, written + trace.render_spawn([node.node_id for node in nodes])))
+        context, written = search.header(self._root) + self._context, "".join(self._lines)
+        written_spawn = written + trace.render_spawn([node.node_id for node in nodes], level)
+        self._own.append(Call(context, written_spawn, self._depth, True, len(written_spawn)))
         results, goals = [], []
         for node in nodes:
-            call, goal = _child_call(search, node, child_beam)
-            child_calls.append(call)
-            results.append(ChildResult(node.node_id, search.replay(goal, node)[:-1] if goal else None))
-            goals += [goal] if goal else []
-        context += written + trace.render_join(results)
-        lines.clear()
+            child = _Thread(search, task, node, self._child_beam, level)
+            child.search_below(self._child_beam)
+            self._children.append(child)
+            results.append(ChildResult(node.node_id, search.replay(child.goal, node)[:-1] if child.goal else None))
+            goals += [child.goal] if child.goal else []
+        self._context += written + trace.render_join(results, level)
+        self._lines.clear()
         if not goals:
-            return _Delegated(None)
-        lines.append(trace.goal_line(search.problem.target))
-        return _Delegated(goals[0])
-
-    goal = search.breadth_first(search.root, parent_beam, lines, delegate, task.retry_probability)
-    prompt = trace.parent_prompt(search.problem, len(child_calls) if budget else None)
-    calls = [Call(prompt + before, completion, 0, True, len(completion)) for before, completion in spawning_calls]
-    return (*calls, _last_call(search, search.root, prompt + context, lines, goal, depth=0), *child_calls)
+            return Delegated(None)
+        self._lines.append(trace.goal_line(search.problem.target))
+        return Delegated(goals[0])
 
 
-def _child_call(search: _Search, node: _Node, beam: int) -> tuple[Call, _Goal | None]:
-    lines: list[str] = []
-    goal = search.breadth_first(node, beam, lines)
-    return _last_call(search, node, search.header(node), lines, goal, depth=1), goal
+def _context_window(length: int, windows: Sequence[int], count_tokens: Callable[[str], int]) -> str:
+    """Names the smallest window that holds `length` tokens and its own name, or the largest of all."""
+    named = [(window, trace.token_budget_text(window)) for window in windows]
+    return next((text for window, text in named if length + count_tokens(text) <= window), named[-1][1])
 
 
 def serial_calls(
@@ -229,13 +264,13 @@ def serial_calls(
     """
     if budget and count_tokens is None:
         raise ValueError("a serial budget counts tokens: pass count_tokens")
-    search = _Search(problem, rng, task)
+    search = Search(problem, rng, task)
     beam = search.rng.randint(task.serial_beam_min, task.serial_beam_max)
     lines: list[str] = []
     exits: list[str] = []  # lines that leave the sub searches in which the goal was found, the innermost first
 
-    def search_below(root: _Node, level: int) -> _Goal | None:
-        def delegate(nodes: list[_Node]) -> _Delegated | None:
+    def search_below(root: Node, level: int) -> Goal | None:
+        def delegate(nodes: list[Node]) -> Delegated | None:
             if search.rng.random() >= task.serial_dfs_probability:
                 return None
             for node in search.order(nodes):
@@ -244,23 +279,23 @@ def serial_calls(
                 goal = search_below(node, level + 1)
                 if goal is not None:
                     exits.append(leave)
-                    return _Delegated(goal)
+                    return Delegated(goal)
                 lines.append(f"{trace.NO_SOLUTION}{leave}No solution found in sub search\n")
-            return _Delegated(None)
+            return Delegated(None)
 
         return search.breadth_first(root, beam, lines, delegate)
 
     goal = search_below(search.root, 0)
     prompt = trace.serial_prompt(search.problem)
-    call = _last_call(search, search.root, prompt, lines, goal, depth=0, exits="".join(exits))
+    call = last_call(search, search.root, prompt, lines, goal, depth=0, exits="".join(exits))
     if budget and count_tokens is not None:
         length = count_tokens(call.context + call.completion)
         call = dataclasses.replace(call, context=trace.serial_prompt(search.problem, token_budget(length)))
     return (call,)
 
 
-def _last_call(
-    search: _Search, root: _Node, context: str, lines: list[str], goal: _Goal | None, depth: int, exits: str = ""
+def last_call(
+    search: Search, root: Node, context: str, lines: list[str], goal: Goal | None, depth: int, exits: str = ""
 ) -> Call:
     """The call that ends a thread: its lines, then its replay of the winning path or that there is none."""
     searched = "".join(lines)

@@ -6,7 +6,7 @@ winning path from its own root. Model text is data: readers return `Malformed` w
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from apr_jax.tasks import countdown
 from apr_jax.tasks.countdown import NUMBER, Problem
@@ -24,7 +24,7 @@ _OPERATION = rf"{NUMBER}[-+*/]{NUMBER}={NUMBER}"
 _OPERATIONS = rf"(?:'{_OPERATION}'(?:, '{_OPERATION}')*)?"
 _STATE = rf"Current State: ({NUMBER}):\[{_NUMBERS}\], Operations: \[({_OPERATIONS})\]"
 _PROMPT = re.compile(
-    rf"(?:(?:Sub Call|Token) Budget: {NUMBER} )?(?:Moving to Node #({_NODE})\n)?{_STATE}\n",
+    rf"(?:Sub Call Budget: {NUMBER} )?(?:Token Budget: {NUMBER} )?(?:Moving to Node #({_NODE})\n)?{_STATE}\n",
 )
 _SPAWN_LINE = re.compile(rf"<Start Sub Search ({NUMBER}) at level ({NUMBER})> Moving to Node #({_NODE})")
 _GENERATED_LINE = re.compile(
@@ -45,14 +45,18 @@ class Call:
 
     context: str  # ends in a newline; no loss
     completion: str  # ends in a newline
-    depth: int  # 0 = the parent, 1 = its children
-    ends_in_spawn: bool  # True: completion ends in CALL_END and no EOS follows; False: EOS follows
+    depth: int  # 0 = the parent, 1 = its children, 2 = theirs
+    ends_in_spawn: bool  # True: completion ends in CALL_END (or pasta_traces.SYNC), no EOS follows; False: EOS follows
     replay_start: int  # where in completion the replay of the winning path begins; len(completion) if there is none
 
 
 @dataclasses.dataclass(frozen=True)
 class Demonstration:
-    """A solver's search as training sequences: the parent's calls in order, then the children's in spawn order."""
+    """A solver's search as training sequences.
+
+    The parent's calls come in order, then the children's in spawn order; where children have children of their own,
+    each child's calls are followed by those of all threads below it, before its next sibling's.
+    """
 
     problem: Problem
     method: str  # a name in tasks.demonstrations.DEMONSTRATORS
@@ -89,18 +93,23 @@ class Malformed:
 def demonstrated_tokens(demonstration: Demonstration, count_tokens: Callable[[str], int]) -> tuple[int, int]:
     """The tokens that a demonstration writes, as the engine counts them: on the longest causal chain, and in all.
 
-    A spawn takes as long as its longest child. `count_tokens` is of a text; a call that ends its thread has one more,
-    EOS. Spawns are the root's: children of children have no place here.
+    A spawn takes as long as its longest child, with all below it. `count_tokens` is of a text; a call that ends its
+    thread has one more, EOS. Serves methods whose threads wait where they spawn: adaptive and serial.
     """
     lengths = [count_tokens(call.completion) + (not call.ends_in_spawn) for call in demonstration.calls]
-    children = [length for call, length in zip(demonstration.calls, lengths, strict=True) if call.depth > 0]
+    return _longest_chain(iter(zip(demonstration.calls, lengths, strict=True))), sum(lengths)
+
+
+def _longest_chain(calls: Iterator[tuple[Call, int]]) -> int:
+    """Of the next thread, whose calls it takes, with those of all threads below it, in the order of `Demonstration`."""
     chain = 0
-    for call, length in zip(demonstration.calls, lengths, strict=True):
-        if call.depth == 0:
-            spawned = call.completion.count("<Start Sub Search ") if call.ends_in_spawn else 0
-            chain += length + max(children[:spawned], default=0)
-            del children[:spawned]
-    return chain, sum(lengths)
+    spawns = []
+    for call, length in calls:
+        chain += length
+        if not call.ends_in_spawn:
+            break
+        spawns.append(call.completion.count("<Start Sub Search "))
+    return chain + sum(max((_longest_chain(calls) for _ in range(spawned)), default=0) for spawned in spawns)
 
 
 def move_line(node_id: str) -> str:
@@ -132,15 +141,39 @@ def goal_line(target: int) -> str:
     return f"{target},{target} equal: Goal Reached\n"
 
 
-def parent_prompt(problem: Problem, budget: int | None = None) -> str:
-    """The prompt of an adaptive thread for a whole problem; `budget` is the number of children it may open."""
-    prefix = "" if budget is None else f"Sub Call Budget: {budget} "
-    return prefix + move_line(ROOT_ID) + state_line(problem.target, problem.numbers, "")
+def result_line(index: int, result: ChildResult, level: int = 1) -> str:
+    """The line of a join that says what became of a spawn's `index`-th child, counted from 0."""
+    outcome = "No Solution" if result.path is None else "Goal Reached"
+    return f"<{outcome} in Sub Search {index} at level {level} at Node #{result.node_id}>\n"
+
+
+def call_budget_text(children: int) -> str:
+    """What stands before a parent's prompt that names how many children it may open."""
+    return f"Sub Call Budget: {children} "
+
+
+def token_budget_text(tokens: int) -> str:
+    """What stands before a prompt that names the tokens that its thread may hold."""
+    return f"Token Budget: {tokens} "
+
+
+def parent_prompt(problem: Problem, budget: int | None = None, window: int | None = None) -> str:
+    """The prompt of an adaptive thread for a whole problem.
+
+    `budget` is the number of children that it may open, `window` the tokens that any thread of the rollout may hold.
+    """
+    prefix = "" if budget is None else call_budget_text(budget)
+    return prefix + in_window(move_line(ROOT_ID) + state_line(problem.target, problem.numbers, ""), window)
+
+
+def in_window(prompt: str, window: int | None) -> str:
+    """A prompt that names the tokens which its thread may hold, where there is such a limit."""
+    return prompt if window is None else token_budget_text(window) + prompt
 
 
 def serial_prompt(problem: Problem, budget: int | None = None) -> str:
     """The prompt of a serial search; `budget` is the number of tokens it may take."""
-    prefix = "" if budget is None else f"Token Budget: {budget} "
+    prefix = "" if budget is None else token_budget_text(budget)
     return prefix + state_line(problem.target, problem.numbers, "")
 
 
@@ -158,12 +191,17 @@ def render_join(results: Sequence[ChildResult], level: int = 1) -> str:
     """The text that replaces a spawn: the children's results in spawn order, JOIN_BEGIN to JOIN_END."""
     lines = [JOIN_BEGIN]
     for index, result in enumerate(results):
-        outcome = "No Solution" if result.path is None else "Goal Reached"
-        lines.append(f"<{outcome} in Sub Search {index} at level {level} at Node #{result.node_id}>\n")
+        lines.append(result_line(index, result, level))
         if result.path is not None:
             lines.append(f"{result.path}\n")
     lines.append(JOIN_END)
     return "".join(lines)
+
+
+def thread_node(text: str) -> str | None:
+    """The node that a thread's prompt, at the start of its text, turns to; None where there is no prompt."""
+    prompt = _PROMPT.match(text)
+    return None if prompt is None else prompt[1] or ROOT_ID
 
 
 def spawnable_nodes(text: str) -> list[str]:

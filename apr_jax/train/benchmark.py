@@ -106,6 +106,7 @@ def packed_rows(config: Config, tokenizer: Tokenizer, batches: int) -> list[Rows
             config.task,
             config.data.method,
             config.data.condition_on_budget,
+            lambda text: len(tokenizer.encode(text)),
         )
         for index, problem in zip(range(_PROBLEMS), problems, strict=False)
     ]

@@ -6,8 +6,6 @@ from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.threads import Call, Rollout, StopReason
 from apr_jax.tasks import trace
 
-_MOVE = trace.move_line("").rstrip("\n")
-
 
 def every_call(rollout: Rollout, tokenizer: Tokenizer) -> np.ndarray:
     """`credit="rollout"`, the paper's: every call has the whole advantage. float64, one a call."""
@@ -44,6 +42,5 @@ def _winning_path(last: Call, tokenizer: Tokenizer) -> str | None:
     if last.stop.reason is not StopReason.TOKEN or last.stop.token != tokenizer.eos_id:
         return None
     text = tokenizer.decode([*last.context.tolist()[1:], *last.tokens.tolist()[:-1]])
-    node_id = text.partition("\n")[0].removeprefix(_MOVE)
-    result = trace.read_child_result(text, node_id)
+    result = trace.read_child_result(text, trace.thread_node(text) or "")
     return None if isinstance(result, trace.Malformed) else result.path

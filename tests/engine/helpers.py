@@ -57,6 +57,7 @@ ROLLOUT = RolloutConfig(
     prefill_lanes=4,
     decode_attention="packed",
     max_steps=32,
+    context_window=0,
     max_children=8,
     max_spawns=8,
     max_depth=4,

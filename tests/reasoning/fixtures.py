@@ -29,6 +29,7 @@ def settings(**changes: object) -> Settings:
         cancel_on_success=False,
         spawn_grammar=None,
         tree_of_thoughts=LAPTOP.tree_of_thoughts,
+        context_window=None,
         budget=None,
     )
     return dataclasses.replace(values, **changes)

@@ -239,6 +239,8 @@ def test_a_parent_that_always_tries_again_ends_by_trying_everything() -> None:
         ("child_beam_max", 10),
         ("spawn_probability", 0.0),
         ("retry_probability", 0.5),
+        ("spawn_depth", 2),
+        ("context_windows", (512, 1024)),
         ("heuristic", "none"),
         ("shuffle", False),
     ],
