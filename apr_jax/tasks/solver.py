@@ -217,8 +217,10 @@ class _Thread:
         """Its own, then those of the threads below it."""
         prefix = trace.call_budget_text(len(self._children)) if budget and self._depth == 0 else ""
         if count_tokens is not None and self._task.context_windows:
-            # One token each for BOS and EOS.
-            longest = 2 + max(count_tokens(prefix + call.context + call.completion) for call in self._own)
+            longest = max(  # with BOS, and EOS where it follows
+                count_tokens(prefix + call.context + call.completion) + 1 + (not call.ends_in_spawn)
+                for call in self._own
+            )
             prefix += _context_window(longest, self._task.context_windows, count_tokens)
         calls = [dataclasses.replace(call, context=prefix + call.context) for call in self._own]
         for child in self._children:

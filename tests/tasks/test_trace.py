@@ -11,6 +11,7 @@ from apr_jax.tasks.trace import CALL_BEGIN, CALL_END, ChildResult, Malformed, Sp
 from tests.tasks.settings import LAPTOP, REFERENCE
 
 PROBLEM = Problem((7, 3, 15), 26)
+CALLS, WINDOW = "Sub Call Budget: 2 ", "Token Budget: 96 "
 SEARCHED = (
     "Moving to Node #0\nCurrent State: 26:[7, 3, 15], Operations: []\n"
     "Exploring Operation: 7+3=10, Resulting Numbers: [15, 10]\nGenerated Node #0,0: 26:[15, 10] Operation: 7+3=10\n"
@@ -27,11 +28,17 @@ SOLVED = f"{CHILD}Exploring Operation: 15+4=26, Resulting Numbers: [26]\n26,26 e
 def test_prompts_name_their_budget_where_there_is_one() -> None:
     assert trace.parent_prompt(PROBLEM) == "Moving to Node #0\nCurrent State: 26:[7, 3, 15], Operations: []\n"
     assert trace.parent_prompt(PROBLEM, 8) == "Sub Call Budget: 8 " + trace.parent_prompt(PROBLEM)
+    assert trace.parent_prompt(PROBLEM, 8, 96) == "Sub Call Budget: 8 Token Budget: 96 " + trace.parent_prompt(PROBLEM)
+    assert trace.in_window(CHILD, 96) == "Token Budget: 96 " + CHILD
+    assert trace.in_window(CHILD, None) == CHILD
+    assert trace.thread_node(trace.in_window(CHILD, 96)) == trace.thread_node(CHILD) == "0,1"
+    assert trace.thread_node(trace.serial_prompt(PROBLEM)) == "0"
+    assert trace.thread_node("hello\n") is None
     assert trace.serial_prompt(PROBLEM) == "Current State: 26:[7, 3, 15], Operations: []\n"
     assert trace.serial_prompt(PROBLEM, 512) == "Token Budget: 512 " + trace.serial_prompt(PROBLEM)
 
 
-@pytest.mark.parametrize("prefix", ["", "Sub Call Budget: 2 "])
+@pytest.mark.parametrize("prefix", ["", CALLS, WINDOW, CALLS + WINDOW])
 def test_a_spawn_gives_each_child_its_prompt(prefix: str) -> None:
     text = prefix + SEARCHED + CALL_BEGIN + FIRST + SECOND + CALL_END
     assert trace.parse_spawn(text) == SpawnCall(
