@@ -341,6 +341,8 @@ def check_consistent(config: Config) -> None:
     if model.embed_dim % mesh.fsdp:
         raise ConfigError(f"model.embed_dim={model.embed_dim} must be a multiple of mesh.fsdp={mesh.fsdp}")
     windows = config.task.context_windows
+    if windows and config.data.method != "adaptive":
+        raise ConfigError(f"task.context_windows={windows}: only data.method='adaptive' names windows")
     if windows and windows[-1] > model.max_seq_len:
         raise ConfigError(f"task.context_windows={windows} holds one above model.max_seq_len={model.max_seq_len}")
     if rollout.context_window not in (0, *windows):

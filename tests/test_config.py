@@ -99,6 +99,7 @@ def test_every_method_has_a_variant():
         ({"task__num_numbers": 1}, r"at least 2 numbers"),
         ({"task__spawn_depth": 0}, r"task\.spawn_depth=0 must be at least 1"),
         ({"task__context_windows": (256, 128)}, r"context_windows=\(256, 128\): name distinct sizes from 1, in order"),
+        ({"task__context_windows": (256,), "data__method": "serial"}, r"only data\.method='adaptive' names windows"),
         ({"task__context_windows": (256, 1024)}, r"holds one above model\.max_seq_len=512"),
         (
             {"task__context_windows": (256, 512), "rollout__context_window": 300},

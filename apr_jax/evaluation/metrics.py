@@ -12,7 +12,7 @@ from typing import Any
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.threads import Call, Rollout, StopReason
 from apr_jax.reasoning.outcome import Outcome
-from apr_jax.tasks import countdown, trace
+from apr_jax.tasks import countdown, thought_traces, trace
 from apr_jax.tasks.countdown import Problem
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
@@ -170,7 +170,10 @@ def _without_end(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
 def _threads(
     calls: Sequence[Call], record: Mapping[str, Any], problem: Problem, tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
-    """How each thread ended: the root's verdict; a child's solved, wrong_path, no_solution, cancelled or a reason."""
+    """How each thread ended: the root's verdict; a child's solved, wrong_path, no_solution, cancelled or a reason.
+
+    Of Tree of Thoughts a child's is its verdict on a state, or "proposed".
+    """
     last = {call.path: call for call in calls}
     threads = []
     for path, call in last.items():
@@ -182,6 +185,8 @@ def _threads(
             result = "truncated"
         elif call.stop.token != tokenizer.eos_id:
             result = "malformed"
+        elif record["method"] == "tree_of_thoughts":
+            result = thought_traces.read_verdict(tokenizer.decode(call.tokens.tolist()[:-1])) or "proposed"
         else:
             tokens = [*call.context.tolist()[1:], *call.tokens.tolist()[:-1]]
             result = _child_result(tokenizer.decode(tokens), problem)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from apr_jax.evaluation.charts import nice_ticks
+from apr_jax.tasks.thought_traces import VALUES
 
 _ROW, _BAR, _LEFT, _RIGHT, _TOP, _BOTTOM = 24, 15, 118, 96, 62, 34
 _LEGEND = (("root", "parent"), ("", "child"), ("solved", "child with a right path"), ("failed", "malformed or cut off"))
@@ -94,7 +95,7 @@ def bar_class(result: str, path: ThreadPath) -> str:
         return "root"
     if result == "solved":
         return "solved"
-    return "" if result in ("no_solution", "cancelled") else "failed"
+    return "" if result in ("no_solution", "cancelled", "proposed", *VALUES) else "failed"
 
 
 def thread_name(path: ThreadPath) -> str:

@@ -55,12 +55,13 @@ def make_settings(config: Config, tokenizer: Tokenizer, budget: int | None = Non
     """The settings that `config` asks for.
 
     A policy whose demonstrations named their budget (`data.condition_on_budget`) is always told one: `budget`, or the
-    most that its limits allow, which for `serial` is the bin of `model.max_seq_len`.
+    most that its limits allow, which for `serial` is the bin of `model.max_seq_len`. One whose demonstrations named
+    their context windows is told and held to `rollout.context_window`, or the largest of them.
     """
     rollout = config.rollout
     if budget is None and config.data.condition_on_budget:
-        adaptive = config.data.method == "adaptive"
-        budget = rollout.max_children if adaptive else token_budget(config.model.max_seq_len)
+        serial = config.data.method == "serial"
+        budget = token_budget(config.model.max_seq_len) if serial else rollout.max_children
     return Settings(
         tokenizer=tokenizer,
         max_children=rollout.max_children,
