@@ -93,7 +93,7 @@ class Engine:
         plan = EnginePlan.of(model, rollout, mesh)
         self.limits, self.memory = plan.limits, plan.memory
         self.stats = EngineStats()
-        self._model = model
+        self.model = model
         self._max_steps, self._max_total_tokens = rollout.max_steps, rollout.max_total_tokens
         self._mesh = mesh
         self._idle_since: float | None = None  # when the device's last results came
@@ -154,7 +154,7 @@ class Engine:
             programs,
             self._scheduler,
             seed=seed,
-            max_seq_len=self._model.max_seq_len,
+            max_seq_len=self.model.max_seq_len,
             max_steps=self._max_steps,
             max_total_tokens=self._max_total_tokens,
             now=time.perf_counter,
@@ -254,7 +254,7 @@ class Engine:
                 place = (shard, thread.lane)
                 token[place] = thread.tokens[-1]
                 length[place] = len(thread.tokens) - 1
-                remaining[place] = min(thread.max_generated - thread.generated, limits.max_seq_len - len(thread.tokens))
+                remaining[place] = min(thread.max_generated - thread.generated, thread.max_length - len(thread.tokens))
                 generated[place] = thread.generated + thread.rejected
                 stop_tokens[place][: len(thread.stop_tokens)] = thread.stop_tokens
                 key_data[place] = thread.key

@@ -6,6 +6,7 @@ join sets the parent's to the latest of its own and its children's.
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from apr_jax.engine.threads import (
     Observer,
     Open,
     Path,
+    Prefill,
     Program,
     Request,
     Rollout,
@@ -36,6 +38,7 @@ from apr_jax.engine.threads import (
     Truncate,
     thread_key,
 )
+from apr_jax.engine.work import Work
 
 
 @dataclasses.dataclass(eq=False)
@@ -137,10 +140,16 @@ class Programs:
     ) -> None:
         """The device wrote these tokens for a thread. Queues its program if its Decode is over (see `drain`).
 
-        `shut_logprobs`, the log-probabilities without the gate token, are read where the thread has a grammar.
+        `shut_logprobs`, the log-probabilities without the gate token, are read where the thread has a grammar. A
+        thread that asked for a Prefill has been given a lane to write nothing.
         """
         node = self._node_of[thread]
-        assert node.call is not None
+        if node.call is None:
+            assert not tokens
+            self._scheduler.leave_lane(thread, Status.IDLE)
+            self._queue.append((node, None))
+            return
+        thread.work += Work.decode(len(thread.tokens) - 1, len(tokens))
         if thread.constraint is not None:
             drawn = len(tokens)
             tokens, logprobs = thread.constraint.take(thread.tokens, tokens, logprobs, shut_logprobs)
@@ -196,6 +205,10 @@ class Programs:
             elif isinstance(request, Join):
                 self._join(node, request)
                 return
+            elif isinstance(request, Prefill):
+                if self._prefill(node, request.thread):
+                    return
+                value = None
             else:
                 value = self._serve(node, request)
 
@@ -227,12 +240,23 @@ class Programs:
         if not tokens:
             raise ValueError(f"program {node.path} opened a thread without tokens")
         key = thread_key(self._seed, node.rollout.key, node.path)
-        node.thread = Thread(node.path, tokens, node.rollout.ordinal, key)
+        max_length = min(self._max_seq_len, request.max_length or self._max_seq_len)
+        node.thread = Thread(node.path, tokens, node.rollout.ordinal, key, max_length=max_length)
         self._node_of[node.thread] = node
         if parent is not None:
             self._scheduler.fork(parent, node.thread)
         self._tell(node, Happening.OPENED)
         return node.thread
+
+    def _prefill(self, node: _Node, thread: Thread) -> bool:
+        """Hands the thread to the scheduler, with nothing to write. False: there is nothing to be computed for."""
+        self._own(node, thread)
+        if len(thread.tokens) >= thread.max_length:
+            return False
+        thread.stop_tokens, thread.constraint = (), None
+        thread.max_generated = thread.generated
+        self._scheduler.submit(thread)
+        return True
 
     def _decode(self, node: _Node, request: Decode) -> Stop | None:
         """Hands the thread to the scheduler, or returns the Stop of one that can't decode."""
@@ -259,7 +283,7 @@ class Programs:
         return None
 
     def _limit(self, thread: Thread) -> StopReason | None:
-        if len(thread.tokens) >= self._max_seq_len:
+        if len(thread.tokens) >= thread.max_length:
             return StopReason.LENGTH
         if thread.generated >= self._max_steps:
             return StopReason.MAX_STEPS
@@ -383,6 +407,8 @@ class Programs:
         assert call is not None
         constraint = node.thread.constraint if node.thread is not None else None
         if call.tokens:
+            if node.thread is not None:
+                node.thread.logprob += math.fsum(call.logprobs)
             node.calls.append(
                 Call(
                     path=node.path,
@@ -406,7 +432,7 @@ class Programs:
             calls=tuple(call for node in sorted(nodes, key=lambda n: n.path) for call in node.calls),
             sequential_tokens=root.clock,
             latency_ms=self._ms(root),
-            prefilled_tokens=sum(node.thread.prefilled for node in nodes if node.thread is not None),
+            work=sum((node.thread.work for node in nodes if node.thread is not None), Work()),
         )
         self.finished += 1
         for node in nodes:

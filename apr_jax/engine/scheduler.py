@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from apr_jax.config import ConfigError
 from apr_jax.engine.pages import OutOfPagesError, PageAllocator, PageCopy, block_key, root_key
 from apr_jax.engine.threads import Path, Status, Thread
+from apr_jax.engine.work import Work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +184,7 @@ class Scheduler:
         """The chunk's keys and values are in its page (or will be before anything that is sent to the device later)."""
         thread = chunk.thread
         thread.computed += chunk.count
-        thread.prefilled += chunk.count
+        thread.work += Work.prefill(chunk.start, chunk.count)
         if chunk.publish_as is not None and thread.table is not None:
             thread.block_keys.append(chunk.publish_as)
             index = chunk.start // self.limits.page_size

@@ -7,12 +7,14 @@ sequence of tokens with pages of KV cache. Children that it spawns are programs 
 import dataclasses
 import enum
 import hashlib
+import sys
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
 
 from apr_jax.engine.constraints import Constraint, Grammar, Masks
+from apr_jax.engine.work import Work
 
 MAX_STOP_TOKENS = 4
 
@@ -23,7 +25,7 @@ class StopReason(enum.Enum):
     """Why a Decode ended."""
 
     TOKEN = "token"  # it wrote one of its stop tokens
-    LENGTH = "length"  # the thread is full: model.max_seq_len tokens
+    LENGTH = "length"  # the thread is full: model.max_seq_len tokens, or what its Open allows
     MAX_STEPS = "max_steps"  # the thread has generated rollout.max_steps tokens in its life
     BUDGET = "budget"  # its share of rollout.max_total_tokens (see Spawn), or its Decode's own limit, is used up
     CANCELLED = "cancelled"  # a sibling succeeded first
@@ -49,14 +51,16 @@ class Status(enum.Enum):
 
 @dataclasses.dataclass(eq=False)
 class Thread:
-    """One sequence of tokens. Programs read `path` and `tokens`; the rest is the engine's."""
+    """One sequence of tokens. Programs read `path`, `tokens`, `generated` and `logprob`; the rest is the engine's."""
 
     path: Path  # () for the root; a child's is its parent's + (spawn ordinal, child ordinal)
     tokens: list[int]  # the whole context now
     rollout: int  # ordinal of its rollout in the run
     key: tuple[int, int]  # counter-based random key (two uint32), see thread_key
     status: Status = Status.IDLE
+    max_length: int = sys.maxsize  # tokens that it may hold
     generated: int = 0  # tokens decoded in its life, truncated ones included
+    logprob: float = 0.0  # the sum of their log-probabilities under the sampling policy, of Decodes that have ended
     max_generated: int = 0  # what `generated` may reach in this Decode
     stop_tokens: tuple[int, ...] = ()
     shard: int = 0
@@ -65,7 +69,7 @@ class Thread:
     lane: int = 0  # its lane while running
     # Keys of its leading pages that were computed by prefill alone, a whole page at a time: they may be shared.
     block_keys: list[bytes] = dataclasses.field(default_factory=list)
-    prefilled: int = 0  # tokens prefilled in its life, recomputation included
+    work: Work = dataclasses.field(default_factory=Work)  # in its life
     constraint: Constraint | None = None  # what its Decode holds it to
     rejected: int = 0  # draws in its life that its grammar refused; like `generated` they count as random numbers used
 
@@ -79,11 +83,24 @@ class Thread:
 class Open:
     """Opens the program's thread: `tokens`, after the tokens of `fork_of` if given, whose full pages it then shares.
 
-    Resumed with the Thread. Raises ValueError (in the engine) for a second Open or an empty thread.
+    A fork of an untouched thread shares what a Prefill of that has computed, a copy of its partial last page included.
+    `max_length` is how many tokens the thread may hold, where that is less than model.max_seq_len: its Decodes stop
+    there with LENGTH. Resumed with the Thread. Raises ValueError (in the engine) for a second Open or an empty thread.
     """
 
     tokens: Sequence[int]
     fork_of: Thread | None = None
+    max_length: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefill:
+    """Computes all tokens of the thread but the last, so that forks may share them. Resumed with None.
+
+    A Decode does so by itself. A thread that is full is left as it is: nothing can be decoded after it.
+    """
+
+    thread: Thread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +128,7 @@ class Truncate:
 
 @dataclasses.dataclass(frozen=True)
 class Append:
-    """Appends tokens, computed at the next Decode. A thread that grows past max_seq_len stops there (LENGTH)."""
+    """Appends tokens, computed at the next Decode. A thread that grows past what it may hold stops there (LENGTH)."""
 
     thread: Thread
     tokens: Sequence[int]
@@ -153,7 +170,7 @@ class Join:
     success: Callable[[Any], bool] | None = None
 
 
-Request = Open | Decode | Truncate | Append | Spawn | Join
+Request = Open | Prefill | Decode | Truncate | Append | Spawn | Join
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,14 +199,36 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """What one root program and all below it did."""
+    """What one root program and all below it did.
+
+    Calls, and the counts that are made of them, depend on the rollout's key and program alone; `work` and `latency_ms`
+    also on how it was scheduled.
+    """
 
     key: RolloutKey
     result: Any  # the root program's return value
-    calls: tuple[Call, ...]  # by path, then time
+    calls: tuple[Call, ...]  # by path, then time; a cancelled thread's end at its cutoff
     sequential_tokens: int  # the longest causal chain (paper section 5)
     latency_ms: float
-    prefilled_tokens: int
+    work: Work  # of all its threads
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens that all threads wrote, each once."""
+        return sum(len(call.tokens) for call in self.calls)
+
+    @property
+    def peak_context(self) -> int:
+        """The most tokens that one thread held while it decoded: its context and what it wrote, to the last token.
+
+        Never more than model.max_seq_len, or the `max_length` of that thread's Open. 0 if nothing was decoded.
+        """
+        return max((len(call.context) + len(call.tokens) for call in self.calls), default=0)
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that wrote at least one token."""
+        return len({call.path for call in self.calls})
 
 
 class Happening(enum.Enum):

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from apr_jax.config import ModelConfig
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.threads import Call, Rollout, StopReason
 from apr_jax.reasoning.outcome import Outcome
@@ -47,11 +48,13 @@ def path_solves(path: str, problem: Problem) -> bool:
 
 
 def record_rollout(
-    problem: Problem, rollout: Rollout, tokenizer: Tokenizer, *, method: str, keep_calls: bool
+    problem: Problem, rollout: Rollout, tokenizer: Tokenizer, model: ModelConfig, *, method: str, keep_calls: bool
 ) -> dict[str, Any]:
     """One problem's record. With `keep_calls` also its "calls" and "threads", for the thread viewer.
 
-    Token counts are of generated tokens, each counted once; `sequential_tokens` is the longest causal chain.
+    `total_tokens` and `generated_tokens` are the same: tokens that all threads wrote, each once. `sequential_tokens` is
+    the longest causal chain, `peak_context` what the longest thread held (`Rollout.peak_context`). These depend on no
+    schedule; `prefilled_tokens` and `flops` (`engine.work.Work`, of this `model`) and `latency_ms` are as measured.
     """
     outcome: Outcome = rollout.result
     verdict = countdown.verify(outcome.answer, problem)
@@ -67,9 +70,13 @@ def record_rollout(
         "status": outcome.status,
         "reason": outcome.reason,
         "answer": outcome.answer,
-        "total_tokens": sum(len(call.tokens) for call in rollout.calls),
+        "total_tokens": rollout.generated_tokens,
+        "generated_tokens": rollout.generated_tokens,
         "sequential_tokens": rollout.sequential_tokens,
-        "prefilled_tokens": rollout.prefilled_tokens,
+        "prefilled_tokens": rollout.work.prefilled,
+        "peak_context": rollout.peak_context,
+        "flops": rollout.work.flops(model),
+        "num_threads": rollout.num_threads,
         "num_calls": len(rollout.calls),
         "num_spawns": outcome.num_spawns,
         "num_children": outcome.num_children,
@@ -104,8 +111,9 @@ def record_rollout(
 def summarize(records: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
     """The figures of a set of records that took `seconds` of wall time.
 
-    Rates are shares of problems unless named `child_`: those are shares of children. Token counts, `latency_ms` and
-    `spawn_depth` (levels of threads below the root) are means per problem. Raises ValueError for no records.
+    Rates are shares of problems unless named `child_`: those are shares of children. Token counts, `flops`,
+    `latency_ms`, `threads_per_rollout` and `spawn_depth` (levels of threads below the root) are means per problem;
+    `peak_context_max` is the largest. Raises ValueError for no records.
     """
     total = len(records)
     if not total:
@@ -130,7 +138,12 @@ def summarize(records: Sequence[Mapping[str, Any]], seconds: float) -> dict[str,
         "num_problems": total,
         "total_tokens": tokens / total,
         "sequential_tokens": mean("sequential_tokens"),
+        "generated_tokens": mean("generated_tokens"),
         "prefilled_tokens": mean("prefilled_tokens"),
+        "peak_context": mean("peak_context"),
+        "peak_context_max": max(record["peak_context"] for record in records),
+        "flops": mean("flops"),
+        "threads_per_rollout": mean("num_threads"),
         "tokens_per_call": share(tokens, sum(record["num_calls"] for record in records)),
         "children_per_rollout": children / total,
         "children_per_spawn": share(children, sum(record["num_spawns"] for record in records)),

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
-from apr_jax.config import Config, ConfigError
+from apr_jax.config import Config, ConfigError, ModelConfig
 from apr_jax.data.countdown_builder import OnProgress, load_split
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.threads import Program, Progress, Rollout, RolloutKey
@@ -22,6 +22,9 @@ Record = dict[str, Any]
 
 class RunsPrograms(Protocol):
     """What evaluation needs of an engine (`engine.engine.Engine`)."""
+
+    @property
+    def model(self) -> ModelConfig: ...
 
     def run(
         self,
@@ -64,7 +67,7 @@ def evaluate(
     rollouts = engine.run(programs, seed=seed, temperature=temperature, on_progress=on_progress)
     seconds = time.perf_counter() - start
     records = [
-        record_rollout(problem, rollout, tokenizer, method=method, keep_calls=index < keep_calls)
+        record_rollout(problem, rollout, tokenizer, engine.model, method=method, keep_calls=index < keep_calls)
         for index, (problem, rollout) in enumerate(zip(problems, rollouts, strict=True))
     ]
     return summarize(records, seconds), records

@@ -23,6 +23,7 @@ from apr_jax.engine.plan import EnginePlan
 from apr_jax.engine.roofline import StepCost
 from apr_jax.engine.steps import COPIES_PER_CALL, PAGES, SHARDED, DecodeLanes, Policy, PrefillLanes, Steps
 from apr_jax.engine.threads import MAX_STOP_TOKENS, Call, Rollout, RolloutKey, Stop, StopReason
+from apr_jax.engine.work import Work
 from apr_jax.model.attention import choose_impl
 from apr_jax.model.decode_weights import layout_shardings, to_layout
 from apr_jax.model.llama import abstract_params, num_params
@@ -143,7 +144,7 @@ def sft_batch(config: Config, mesh: Mesh) -> dict[str, Any]:
 def grpo_batch(config: Config, updater: Updater, mesh: Mesh) -> tuple[dict[str, Any], Any]:
     """A GRPO microbatch `[B, T]`, as training packs rollouts, and an array of scores of its tokens."""
     call = Call((), _INTS[:1], _INTS[1:], _FLOATS[1:], Stop(StopReason.LENGTH, None), 0, 0.0, 0.0)
-    rollout = Rollout(RolloutKey(0, 0), None, (call,), 1, 0.0, 1)
+    rollout = Rollout(RolloutKey(0, 0), None, (call,), 1, 0.0, Work())
     scored = Scored((rollout,), (1.0,), np.ones(1), (True,))
     row = pack(training_sequences(scored, config.grpo.kl_coef, updater.gate), config.grpo.row_len).rows
     rows, spec = config.grpo.rows_per_microbatch, partition_spec(BATCH_AXES)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh
 
-from apr_jax.config import Config, ConfigError, RolloutConfig
+from apr_jax.config import Config, ConfigError, ModelConfig, RolloutConfig
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.plan import EnginePlan
@@ -57,6 +57,11 @@ class HostedEngine:
     def __init__(self, engine: Engine, localise: Callable[[Any], Any], stop: StopSignal) -> None:
         """`localise` brings parameters from the job's mesh to the engine's. `engine` holds the first ones already."""
         self._engine, self._localise, self._stop = engine, localise, stop
+
+    @property
+    def model(self) -> ModelConfig:
+        """What every host decodes with."""
+        return self._engine.model
 
     def set_params(self, params: Params) -> None:
         """New weights, from the job's mesh. Called by all hosts."""

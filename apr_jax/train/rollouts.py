@@ -142,7 +142,7 @@ def rollout_metrics(
     """
     method = config.data.method
     records = [
-        record_rollout(problem, rollout, tokenizer, method=method, keep_calls=False)
+        record_rollout(problem, rollout, tokenizer, config.model, method=method, keep_calls=False)
         for problem, rollout in zip(problems, scored.rollouts, strict=True)
     ]
     summary = summarize(records, seconds=0.0)

@@ -101,7 +101,9 @@ class SimulatedDevice:
                 row = self._read(thread, thread.computed)
                 place = follow(row[-1] if row else begin(self.version), thread.tokens[-1], alone=False)
                 tokens, new = draw(thread, place), [place]
-                assert tokens, "a lane without anything to write"
+                if not tokens:
+                    assert thread.max_generated == thread.generated, "a lane without anything to write"
+                    new = []  # it was to be prefilled
                 for token in tokens[:-1]:
                     new.append(follow(new[-1], token, alone=False))
                 writes.append((thread, thread.computed, new))

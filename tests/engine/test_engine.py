@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from apr_jax.config import ConfigError
-from apr_jax.engine.threads import Append, Decode, Join, Open, RolloutKey, Spawn, StopReason, Truncate
+from apr_jax.engine.threads import Append, Decode, Join, Open, Prefill, RolloutKey, Spawn, StopReason, Truncate
+from apr_jax.engine.work import Work
 from tests.engine.helpers import (
     BANNED,
     MODEL,
@@ -88,6 +89,50 @@ def test_sampled_bits_do_not_depend_on_prefix_reuse(engine):
         assert engine.stats.reused >= 7 * 32
         for one, other in zip(rollouts, expected, strict=True):
             assert_same_bits(one, other)
+
+
+def test_forks_of_a_prefilled_thread_draw_the_same_bits_and_prefill_nothing(engine):
+    """A prompt of two and a half pages, in forks and opened anew: computed once, its partial page included, or not."""
+
+    def sample(tokens, thread):
+        fork = yield Open(tokens, fork_of=thread)
+        yield Decode(fork, (7,))
+        return fork.logprob / fork.generated
+
+    def samples(shared):
+        thread = yield Open(prompt(8, 20))
+        if shared:
+            yield Prefill(thread)
+        handle = yield Spawn([sample(() if shared else prompt(8, 20), thread if shared else None) for _ in range(3)])
+        return (yield Join(handle))
+
+    forked, opened = (engine.run(keyed([samples(shared)]), seed=1, temperature=1.0)[0] for shared in (True, False))
+    assert_same_bits(forked, opened)
+    assert len({call.tokens.tobytes() for call in forked.calls}) == 3, "each draws with its own key"
+    assert forked.result == opened.result
+    assert forked.result == pytest.approx([float(call.logprobs.astype(np.float64).mean()) for call in forked.calls])
+    assert forked.work.prefilled == 19
+    assert opened.work.prefilled == 3 * 19 - 2 * 16, "published pages are shared, the partial last one is not"
+
+
+def test_the_work_of_rollouts_is_the_engines_own(engine):
+    rollouts = engine.run(keyed(mixed_programs()), seed=0, temperature=1.0)
+    work = sum((rollout.work for rollout in rollouts), Work())
+    assert (work.prefilled, work.decoded) == (engine.stats.prefilled, engine.stats.generated)
+    assert sum(rollout.generated_tokens for rollout in rollouts) == engine.stats.generated
+
+
+def test_an_open_may_allow_fewer_tokens_than_the_model(engine):
+    def narrow(max_length):
+        thread = yield Open(prompt(6, 20), max_length=max_length)
+        return (yield Decode(thread, ())), len(thread.tokens)
+
+    for max_length, length in ((20, 20), (21, 21), (37, 37), (None, 52)):
+        rollout = engine.run(keyed([narrow(max_length)]), seed=0, temperature=0.0)[0]
+        (stop, held) = rollout.result
+        assert held == length
+        assert stop.reason is (StopReason.LENGTH if max_length else StopReason.MAX_STEPS)
+        assert rollout.peak_context == (0 if max_length == 20 else length)
 
 
 def test_draws_depend_on_seed_problem_sample_and_path(engine):

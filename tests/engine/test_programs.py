@@ -107,7 +107,7 @@ class StandIn:
         self.scheduler.check()
 
     def draw(self, thread, steps):
-        steps = min(steps, thread.max_generated - thread.generated, MAX_LEN - len(thread.tokens))
+        steps = min(steps, thread.max_generated - thread.generated, thread.max_length - len(thread.tokens))
         tokens = []
         for count in range(steps):
             tokens.append(zlib.crc32(repr((thread.key, thread.generated + count)).encode()) % 16)
@@ -332,7 +332,7 @@ def test_a_fork_shares_full_pages_and_writes_its_own():
     same(tight.finish(), expected)
     assert roomy.scheduler.preemptions == 0 < tight.scheduler.preemptions
     computed_alone = sum(len(call.context) for call in expected[0].calls)
-    assert expected[0].prefilled_tokens < computed_alone / 2
+    assert expected[0].work.prefilled < computed_alone / 2
 
 
 def test_roots_start_only_when_lanes_are_free():

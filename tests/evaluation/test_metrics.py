@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from apr_jax.engine.threads import Call, Rollout, RolloutKey, Stop, StopReason
+from apr_jax.engine.work import Work
 from apr_jax.evaluation.metrics import (
     count_operations,
     path_solves,
@@ -16,7 +17,7 @@ from apr_jax.evaluation.metrics import (
 from apr_jax.reasoning.adaptive import adaptive
 from apr_jax.reasoning.outcome import Outcome
 from apr_jax.tasks.countdown import Problem
-from tests.reasoning.fixtures import TOKENIZER, TextScript, settings
+from tests.reasoning.fixtures import MODEL, TOKENIZER, TextScript, settings
 from tests.reasoning.scripted_engine import ScriptedEngine
 from tests.reasoning.test_adaptive import EXPLORED, GOOD, LAST, LOSES, PROBLEM, SPAWN, STATE_6_4
 
@@ -68,7 +69,7 @@ def test_path_solves_counts_the_operations_before_the_child():
 def run(texts, problem=PROBLEM):
     engine = ScriptedEngine(TextScript(texts))
     (rollout,) = engine.run([(RolloutKey(0, 0), adaptive(problem, settings()))])
-    return record_rollout(problem, rollout, TOKENIZER, method="adaptive", keep_calls=True)
+    return record_rollout(problem, rollout, TOKENIZER, MODEL, method="adaptive", keep_calls=True)
 
 
 def test_record_of_a_solved_rollout():
@@ -128,8 +129,10 @@ def fake_record(index, outcome, tokens, sequential, latency):
         )
         for n in tokens
     )
-    rollout = Rollout(RolloutKey(index, 0), outcome, calls, sequential, latency, prefilled_tokens=7)
-    return record_rollout(PROBLEM, rollout, TOKENIZER, method="adaptive", keep_calls=False)
+    rollout = Rollout(
+        RolloutKey(index, 0), outcome, calls, sequential, latency, Work(prefilled=7, decoded=2, attended=5)
+    )
+    return record_rollout(PROBLEM, rollout, TOKENIZER, MODEL, method="adaptive", keep_calls=False)
 
 
 def test_summary_by_hand():
@@ -155,7 +158,12 @@ def test_summary_by_hand():
     assert summary["accuracy"] == 0.25
     assert (summary["accuracy_low"], summary["accuracy_high"]) == wilson_interval(1, 4)
     assert summary["num_problems"] == 4
-    assert summary["total_tokens"] == 300 / 4
+    assert summary["total_tokens"] == summary["generated_tokens"] == 300 / 4
+    assert summary["prefilled_tokens"] == 7
+    assert summary["peak_context"] == (103 + 53 + 13 + 43) / 4
+    assert summary["peak_context_max"] == 103
+    assert summary["threads_per_rollout"] == 1
+    assert summary["flops"] == Work(prefilled=7, decoded=2, attended=5).flops(MODEL)
     assert summary["sequential_tokens"] == 270 / 4
     assert summary["tokens_per_call"] == 300 / 7
     assert summary["children_per_rollout"] == 10 / 4

@@ -25,7 +25,7 @@ from tests.reasoning.scripted_engine import ScriptedEngine
 INTERFACE_KEYS = [
     *("accuracy", "accuracy_low", "accuracy_high", "num_problems", "total_tokens", "sequential_tokens"),
     *("tokens_per_call", "children_per_rollout", "children_per_spawn", "malformed_rate", "truncated_rate"),
-    *("latency_ms", "tokens_per_second"),
+    *("latency_ms", "tokens_per_second", "generated_tokens", "prefilled_tokens", "peak_context", "flops"),
 ]
 
 

@@ -16,6 +16,7 @@ from configs.grpo import get_config
 TOKENIZER = load_tokenizer("builtin")
 LAPTOP = from_config_dict(get_config())
 SMALL = LAPTOP.task  # three numbers, fixed order
+MODEL = LAPTOP.model
 REFERENCE = from_config_dict(get_config("paper")).task  # four numbers, shuffled, spawns by chance
 
 

@@ -4,19 +4,31 @@ Beside `ScriptedEngine`, which plays the protocol by itself, this one runs the p
 lanes side by side, in chunks, with pages that are taken away and computed anew.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from apr_jax.engine.programs import Programs
 from apr_jax.engine.scheduler import Limits, Scheduler
-from apr_jax.engine.threads import Program, Rollout, RolloutKey, Thread
+from apr_jax.engine.threads import Path, Program, Rollout, RolloutKey, Thread
 from tests.engine.simulated import Place, SimulatedDevice
+from tests.reasoning.fixtures import MODEL
 from tests.reasoning.scripted_engine import Complete
 
 
 class ForcedEngine:
     """Runs programs in visits. `complete` is asked once for each Decode, when its first chunk is due."""
 
-    def __init__(self, complete: Complete, *, lanes: int, max_seq_len: int, pages: int, max_total_tokens: int = 10**9):
+    def __init__(
+        self,
+        complete: Complete,
+        *,
+        lanes: int,
+        max_seq_len: int,
+        pages: int,
+        max_total_tokens: int = 10**9,
+        prefix_reuse: bool = True,
+        logprob: Callable[[Path], float] = lambda path: 0.0,
+    ):
+        """`logprob` is that of each token which the thread of a path writes."""
         limits = Limits(
             num_shards=1,
             lanes=lanes,
@@ -25,13 +37,14 @@ class ForcedEngine:
             max_seq_len=max_seq_len,
             steps_per_visit=16,
             prefill_lanes=2,
-            prefix_reuse=True,
+            prefix_reuse=prefix_reuse,
             block_size=32,
             row_blocks=lanes * -(-max_seq_len // 32),
         )
         self.scheduler = Scheduler(limits)
         self._complete = complete
-        self._max_total_tokens = max_total_tokens
+        self._max_total_tokens, self._logprob = max_total_tokens, logprob
+        self.model = MODEL
         self._due: dict[Thread, list[int]] = {}
         self.held: list[int] = []  # pages held after each visit
 
@@ -55,15 +68,16 @@ class ForcedEngine:
             device.copy()
             device.prefill()
             for thread, tokens in device.decode(self._draw):
-                run.decoded(thread, tokens, [0.0] * len(tokens))
+                run.decoded(thread, tokens, [self._logprob(thread.path)] * len(tokens))
             run.drain()
             self.scheduler.check()
             self.held.append(self.scheduler.allocators[0].num_held)
 
     def _draw(self, thread: Thread, place: Place) -> list[int]:
-        limits = self.scheduler.limits
+        room = min(thread.max_generated - thread.generated, thread.max_length - len(thread.tokens))
+        if not room:  # it was to be prefilled
+            return []
         due = self._due.get(thread) or list(self._complete(thread.path, list(thread.tokens)))
-        room = min(thread.max_generated - thread.generated, limits.max_seq_len - len(thread.tokens))
-        count = min(limits.steps_per_visit, room)
+        count = min(self.scheduler.limits.steps_per_visit, room)
         self._due[thread] = due[count:]
         return due[:count]

@@ -1,5 +1,10 @@
-"""The engine's side of the generator protocol, played from prepared completions instead of a model."""
+"""The engine's side of the generator protocol, played from prepared completions instead of a model.
 
+It keeps the accounts as simply as they can be kept: no schedule, no pages, nothing shared but by forks, nothing
+computed twice. `tests/reasoning/accounting.py` holds it against the engine's own host and against counts by hand.
+"""
+
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +17,7 @@ from apr_jax.engine.threads import (
     Join,
     Open,
     Path,
+    Prefill,
     Program,
     Rollout,
     RolloutKey,
@@ -22,6 +28,8 @@ from apr_jax.engine.threads import (
     Thread,
     Truncate,
 )
+from apr_jax.engine.work import Work
+from tests.reasoning.fixtures import MODEL
 
 Complete = Callable[[Path, list[int]], Sequence[int]]  # what a thread with these tokens writes, stop token included
 
@@ -36,9 +44,12 @@ class ScriptedEngine:
         max_seq_len: int = 100_000,
         max_steps: int = 100_000,
         max_total_tokens: int = 1_000_000_000,
+        logprob: Callable[[Path], float] = lambda path: 0.0,
     ) -> None:
+        """`logprob` is that of each token which the thread of a path writes."""
         self._complete, self._max_seq_len, self._max_steps = complete, max_seq_len, max_steps
-        self._max_total_tokens = max_total_tokens
+        self._max_total_tokens, self._logprob = max_total_tokens, logprob
+        self.model = MODEL
 
     def run(
         self,
@@ -52,14 +63,17 @@ class ScriptedEngine:
         rollouts = []
         for key, program in programs:
             calls: list[Call] = []
+            self._threads: list[Thread] = []
             result, clock, _ = self._drive(program, (), 0, calls, self._max_total_tokens)
             calls.sort(key=lambda call: call.path)
-            rollouts.append(Rollout(key, result, tuple(calls), clock, latency_ms=clock / 10, prefilled_tokens=0))
+            work = sum((thread.work for thread in self._threads), Work())
+            rollouts.append(Rollout(key, result, tuple(calls), clock, latency_ms=clock / 10, work=work))
         return rollouts
 
     def _drive(self, program: Program, path: Path, clock: int, calls: list[Call], left: int) -> tuple[Any, int, int]:
         """The program's value, its clock at the end, and what is left of the tokens it was given."""
         thread = Thread(path=path, tokens=[], rollout=0, key=(0, 0))
+        self._threads.append(thread)
         spawned: list[list[tuple[Any, int, int]]] = []
         reply: Any = None
         while True:
@@ -68,18 +82,26 @@ class ScriptedEngine:
             except StopIteration as end:
                 return end.value, clock, left
             match request:
-                case Open(tokens):
-                    thread.tokens = list(tokens)
+                case Open(tokens, fork_of, max_length):
+                    thread.tokens = [*(fork_of.tokens if fork_of else ()), *tokens]
+                    thread.computed = fork_of.computed if fork_of else 0
+                    thread.max_length = min(self._max_seq_len, max_length or sys.maxsize)
                     reply = thread
-                case Decode(asked, stop_tokens):
+                case Prefill(asked):
                     assert asked is thread
-                    thread.max_generated = min(self._max_steps, thread.generated + left)
+                    self._prefill(thread)
+                    reply = None
+                case Decode(asked, stop_tokens, _, max_tokens):
+                    assert asked is thread
+                    budget = left if max_tokens is None else min(left, max_tokens)
+                    thread.max_generated = min(self._max_steps, thread.generated + budget)
                     left += thread.generated
                     reply, clock = self._decode(thread, stop_tokens, clock, calls)
                     left -= thread.generated
                 case Truncate(_, length):
                     assert 1 <= length <= len(thread.tokens)
                     del thread.tokens[length:]
+                    thread.computed = min(thread.computed, length - 1)
                     reply = None
                 case Append(_, tokens):
                     thread.tokens += tokens
@@ -103,22 +125,30 @@ class ScriptedEngine:
     def _decode(self, thread: Thread, stop_tokens: tuple[int, ...], clock: int, calls: list[Call]) -> tuple[Stop, int]:
         wanted = list(self._complete(thread.path, list(thread.tokens)))
         assert wanted[-1] in stop_tokens, "a script ends in a stop token"
-        room = min(self._max_seq_len - len(thread.tokens), thread.max_generated - thread.generated)
+        room = min(thread.max_length - len(thread.tokens), thread.max_generated - thread.generated)
         written = wanted[: max(0, room)]
         if written == wanted:
             stop = Stop(StopReason.TOKEN, wanted[-1])
-        elif len(thread.tokens) + len(written) >= self._max_seq_len:
+        elif len(thread.tokens) + len(written) >= thread.max_length:
             stop = Stop(StopReason.LENGTH, None)
         elif thread.generated + len(written) >= self._max_steps:
             stop = Stop(StopReason.MAX_STEPS, None)
         else:
             stop = Stop(StopReason.BUDGET, None)
         context, tokens = np.array(thread.tokens, np.int32), np.array(written, np.int32)
-        thread.tokens += written
-        thread.generated += len(written)
         end = clock + len(written)
         if written:
-            calls.append(
-                Call(thread.path, context, tokens, np.zeros(len(written), np.float32), stop, clock, clock, end)
-            )
+            self._prefill(thread)
+            thread.work += Work.decode(thread.computed, len(written))
+            thread.computed += len(written)
+            thread.logprob += len(written) * self._logprob(thread.path)
+            logprobs = np.full(len(written), self._logprob(thread.path), np.float32)
+            calls.append(Call(thread.path, context, tokens, logprobs, stop, clock, clock, end))
+        thread.tokens += written
+        thread.generated += len(written)
         return stop, end
+
+    def _prefill(self, thread: Thread) -> None:
+        missing = len(thread.tokens) - 1 - thread.computed
+        thread.work += Work.prefill(thread.computed, missing)
+        thread.computed += missing

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from apr_jax.engine.threads import Rollout, RolloutKey
+from apr_jax.engine.work import Work
 from apr_jax.tasks.countdown import Problem
 from apr_jax.train.dynamic_sampling import draw
 from apr_jax.train.rollouts import Scored, choose_problems
@@ -16,7 +17,7 @@ def _roll(has_signal, asked_for):
 
     def roll(chosen):
         asked_for.append(list(chosen))
-        rollouts = tuple(Rollout(RolloutKey(i, s), None, (), 0, 0.0, 0) for i in chosen for s in range(GROUP))
+        rollouts = tuple(Rollout(RolloutKey(i, s), None, (), 0, 0.0, Work()) for i in chosen for s in range(GROUP))
         correct = tuple(r.key.sample == 0 and has_signal(r.key.problem) for r in rollouts)
         rewards = tuple(map(float, correct))
         advantages = np.repeat([float(has_signal(i)) for i in chosen], GROUP) * np.tile([1.0, -1.0], len(chosen))

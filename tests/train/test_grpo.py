@@ -13,6 +13,7 @@ from apr_jax.data.tokenizer import load_tokenizer
 from apr_jax.engine import sampling
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import Call, Decode, Open, Rollout, RolloutKey, Stop, StopReason
+from apr_jax.engine.work import Work
 from apr_jax.model.llama import graphdef, init_params
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.reasoning.outcome import Outcome, banned_tokens
@@ -54,7 +55,9 @@ def made_up_rollouts(seed=0):
 
     outcome = Outcome(answer=None, status="no_solution", reason="no_solution")
     made = [
-        Rollout(RolloutKey(i // 4, i % 4), outcome, tuple(call((0, c)) for c in range(rng.integers(1, 4))), 0, 0.0, 0)
+        Rollout(
+            RolloutKey(i // 4, i % 4), outcome, tuple(call((0, c)) for c in range(rng.integers(1, 4))), 0, 0.0, Work()
+        )
         for i in range(8)
     ]
     rewards = (1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0)

@@ -7,6 +7,7 @@ import pytest
 
 from apr_jax.data.tokenizer import load_tokenizer
 from apr_jax.engine.threads import Call, Rollout, RolloutKey, Stop, StopReason
+from apr_jax.engine.work import Work
 from apr_jax.reasoning.outcome import Outcome
 from apr_jax.tasks.countdown import Problem
 from apr_jax.train import rollouts
@@ -37,7 +38,7 @@ def _call(path, context, tokens, logprob=-0.5):
 
 def _rollout(sample, calls, **outcome):
     values = {"answer": None, "status": "no_solution", "reason": "no_solution", **outcome}
-    return Rollout(RolloutKey(0, sample), Outcome(**values), tuple(calls), 7, 5.0, 3)
+    return Rollout(RolloutKey(0, sample), Outcome(**values), tuple(calls), 7, 5.0, Work())
 
 
 def _two_rollouts():

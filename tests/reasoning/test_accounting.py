@@ -1,0 +1,114 @@
+"""Every program's accounts, counted by hand: what is written, computed and attended to, and the longest chain.
+
+Lengths of texts are asserted once, as numbers; what each case expects is made of these numbers alone. A thread of n
+tokens that is decoded has n - 1 of them computed by prefill; its last is decode's first input. So a thread that comes
+to hold n tokens without ever being cut back has attended to keys(1, n - 1).
+"""
+
+from apr_jax.reasoning.adaptive import adaptive
+from apr_jax.reasoning.serial import serial
+from apr_jax.tasks import trace
+from apr_jax.tasks.countdown import Problem
+from tests.reasoning.accounting import Counts, check, keys, lengths
+from tests.reasoning.fixtures import settings
+
+PROBLEM = Problem((2, 3, 4), 24)
+EXPLORED = (
+    "Exploring Operation: 3+2=5, Resulting Numbers: [4, 5]\n"
+    "Generated Node #0,0: 24:[4, 5] Operation: 3+2=5\n"
+    "Exploring Operation: 2*3=6, Resulting Numbers: [4, 6]\n"
+    "Generated Node #0,1: 24:[4, 6] Operation: 2*3=6\n"
+)
+STATE_5_4 = "Moving to Node #0,0\nCurrent State: 24:[4, 5], Operations: ['3+2=5']\n"
+STATE_6_4 = "Moving to Node #0,1\nCurrent State: 24:[4, 6], Operations: ['2*3=6']\n"
+LOSES = "Exploring Operation: 4*5=20, Resulting Numbers: [20]\n20,24 unequal: No Solution\n"
+LAST = "Exploring Operation: 4*6=24, Resulting Numbers: [24]\n24,24 equal: Goal Reached\n"
+WINS = LAST + STATE_6_4 + LAST
+SPAWN = EXPLORED + trace.render_spawn(["0,0", "0,1"])
+REPLAY = (
+    trace.parent_prompt(PROBLEM)
+    + "Exploring Operation: 2*3=6, Resulting Numbers: [4, 6]\nGenerated Node #0,1: 24:[4, 6] Operation: 2*3=6\n"
+    + STATE_6_4
+    + LAST
+)
+JOINED = [trace.ChildResult("0,0", None), trace.ChildResult("0,1", (STATE_6_4 + LAST).strip())]
+
+
+def test_lengths_that_all_counts_are_made_of():
+    assert lengths(trace.serial_prompt(PROBLEM), trace.parent_prompt(PROBLEM), "Token Budget: 512 ") == [9, 11, 5]
+    assert lengths(STATE_5_4, STATE_6_4) == [16, 16]  # a child's prompt
+    assert lengths(EXPLORED, SPAWN, LOSES, WINS, REPLAY) == [52, 64, 13, 42, 66]
+    assert lengths(trace.NO_SOLUTION, trace.render_join(JOINED)) == [1, 41]
+
+
+def test_serial():
+    """BOS and 9 tokens, then 13 + 1 and EOS."""
+    expected = Counts(generated=15, sequential=15, peak_context=25, threads=1, prefilled=9, attended=keys(1, 24))
+    check(lambda: serial(PROBLEM, settings()), {(): [LOSES + trace.NO_SOLUTION]}, expected)
+
+
+def test_serial_told_its_budget():
+    """Five tokens more in the prompt."""
+    expected = Counts(generated=15, sequential=15, peak_context=30, threads=1, prefilled=14, attended=keys(1, 29))
+    check(lambda: serial(PROBLEM, settings(budget=512)), {(): [LOSES + trace.NO_SOLUTION]}, expected)
+
+
+def test_adaptive():
+    """The parent holds 12 + 64, goes back to its 12 + 52, is given 41 and writes 66 and EOS. Children: 17 and more."""
+    expected = Counts(
+        generated=64 + 14 + 1 + 43 + 67,
+        sequential=64 + 43 + 67,
+        peak_context=12 + 52 + 41 + 67,
+        threads=3,
+        prefilled=11 + 16 + 16 + 41,
+        attended=keys(1, 75) + keys(1, 31) + keys(1, 59) + keys(64, 171),
+    )
+    texts = {(): [SPAWN, REPLAY], (0, 0): [LOSES + trace.NO_SOLUTION], (0, 1): [WINS]}
+    rollout = check(lambda: adaptive(PROBLEM, settings()), texts, expected)
+    assert (rollout.result.status, rollout.result.num_children) == ("answered", 2)
+
+
+def test_adaptive_cancels_at_the_first_success():
+    """The loser would write on, and is cut off where the winner ended, after 43 tokens."""
+    expected = Counts(
+        generated=64 + 43 + 43 + 67, sequential=64 + 43 + 67, peak_context=172, threads=3, prefilled=84, attended=0
+    )
+    texts = {(): [SPAWN, REPLAY], (0, 0): [LOSES * 9 + trace.NO_SOLUTION], (0, 1): [WINS]}
+    rollout = check(lambda: adaptive(PROBLEM, settings(cancel_on_success=True)), texts, expected, cancels=True)
+    assert rollout.work.decoded >= rollout.generated_tokens, "what was written past the cutoff was computed"
+
+
+def test_adaptive_spawns_within_spawns():
+    """Three levels, one child each; the chain is all that is written."""
+    problem = Problem((1, 2, 3, 4), 24)
+    root = (
+        "Exploring Operation: 2*1=2, Resulting Numbers: [3, 4, 2]\nGenerated Node #0,0: 24:[3, 4, 2] Operation: 2*1=2\n"
+    )
+    child = (
+        "Exploring Operation: 3*4=12, Resulting Numbers: [2, 12]\nGenerated Node #0,0,0: 24:[2, 12] Operation: 3*4=12\n"
+    )
+    child_prompt = "Moving to Node #0,0\nCurrent State: 24:[3, 4, 2], Operations: ['2*1=2']\n"
+    leaf_prompt = "Moving to Node #0,0,0\nCurrent State: 24:[2, 12], Operations: ['2*1=2', '3*4=12']\n"
+    joins = [trace.render_join([trace.ChildResult(node, None)], level) for node, level in (("0,0", 1), ("0,0,0", 2))]
+    assert lengths(trace.parent_prompt(problem), child_prompt, leaf_prompt) == [13, 18, 23]
+    assert lengths(root, child, *joins) == [30, 27, 7, 10]
+    spawns = [trace.render_spawn(["0,0"]), trace.render_spawn(["0,0,0"], level=2)]
+    assert lengths(*spawns) == [7, 10]
+    expected = Counts(
+        generated=30 + 7 + 27 + 10 + 2 + 2 + 2,
+        sequential=30 + 7 + 27 + 10 + 2 + 2 + 2,
+        peak_context=19 + 27 + 10 + 2,
+        threads=3,
+        prefilled=13 + 18 + 23 + 10 + 7,
+        attended=keys(1, 14 + 37 - 1)
+        + keys(1, 19 + 37 - 1)
+        + keys(1, 24 + 2 - 1)
+        + keys(19 + 27, 19 + 27 + 10 + 2 - 1)
+        + keys(14 + 30, 14 + 30 + 7 + 2 - 1),
+    )
+    texts = {
+        (): [root + spawns[0], trace.NO_SOLUTION],
+        (0, 0): [child + spawns[1], trace.NO_SOLUTION],
+        (0, 0, 0, 0): [trace.NO_SOLUTION],
+    }
+    check(lambda: adaptive(problem, settings(max_depth=2)), texts, expected)
