@@ -82,13 +82,12 @@ def _search(prompt: str, settings: Settings, depth: int, allowance: int) -> Gene
     tokenizer, search = settings.tokenizer, _Search()
     stop_tokens = (tokenizer.call_end_id, tokenizer.eos_id)
     spawns = 0
-    thread = yield Open(prompt_tokens(tokenizer, prompt))
+    thread = yield Open(prompt_tokens(tokenizer, prompt), max_length=settings.context_window)
     while True:
-        room = None if settings.context_window is None else max(0, settings.context_window - len(thread.tokens))
-        stop = yield Decode(thread, stop_tokens, thread_grammar(settings, depth, spawns, allowance), max_tokens=room)
+        stop = yield Decode(thread, stop_tokens, thread_grammar(settings, depth, spawns, allowance))
         search.text = thread_text(tokenizer, thread)
         if stop.reason is not StopReason.TOKEN:
-            search.failure = ("truncated", truncated_reason(stop, thread, settings.context_window))
+            search.failure = ("truncated", truncated_reason(stop))
             return search
         if stop.token == tokenizer.eos_id:
             return search

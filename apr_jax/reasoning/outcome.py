@@ -131,11 +131,6 @@ def read_ending(text: str) -> tuple[str | None, Status, str]:
     return None, "malformed", "no_replay" if claims_goal(text) else "unfinished"
 
 
-def truncated_reason(stop: Stop, thread: Thread | None = None, window: int | None = None) -> str:
-    """Why a decode ended before a stop token; "context_window" where a thread held to a window has filled it.
-
-    Raises KeyError where a stop token did end it.
-    """
-    if thread is not None and window is not None and len(thread.tokens) >= window:
-        return "context_window"
+def truncated_reason(stop: Stop) -> str:
+    """Why a decode ended before a stop token. Raises KeyError where a stop token did end it."""
     return _TRUNCATED[stop.reason]

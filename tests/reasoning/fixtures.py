@@ -11,6 +11,7 @@ from apr_jax.reasoning.outcome import Settings
 from apr_jax.tasks import trace
 from apr_jax.tasks.countdown import sample_problem
 from apr_jax.tasks.demonstrations import demonstrate
+from apr_jax.tasks.pasta_traces import SYNC
 from configs.grpo import get_config
 
 TOKENIZER = load_tokenizer("builtin")
@@ -62,11 +63,11 @@ class Replay:
 
 
 class TextScript:
-    """Per thread path, what its successive calls write. A text that doesn't end in a spawn is ended by EOS."""
+    """Per thread path, what its successive calls write. A text that ends in no spawn and no sync is ended by EOS."""
 
     def __init__(self, texts: dict[Path, list[str]]) -> None:
         self._texts = {path: list(calls) for path, calls in texts.items()}
 
     def __call__(self, path: Path, tokens: list[int]) -> Sequence[int]:
         text = self._texts[path].pop(0)
-        return [*TOKENIZER.encode(text), *([] if text.endswith(trace.CALL_END) else [TOKENIZER.eos_id])]
+        return [*TOKENIZER.encode(text), *([] if text.endswith((trace.CALL_END, SYNC)) else [TOKENIZER.eos_id])]

@@ -5,9 +5,13 @@ tokens that is decoded has n - 1 of them computed by prefill; its last is decode
 to hold n tokens without ever being cut back has attended to keys(1, n - 1).
 """
 
+import dataclasses
+
 from apr_jax.reasoning.adaptive import adaptive
+from apr_jax.reasoning.pasta import pasta
 from apr_jax.reasoning.serial import serial
-from apr_jax.tasks import trace
+from apr_jax.reasoning.tree_of_thoughts import tree_of_thoughts
+from apr_jax.tasks import pasta_traces, trace
 from apr_jax.tasks.countdown import Problem
 from tests.reasoning.accounting import Counts, check, keys, lengths
 from tests.reasoning.fixtures import settings
@@ -112,3 +116,92 @@ def test_adaptive_spawns_within_spawns():
         (0, 0, 0, 0): [trace.NO_SOLUTION],
     }
     check(lambda: adaptive(problem, settings(max_depth=2)), texts, expected)
+
+
+THOUGHTS = {
+    # a proposer of the root: 9 tokens are its prompt's, it writes 22
+    (0, 0): (
+        "Exploring Operation: 2+3=5, Resulting Numbers: [4, 5]\nExploring Operation: 2*3=6, Resulting Numbers: [4, 6]\n"
+    ),
+    # evaluators: 6, 19
+    (1, 0): "4+5=9\n5-4=1\n4*5=20\nimpossible\n",
+    (1, 1): "4+6=10\n6-4=2\n4*6=24\nsure\n",
+    # proposers, the better state's first: 7; 18 and 9
+    (2, 0): (
+        "Exploring Operation: 4+6=10, Resulting Numbers: [10]\nExploring Operation: 4*6=24, Resulting Numbers: [24]\n"
+    ),
+    (2, 1): "Exploring Operation: 4*5=20, Resulting Numbers: [20]\n",
+    # evaluators of one number: 4, 1
+    (3, 0): "impossible\n",
+    (3, 1): "sure\n",
+    (3, 2): "impossible\n",
+}
+
+
+def test_tree_of_thoughts():
+    """Each thought is a thread of its own; those of a level are one link of the chain. The root holds nothing."""
+    assert lengths(*THOUGHTS.values()) == [22, 19, 19, 18, 9, 1, 1, 1]
+    expected = Counts(
+        generated=23 + 2 * 20 + 19 + 10 + 3 * 2,
+        sequential=23 + 20 + 19 + 2,
+        peak_context=10 + 23,
+        threads=8,
+        prefilled=9 + 2 * 6 + 2 * 7 + 3 * 4,
+        attended=keys(1, 32) + 2 * keys(1, 26) + keys(1, 26) + keys(1, 17) + 3 * keys(1, 6),
+    )
+    texts = {path: [text] for path, text in THOUGHTS.items()}
+    rollout = check(lambda: tree_of_thoughts(PROBLEM, settings()), texts, expected)
+    assert (rollout.result.status, rollout.result.num_children) == ("answered", 8)
+
+
+def test_tree_of_thoughts_depth_first():
+    """Only the better state is gone on from: the worse one's proposer and the leaf below it are never asked."""
+    expected = Counts(
+        generated=23 + 2 * 20 + 19 + 2 * 2,
+        sequential=23 + 20 + 19 + 2,
+        peak_context=10 + 23,
+        threads=6,
+        prefilled=9 + 2 * 6 + 7 + 2 * 4,
+        attended=keys(1, 32) + 2 * keys(1, 26) + keys(1, 26) + 2 * keys(1, 6),
+    )
+    texts = {path: [text] for path, text in THOUGHTS.items() if path not in ((2, 1), (3, 2))}
+    options = dataclasses.replace(settings().tree_of_thoughts, search="depth_first")
+    rollout = check(lambda: tree_of_thoughts(PROBLEM, settings(tree_of_thoughts=options)), texts, expected)
+    assert rollout.result.status == "answered"
+
+
+def test_pasta():
+    """The parent goes on from 12 + 59 with 30 while its child, 17, writes 43; all 58 of that come back between 7 more.
+
+    It is never cut back, so it attends to each of its keys once; only the join is prefilled beside the prompts.
+    """
+    spawn = EXPLORED + trace.render_spawn(["0,1"])
+    own = STATE_5_4 + LOSES + pasta_traces.SYNC
+    assert lengths(spawn, own, trace.goal_line(24)) == [59, 30, 4]
+    expected = Counts(
+        generated=59 + 30 + 43 + 71,
+        sequential=59 + 43 + 71,
+        peak_context=12 + 59 + 30 + 65 + 71,
+        threads=2,
+        prefilled=11 + 16 + 65,
+        attended=keys(1, 12 + 59 + 30 + 65 + 71 - 1) + keys(1, 17 + 43 - 1),
+    )
+    texts = {(): [spawn, own, trace.goal_line(24) + REPLAY], (0, 0): [WINS]}
+    rollout = check(lambda: pasta(PROBLEM, settings()), texts, expected)
+    assert (rollout.result.status, rollout.result.num_children) == ("answered", 1)
+
+
+def test_pasta_whose_parent_takes_longer_than_its_child():
+    """A child that gives up at once costs no time: the chain is the parent's alone."""
+    spawn = EXPLORED + trace.render_spawn(["0,1"])
+    own = STATE_5_4 + LOSES + pasta_traces.SYNC
+    expected = Counts(
+        generated=59 + 30 + 2 + 2,
+        sequential=59 + 30 + 2,
+        peak_context=12 + 59 + 30 + 24 + 2,
+        threads=2,
+        prefilled=11 + 16 + 24,
+        attended=keys(1, 12 + 59 + 30 + 24 + 2 - 1) + keys(1, 17 + 2 - 1),
+    )
+    texts = {(): [spawn, own, trace.NO_SOLUTION], (0, 0): [trace.NO_SOLUTION]}
+    assert check(lambda: pasta(PROBLEM, settings()), texts, expected).result.status == "no_solution"

@@ -169,8 +169,8 @@ def test_a_thread_is_told_its_window_and_held_to_it():
     assert run_in(255).answer == demo.answer
     assert run_in(longest).answer == demo.answer
     outcome = run_in(longest - 1)
-    assert (outcome.answer, outcome.status, outcome.reason) == (None, "truncated", "context_window")
-    assert set(run_in(60).child_reasons) <= {"context_window"}
+    assert (outcome.answer, outcome.status, outcome.reason) == (None, "truncated", "context_full")
+    assert set(run_in(60).child_reasons) <= {"context_full"}
 
 
 def test_the_window_is_the_largest_that_demonstrations_name_or_the_one_asked_for():

@@ -43,14 +43,6 @@ REPLAY = (
 GOOD = {(): [SPAWN, OWN, REPLAY], (0, 0): [WINS]}
 
 
-class Script(TextScript):
-    """Ends a text at the sync marker, too."""
-
-    def __call__(self, path, tokens):
-        written = list(super().__call__(path, tokens))
-        return written[:-1] if TOKENIZER.decode(written).endswith(SYNC) else written
-
-
 def length(*texts):
     """Tokens of texts that end a call; EOS counts where it is neither a spawn nor a sync."""
     return sum(len(TOKENIZER.encode(text)) + (not text.endswith((SYNC, trace.CALL_END))) for text in texts)
@@ -61,7 +53,7 @@ def forced(lanes):
 
 
 def run(texts, engine=ScriptedEngine, **changes):
-    return engine(Script(texts)).run([(RolloutKey(0, 0), pasta(PROBLEM, settings(**changes)))])[0]
+    return engine(TextScript(texts)).run([(RolloutKey(0, 0), pasta(PROBLEM, settings(**changes)))])[0]
 
 
 @pytest.mark.parametrize("task", [SMALL, REFERENCE], ids=["small", "reference"])
