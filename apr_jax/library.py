@@ -107,7 +107,9 @@ class Policy:
         return [self._solution(problem, rollout, name) for problem, rollout in zip(asked, rollouts, strict=True)]
 
     def _solution(self, problem: Problem, rollout: Rollout, method: str) -> Solution:
-        record = record_rollout(problem, rollout, self.tokenizer, method=method, keep_calls=False)
+        record = record_rollout(
+            problem, rollout, self.tokenizer, self.config.model, method=method, keep_calls=False
+        )
         solved, answer = record["correct"], record["answer"]
         return Solution(
             problem=problem,
@@ -117,7 +119,7 @@ class Policy:
             answer=answer,
             total_tokens=record["total_tokens"],
             sequential_tokens=record["sequential_tokens"],
-            num_threads=len({call.path for call in rollout.calls}),
+            num_threads=record["num_threads"],
             latency_ms=record["latency_ms"],
             record=record,
             rollout=rollout,
