@@ -121,7 +121,6 @@ def _report(solution: "Solution", checkpoint: pathlib.Path, start_ms: float) -> 
             "solved": solution.solved,
             "expression": solution.expression,
             "solvable": solvable,
-            "num_threads": solution.num_threads,
             "start_ms": start_ms,
             "first_token_ms": first_token_ms,
             "temperature": _TEMPERATURE.value,
