@@ -32,6 +32,8 @@ from apr_jax.tasks.generation import Split, generate_problems, split_size
 _SAME_ENGINE = ("num_lanes", "page_size", "num_pages", "steps_per_visit", "prefill_lanes", "decode_attention")
 # What decides which problems a policy may have been trained on.
 _SAME_PROBLEMS = ("num_numbers", "min_number", "max_number", "min_target", "max_target")
+# What is read in training only, or is another key of a cell's settings.
+_NOT_IN_SETTINGS = ("name", "seed", "task", "data", "sft", "grpo", "faults", "evaluation")
 _SAME_SPLITS = ("num_validation", "num_test", "num_test_unseen_targets", "num_unseen_targets")
 
 
@@ -221,9 +223,11 @@ def _cell_config(config: Config, cell: Cell) -> Config:
 
 def _settings(cell: Cell, policy: Policy, config: Config, asked: Asked) -> Json:
     """All that a cell's figures depend on, by dotted name: equal settings give equal rollouts, on one machine."""
-    plain = to_dict(config)
     sections = {
-        f"{section}.{name}": plain[section][name] for section in ("model", "rollout", "mesh") for name in plain[section]
+        f"{section}.{name}": value
+        for section, fields in to_dict(config).items()
+        if section not in _NOT_IN_SETTINGS
+        for name, value in fields.items()
     }
     return {
         **cell.key,

@@ -82,17 +82,17 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
     workdir = pathlib.Path(workdir)
     if not workdir.is_dir():
         raise FileNotFoundError(f"no run folder {workdir}")
-    summary, metrics = _read_json(workdir / "summary.json"), read_jsonl(workdir / "metrics.jsonl")
+    summary, metrics = read_json(workdir / "summary.json"), read_jsonl(workdir / "metrics.jsonl")
     text = page.render(
         "report.html",
         name=workdir.resolve().name,
-        about=_about(_read_json(workdir / "config.json")),
+        about=_about(read_json(workdir / "config.json")),
         entries=_entries(summary),
         rows=_table_rows(summary),
         failures=_failures(summary),
         behaviour=behaviour_tables(evaluations(summary), metrics),
         panels=[page.svg(body, charts.WIDTH, charts.HEIGHT) for body in training_panels(metrics)],
-        views=run_views(workdir),
+        views=add_run_views(ThreadViews(), workdir),
         embed=page.embed,
     )
     path = workdir / "report.html"
@@ -136,9 +136,8 @@ def write_svg(path: pathlib.Path, body: str, width: int, height: int) -> None:
     path.write_text(page.standalone_svg(body, width, height), encoding="utf-8")
 
 
-def run_views(workdir: pathlib.Path) -> ThreadViews:
-    """The rollouts of a run folder: those of its evaluations, then those that steps of GRPO learnt from."""
-    views = ThreadViews()
+def add_run_views(views: ThreadViews, workdir: pathlib.Path) -> ThreadViews:
+    """Adds the rollouts of a run folder: those of its evaluations, then those that steps of GRPO learnt from."""
     for record in pick_rollouts(read_jsonl(workdir / "rollouts.jsonl")):
         views.add(record.get("label", "rollouts").replace("_", ", "), record)
     for path in sorted((workdir / "grpo_rollouts").glob("*.jsonl"), key=lambda path: int(path.stem)):
@@ -237,7 +236,8 @@ def _about(config: Mapping[str, Any]) -> str:
     )
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A file's object; an empty one where it is missing."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 

@@ -5,6 +5,7 @@ numbers into one list a page, since they repeat.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ class ThreadViews:
 
     def __init__(self) -> None:
         self.svgs: list[Markup] = []
+        self.size = 0  # characters that the page grows by
         self._ids: dict[str, int] = {}
         self._texts: list[str] = []
         self._rollouts: list[Json] = []
@@ -35,16 +37,16 @@ class ThreadViews:
         body, height = draw_threads(record, WIDTH)
         self.svgs.append(page.svg(body, WIDTH, height))
         numbers = ", ".join(map(str, record["numbers"]))
-        self._rollouts.append(
-            {
-                "label": label,
-                "name": f"{numbers} to {record['target']}",
-                "key": _key(record),
-                "correct": bool(record["correct"]),
-                "verdict": str(record["verdict"]).replace("_", " "),
-                "threads": self._threads(record),
-            }
-        )
+        rollout = {
+            "label": label,
+            "name": f"{numbers} to {record['target']}",
+            "key": _key(record),
+            "correct": bool(record["correct"]),
+            "verdict": str(record["verdict"]).replace("_", " "),
+            "threads": self._threads(record),
+        }
+        self._rollouts.append(rollout)
+        self.size += len(self.svgs[-1]) + len(json.dumps(rollout))
 
     @property
     def data(self) -> Json:

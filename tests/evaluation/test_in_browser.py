@@ -5,10 +5,11 @@ import re
 
 import pytest
 
-from apr_jax.evaluation.browser import NoBrowserError, chromium
+from apr_jax.evaluation.browser import NoBrowserError, chromium, take_pictures
+from apr_jax.evaluation.compare_report import write_comparison
 from apr_jax.evaluation.report import pick_rollouts, write_report
 from apr_jax.evaluation.run import save_rollouts
-from tests.evaluation.made_rollouts import evaluated, logprob
+from tests.evaluation.made_rollouts import evaluated, logprob, made_comparison
 
 pytestmark = pytest.mark.browser
 EVIL = '</script><script>document.title = "evil"</script><img src=x onerror="document.title=1">'
@@ -226,3 +227,35 @@ def test_a_narrow_screen_does_not_scroll_sideways(page):
     page.set_viewport_size({"width": 420, "height": 800})
     page.keyboard.press("c")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_comparison_opens_offline_with_its_figures(browser, tmp_path):
+    made_comparison(tmp_path)
+    write_comparison(tmp_path, tmp_path / "report.html", command="it")
+    context = browser.new_context(offline=True, viewport={"width": 1300, "height": 900})
+    page, requests, complaints = context.new_page(), [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto((tmp_path / "report.html").as_uri())
+    assert page.locator("#figures svg").count() == 9
+    page.click("#total-tokens summary")
+    assert page.is_visible("#total-tokens table")
+    page.keyboard.press("c")
+    both = [page.inner_text(f".pane[data-side={side}] .about") for side in ("left", "right")]
+    assert both[0].split(": ")[1] == both[1].split(": ")[1]  # the same problem
+    assert both[0].split(": ")[0] != both[1].split(": ")[0]
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert (requests, complaints) == ([(tmp_path / "report.html").as_uri()], [])
+    context.close()
+
+
+def test_pictures_for_the_readme(browser, tmp_path):
+    del browser  # there is one
+    made_comparison(tmp_path, windows=(400,))
+    write_comparison(tmp_path, tmp_path / "report.html", command="it")
+    made = take_pictures(tmp_path / "report.html", tmp_path / "pictures")
+    assert [path.name for path in made] == ["report.png", "threads.png", "side_by_side.png"]
+    for path in made:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert 10_000 < path.stat().st_size < 200_000

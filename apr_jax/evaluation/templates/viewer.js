@@ -147,6 +147,9 @@
     place = Math.max(0, shown.findIndex((index) => data.rollouts[index].key === key));
     show();
   };
+  /* What to begin with: a problem that was solved with children, where there is one. */
+  const telling = () => data.rollouts.find(({ label, correct, threads }) =>
+    label === control("left").value && correct && threads.length > 2)?.key;
   const listVerdicts = () => {
     const own = data.rollouts.filter((rollout) => rollout.label === control("left").value);
     const verdicts = [...new Set(own.map((rollout) => rollout.verdict))].sort();
@@ -189,7 +192,7 @@
   options(control("left"), labels.map((label) => [label, label]));
   options(control("right"), [["", "nothing"], ...labels.map((label) => [label, label])]);
   listVerdicts();
-  list();
+  list(telling());
   control("left").addEventListener("change", () => { const at = key(); listVerdicts(); list(at); });
   control("right").addEventListener("change", show);
   control("filter").addEventListener("change", () => list(key()));

@@ -1,0 +1,51 @@
+"""Draws a comparison as one self-contained page: figures, tables, what RL did, and the threads behind them.
+
+    python launch/report.py                                                # of runs/comparison
+    python launch/report.py --comparison=runs/mine --run=runs/laptop       # with a training run's behaviour under RL
+    python launch/report.py --comparison=runs/mine --screenshots=docs/pictures  # and pictures of it (needs a Chromium)
+    python launch/report.py --run=runs/laptop                              # a training run's own page, once more
+
+The page works offline and loads nothing. docs/comparing.md says what its figures mean.
+Exit codes: 0 done, 1 failed, 2 bad arguments.
+"""
+
+import pathlib
+import shlex
+import sys
+
+from absl import flags
+
+from apr_jax import entry
+from apr_jax.config import ConfigError
+
+_COMPARISON = flags.DEFINE_string("comparison", None, "Folder of launch/compare.py [runs/comparison without --run].")
+_RUN = flags.DEFINE_string("run", None, "Folder of a training run: what RL did, and rollouts it learnt from.")
+_OUT = flags.DEFINE_string("out", None, "Where the page goes [COMPARISON/report.html].")
+_SCREENSHOTS = flags.DEFINE_string("screenshots", None, "Folder for pictures of the page (make screenshots).")
+
+
+def main() -> None:
+    run = pathlib.Path(_RUN.value) if _RUN.value else None
+    if run is not None and not run.is_dir():
+        raise ConfigError(f"--run={run}: no such folder")
+    from apr_jax.evaluation.browser import NoBrowserError, take_pictures
+    from apr_jax.evaluation.compare_report import write_comparison
+    from apr_jax.evaluation.report import write_report
+
+    try:
+        if run is not None and _COMPARISON.value is None:
+            out = write_report(run)
+        else:
+            comparison = pathlib.Path(_COMPARISON.value or "runs/comparison")
+            out = pathlib.Path(_OUT.value) if _OUT.value else comparison / "report.html"
+            command = shlex.join(["python", "launch/report.py", *sys.argv[1:]])
+            write_comparison(comparison, out, command=command, run=run)
+        print(out)
+        for picture in take_pictures(out, pathlib.Path(_SCREENSHOTS.value)) if _SCREENSHOTS.value else ():
+            print(picture)
+    except (FileNotFoundError, NoBrowserError) as error:
+        raise entry.FailedError(str(error)) from error
+
+
+if __name__ == "__main__":
+    entry.run(main)
