@@ -97,7 +97,7 @@ class DataConfig:
     """The demonstrations on disk and how they become training rows."""
 
     directory: str
-    method: Literal["adaptive", "pasta", "serial", "tree_of_thoughts"]
+    method: Literal["adaptive", "direct", "pasta", "serial", "tree_of_thoughts"]
     tokenizer: str  # "builtin", or the path of a Hugging Face tokenizer.json
     num_train: int  # problems
     num_validation: int
@@ -350,8 +350,8 @@ def check_consistent(config: Config) -> None:
             f"rollout.context_window={rollout.context_window} must be 0 or one of task.context_windows={windows}, "
             "which demonstrations name"
         )
-    if config.data.condition_on_budget and config.data.method == "tree_of_thoughts":
-        raise ConfigError("data.condition_on_budget=True: data.method='tree_of_thoughts' has no prompt to name one in")
+    if config.data.condition_on_budget and config.data.method in ("direct", "tree_of_thoughts"):
+        raise ConfigError(f"data.condition_on_budget=True: data.method={config.data.method!r} has no budget to name")
     if config.grpo.validate_every and config.grpo.validation_problems > config.data.num_validation:
         raise ConfigError(
             f"grpo.validation_problems={config.grpo.validation_problems} is more than "

@@ -28,6 +28,7 @@ from apr_jax.parallel.mesh import make_mesh, offer_cpu_devices
 from apr_jax.reasoning.outcome import Outcome, Settings, make_settings
 from apr_jax.reasoning.policy_engine import policy_engine
 from apr_jax.reasoning.programs import make_program
+from apr_jax.reasoning.sampling import check_temperature
 from apr_jax.tasks.countdown import Problem, express
 from apr_jax.train.checkpoint import load_policy
 
@@ -84,7 +85,7 @@ class Policy:
 
         Args:
           problems: each a Problem, or its target and its numbers: `(27, [22, 26, 31, 53])`.
-          method: a way of reasoning by its name in `reasoning.programs.PROGRAMS`, or a program of your own
+          method: a way of reasoning as `reasoning.programs.make_program` takes it, or a program of your own
             (docs/write_a_program.md); None is the one that the policy was trained for.
           temperature: 0 is greedy.
           budget: written into prompts; sub calls, or for a serial method tokens.
@@ -93,6 +94,8 @@ class Policy:
         """
         asked = [problem if isinstance(problem, Problem) else _problem(problem) for problem in problems]
         name = method if isinstance(method, str) else self.config.data.method
+        if not callable(method):
+            check_temperature(name, temperature)
         settings = make_settings(self.config, self.tokenizer, budget)
         make: Callable[[Problem], Program] = (
             (lambda problem: method(problem, settings))

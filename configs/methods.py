@@ -15,6 +15,7 @@ def get_config(variant: str = "adaptive") -> ConfigDict:
     variants = {
         "adaptive": adaptive,
         "serial": serial,
+        "direct": direct,
         "tree_of_thoughts": tree_of_thoughts,
         "pasta": pasta,
         "nested": nested,
@@ -33,6 +34,13 @@ def serial() -> ConfigDict:
     """SoS+: one thread that searches as a stream of text."""
     config = _laptop("serial")
     config.data.method = "serial"
+    return config
+
+
+def direct() -> ConfigDict:
+    """No search: the winning path straight."""
+    config = _laptop("direct")
+    config.data.method = "direct"
     return config
 
 

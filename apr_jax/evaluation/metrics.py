@@ -3,6 +3,7 @@
 A record is a plain dict, ready for JSON. Keys of the summary that other programs rely on: INTERFACES, `evaluate.py`.
 """
 
+import dataclasses
 import math
 import re
 from collections import Counter
@@ -12,7 +13,8 @@ from typing import Any
 from apr_jax.config import ModelConfig
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.threads import Call, Rollout, StopReason
-from apr_jax.reasoning.outcome import Outcome
+from apr_jax.reasoning.outcome import Outcome, Sample
+from apr_jax.reasoning.sampling import CHOICES
 from apr_jax.tasks import countdown, thought_traces, trace
 from apr_jax.tasks.countdown import Problem
 
@@ -88,6 +90,8 @@ def record_rollout(
         "operations_right": sum(right for _, right in counts),
         "latency_ms": rollout.latency_ms,
     }
+    if outcome.samples:
+        record |= _sample_figures(outcome.samples, rollout.calls, problem)
     if keep_calls:
         record["calls"] = [
             {
@@ -108,12 +112,45 @@ def record_rollout(
     return record
 
 
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """The chance that one of k samples is right, without bias, of n samples of which c are.
+
+    1 - C(n - c, k) / C(n, k): Chen et al. 2021 (arXiv 2107.03374), equation 1. Raises ValueError unless
+    0 <= c <= n and 1 <= k <= n.
+    """
+    if not (0 <= num_correct <= num_samples and 1 <= k <= num_samples):
+        raise ValueError(f"no pass@{k} of {num_samples} samples, {num_correct} of them right")
+    return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def _sample_figures(samples: Sequence[Sample], calls: Sequence[Call], problem: Problem) -> dict[str, Any]:
+    """Each sample, and what fewer samples would have given: entry k - 1 of a list is of k of them.
+
+    `pass_at_k` is an estimate from all samples. `cons_at_k` and `best_at_k` are 1 where what the first k choose is
+    right, and `tokens_at_k` is what these k wrote.
+    """
+    correct = [countdown.verify(sample.answer, problem).correct for sample in samples]
+    tokens = [sum(len(call.tokens) for call in calls if call.path[:2] == (0, index)) for index in range(len(samples))]
+    counts = range(1, len(samples) + 1)
+    return {
+        "samples": [
+            {**dataclasses.asdict(sample), "correct": right, "tokens": written}
+            for sample, right, written in zip(samples, correct, tokens, strict=True)
+        ],
+        "pass_at_k": [pass_at_k(len(samples), sum(correct), k) for k in counts],
+        "cons_at_k": [float(correct[CHOICES["cons"](samples[:k], problem)]) for k in counts],
+        "best_at_k": [float(correct[CHOICES["best"](samples[:k], problem)]) for k in counts],
+        "tokens_at_k": [sum(tokens[:k]) for k in counts],
+    }
+
+
 def summarize(records: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
     """The figures of a set of records that took `seconds` of wall time.
 
     Rates are shares of problems unless named `child_`: those are shares of children. Token counts, `flops`,
     `latency_ms`, `threads_per_rollout` and `spawn_depth` (levels of threads below the root) are means per problem;
-    `peak_context_max` is the largest. Raises ValueError for no records.
+    `peak_context_max` is the largest. Where records have samples, `pass_at_k`, `cons_at_k`, `best_at_k` and
+    `tokens_at_k` are lists of means, entry k - 1 of k samples. Raises ValueError for no records.
     """
     total = len(records)
     if not total:
@@ -164,6 +201,18 @@ def summarize(records: Sequence[Mapping[str, Any]], seconds: float) -> dict[str,
         "latency_ms": mean("latency_ms"),
         "tokens_per_second": share(tokens, seconds) if seconds > 0 else 0.0,
         "seconds": seconds,
+        **_means_at_k(records),
+    }
+
+
+def _means_at_k(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Means of what each record tells of its first k samples; nothing where records have none, or not equally many."""
+    if len({len(record.get("samples", ())) for record in records}) > 1 or "samples" not in records[0]:
+        return {}
+    names = ("pass_at_k", "cons_at_k", "best_at_k", "tokens_at_k")
+    return {
+        name: [sum(column) / len(records) for column in zip(*(record[name] for record in records), strict=True)]
+        for name in names
     }
 
 

@@ -14,6 +14,7 @@ from apr_jax.evaluation.metrics import record_rollout, summarize
 from apr_jax.progress import progress
 from apr_jax.reasoning.outcome import Settings
 from apr_jax.reasoning.programs import make_program
+from apr_jax.reasoning.sampling import check_temperature
 from apr_jax.tasks.countdown import Problem
 from apr_jax.tasks.generation import Split
 
@@ -52,13 +53,14 @@ def evaluate(
 
     Args:
       engine: holds the policy's weights.
-      method: a name in `reasoning.programs.PROGRAMS`.
+      method: as `reasoning.programs.make_program` takes it.
       seed, temperature: of the sampling; temperature 0 is greedy.
       keep_calls: the first so many records keep their threads' text, for `save_rollouts`.
-    Raises: ValueError for no problems or an unknown method.
+    Raises: ValueError for no problems, an unknown method, or several samples at temperature 0.
     """
     if not problems:
         raise ValueError("nothing to evaluate: no problems")
+    check_temperature(method, temperature)
     programs = [
         (RolloutKey(problem=index, sample=0), make_program(method, problem, settings))
         for index, problem in enumerate(problems)

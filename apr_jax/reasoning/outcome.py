@@ -34,7 +34,18 @@ class Settings:
     spawn_grammar: SpawnGrammar | None  # what spawns are held to; None: the model writes what it will
     tree_of_thoughts: TreeOfThoughtsConfig
     context_window: int | None  # tokens that a thread of adaptive may hold, and is told of; None: model.max_seq_len
+    max_tokens: int | None  # tokens that any thread of any program may hold, untold; None: model.max_seq_len
     budget: int | None  # written into the prompt: sub calls (adaptive) or tokens (serial); None = not conditioned
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One of several independent answers to a problem (`reasoning/sampling.py`)."""
+
+    answer: str | None
+    status: Status
+    reason: str
+    mean_logprob: float | None  # over the tokens that its root thread generated; None: it generated none
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,14 +60,19 @@ class Outcome:
     child_reasons: tuple[str, ...] = ()  # of the children that were malformed or truncated, in spawn order
     child_paths: tuple[str, ...] = ()  # the winning paths that children handed back, in spawn order
     dropped_lines: tuple[str, ...] = ()  # why lines of model text were dropped, one reason a line
+    samples: tuple[Sample, ...] = ()  # of which this is one; (): it was not chosen among several
 
 
-def make_settings(config: Config, tokenizer: Tokenizer, budget: int | None = None) -> Settings:
+def make_settings(
+    config: Config, tokenizer: Tokenizer, budget: int | None = None, max_tokens: int | None = None
+) -> Settings:
     """The settings that `config` asks for.
 
     A policy whose demonstrations named their budget (`data.condition_on_budget`) is always told one: `budget`, or the
     most that its limits allow, which for `serial` is the bin of `model.max_seq_len`. One whose demonstrations named
     their context windows is told and held to `rollout.context_window`, or the largest of them.
+    No prompt says anything of `max_tokens`: it cuts threads off while they are decoded, so that accuracy can be measured
+    against it.
     """
     rollout = config.rollout
     if budget is None and config.data.condition_on_budget:
@@ -72,6 +88,7 @@ def make_settings(config: Config, tokenizer: Tokenizer, budget: int | None = Non
         spawn_grammar=_spawn_grammar(config, tokenizer),
         tree_of_thoughts=config.tree_of_thoughts,
         context_window=rollout.context_window or max(config.task.context_windows, default=None),
+        max_tokens=max_tokens,
         budget=budget,
     )
 

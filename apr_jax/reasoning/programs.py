@@ -1,23 +1,55 @@
 """Every way of reasoning, by name."""
 
+import dataclasses
 from collections.abc import Callable, Generator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from apr_jax.engine.threads import Open, Program, Spawn
 from apr_jax.reasoning.adaptive import adaptive
+from apr_jax.reasoning.direct import direct
 from apr_jax.reasoning.outcome import Outcome, Settings
 from apr_jax.reasoning.pasta import pasta
+from apr_jax.reasoning.sampling import read_wrapper, sampled
 from apr_jax.reasoning.serial import serial
 from apr_jax.reasoning.tree_of_thoughts import tree_of_thoughts
 from apr_jax.tasks.countdown import Problem
 
 PROGRAMS: Mapping[str, Callable[[Problem, Settings], Generator[Any, Any, Outcome]]] = MappingProxyType(
-    {"adaptive": adaptive, "pasta": pasta, "serial": serial, "tree_of_thoughts": tree_of_thoughts}
+    {"adaptive": adaptive, "direct": direct, "pasta": pasta, "serial": serial, "tree_of_thoughts": tree_of_thoughts}
 )
 
 
 def make_program(method: str, problem: Problem, settings: Settings) -> Generator[Any, Any, Outcome]:
-    """A fresh program of `method` on `problem`, for the engine to run. Raises ValueError for an unknown method."""
+    """A fresh program of `method` on `problem`, for the engine to run.
+
+    `method` is a name in PROGRAMS, or samples of one: `cons@8:adaptive` (`reasoning/sampling.py`). Every thread of the
+    program is held to `settings.max_tokens`. Raises ValueError for any other method.
+    """
+    wrapper = read_wrapper(method)
+    if wrapper is not None:
+        share = dataclasses.replace(settings, max_total_children=settings.max_total_children // wrapper.num_samples)
+        programs = [make_program(wrapper.inner, problem, share) for _ in range(wrapper.num_samples)]
+        return sampled(wrapper.choose, problem, programs)
     if method not in PROGRAMS:
         raise ValueError(f"method {method!r}: choose one of {', '.join(sorted(PROGRAMS))}")
-    return PROGRAMS[method](problem, settings)
+    program = PROGRAMS[method](problem, settings)
+    return program if settings.max_tokens is None else _held(program, settings.max_tokens)
+
+
+def _held(program: Program, max_tokens: int) -> Program:
+    """The program, with no thread of it and of what it spawns holding more than `max_tokens` tokens."""
+    reply = None
+    try:
+        while True:
+            try:
+                request = program.send(reply)
+            except StopIteration as end:
+                return end.value
+            if isinstance(request, Open):
+                request = dataclasses.replace(request, max_length=min(max_tokens, request.max_length or max_tokens))
+            elif isinstance(request, Spawn):
+                request = Spawn([_held(child, max_tokens) for child in request.programs])
+            reply = yield request
+    finally:
+        program.close()

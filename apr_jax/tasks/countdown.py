@@ -118,6 +118,25 @@ def express(answer: str, problem: Problem) -> str:
     return terms[0][1]
 
 
+def canonical_path(answer: str | None) -> tuple[str, ...] | None:
+    """What makes two winning paths the same: their operations, sorted, with the smaller operand of + and * first.
+
+    None where there is no answer, or one that holds no operation or something else in place of one; whether it is right
+    does not matter.
+    """
+    lines = [line for line in (answer or "").split("\n") if line.startswith("Exploring Operation")]
+    matches = [_OPERATION_LINE.fullmatch(line) for line in lines]
+    operations = []
+    for match in matches:
+        if match is None:
+            return None
+        left, operator, right = int(match[1]), match[2], int(match[3])
+        if operator in "+*":
+            left, right = sorted((left, right))
+        operations.append(f"{left}{operator}{right}={match[4]}")
+    return tuple(sorted(operations)) or None
+
+
 def departures(problem: Problem, task: TaskConfig) -> list[str]:
     """In what a problem is unlike those that `task` draws, each in some words; none where it could be one of them."""
     found = []

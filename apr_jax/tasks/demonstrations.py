@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from apr_jax.config import TaskConfig
-from apr_jax.tasks import countdown, pasta_traces, solver, thought_traces, trace
+from apr_jax.tasks import countdown, direct_traces, pasta_traces, solver, thought_traces, trace
 from apr_jax.tasks.countdown import Problem
 from apr_jax.tasks.trace import Call, Demonstration
 
@@ -28,6 +28,7 @@ class Demonstrator(Protocol):
 DEMONSTRATORS: Mapping[str, Demonstrator] = MappingProxyType(
     {
         "adaptive": solver.adaptive_calls,
+        "direct": direct_traces.direct_calls,
         "pasta": pasta_traces.pasta_calls,
         "serial": solver.serial_calls,
         "tree_of_thoughts": thought_traces.tree_calls,
@@ -54,7 +55,7 @@ def demonstrate(
       count_tokens: tokens of a text; only a serial budget needs it.
 
     Raises:
-      ValueError: an unknown method, or a serial budget is asked for without `count_tokens`.
+      ValueError: an unknown method, a budget where the method has none, or a serial one without `count_tokens`.
     """
     if method not in DEMONSTRATORS:
         raise ValueError(f"method {method!r}: choose one of {', '.join(sorted(DEMONSTRATORS))}")
@@ -63,5 +64,6 @@ def demonstrate(
     if end is None:  # the root writes nothing: its program assembles the answer from what the children wrote
         answer = thought_traces.demonstrated_answer(problem, calls)
     else:
-        answer = trace.read_answer(end.context + end.completion)
+        read = trace.read_path if method == "direct" else trace.read_answer
+        answer = read(end.context + end.completion)
     return Demonstration(problem, method, calls, answer, countdown.verify(answer, problem).correct)

@@ -261,6 +261,11 @@ def read_answer(text: str) -> str | None:
     return text[ends[-2] :].strip() if len(ends) > 1 else None
 
 
+def read_path(text: str) -> str | None:
+    """The path of a thread that writes nothing else: all of its text. None if it does not end by claiming the goal."""
+    return text.strip() if countdown.claims_goal(text) else None
+
+
 def read_child_result(text: str, node_id: str) -> ChildResult | Malformed:
     """What a finished child (prompt and everything after) hands to its parent.
 

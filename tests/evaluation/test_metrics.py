@@ -1,5 +1,7 @@
 """Metrics against figures that were worked out by hand or by an independent formula."""
 
+import itertools
+import json
 import math
 
 import numpy as np
@@ -9,6 +11,7 @@ from apr_jax.engine.threads import Call, Rollout, RolloutKey, Stop, StopReason
 from apr_jax.engine.work import Work
 from apr_jax.evaluation.metrics import (
     count_operations,
+    pass_at_k,
     path_solves,
     record_rollout,
     summarize,
@@ -16,10 +19,12 @@ from apr_jax.evaluation.metrics import (
 )
 from apr_jax.reasoning.adaptive import adaptive
 from apr_jax.reasoning.outcome import Outcome
+from apr_jax.reasoning.programs import make_program
+from apr_jax.tasks import trace
 from apr_jax.tasks.countdown import Problem
 from tests.reasoning.fixtures import MODEL, TOKENIZER, TextScript, settings
 from tests.reasoning.scripted_engine import ScriptedEngine
-from tests.reasoning.test_adaptive import EXPLORED, GOOD, LAST, LOSES, PROBLEM, SPAWN, STATE_6_4
+from tests.reasoning.test_adaptive import EXPLORED, GOOD, LAST, LOSES, PARENT_WINS, PROBLEM, SPAWN, STATE_6_4
 
 
 @pytest.mark.parametrize(
@@ -178,6 +183,43 @@ def test_summary_by_hand():
     assert summary["child_failure_rate"] == 0.1
     assert summary["latency_ms"] == 50.0
     assert summary["tokens_per_second"] == 30.0
+
+
+@pytest.mark.parametrize(("n", "c"), [(1, 0), (1, 1), (6, 0), (6, 1), (6, 3), (6, 5), (6, 6)])
+def test_pass_at_k_is_the_share_of_all_choices_of_k_samples_with_one_that_is_right(n, c):
+    for k in range(1, n + 1):
+        choices = list(itertools.combinations([index < c for index in range(n)], k))
+        assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, choices)) / len(choices))
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 5), (4, 2, 0)])
+def test_pass_at_k_of_no_samples_is_refused(n, c, k):
+    with pytest.raises(ValueError, match="no pass@"):
+        pass_at_k(n, c, k)
+
+
+def test_one_run_of_samples_gives_the_figures_of_fewer():
+    """Wrong, right, nothing, right: two votes against one, and the likeliest is the wrong one."""
+    right = PARENT_WINS.removeprefix(trace.parent_prompt(PROBLEM))
+    texts = [right.replace("2*3=6", "2+3=6"), right, "No solution found.\n", right]
+    script = TextScript({(0, index): [text] for index, text in enumerate(texts)})
+    engine = ScriptedEngine(script, logprob=lambda path: -0.1 if path == (0, 0) else -0.2)
+    program = make_program("cons@4:direct", PROBLEM, settings())
+    (rollout,) = engine.run([(RolloutKey(0, 0), program)])
+    record = record_rollout(PROBLEM, rollout, TOKENIZER, MODEL, method="cons@4:direct", keep_calls=False)
+    lengths = [len(TOKENIZER.encode(text)) + 1 for text in texts]
+    assert [sample["correct"] for sample in record["samples"]] == [False, True, False, True]
+    assert [sample["tokens"] for sample in record["samples"]] == lengths
+    assert record["correct"]
+    assert record["pass_at_k"] == pytest.approx([2 / 4, 1 - 1 / 6, 1, 1])
+    assert record["cons_at_k"] == [0, 0, 0, 1], "of two answers with one vote each the first counts"
+    assert record["best_at_k"] == [0, 0, 0, 0]
+    assert record["tokens_at_k"] == [sum(lengths[:k]) for k in (1, 2, 3, 4)]
+    json.dumps(record, allow_nan=False)
+    summary = summarize([record, {**record, "cons_at_k": [1, 1, 1, 1]}], seconds=1.0)
+    assert summary["cons_at_k"] == [0.5, 0.5, 0.5, 1]
+    assert summary["tokens_at_k"] == record["tokens_at_k"]
+    assert "cons_at_k" not in summarize([record, {**record, "samples": []}], seconds=1.0)
 
 
 def test_summary_of_threads_that_never_spawn_and_of_nothing():

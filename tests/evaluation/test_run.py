@@ -29,7 +29,7 @@ INTERFACE_KEYS = [
 ]
 
 
-@pytest.mark.parametrize("method", ["adaptive", "serial"])
+@pytest.mark.parametrize("method", ["adaptive", "direct", "serial"])
 def test_evaluating_a_perfect_imitator_gives_the_solvers_figures(method):
     demos = list(demonstrations(SMALL, method, 30))
     summary, records = evaluate(
@@ -65,6 +65,12 @@ def test_evaluating_nothing_is_refused():
         evaluate(
             ScriptedEngine(Replay([])), TOKENIZER, [], method="serial", settings=settings(), seed=0, temperature=0.0
         )
+
+
+def test_several_samples_at_temperature_0_are_refused():
+    engine, how = ScriptedEngine(Replay([])), {"settings": settings(), "seed": 0, "temperature": 0.0}
+    with pytest.raises(ValueError, match="samples are all the same"):
+        evaluate(engine, TOKENIZER, [Problem((2, 3), 5)], method="cons@8:serial", **how)
 
 
 def test_problems_of_a_file(tmp_path):

@@ -32,6 +32,7 @@ def settings(**changes: object) -> Settings:
         spawn_grammar=None,
         tree_of_thoughts=LAPTOP.tree_of_thoughts,
         context_window=None,
+        max_tokens=None,
         budget=None,
     )
     return dataclasses.replace(values, **changes)

@@ -7,14 +7,20 @@ to hold n tokens without ever being cut back has attended to keys(1, n - 1).
 
 import dataclasses
 
+import pytest
+
+from apr_jax.engine.threads import RolloutKey
 from apr_jax.reasoning.adaptive import adaptive
+from apr_jax.reasoning.direct import direct
 from apr_jax.reasoning.pasta import pasta
+from apr_jax.reasoning.programs import PROGRAMS, make_program
 from apr_jax.reasoning.serial import serial
 from apr_jax.reasoning.tree_of_thoughts import tree_of_thoughts
 from apr_jax.tasks import pasta_traces, trace
 from apr_jax.tasks.countdown import Problem
 from tests.reasoning.accounting import Counts, check, keys, lengths
-from tests.reasoning.fixtures import settings
+from tests.reasoning.fixtures import TOKENIZER, settings
+from tests.reasoning.scripted_engine import ScriptedEngine
 
 PROBLEM = Problem((2, 3, 4), 24)
 EXPLORED = (
@@ -55,6 +61,85 @@ def test_serial_told_its_budget():
     """Five tokens more in the prompt."""
     expected = Counts(generated=15, sequential=15, peak_context=30, threads=1, prefilled=14, attended=keys(1, 29))
     check(lambda: serial(PROBLEM, settings(budget=512)), {(): [LOSES + trace.NO_SOLUTION]}, expected)
+
+
+def test_direct():
+    """BOS and 11 tokens, then a path of 13 and EOS."""
+    expected = Counts(generated=14, sequential=14, peak_context=26, threads=1, prefilled=11, attended=keys(1, 25))
+    check(lambda: direct(PROBLEM, settings()), {(): [LAST]}, expected)
+
+
+@pytest.mark.parametrize("name", ["best", "cons", "pass"])
+def test_samples_share_one_prompt(name):
+    """Its 9 tokens are prefilled once, for three forks of it that write 15, 2 and 28 tokens."""
+    expected = Counts(
+        generated=15 + 2 + 28,
+        sequential=28,
+        peak_context=10 + 28,
+        threads=3,
+        prefilled=9,
+        attended=keys(1, 9) + keys(10, 24) + keys(10, 11) + keys(10, 37),
+    )
+    texts = {(0, 0): [LOSES + trace.NO_SOLUTION], (0, 1): [trace.NO_SOLUTION], (0, 2): [LOSES * 2 + trace.NO_SOLUTION]}
+    check(lambda: make_program(f"{name}@3:serial", PROBLEM, settings()), texts, expected)
+
+
+def test_samples_of_adaptive():
+    """Twice what one costs, but for the prompt; side by side, so that the chain is one sample's."""
+    texts = {(): [SPAWN, REPLAY], (0, 0): [LOSES + trace.NO_SOLUTION], (0, 1): [WINS]}
+    expected = Counts(
+        generated=2 * 189,
+        sequential=174,
+        peak_context=172,
+        threads=6,
+        prefilled=11 + 2 * (16 + 16 + 41),
+        attended=keys(1, 11) + 2 * (keys(12, 75) + keys(1, 31) + keys(1, 59) + keys(64, 171)),
+    )
+    twice = {(0, sample, *path): calls for sample in range(2) for path, calls in texts.items()}
+    rollout = check(lambda: make_program("cons@2:adaptive", PROBLEM, settings()), twice, expected)
+    assert rollout.result.num_children == 4
+
+
+@pytest.mark.parametrize("max_tokens", [11, 20, 24])
+def test_a_thread_holds_no_more_than_it_may(max_tokens):
+    """The same texts under a limit at decoding: 25 tokens would be needed."""
+    expected = Counts(
+        generated=max_tokens - 10,
+        sequential=max_tokens - 10,
+        peak_context=max_tokens,
+        threads=1,
+        prefilled=9,
+        attended=keys(1, max_tokens - 1),
+    )
+    texts = {(): [LOSES + trace.NO_SOLUTION]}
+    rollout = check(lambda: make_program("serial", PROBLEM, settings(max_tokens=max_tokens)), texts, expected)
+    assert (rollout.result.status, rollout.result.reason) == ("truncated", "context_full")
+
+
+@pytest.mark.parametrize("method", [*sorted(PROGRAMS), "cons@2:adaptive"])
+def test_no_program_lets_a_thread_hold_more(method):
+    """Every thread writes and writes."""
+    script = TOKENIZER.encode(trace.NO_SOLUTION) * 400 + [TOKENIZER.eos_id]
+    for max_tokens in (64, 65):
+        program = make_program(method, PROBLEM, settings(max_tokens=max_tokens))
+        (rollout,) = ScriptedEngine(lambda path, tokens: script).run([(RolloutKey(0, 0), program)])
+        assert rollout.peak_context == max_tokens
+        assert rollout.result.answer is None
+
+
+def test_children_and_samples_are_held_to_it_too():
+    """At 80 tokens the parent's 12 + 64 fit and the winner's 17 + 43; what the loser writes and the join do not."""
+    texts = {(0, 0): [SPAWN, REPLAY], (0, 0, 0, 0): [LOSES * 9 + trace.NO_SOLUTION], (0, 0, 0, 1): [WINS]}
+    expected = Counts(
+        generated=64 + 63 + 43,
+        sequential=64 + 63,
+        peak_context=80,
+        threads=3,
+        prefilled=11 + 16 + 16,
+        attended=keys(1, 75) + keys(1, 79) + keys(1, 59),
+    )
+    rollout = check(lambda: make_program("best@1:adaptive", PROBLEM, settings(max_tokens=80)), texts, expected)
+    assert (rollout.result.reason, rollout.result.child_reasons) == ("context_full", ("context_full",))
 
 
 def test_adaptive():

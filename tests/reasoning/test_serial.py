@@ -65,6 +65,8 @@ def test_a_conditioned_policy_is_always_told_a_budget():
     assert make_settings(from_config_dict(plain), TOKENIZER).budget is None
     assert make_settings(from_config_dict(conditioned), TOKENIZER).budget == conditioned.rollout.max_children
     assert make_settings(from_config_dict(conditioned), TOKENIZER, budget=3).budget == 3
+    assert make_settings(from_config_dict(conditioned), TOKENIZER).max_tokens is None
+    assert make_settings(from_config_dict(conditioned), TOKENIZER, max_tokens=99).max_tokens == 99
     conditioned.data.method = "serial"
     conditioned.model.max_seq_len = conditioned.sft.row_len = conditioned.grpo.row_len = 1000
     assert make_settings(from_config_dict(conditioned), TOKENIZER).budget == 1024

@@ -1,0 +1,155 @@
+"""Several independent samples of any way of reasoning, and one answer chosen among them.
+
+    cons@8:adaptive     self-consistency: the answer that most of 8 samples give
+    best@8:serial       the sample that the model itself finds most likely
+    pass@8:adaptive     a sample that the verifier finds right: what the best of all choices could reach
+
+* `cons`: Wang et al. 2022 (arXiv 2203.11171, section 2), as Pan et al. 2025 (arXiv 2504.15466, section 5) count it:
+  samples without a valid answer are dropped, the others vote with their final path. Two paths are one where they
+  consist of the same operations, whatever the order of steps and of operands that commute (`countdown.canonical_path`).
+  Of answers with equally many votes, the one that was given first wins.
+* `best`: sample and rank, by the mean log-probability of the tokens that the sample's root thread generated in its
+  life, spawn texts included. The mean and not the sum: Chen et al. 2021 (arXiv 2107.03374, section 3.3 and figure 7)
+  found the mean better than a random choice and the sum worse; Wang et al. normalise alike (their equation 1).
+  Children's tokens do not count: they are no part of the text that answers. The probabilities are those of the sampling
+  policy, at the temperature that was drawn at.
+* `pass`: the verifier chooses. That is no way to reason but a bound; pass@k for k below n is estimated without bias
+  (Chen et al. 2021, equation 1) by `evaluation.metrics`.
+
+Each sample is a child thread with a path, and so with random numbers, of its own. The prompt is prefilled once: samples
+are forks of it, its partial last page included. Limits on a rollout hold for all samples together: each is given one
+part in n + 1 of rollout.max_total_tokens (`engine.threads.Spawn`) and in n of rollout.max_total_children.
+
+What differs: the papers draw samples one by one, each with its own prompt; here they are drawn side by side, so that
+the longest chain is that of the longest sample.
+"""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from apr_jax.engine.threads import Join, Open, Prefill, Program, Spawn, Thread
+from apr_jax.reasoning.outcome import Outcome, Sample
+from apr_jax.tasks import countdown
+from apr_jax.tasks.countdown import Problem
+
+Choose = Callable[[Sequence[Sample], Problem], int]
+
+_FORM = re.compile(r"([a-z]+)@([1-9][0-9]{0,3}):(.+)")
+
+
+def most_likely(samples: Sequence[Sample], problem: Problem) -> int:
+    """The index of the sample with an answer whose mean log-probability is highest, the first of equals; 0 if none."""
+    del problem
+    answered = [index for index, sample in enumerate(samples) if sample.answer is not None]
+    likelihood = [float("-inf") if s.mean_logprob is None else s.mean_logprob for s in samples]
+    return max(answered, key=lambda index: likelihood[index], default=0)
+
+
+def majority(samples: Sequence[Sample], problem: Problem) -> int:
+    """The index of the first sample that gives the answer which most samples give, the first of equals; 0 if none."""
+    del problem
+    paths = [countdown.canonical_path(sample.answer) for sample in samples]
+    votes = Counter(path for path in paths if path is not None)
+    return paths.index(max(votes, key=lambda path: votes[path])) if votes else 0  # Counter keeps the order
+
+
+def verified(samples: Sequence[Sample], problem: Problem) -> int:
+    """The index of the first sample that is right, else of the first with an answer; 0 if none has one."""
+    right = (index for index, s in enumerate(samples) if countdown.verify(s.answer, problem).correct)
+    answered = (index for index, s in enumerate(samples) if s.answer is not None)
+    return next(right, next(answered, 0))
+
+
+CHOICES: Mapping[str, Choose] = MappingProxyType({"best": most_likely, "cons": majority, "pass": verified})
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrapper:
+    """What `NAME@N:METHOD` says."""
+
+    choose: Choose
+    num_samples: int
+    inner: str
+
+
+def read_wrapper(method: str) -> Wrapper | None:
+    """The wrapper that a method's name begins with; None for a plain name. Raises ValueError for a malformed one."""
+    if not {"@", ":"} & {*method}:
+        return None
+    match = _FORM.fullmatch(method)
+    if match is None or match[1] not in CHOICES:
+        raise ValueError(
+            f"method {method!r}: samples are asked for as NAME@N:METHOD, where NAME is one of {', '.join(CHOICES)}, N "
+            "from 1 to 9999 and METHOD a way of reasoning, such as cons@8:adaptive"
+        )
+    return Wrapper(CHOICES[match[1]], int(match[2]), match[3])
+
+
+def check_temperature(method: str, temperature: float) -> None:
+    """Raises ValueError where several samples would all be the same: at temperature 0 nothing is drawn at random."""
+    wrapper = read_wrapper(method)
+    if wrapper is None or temperature > 0:
+        return
+    if wrapper.num_samples > 1:
+        raise ValueError(
+            f"method {method!r}: at temperature 0 its {wrapper.num_samples} samples are all the same; set a "
+            f"temperature above 0, or use {wrapper.inner}"
+        )
+    check_temperature(wrapper.inner, temperature)
+
+
+def sampled(choose: Choose, problem: Problem, programs: Sequence[Program]) -> Generator[Any, Any, Outcome]:
+    """Runs the programs, each a sample of one way of reasoning, side by side, and answers as one of them does.
+
+    Its outcome is that of the sample chosen, with the counts of all and the `samples` themselves. Samples are not
+    children in these counts.
+    """
+    requests = [program.send(None) for program in programs]
+    prompt = None
+    if _is_prompt(requests[0]) and all(request == requests[0] for request in requests):
+        prompt = yield requests[0]
+        yield Prefill(prompt)
+    handle = yield Spawn([_sample(p, first, prompt) for p, first in zip(programs, requests, strict=True)])
+    ended: list[tuple[Outcome, float | None]] = yield Join(handle)
+    samples = tuple(
+        Sample(answer=o.answer, status=o.status, reason=o.reason, mean_logprob=logprob) for o, logprob in ended
+    )
+    outcomes = [outcome for outcome, _ in ended]
+    return dataclasses.replace(
+        outcomes[choose(samples, problem)],
+        num_spawns=sum(o.num_spawns for o in outcomes),
+        num_children=sum(o.num_children for o in outcomes),
+        child_reasons=tuple(reason for o in outcomes for reason in o.child_reasons),
+        child_paths=tuple(path for o in outcomes for path in o.child_paths),
+        dropped_lines=tuple(line for o in outcomes for line in o.dropped_lines),
+        samples=samples,
+    )
+
+
+def _is_prompt(request: Any) -> bool:
+    return isinstance(request, Open) and request.fork_of is None
+
+
+def _sample(program: Program, request: Any, prompt: Thread | None) -> Generator[Any, Any, tuple[Outcome, float | None]]:
+    """Goes on with a program from its first request, its thread a fork of `prompt`, which holds the same tokens.
+
+    Returns its outcome and the mean log-probability of what its thread generated; None if that is nothing.
+    """
+    thread: Thread | None = None
+    if prompt is not None:
+        request = dataclasses.replace(request, tokens=(), fork_of=prompt)
+    try:
+        while True:
+            reply = yield request
+            if isinstance(request, Open):
+                thread = reply
+            try:
+                request = program.send(reply)
+            except StopIteration as end:
+                return end.value, thread.logprob / thread.generated if thread and thread.generated else None
+    finally:
+        program.close()
