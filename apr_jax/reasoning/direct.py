@@ -1,6 +1,6 @@
 """No search: the answer straight, as a path of operations (what searching is worth is measured against this).
 
-Source: models trained on optimal paths alone, in Stream of Search (Gandhi et al. 2024, arXiv 2404.03683, section 4).
+Source: models trained on optimal paths alone, in Stream of Search (Gandhi et al. 2024, arXiv 2404.03683).
 What differs: the path is written in the grammar of the other methods' replays, states between its steps included, and
 it is the first solution in a fixed order, not the shortest trace of a search.
 """

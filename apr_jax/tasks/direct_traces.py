@@ -9,8 +9,8 @@
                 Exploring Operation: 4*6=24, Resulting Numbers: [24]
                 24,24 equal: Goal Reached
 
-These are the "optimal paths" that Stream of Search compares itself with (Gandhi et al. 2024, arXiv 2404.03683, section
-4). Every problem has one, so that no demonstration fails, which those of searches do.
+These are the "optimal paths" that Stream of Search compares itself with (Gandhi et al. 2024, arXiv 2404.03683).
+Every problem has one, so that no demonstration fails, which those of searches do.
 """
 
 import random
