@@ -110,9 +110,7 @@ class Policy:
         return [self._solution(problem, rollout, name) for problem, rollout in zip(asked, rollouts, strict=True)]
 
     def _solution(self, problem: Problem, rollout: Rollout, method: str) -> Solution:
-        record = record_rollout(
-            problem, rollout, self.tokenizer, self.config.model, method=method, keep_calls=False
-        )
+        record = record_rollout(problem, rollout, self.tokenizer, self.config.model, method=method, keep_calls=False)
         solved, answer = record["correct"], record["answer"]
         return Solution(
             problem=problem,

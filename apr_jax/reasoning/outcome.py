@@ -70,9 +70,8 @@ def make_settings(
 
     A policy whose demonstrations named their budget (`data.condition_on_budget`) is always told one: `budget`, or the
     most that its limits allow, which for `serial` is the bin of `model.max_seq_len`. One whose demonstrations named
-    their context windows is told and held to `rollout.context_window`, or the largest of them.
-    No prompt says anything of `max_tokens`: it cuts threads off while they are decoded, so that accuracy can be measured
-    against it.
+    their context windows is told and held to `rollout.context_window`, or the largest of them. No prompt says anything
+    of `max_tokens`: it cuts threads off while they are decoded, so that accuracy can be measured against it.
     """
     rollout = config.rollout
     if budget is None and config.data.condition_on_budget:
