@@ -247,7 +247,7 @@ def _threads(
             result = "truncated"
         elif call.stop.token != tokenizer.eos_id:
             result = "malformed"
-        elif record["method"] == "tree_of_thoughts":
+        elif record["method"].rpartition(":")[2] == "tree_of_thoughts":
             result = thought_traces.read_verdict(tokenizer.decode(call.tokens.tolist()[:-1])) or "proposed"
         else:
             tokens = [*call.context.tolist()[1:], *call.tokens.tolist()[:-1]]

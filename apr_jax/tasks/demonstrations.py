@@ -52,7 +52,7 @@ def demonstrate(
       task: the searches' parameters.
       method: a name in DEMONSTRATORS.
       condition_on_budget: name in the prompt what the search took: children opened, or tokens rounded up to a bin.
-      count_tokens: tokens of a text; only a serial budget needs it.
+      count_tokens: tokens of a text; serial budgets and context windows need it.
 
     Raises:
       ValueError: an unknown method, a budget where the method has none, or a serial one without `count_tokens`.

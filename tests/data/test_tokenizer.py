@@ -90,6 +90,14 @@ def test_builtin_is_small_and_each_token_differs():
     assert not any("\n" in phrase[:-1] for phrase in PHRASES)
 
 
+def test_later_phrases_change_no_id_before_them():
+    assert BUILTIN.encode("255") == [329]
+    assert [BUILTIN.encode(phrase) for phrase in LATER_PHRASES] == [
+        [330 + index] for index in range(len(LATER_PHRASES))
+    ]
+    assert LATER_PHRASES[:4] == ("sure\n", "likely\n", "impossible\n", "<Waiting for Sub Searches>\n")
+
+
 def test_numbers_are_one_token_up_to_255_and_digit_tokens_above():
     small = [BUILTIN.encode(str(number)) for number in range(256)]
     assert all(len(ids) == 1 for ids in small)

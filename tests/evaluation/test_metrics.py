@@ -17,9 +17,11 @@ from apr_jax.evaluation.metrics import (
     summarize,
     wilson_interval,
 )
+from apr_jax.evaluation.viewer import bar_class
 from apr_jax.reasoning.adaptive import adaptive
 from apr_jax.reasoning.outcome import Outcome
 from apr_jax.reasoning.programs import make_program
+from apr_jax.reasoning.tree_of_thoughts import tree_of_thoughts
 from apr_jax.tasks import trace
 from apr_jax.tasks.countdown import Problem
 from tests.reasoning.fixtures import MODEL, TOKENIZER, TextScript, settings
@@ -75,6 +77,19 @@ def run(texts, problem=PROBLEM):
     engine = ScriptedEngine(TextScript(texts))
     (rollout,) = engine.run([(RolloutKey(0, 0), adaptive(problem, settings()))])
     return record_rollout(problem, rollout, TOKENIZER, MODEL, method="adaptive", keep_calls=True)
+
+
+def test_threads_of_tree_of_thoughts_end_in_verdicts_and_dropped_lines_are_counted():
+    step = "Exploring Operation: 4*6=24, Resulting Numbers: [24]\n"
+    texts = {(0, 0): [step + "24\n"], (1, 0): ["sure\n"]}
+    (rollout,) = ScriptedEngine(TextScript(texts)).run(
+        [(RolloutKey(0, 0), tree_of_thoughts(Problem((4, 6), 24), settings()))]
+    )
+    record = record_rollout(Problem((4, 6), 24), rollout, TOKENIZER, MODEL, method="tree_of_thoughts", keep_calls=True)
+    assert record["correct"]
+    assert [thread["result"] for thread in record["threads"]] == ["proposed", "sure"]
+    assert {bar_class(thread["result"], tuple(thread["path"])) for thread in record["threads"]} == {""}
+    assert summarize([record, record], seconds=1.0)["dropped_lines"] == {"malformed_line": 2}
 
 
 def test_record_of_a_solved_rollout():
