@@ -27,8 +27,7 @@ from apr_jax.model.llama import Params
 from apr_jax.parallel.mesh import make_mesh, offer_cpu_devices
 from apr_jax.reasoning.outcome import Outcome, Settings, make_settings
 from apr_jax.reasoning.policy_engine import policy_engine
-from apr_jax.reasoning.programs import make_program
-from apr_jax.reasoning.sampling import check_temperature
+from apr_jax.reasoning.programs import check_method, make_program
 from apr_jax.tasks.countdown import Problem, express
 from apr_jax.train.checkpoint import load_policy
 
@@ -90,12 +89,13 @@ class Policy:
           temperature: 0 is greedy.
           budget: written into prompts; sub calls, or for a serial method tokens.
           on_progress, observer: as of `Engine.run`.
-        Raises: ValueError for no problem (`Problem`), an unknown method, or a problem that the tokenizer cannot spell.
+        Raises: ValueError for no problem (`Problem`), an unknown method, several samples at temperature 0, or a problem
+          that the tokenizer cannot spell.
         """
         asked = [problem if isinstance(problem, Problem) else _problem(problem) for problem in problems]
         name = method if isinstance(method, str) else self.config.data.method
         if not callable(method):
-            check_temperature(name, temperature)
+            check_method(name, temperature)
         settings = make_settings(self.config, self.tokenizer, budget)
         make: Callable[[Problem], Program] = (
             (lambda problem: method(problem, settings))

@@ -4,6 +4,7 @@
     python launch/evaluate.py --checkpoint=runs/laptop --temperature=1 --json=figures.json
     python launch/evaluate.py --checkpoint=runs/laptop/best         # its best checkpoint by validation
     python launch/evaluate.py --checkpoint=runs/laptop --problems=mine.jsonl --rollouts=threads.jsonl
+    python launch/evaluate.py --checkpoint=runs/laptop --method=cons@8:adaptive --temperature=1   # docs/reasoning.md
 
 A policy brings the configuration it was trained with; --config.a.b=c changes a field of it, and --config=FILE takes
 another in its place. A Hugging Face folder brings its model and, where it has one, its tokenizer.json.
@@ -17,7 +18,7 @@ import sys
 from absl import flags
 
 from apr_jax import entry
-from apr_jax.config import Config
+from apr_jax.config import Config, ConfigError
 from apr_jax.evaluation.sources import check_policy_folder, newest_run, read_problems
 from apr_jax.tasks.countdown import Problem
 from apr_jax.tasks.generation import SPLITS, Split, split_size
@@ -32,6 +33,10 @@ _NUM_PROBLEMS = flags.DEFINE_integer("num_problems", None, "How many [evaluation
 _PROBLEMS = flags.DEFINE_string("problems", None, 'JSONL file, {"numbers": [3, 7, 12], "target": 40} a line.')
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy [evaluation.temperature].", lower_bound=0.0)
 _BUDGET = flags.DEFINE_integer("budget", None, "Written into prompts: sub calls; serial: tokens.", lower_bound=1)
+_METHOD = flags.DEFINE_string("method", None, "Way of reasoning, such as serial or cons@8:adaptive [the policy's own].")
+_MAX_TOKENS = flags.DEFINE_integer(
+    "max_tokens", None, "Cut threads off at so many tokens, untold [model.max_seq_len].", lower_bound=1
+)
 _JSON = flags.DEFINE_string("json", None, "Write the figures here as one JSON object.")
 _ROLLOUTS = flags.DEFINE_string("rollouts", None, "Write the first problems' threads here, one JSON object a rollout.")
 
@@ -39,6 +44,8 @@ _ROLLOUTS = flags.DEFINE_string("rollouts", None, "Write the first problems' thr
 def main() -> None:
     # What can be refused is refused at once, before JAX and its friends have loaded.
     _CONFIG.config()
+    if _METHOD.value is not None:
+        _check_method(_METHOD.value, _TEMPERATURE.value)
     own_problems = read_problems(_PROBLEMS.value, _NUM_PROBLEMS.value) if _PROBLEMS.value else None
     if _CHECKPOINT.value:
         check_policy_folder(pathlib.Path(_CHECKPOINT.value))
@@ -54,6 +61,16 @@ def main() -> None:
         _evaluate(checkpoint, own_problems)
     except (CheckpointError, DatasetError, FileNotFoundError, HuggingFaceError) as error:
         raise entry.FailedError(str(error)) from error
+
+
+def _check_method(method: str, temperature: float | None) -> None:
+    """Raises ConfigError for a method that there is not, or that a temperature makes pointless."""
+    from apr_jax.reasoning.programs import check_method
+
+    try:
+        check_method(method, temperature)
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from error
 
 
 def _evaluate(checkpoint: pathlib.Path, own_problems: list[Problem] | None) -> None:
@@ -72,19 +89,21 @@ def _evaluate(checkpoint: pathlib.Path, own_problems: list[Problem] | None) -> N
     problems, source = (own_problems, _PROBLEMS.value) if own_problems else _problems(config)
     print(f"engine memory: {policy.engine.memory}", file=sys.stderr)
     temperature = config.evaluation.temperature if _TEMPERATURE.value is None else _TEMPERATURE.value
+    method = _METHOD.value or config.data.method
+    _check_method(method, temperature)
     with ShownProgress(len(problems)) as on_progress:
         summary, records = evaluate(
             policy.engine,
             tokenizer,
             problems,
-            method=config.data.method,
-            settings=make_settings(config, tokenizer, _BUDGET.value),
+            method=method,
+            settings=make_settings(config, tokenizer, _BUDGET.value, _MAX_TOKENS.value),
             seed=config.seed,
             temperature=temperature,
             on_progress=on_progress,
         )
-    print(f"{checkpoint} on {source}, temperature {temperature:g}\n{show_summary(summary)}")
-    about = {"checkpoint": str(checkpoint), "problems": source, "temperature": temperature}
+    print(f"{checkpoint} on {source}, {method}, temperature {temperature:g}\n{show_summary(summary)}")
+    about = {"checkpoint": str(checkpoint), "problems": source, "method": method, "temperature": temperature}
     if _JSON.value:
         pathlib.Path(_JSON.value).write_text(json.dumps(summary | about, indent=1) + "\n", encoding="utf-8")
     if _ROLLOUTS.value:

@@ -13,8 +13,7 @@ from apr_jax.engine.threads import Program, Progress, Rollout, RolloutKey
 from apr_jax.evaluation.metrics import record_rollout, summarize
 from apr_jax.progress import progress
 from apr_jax.reasoning.outcome import Settings
-from apr_jax.reasoning.programs import make_program
-from apr_jax.reasoning.sampling import check_temperature
+from apr_jax.reasoning.programs import check_method, make_program
 from apr_jax.tasks.countdown import Problem
 from apr_jax.tasks.generation import Split
 
@@ -60,7 +59,7 @@ def evaluate(
     """
     if not problems:
         raise ValueError("nothing to evaluate: no problems")
-    check_temperature(method, temperature)
+    check_method(method, temperature)
     programs = [
         (RolloutKey(problem=index, sample=0), make_program(method, problem, settings))
         for index, problem in enumerate(problems)

@@ -26,15 +26,32 @@ def make_program(method: str, problem: Problem, settings: Settings) -> Generator
     `method` is a name in PROGRAMS, or samples of one: `cons@8:adaptive` (`reasoning/sampling.py`). Every thread of the
     program is held to `settings.max_tokens`. Raises ValueError for any other method.
     """
+    check_method(method)
     wrapper = read_wrapper(method)
     if wrapper is not None:
         share = dataclasses.replace(settings, max_total_children=settings.max_total_children // wrapper.num_samples)
         programs = [make_program(wrapper.inner, problem, share) for _ in range(wrapper.num_samples)]
         return sampled(wrapper.choose, problem, programs)
-    if method not in PROGRAMS:
-        raise ValueError(f"method {method!r}: choose one of {', '.join(sorted(PROGRAMS))}")
     program = PROGRAMS[method](problem, settings)
     return program if settings.max_tokens is None else _held(program, settings.max_tokens)
+
+
+def check_method(method: str, temperature: float | None = None) -> None:
+    """Raises ValueError for what `make_program` refuses, and for several samples that would all be the same.
+
+    At temperature 0 nothing is drawn at random. None: the temperature is not known yet.
+    """
+    wrapper = read_wrapper(method)
+    if wrapper is None:
+        if method not in PROGRAMS:
+            raise ValueError(f"method {method!r}: choose one of {', '.join(sorted(PROGRAMS))}")
+        return
+    if temperature == 0 and wrapper.num_samples > 1:
+        raise ValueError(
+            f"method {method!r}: at temperature 0 its {wrapper.num_samples} samples are all the same; set a "
+            f"temperature above 0, or use {wrapper.inner}"
+        )
+    check_method(wrapper.inner, temperature)
 
 
 def _held(program: Program, max_tokens: int) -> Program:

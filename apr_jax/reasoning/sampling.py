@@ -89,19 +89,6 @@ def read_wrapper(method: str) -> Wrapper | None:
     return Wrapper(CHOICES[match[1]], int(match[2]), match[3])
 
 
-def check_temperature(method: str, temperature: float) -> None:
-    """Raises ValueError where several samples would all be the same: at temperature 0 nothing is drawn at random."""
-    wrapper = read_wrapper(method)
-    if wrapper is None or temperature > 0:
-        return
-    if wrapper.num_samples > 1:
-        raise ValueError(
-            f"method {method!r}: at temperature 0 its {wrapper.num_samples} samples are all the same; set a "
-            f"temperature above 0, or use {wrapper.inner}"
-        )
-    check_temperature(wrapper.inner, temperature)
-
-
 def sampled(choose: Choose, problem: Problem, programs: Sequence[Program]) -> Generator[Any, Any, Outcome]:
     """Runs the programs, each a sample of one way of reasoning, side by side, and answers as one of them does.
 

@@ -4,8 +4,8 @@ import pytest
 
 from apr_jax.engine.threads import RolloutKey
 from apr_jax.reasoning.outcome import Sample
-from apr_jax.reasoning.programs import make_program
-from apr_jax.reasoning.sampling import check_temperature, majority, most_likely, read_wrapper, verified
+from apr_jax.reasoning.programs import check_method, make_program
+from apr_jax.reasoning.sampling import majority, most_likely, read_wrapper, verified
 from apr_jax.tasks import trace
 from tests.reasoning.fixtures import TextScript, settings
 from tests.reasoning.forced_engine import ForcedEngine
@@ -143,10 +143,10 @@ def test_unknown_inner_methods_are_named():
 def test_equal_samples_are_refused():
     for method in ("cons@2:serial", "cons@1:best@2:serial"):
         with pytest.raises(ValueError, match="temperature 0 its 2 samples are all the same"):
-            check_temperature(method, 0.0)
-        check_temperature(method, 0.1)
+            check_method(method, 0.0)
+        check_method(method, 0.1)
     for method in ("serial", "cons@1:serial"):
-        check_temperature(method, 0.0)
+        check_method(method, 0.0)
 
 
 def test_reading_a_wrapper():
