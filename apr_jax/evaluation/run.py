@@ -128,6 +128,8 @@ def show_summary(summary: Mapping[str, Any]) -> str:
         f"(95 %: {low:.1f} to {high:.1f})",
         f"tokens          {summary['total_tokens']:,.0f} a problem, {summary['sequential_tokens']:,.0f} of them one "
         f"after the other; {summary['tokens_per_call']:.0f} a call",
+        f"computed        {summary['flops']:.3g} FLOPs, {summary['prefilled_tokens']:,.0f} tokens prefilled; "
+        f"its longest thread holds {summary['peak_context']:,.0f}",
         f"children        {summary['children_per_rollout']:.1f} a problem, {summary['children_per_spawn']:.1f} a spawn",
         f"malformed       {_share_and_reasons(summary['malformed_rate'], summary['malformed_reasons'])}",
         f"cut off         {_share_and_reasons(summary['truncated_rate'], summary['truncated_reasons'])}",
@@ -137,6 +139,12 @@ def show_summary(summary: Mapping[str, Any]) -> str:
         f"operations      {100 * summary['operations_right_rate']:.1f} % of those written are right",
         f"speed           {summary['tokens_per_second']:,.0f} tokens/s, {summary['latency_ms']:,.0f} ms a problem",
     ]
+    if "pass_at_k" in summary:
+        ends = [100 * summary[name][-1] for name in ("cons_at_k", "best_at_k", "pass_at_k")]
+        lines.append(
+            f"samples         {len(summary['pass_at_k'])}: the majority is right in {ends[0]:.1f} % of problems, the "
+            f"likeliest in {ends[1]:.1f} %, any in {ends[2]:.1f} %; one alone in {100 * summary['pass_at_k'][0]:.1f} %"
+        )
     return "\n".join(lines)
 
 

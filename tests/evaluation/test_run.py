@@ -73,6 +73,20 @@ def test_several_samples_at_temperature_0_are_refused():
         evaluate(engine, TOKENIZER, [Problem((2, 3), 5)], method="cons@8:serial", **how)
 
 
+def test_samples_are_shown_beside_one_alone():
+    figures = {"accuracy": 0.6, "pass_at_k": [0.25, 0.75], "cons_at_k": [0.25, 0.5], "best_at_k": [0.25, 0.375]}
+    demos = list(demonstrations(SMALL, "serial", 2))
+    problems = [demo.problem for demo in demos]
+    how = {"method": "serial", "settings": settings(), "seed": 0, "temperature": 0.0}
+    summary, _ = evaluate(ScriptedEngine(Replay(demos)), TOKENIZER, problems, **how)
+    assert "samples " not in show_summary(summary)
+    shown = show_summary(summary | figures).splitlines()[-1]
+    assert shown == (
+        "samples         2: the majority is right in 50.0 % of problems, the likeliest in 37.5 %, any in 75.0 %; "
+        "one alone in 25.0 %"
+    )
+
+
 def test_problems_of_a_file(tmp_path):
     path = tmp_path / "problems.jsonl"
     path.write_text('{"numbers": [3, 7, 12], "target": 40}\n\n{"numbers": [1, 2], "target": 3, "note": "easy"}\n')
