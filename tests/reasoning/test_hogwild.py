@@ -6,13 +6,14 @@ import pytest
 
 from apr_jax.config import from_config_dict
 from apr_jax.engine.threads import RolloutKey
+from apr_jax.evaluation.metrics import record_rollout
 from apr_jax.reasoning.hogwild import hogwild
 from apr_jax.reasoning.policy_engine import policy_engine
 from apr_jax.tasks import hogwild_traces
 from apr_jax.tasks.countdown import Problem, verify
 from configs.methods import get_config
 from tests.engine.helpers import make_mesh
-from tests.reasoning.fixtures import SMALL, TOKENIZER, Replay, TextScript, call_tokens, demonstrations, settings
+from tests.reasoning.fixtures import MODEL, SMALL, TOKENIZER, Replay, TextScript, call_tokens, demonstrations, settings
 from tests.reasoning.scripted_engine import ScriptedEngine
 
 PROBLEM = Problem((2, 3), 5)
@@ -62,6 +63,13 @@ def test_outcomes(texts, status, reason, children):
     outcome = run(*texts).result
     assert (outcome.status, outcome.reason, outcome.child_reasons) == (status, reason, children)
     assert (outcome.answer is not None) == (status == "answered") == verify(outcome.answer, PROBLEM).correct
+
+
+def test_the_record_tells_how_each_worker_ended():
+    record = record_rollout(PROBLEM, run(LEFT, ANSWER), TOKENIZER, MODEL, method="hogwild", keep_calls=True)
+    assert record["correct"]
+    assert record["child_solved"]
+    assert [thread["result"] for thread in record["threads"] if thread["path"]] == ["left", "solved"]
 
 
 def test_cut_off_workers_are_truncated():
