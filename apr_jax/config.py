@@ -97,7 +97,7 @@ class DataConfig:
     """The demonstrations on disk and how they become training rows."""
 
     directory: str
-    method: Literal["adaptive", "direct", "pasta", "serial", "tree_of_thoughts"]
+    method: Literal["adaptive", "direct", "hogwild", "pasta", "serial", "tree_of_thoughts"]
     tokenizer: str  # "builtin", or the path of a Hugging Face tokenizer.json
     num_train: int  # problems
     num_validation: int

@@ -19,6 +19,7 @@ def get_config(variant: str = "adaptive") -> ConfigDict:
         "tree_of_thoughts": tree_of_thoughts,
         "pasta": pasta,
         "nested": nested,
+        "hogwild": hogwild,
     }
     if variant not in variants:
         raise ValueError(f"configs/methods.py:{variant}: no such variant; choose one of {', '.join(variants)}")
@@ -70,6 +71,15 @@ def nested() -> ConfigDict:
     config = _laptop("nested")
     config.task.update(num_numbers=4, max_number=10, child_beam_max=4, retry_probability=0.0, spawn_depth=2)
     config.rollout.max_depth = 2
+    return config
+
+
+def hogwild() -> ConfigDict:
+    """Two workers on one shared cache. Supervised only: GRPO has no training sequence for them."""
+    config = _laptop("hogwild")
+    config.data.method = "hogwild"
+    config.sft.update(row_len=768, rows_per_step=6, num_steps=1_000, validation_rows=12)
+    config.grpo.num_steps = 0
     return config
 
 

@@ -24,6 +24,7 @@ import tensorflow_datasets as tfds
 from apr_jax.config import Config, DataConfig, TaskConfig
 from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
 from apr_jax.tasks.countdown import Problem
+from apr_jax.tasks.demonstrations import SHARED_METHODS
 from apr_jax.tasks.generation import SPLITS, Split, draw_splits, generate_split, split_size
 from apr_jax.tasks.trace import Call, Demonstration
 
@@ -135,7 +136,7 @@ def fingerprint(task: TaskConfig, data: DataConfig, seed: int) -> str:
     """16 hexadecimal digits that differ where the demonstrations may differ."""
     values = {key: value for key, value in dataclasses.asdict(data).items() if key not in _NOT_IN_FINGERPRINT}
     if _counts_tokens(task, data):
-        values["tokenizer"] = _tokenizer_fingerprint(data.tokenizer)  # prompts name lengths in its tokens
+        values["tokenizer"] = _tokenizer_fingerprint(data.tokenizer)  # what is counted is its tokens
     settings = {"task": dataclasses.asdict(task), "data": values, "seed": seed}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -219,10 +220,10 @@ def _from_example(example: dict[str, Any]) -> Demonstration:
 
 
 def _counts_tokens(task: TaskConfig, data: DataConfig) -> bool:
-    """Whether the demonstrations' prompts name numbers of tokens."""
+    """Whether the demonstrations' prompts name numbers of tokens, or workers see each other token by token."""
     if data.method == "serial":
         return data.condition_on_budget
-    return data.method == "adaptive" and bool(task.context_windows)
+    return data.method in SHARED_METHODS or (data.method == "adaptive" and bool(task.context_windows))
 
 
 @functools.cache

@@ -20,7 +20,8 @@ class Packing:
     """Packed rows, and where each sequence went.
 
     rows: name -> [R, row_len, ...] array. Every array of the sequences (0 where padded), and `segment_ids` (int32; 1,
-        2, .. from left to right in each row, 0 = padding) and `positions` (int32; restart at 0 in every segment).
+        2, .. from left to right in each row, 0 = padding) and `positions` (int32; restart at 0 in every segment, where
+        the sequences bring none of their own).
     places: [N, 2] int64: sequence n lies in row places[n, 0] from column places[n, 1] on.
     lengths: [N] int64, tokens per sequence.
     """
@@ -71,7 +72,8 @@ def pack(sequences: Sequence[Mapping[str, Array]], row_len: int) -> Packing:
             rows[name][row, span] = array
         segment_ids[row, span] = segments[row]
         positions[row, span] = arange[:length]
-    rows["segment_ids"], rows["positions"] = segment_ids, positions
+    rows["segment_ids"] = segment_ids
+    rows.setdefault("positions", positions)
     return Packing(rows=rows, places=places, lengths=lengths)
 
 

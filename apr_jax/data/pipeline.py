@@ -4,11 +4,12 @@
     batch = next(batches); state = batches.get_state()
 
 A batch is a dict of [B, T] arrays, B rows of T = row_len tokens: `tokens`, `targets`, `segment_ids` (0 = padding) and
-`positions` (restart at 0 in every segment) int32, `weights` float32.
+`positions` (restart at 0 in every segment) int32, `weights` float32. Workers on a shared cache bring further arrays
+(`shared_sequences.py`).
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -16,8 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apr_jax.data.packing import Packing, pack
+from apr_jax.data.shared_sequences import SharedCalls, tokenize_shared
 from apr_jax.data.tokenized import LossWeights, Sequence1D, TokenizedCalls, tokenize_calls
 from apr_jax.data.tokenizer import Tokenizer
+from apr_jax.tasks.demonstrations import SHARED_METHODS
 from apr_jax.tasks.trace import Demonstration
 
 PackedBatch = dict[str, NDArray[np.generic]]
@@ -29,7 +32,7 @@ _IN_MEMORY = grain.ReadOptions(num_threads=0)  # the calls are arrays in memory:
 class TrainIterator(Iterator[PackedBatch]):
     """An endless stream of batches. Made by `train_iterator`."""
 
-    def __init__(self, calls: TokenizedCalls, batches: grain.DatasetIterator[PackedBatch]) -> None:
+    def __init__(self, calls: TokenizedCalls | SharedCalls, batches: grain.DatasetIterator[PackedBatch]) -> None:
         self._calls, self._batches = calls, batches
 
     def __next__(self) -> PackedBatch:
@@ -88,7 +91,7 @@ def train_iterator(
       ValueError: shard_index is not below shard_count, or nothing is left to train on.
     """
     seed %= 1 << 32  # what Grain and NumPy take
-    calls = tokenize_calls(_shard(source, shard_index, shard_count), tokenizer, row_len=row_len)
+    calls = _tokenizing(source)(_shard(source, shard_index, shard_count), tokenizer, row_len=row_len)
     weights = LossWeights(replay_weight, loss_on_context, tokenizer.join_begin_id)
     sequences: grain.MapDataset[Sequence1D] = (
         grain.MapDataset.range(len(calls))
@@ -122,19 +125,26 @@ def validation_batches(
     if num_rows < 1 or num_rows % rows_per_batch:
         raise ValueError(f"num_rows={num_rows} must be a positive multiple of rows_per_batch={rows_per_batch}")
     shard = _shard(source, shard_index, shard_count)
-    calls = tokenize_calls(shard, tokenizer, row_len=row_len, max_tokens=num_rows * (row_len + 1))
+    calls = _tokenizing(source)(shard, tokenizer, row_len=row_len, max_tokens=num_rows * (row_len + 1))
     weights = LossWeights(replay_weight, loss_on_context, tokenizer.join_begin_id)
     num_calls = len(calls)
     packing = pack([calls.sequence(index, weights) for index in range(num_calls)], row_len)
     while packing.num_rows > num_rows:
         num_calls -= packing.num_rows - num_rows  # a row too many is at least a call too many
         packing = pack([calls.sequence(index, weights) for index in range(num_calls)], row_len)
-    padding = ((0, num_rows - packing.num_rows), (0, 0))
-    rows = {name: np.pad(array, padding) for name, array in packing.rows.items()}
+    missing = num_rows - packing.num_rows
+    rows = {
+        name: np.pad(array, ((0, missing), *((0, 0) for _ in array.shape[1:]))) for name, array in packing.rows.items()
+    }
     return [
         {name: array[start : start + rows_per_batch] for name, array in rows.items()}
         for start in range(0, num_rows, rows_per_batch)
     ]
+
+
+def _tokenizing(source: Sequence[Demonstration]) -> Callable[..., TokenizedCalls | SharedCalls]:
+    """Every call of a thread is a sequence of its own; workers that see each other are one."""
+    return tokenize_shared if source[0].method in SHARED_METHODS else tokenize_calls
 
 
 def _shard(source: Sequence[Demonstration], shard_index: int, shard_count: int) -> Iterator[Demonstration]:

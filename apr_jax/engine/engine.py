@@ -19,7 +19,16 @@ from apr_jax.engine.holding import gate_masks, held_lanes
 from apr_jax.engine.plan import EnginePlan
 from apr_jax.engine.programs import Programs
 from apr_jax.engine.scheduler import PrefillChunk, Scheduler
-from apr_jax.engine.steps import COPIES_PER_CALL, SHARDED, DecodeLanes, Policy, PrefillLanes, Steps, Written
+from apr_jax.engine.steps import (
+    COPIES_PER_CALL,
+    SHARDED,
+    DecodeLanes,
+    Policy,
+    PrefillLanes,
+    SharedLanes,
+    Steps,
+    Written,
+)
 from apr_jax.engine.threads import MAX_STOP_TOKENS, Observer, Program, Progress, Rollout, RolloutKey, Thread
 from apr_jax.model.decode_weights import layout_shardings, to_layout
 from apr_jax.model.llama import logical_axes
@@ -72,6 +81,8 @@ class Engine:
         params: Any,
         banned_tokens: tuple[int, ...],
         gate: Gate | None = None,
+        max_workers: int = 0,
+        expects_groups: bool = True,
     ):
         """Allocates the cache and places the weights.
 
@@ -82,6 +93,9 @@ class Engine:
             params: the tree of `llama.init_params`.
             banned_tokens: ids that are never drawn (among them the vocabulary's padding).
             gate: lets programs decode under a grammar; None compiles nothing for it.
+            max_workers: how many may share a cache (`Share`); 0: none.
+            expects_groups: False: the step for those is compiled when a first group comes and not by `warm_up`, and no
+                memory is planned for it.
 
         Raises:
             ConfigError: sizes that cannot work, or don't fit a device.
@@ -90,7 +104,7 @@ class Engine:
             raise ConfigError(f"banned_tokens {banned_tokens} must lie in [0, model.vocab_size={model.vocab_size})")
         if len(set(banned_tokens)) == model.vocab_size:
             raise ConfigError(f"all {model.vocab_size} tokens are banned")
-        plan = EnginePlan.of(model, rollout, mesh)
+        plan = EnginePlan.of(model, rollout, mesh, max_workers, expects_groups)
         self.limits, self.memory = plan.limits, plan.memory
         self.stats = EngineStats()
         self.model = model
@@ -99,7 +113,7 @@ class Engine:
         self._idle_since: float | None = None  # when the device's last results came
         self._banned_mask = np.zeros((model.vocab_size,), bool)
         self._banned_mask[list(banned_tokens)] = True
-        self._gate = gate
+        self._gate, self._expects_groups = gate, expects_groups and max_workers > 0
         self._gate_masks = None if gate is None else gate_masks(gate, model.vocab_size)
         self._scheduler = Scheduler(self.limits)
         layout = plan.weights
@@ -119,10 +133,13 @@ class Engine:
         """Compiles all that runs will use. Returns the seconds it took."""
         start = time.perf_counter()
         policy, lanes, prefill = self._policy(1.0), self._decode_lanes()[0], self._prefill_lanes([])
-        self._steps.compile(self._pages, self._rows, self._params, lanes, policy, prefill)
+        shared = self._shared_lanes()[0] if self._expects_groups else None
+        self._steps.compile(self._pages, self._rows, self._params, lanes, policy, prefill, shared)
         self._copy([[] for _ in range(self.limits.num_shards)], force=True)
         self._pages = self._steps.prefill(self._pages, self._params, prefill)
         jax.device_get(self._decode(lanes, policy))
+        if shared is not None:
+            jax.device_get(self._decode_shared(shared, policy))
         return time.perf_counter() - start
 
     def run(
@@ -194,25 +211,32 @@ class Engine:
                 self._scheduler.prefilled(chunk)
             stats.prefill_calls += 1
             stats.prefilled += sum(chunk.count for chunk in chunks)
-        lanes, threads = self._decode_lanes()
         held = [self._scheduler.waste()]  # when the chunk's pages are reserved, and when its tokens are there
-        written = jax.device_get(self._decode(lanes, policy))
-        self._idle_since = time.perf_counter()
-        for shard, lane, thread in threads:
+        lanes, placed = self._decode_lanes()
+        shared, workers = self._shared_lanes() if self.limits.max_workers else (None, [])
+        if placed or not workers:
+            self._take(run, jax.device_get(self._decode(lanes, policy)), placed)
+        if shared is not None and workers:
+            self._take(run, jax.device_get(self._decode_shared(shared, policy)), workers)
+        held.append(self._scheduler.waste())
+        run.drain()
+        stats.visits += 1
+        stats.wasted_places += sum(waste for waste, _ in held)
+        stats.page_places += sum(places for _, places in held)
+
+    def _take(self, run: Programs, written: Written, placed: Sequence[tuple[int, int, Thread]]) -> None:
+        """Hands what a decode call wrote to the threads at `placed` (shard, lane)."""
+        stats, self._idle_since = self.stats, time.perf_counter()
+        for shard, lane, thread in placed:
             count = written.counts[shard, lane]
             tokens = written.tokens[shard, :count, lane].tolist()
             logprobs = written.logprobs[shard, :count, lane].tolist()
             stats.generated += len(tokens)
             shut = () if written.shut_logprobs is None else written.shut_logprobs[shard, :count, lane].tolist()
             run.decoded(thread, tokens, logprobs, shut)
-        held.append(self._scheduler.waste())
-        run.drain()
-        stats.visits += 1
         steps = int(written.steps.max())
         stats.decode_steps += steps
-        stats.lane_steps += steps * self.limits.lanes * self.limits.num_shards
-        stats.wasted_places += sum(waste for waste, _ in held)
-        stats.page_places += sum(places for _, places in held)
+        stats.lane_steps += steps * written.counts.size
 
     def _launched(self) -> None:
         """The device is about to get work: until now it may have waited for the host."""
@@ -223,6 +247,11 @@ class Engine:
     def _decode(self, lanes: DecodeLanes, policy: Policy) -> Written:
         self._launched()
         self._pages, self._rows, written = self._steps.decode(self._pages, self._rows, self._params, lanes, policy)
+        return written
+
+    def _decode_shared(self, shared: SharedLanes, policy: Policy) -> Written:
+        self._launched()
+        self._pages, written = self._steps.decode_shared(self._pages, self._params, shared, policy)
         return written
 
     def _copy(self, copies: list[list[Any]], *, force: bool = False) -> None:
@@ -238,30 +267,56 @@ class Engine:
             self._pages = self._steps.copy_pages(self._pages, sources, targets)
 
     def _decode_lanes(self) -> tuple[DecodeLanes, list[tuple[int, int, Thread]]]:
-        """The arrays of the threads that can decode now, and where each stands."""
+        """The arrays of the threads that can decode now, each on its own cache, and where each stands."""
+        shape = (self.limits.num_shards, self.limits.lanes)
+        placed = [
+            (shard, thread.lane, thread)
+            for shard in range(self.limits.num_shards)
+            for thread in self._scheduler.running(shard)
+            if thread.group is None and self._scheduler.can_decode(thread)
+        ]
+        lanes = self._lanes_of(shape, placed)
+        held = None if self._gate is None else held_lanes(self._gate, shape, placed)
+        return self._put(dataclasses.replace(lanes, held=held)), placed
+
+    def _shared_lanes(self) -> tuple[SharedLanes, list[tuple[int, int, Thread]]]:
+        """The arrays of the groups' workers, those that have stopped among them, and where those who go on stand."""
         limits = self.limits
-        shape = (limits.num_shards, limits.lanes)
+        shape = (limits.num_shards, limits.max_groups * limits.max_workers)
+        placed = [
+            (shard, index * limits.max_workers + number, worker)
+            for shard in range(limits.num_shards)
+            for index, group in enumerate(self._scheduler.groups(shard))
+            for number, worker in enumerate(group.workers)
+        ]
+        prompt = np.zeros(shape, np.int32)
+        lanes = self._lanes_of(shape, placed)
+        living = []
+        for shard, lane, worker in placed:
+            assert worker.group is not None
+            prompt[shard, lane] = len(worker.group.prompt)
+            if worker in worker.group.stopped:
+                lanes.remaining[shard, lane] = 0
+            else:
+                living.append((shard, lane, worker))
+        return self._put(SharedLanes(lanes, prompt)), living  # type: ignore[arg-type]
+
+    def _lanes_of(self, shape: tuple[int, int], placed: Sequence[tuple[int, int, Thread]]) -> DecodeLanes:
+        """What decode needs of the threads at `placed` (shard, lane), as arrays (NumPy) of `shape` shards x lanes."""
         token, length, remaining, generated = (np.zeros(shape, np.int32) for _ in range(4))
         stop_tokens = np.full((*shape, MAX_STOP_TOKENS), -1, np.int32)
         key_data = np.zeros((*shape, 2), np.uint32)
         tables = np.zeros((*shape, self._steps.layout.pages_per_row), np.int32)
-        placed = []
-        for shard in range(limits.num_shards):
-            for thread in self._scheduler.running(shard):
-                if not self._scheduler.can_decode(thread):
-                    continue
-                placed.append((shard, thread.lane, thread))
-                place = (shard, thread.lane)
-                token[place] = thread.tokens[-1]
-                length[place] = len(thread.tokens) - 1
-                remaining[place] = min(thread.max_generated - thread.generated, thread.max_length - len(thread.tokens))
-                generated[place] = thread.generated + thread.rejected
-                stop_tokens[place][: len(thread.stop_tokens)] = thread.stop_tokens
-                key_data[place] = thread.key
-                self._fill_table(tables[place], thread)
-        held = None if self._gate is None else held_lanes(self._gate, shape, placed)
-        lanes = DecodeLanes(token, length, remaining, stop_tokens, key_data, generated, tables, held)  # type: ignore[arg-type]
-        return self._put(lanes), placed
+        for shard, lane, thread in placed:
+            place = (shard, lane)
+            token[place] = thread.tokens[-1]
+            length[place] = len(thread.tokens) - 1
+            remaining[place] = min(thread.max_generated - thread.generated, thread.max_length - len(thread.tokens))
+            generated[place] = thread.generated + thread.rejected
+            stop_tokens[place][: len(thread.stop_tokens)] = thread.stop_tokens
+            key_data[place] = thread.key
+            self._fill_table(tables[place], thread)
+        return DecodeLanes(token, length, remaining, stop_tokens, key_data, generated, tables)  # type: ignore[arg-type]
 
     def _prefill_lanes(self, chunks: Sequence[PrefillChunk]) -> PrefillLanes:
         limits = self.limits

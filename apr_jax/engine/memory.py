@@ -22,7 +22,9 @@ class MemoryPlan:
     weights: int  # in decode's layout; the trainer's own come on top
     pages: int
     rows: int  # buffers of packed rows
-    activations: int  # an estimate: the logits of all lanes, or the widest layer of a prefill call
+    activations: (
+        int  # an estimate: the logits of all lanes, or the widest layer of a prefill call; gathered shared rows
+    )
     limit: int | None  # what the device has; None where it does not say
 
     @classmethod
@@ -60,6 +62,12 @@ def activation_bytes(model: ModelConfig, lanes: int, prefill_tokens: int, tensor
     logits = 3 * lanes * model.vocab_size
     layer = prefill_tokens * (4 * model.embed_dim + 3 * model.mlp_dim // tensor)
     return 4 * max(logits, layer)
+
+
+def shared_row_bytes(model: ModelConfig, lanes: int, row_len: int, tensor: int) -> int:
+    """The rows that a decode step on shared caches gathers for `lanes` workers of a data shard."""
+    elements = 2 * model.num_layers * lanes * row_len * model.num_kv_heads * model.head_dim // tensor
+    return elements * jnp.dtype(model.compute_dtype).itemsize
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ConfigError, ModelConfig, RolloutConfig
 from apr_jax.engine.decode_cache import DecodePlan
-from apr_jax.engine.memory import MemoryPlan, activation_bytes, with_shardings
+from apr_jax.engine.memory import MemoryPlan, activation_bytes, shared_row_bytes, with_shardings
 from apr_jax.engine.scheduler import Limits
 from apr_jax.engine.steps import PAGES
 from apr_jax.model.decode_weights import choose_layout, layout_shardings, to_layout
@@ -26,10 +26,21 @@ class EnginePlan:
     decode: DecodePlan
     weights: WeightLayout
     mesh: Mesh
+    expects_groups: bool
 
     @classmethod
-    def of(cls, model: ModelConfig, rollout: RolloutConfig, mesh: Mesh) -> Self:
-        """Raises ConfigError for sizes that don't divide over the mesh, or don't fit a device."""
+    def of(
+        cls,
+        model: ModelConfig,
+        rollout: RolloutConfig,
+        mesh: Mesh,
+        max_workers: int = 0,
+        expects_groups: bool = True,
+    ) -> Self:
+        """Raises ConfigError for sizes that don't divide over the mesh, or don't fit a device.
+
+        `max_workers` may share a cache; 0: the engine runs no groups. Memory is planned for them if it expects any.
+        """
         shards = mesh.shape["data"]
         for name in ("num_lanes", "num_pages", "prefill_lanes"):
             if getattr(rollout, name) % shards:
@@ -51,8 +62,9 @@ class EnginePlan:
             prefix_reuse=rollout.prefix_reuse,
             block_size=decode.layout.block_size,
             row_blocks=decode.row_blocks(lanes, pages),
+            max_workers=max_workers,
         )
-        plan = cls(model, limits, decode, choose_layout(model, mesh), mesh)
+        plan = cls(model, limits, decode, choose_layout(model, mesh), mesh, expects_groups)
         plan.memory.check()
         return plan
 
@@ -75,10 +87,13 @@ class EnginePlan:
         pages, rows = with_shardings(jax.eval_shape(self.caches), self.cache_sharding)
         weights = jax.eval_shape(lambda params: to_layout(params, model, self.weights), abstract_params(model))
         prefill_tokens = limits.prefill_lanes * limits.page_size
+        layout, tensor = self.decode.layout, mesh.shape["tensor"]
+        workers = limits.max_groups * limits.max_workers if self.expects_groups else 0
+        shared = shared_row_bytes(model, workers, layout.num_blocks * layout.block_size, tensor)
         return MemoryPlan.of(
             mesh,
             weights=with_shardings(weights, layout_shardings(mesh, model, self.weights)),
             pages=pages,
             rows=rows,
-            activations=activation_bytes(model, limits.lanes, prefill_tokens, mesh.shape["tensor"]),
+            activations=shared + activation_bytes(model, limits.lanes, prefill_tokens, tensor),
         )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from apr_jax.engine.constraints import Constraint, Gate
+from apr_jax.engine.groups import Group
 from apr_jax.engine.scheduler import Scheduler
 from apr_jax.engine.threads import (
     MAX_STOP_TOKENS,
@@ -29,6 +30,7 @@ from apr_jax.engine.threads import (
     Request,
     Rollout,
     RolloutKey,
+    Share,
     Spawn,
     SpawnHandle,
     Status,
@@ -64,6 +66,8 @@ class _Node:
     clock: int
     left: int  # tokens of its rollout that it may still generate or hand to children
     granted: int  # what it began with
+    group: Group | None = None  # of a worker on a shared cache
+    decided: bool = False  # such a worker has asked for its Decode, or ended
     thread: Thread | None = None
     spawns: list[list["_Node"]] = dataclasses.field(default_factory=list)
     unjoined: set[int] = dataclasses.field(default_factory=set)  # ordinals of spawns not joined yet
@@ -202,7 +206,7 @@ class Programs:
                 if instant is None:
                     return
                 value = instant
-            elif isinstance(request, Join):
+            elif isinstance(request, Join) and node.group is None:
                 self._join(node, request)
                 return
             elif isinstance(request, Prefill):
@@ -214,6 +218,8 @@ class Programs:
 
     def _serve(self, node: _Node, request: Request) -> Any:
         """Requests that are answered at once."""
+        if node.group is not None and not isinstance(request, Open):
+            raise ValueError(f"worker {node.path} asked for {request!r}; a worker opens its thread and decodes once")
         match request:
             case Open():
                 return self._open(node, request)
@@ -229,6 +235,10 @@ class Programs:
                 return None
             case Spawn(programs):
                 return self._spawn(node, programs)
+            case Share(prompt, programs):
+                if not prompt or not programs:
+                    raise ValueError(f"program {node.path} asked for a Share without a prompt or without programs")
+                return self._spawn(node, programs, Group(tuple(prompt), len(programs)))
             case _:
                 raise TypeError(f"a program yielded {request!r}, which is no request")
 
@@ -239,9 +249,13 @@ class Programs:
         tokens = [*(parent.tokens if parent is not None else ()), *request.tokens]
         if not tokens:
             raise ValueError(f"program {node.path} opened a thread without tokens")
+        if node.group is not None:
+            if parent is not None:
+                raise ValueError(f"worker {node.path} opened a fork; its group's prompt stands before its tokens")
+            tokens = [*node.group.prompt, *tokens]
         key = thread_key(self._seed, node.rollout.key, node.path)
         max_length = min(self._max_seq_len, request.max_length or self._max_seq_len)
-        node.thread = Thread(node.path, tokens, node.rollout.ordinal, key, max_length=max_length)
+        node.thread = Thread(node.path, tokens, node.rollout.ordinal, key, max_length=max_length, group=node.group)
         self._node_of[node.thread] = node
         if parent is not None:
             self._scheduler.fork(parent, node.thread)
@@ -262,6 +276,8 @@ class Programs:
         """Hands the thread to the scheduler, or returns the Stop of one that can't decode."""
         thread = request.thread
         self._own(node, thread)
+        if node.group is not None and (node.decided or request.grammar is not None):
+            raise ValueError(f"worker {node.path} decodes once, and without a grammar")
         if len(request.stop_tokens) > MAX_STOP_TOKENS:
             raise ValueError(f"{len(request.stop_tokens)} stop tokens; at most {MAX_STOP_TOKENS} can be matched")
         thread.stop_tokens = tuple(request.stop_tokens)
@@ -274,13 +290,25 @@ class Programs:
             thread.constraint = Constraint(self._gate, request.grammar)
         limit = self._limit(thread)
         if limit is not None:
+            self._decide(node, None)
             return Stop(limit, None)
         node.call = _OpenCall(np.asarray(thread.tokens, np.int32), node.clock, self._ms(node))
         if node.cutoff is not None and node.clock >= node.cutoff:
+            self._decide(node, None)
             self._park(node)
+        elif node.group is not None:
+            self._decide(node, thread)
         else:
             self._scheduler.submit(thread)
         return None
+
+    def _decide(self, node: _Node, worker: Thread | None) -> None:
+        """A worker asked for its Decode (None: it won't decode): the last one to do so starts its group."""
+        if node.group is None or node.decided:
+            return
+        node.decided = True
+        if node.group.decide(worker):
+            self._scheduler.submit_group(node.group)
 
     def _limit(self, thread: Thread) -> StopReason | None:
         if len(thread.tokens) >= thread.max_length:
@@ -299,11 +327,19 @@ class Programs:
         if thread is not node.thread:
             raise ValueError(f"program {node.path} asked for the thread {thread.path} of another program")
 
-    def _spawn(self, node: _Node, programs: Sequence[Program]) -> SpawnHandle:
+    def _spawn(self, node: _Node, programs: Sequence[Program], group: Group | None = None) -> SpawnHandle:
         ordinal, share = len(node.spawns), node.left // (len(programs) + 1)
         children = [
             _Node(
-                program, (*node.path, ordinal, child), node.rollout, node, node.clock, share, share, cutoff=node.cutoff
+                program,
+                (*node.path, ordinal, child),
+                node.rollout,
+                node,
+                node.clock,
+                share,
+                share,
+                group=group,
+                cutoff=node.cutoff,
             )
             for child, program in enumerate(programs)
         ]
@@ -331,6 +367,7 @@ class Programs:
         if node.unjoined:
             raise RuntimeError(f"program {node.path} returned without joining {len(node.unjoined)} of its spawns")
         node.ended, node.value = True, value
+        self._decide(node, None)
         self._tell(node, Happening.ENDED)
         if node.thread is not None:
             self._scheduler.release(node.thread)
@@ -421,18 +458,21 @@ class Programs:
                     end_ms=self._ms(node),
                     first_token_ms=call.first_token_ms,
                     masks=None if constraint is None else constraint.masks(),
+                    shared_prompt=0 if node.group is None else len(node.group.prompt),
                 )
             )
 
     def _finish(self, root: _Node) -> None:
         nodes = list(root.subtree())
+        groups = {node.group for node in nodes if node.group is not None}
+        across = Work(attended=sum(group.attended_across() for group in groups))
         self._rollouts[root.rollout.ordinal] = Rollout(
             key=root.rollout.key,
             result=root.value,
             calls=tuple(call for node in sorted(nodes, key=lambda n: n.path) for call in node.calls),
             sequential_tokens=root.clock,
             latency_ms=self._ms(root),
-            work=sum((node.thread.work for node in nodes if node.thread is not None), Work()),
+            work=sum((node.thread.work for node in nodes if node.thread is not None), across),
         )
         self.finished += 1
         for node in nodes:

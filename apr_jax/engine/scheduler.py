@@ -4,6 +4,9 @@ Order is `Thread.priority`: earlier rollouts first, and within a rollout deeper 
 only from threads that come after it, and gives up its own when there are none. The first thread that wants to decode
 can therefore always run (one full thread fits in a shard, which the constructor checks), so every thread ends. A
 thread whose pages were taken keeps its tokens and is recomputed by prefill when it runs again.
+
+Workers on a shared cache (`groups.py`) come and go together and are never preempted: what they hold from their start
+suffices to their end, so those who wait for it wait no longer than a Decode takes.
 """
 
 import dataclasses
@@ -12,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from apr_jax.config import ConfigError
+from apr_jax.engine.groups import Group
 from apr_jax.engine.pages import OutOfPagesError, PageAllocator, PageCopy, block_key, root_key
 from apr_jax.engine.threads import Path, Status, Thread
 from apr_jax.engine.work import Work
@@ -31,6 +35,7 @@ class Limits:
     prefix_reuse: bool
     block_size: int = 1  # positions that a decode step reads at once
     row_blocks: int = sys.maxsize  # blocks that the running threads may fill together
+    max_workers: int = 0  # of a group on a shared cache; 0: there are none
 
     def __post_init__(self) -> None:
         needed = -(-self.max_seq_len // self.page_size)
@@ -45,6 +50,17 @@ class Limits:
                 f"row_blocks={self.row_blocks} of {self.block_size} positions don't hold one thread of "
                 f"model.max_seq_len={self.max_seq_len} tokens"
             )
+
+        if self.max_workers > self.lanes:
+            raise ConfigError(
+                f"{self.max_workers} workers on a shared cache need as many lanes in a data shard, which has "
+                f"{self.lanes}; raise rollout.num_lanes"
+            )
+
+    @property
+    def max_groups(self) -> int:
+        """Groups that decode together."""
+        return self.lanes // self.max_workers if self.max_workers else 0
 
     @property
     def blocks_can_run_out(self) -> bool:
@@ -91,6 +107,11 @@ class Scheduler:
         """The threads that have a lane, by lane."""
         return [thread for thread in self.lanes[shard] if thread is not None]
 
+    def groups(self, shard: int) -> list[Group]:
+        """The groups that have lanes, in the order of their priority."""
+        groups = {thread.group: None for thread in self.running(shard) if thread.group is not None}
+        return sorted(groups, key=lambda group: group.workers[0].priority)
+
     @property
     def num_running(self) -> int:
         return sum(len(self.running(shard)) for shard in range(self.limits.num_shards))
@@ -99,6 +120,24 @@ class Scheduler:
         """The thread wants to decode."""
         thread.status = Status.READY
         self._push(thread)
+
+    def submit_group(self, group: Group) -> None:
+        """All workers want to decode. Raises ValueError for too many of them, ConfigError where pages never suffice."""
+        if len(group.workers) > self.limits.max_workers:
+            raise ValueError(
+                f"{len(group.workers)} workers on a shared cache, and the engine was made for {self.limits.max_workers}"
+                " (Engine's max_workers)"
+            )
+        needed = sum(self.allocators[0].pages_for(self._final_length(worker)) for worker in group.workers)
+        if needed > self.allocators[0].num_usable:
+            raise ConfigError(
+                f"{len(group.workers)} workers on a shared cache may need {needed} pages of rollout.page_size="
+                f"{self.limits.page_size}, and a data shard has {self.allocators[0].num_usable} usable ones; raise "
+                "rollout.num_pages"
+            )
+        for worker in group.workers:
+            worker.status = Status.READY
+        self._push(group.workers[0])
 
     def fork(self, parent: Thread, child: Thread) -> None:
         """Lets a child, whose tokens begin with all its parent's, share the parent's pages (at most one is copied)."""
@@ -126,7 +165,10 @@ class Scheduler:
             self.allocators[thread.shard].truncate(thread.table, length)
 
     def leave_lane(self, thread: Thread, status: Status) -> None:
-        """A running thread stops decoding; it keeps its pages unless it is done."""
+        """A running thread stops decoding; it keeps its pages unless it is done. A worker keeps its lane, too."""
+        if thread.group is not None:
+            self._stop_worker(thread)
+            return
         self._clear_lane(thread)
         thread.status = status
         if status is Status.DONE:
@@ -135,7 +177,10 @@ class Scheduler:
             self.allocators[thread.shard].truncate(thread.table, thread.computed)
 
     def release(self, thread: Thread) -> None:
-        """Ends a thread, whatever its state: its pages are free at once."""
+        """Ends a thread, whatever its state: its pages are free at once, a worker's when its whole group has ended."""
+        if thread.group is not None and thread.status is Status.RUNNING:
+            self._stop_worker(thread)
+            return
         if thread.status is Status.RUNNING:
             self._clear_lane(thread)
         thread.status = Status.DONE
@@ -150,14 +195,15 @@ class Scheduler:
         """
         for shard in range(self.limits.num_shards):
             for thread in sorted(self.running(shard), key=lambda t: t.priority):
-                if thread.status is Status.RUNNING and not self._reserve(thread):
+                # A group has all that it needs since it was admitted.
+                if thread.group is None and thread.status is Status.RUNNING and not self._reserve(thread):
                     self._preempt(thread)
         while self._free_shard() is not None:
             waiting = self._pop()
             if waiting is None:
                 if not next_root():
                     return
-            elif not self._admit_one(waiting):
+            elif not (self._admit_one(waiting) if waiting.group is None else self._admit_group(waiting.group)):
                 self._push(waiting)
                 return
 
@@ -257,11 +303,45 @@ class Scheduler:
             return self._admit_one(thread)
         elif not self._reserve(thread):
             return False
+        self._take_lane(thread)
+        return True
+
+    def _admit_group(self, group: Group) -> bool:
+        """All workers get a lane and all pages that they may need on one shard, or none gets anything.
+
+        While it is first in line nobody gets a lane, so lanes become free; and when nothing runs it may take the pages
+        of all others, since then nobody who comes before it holds any.
+        """
+        shard = self._free_shard()
+        assert shard is not None
+        full = len(self.groups(shard)) >= self.limits.max_groups
+        if full or self.lanes[shard].count(None) < len(group.workers):
+            return False
+        for worker in group.workers:
+            self._open(worker, shard)
+            if not self._reserve(worker):
+                for opened in group.workers:
+                    self._free_pages(opened)
+                return False
+        for worker in group.workers:
+            self._take_lane(worker)
+        return True
+
+    def _stop_worker(self, worker: Thread) -> None:
+        """A worker writes no more. Its group ends with the last one; until then the others see its pages."""
+        group = worker.group
+        assert group is not None
+        if group.stop(worker):
+            for each in group.workers:
+                self._clear_lane(each)
+                self._free_pages(each)
+                each.status = Status.DONE
+
+    def _take_lane(self, thread: Thread) -> None:
         thread.status = Status.RUNNING
         lanes = self.lanes[thread.shard]
         thread.lane = lanes.index(None)
         lanes[thread.lane] = thread
-        return True
 
     def _clear_lane(self, thread: Thread) -> None:
         self.lanes[thread.shard][thread.lane] = None
@@ -277,6 +357,8 @@ class Scheduler:
         assert thread.table is not None
         allocator = self.allocators[thread.shard]
         length = min(len(thread.tokens) + self.limits.steps_per_visit, self.limits.max_seq_len)
+        if thread.group is not None:
+            length = self._final_length(thread)
         first_written = thread.computed // self.limits.page_size
         victims: Iterator[Thread] | None = None
         while True:
@@ -295,21 +377,26 @@ class Scheduler:
                     return False
                 self._preempt(victim)
 
+    def _final_length(self, thread: Thread) -> int:
+        """Tokens that the thread has when its Decode ends, at most."""
+        return min(len(thread.tokens) + thread.max_generated - thread.generated, self.limits.max_seq_len)
+
     def _require_blocks(self, thread: Thread) -> None:
         """Raises OutOfPagesError where the thread and those that run before it fill more blocks than a step can read.
 
-        Only threads that share pages can: without sharing, the pages run out first.
+        Only threads that share pages can: without sharing, the pages run out first. Groups are read in another way.
         """
-        if not self.limits.blocks_can_run_out:
+        if thread.group is not None or not self.limits.blocks_can_run_out:
             return
-        running = [other for other in self.running(thread.shard) if other is not thread]
+        running = [other for other in self.running(thread.shard) if other is not thread and other.group is None]
         blocks = sum(self.limits.blocks_for(other) for other in [*running, thread])
         if blocks > self.limits.row_blocks:
             raise OutOfPagesError(f"{blocks} blocks are to be read, and {self.limits.row_blocks} can be")
 
     def _victims(self, thread: Thread) -> Iterator[Thread]:
-        """Those whose pages the thread may take, last in priority first."""
-        later = [other for other in self._holders[thread.shard] if other.priority > thread.priority]
+        """Those whose pages the thread may take, last in priority first. Groups keep theirs."""
+        holders = self._holders[thread.shard]
+        later = [other for other in holders if other.group is None and other.priority > thread.priority]
         return iter(sorted(later, key=lambda other: other.priority, reverse=True))
 
     def _preempt(self, thread: Thread) -> None:

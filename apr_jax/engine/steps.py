@@ -24,6 +24,7 @@ from apr_jax.engine import holding
 from apr_jax.engine.decode_cache import DecodeCache, DecodePlan, View, open_cache
 from apr_jax.engine.sampling import log_probs, sample, uniforms
 from apr_jax.engine.scheduler import Limits
+from apr_jax.engine.shared_cache import SharedCache
 from apr_jax.model.kv_cache import (
     Block,
     PagedKVCache,
@@ -58,6 +59,15 @@ class DecodeLanes:
     generated: jax.Array  # int32: tokens that the thread has generated before
     tables: jax.Array  # int32 [.., pages of a row]
     held: holding.Held | None = None  # None: the engine has no gate
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SharedLanes:
+    """The same of lanes that are workers on shared caches: lane `a * max_workers + w` is worker w of group a."""
+
+    lanes: DecodeLanes
+    prompt: jax.Array  # int32: the first positions of the row, which the group has in common
 
 
 @jax.tree_util.register_dataclass
@@ -220,6 +230,17 @@ class Steps:
             fresh = jax.tree.map(layout.tile.pack, fresh)
             return write_rows(pages, lanes.tables, lanes.start, lanes.count, fresh, 1)
 
+        def decode_shared(
+            pages: PagedKVCache, params: Any, shared: SharedLanes, policy: Policy
+        ) -> tuple[PagedKVCache, Written]:
+            model, lanes = nnx.merge(structure, params), shared.lanes
+            how = {"steps": limits.steps_per_visit, "workers": limits.max_workers}
+            cache = SharedCache.open(
+                pages, layout, lanes.tables, lanes.length, shared.prompt, rope_theta=config.rope_theta, **how
+            )
+            pages, _, written = decode_shard(model, limits.steps_per_visit, cache, lanes, policy)
+            return pages, written
+
         whole = partition_spec()
         pages_out, written_out = NamedSharding(mesh, PAGES), NamedSharding(mesh, SHARDED)
         self._pages_out, self._sharded = pages_out, written_out
@@ -230,6 +251,8 @@ class Steps:
             (pages_out, pages_out, written_out),
             donated=(0, 1),
         )
+        # Lowered when it is first needed: an engine without groups has no such program.
+        self.decode_shared = _lift(decode_shared, mesh, (SHARDED, whole, SHARDED, whole), (pages_out, written_out))
         self._compute = _lift(compute, mesh, (SHARDED, whole, SHARDED), pages_out, donated=())
         self._write = _lift(write, mesh, (SHARDED, SHARDED, SHARDED), pages_out)
         self.copy_pages = _lift(copy_pages, mesh, (SHARDED, SHARDED, SHARDED), pages_out)
@@ -239,9 +262,19 @@ class Steps:
         return self._write(pages, lanes, self._compute(pages, params, lanes))
 
     def compile(
-        self, pages: PagedKVCache, buffers: RowBuffers, params: Any, lanes: DecodeLanes, policy: Policy, prefill: Any
+        self,
+        pages: PagedKVCache,
+        buffers: RowBuffers,
+        params: Any,
+        lanes: DecodeLanes,
+        policy: Policy,
+        prefill: Any,
+        shared: SharedLanes | None = None,
     ) -> None:
-        """Compiles all steps at once, on as many threads, for arguments like these; none of them is used up."""
+        """Compiles all steps at once, on as many threads, for arguments like these; none of them is used up.
+
+        `shared` None: an engine without groups.
+        """
         fresh = self._compute.eval_shape(pages, params, prefill)
         shape: Callable[..., Any] = jax.ShapeDtypeStruct
         fresh = jax.tree.map(lambda x: shape(x.shape, x.dtype, sharding=self._pages_out), fresh)
@@ -254,6 +287,7 @@ class Steps:
                     (self._compute, (pages, params, prefill)),
                     (self._write, (pages, prefill, fresh)),
                     (self.copy_pages, (pages, pairs, pairs)),
+                    *(() if shared is None else ((self.decode_shared, (pages, params, shared, policy)),)),
                 )
             ]
             for each in pending:
@@ -262,7 +296,8 @@ class Steps:
     @property
     def num_compilations(self) -> int:
         """Programs compiled so far."""
-        return sum(step.num_compilations for step in (self.decode, self._compute, self._write, self.copy_pages))
+        steps = (self.decode, self.decode_shared, self._compute, self._write, self.copy_pages)
+        return sum(step.num_compilations for step in steps)
 
 
 class Step:

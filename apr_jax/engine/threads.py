@@ -9,12 +9,15 @@ import enum
 import hashlib
 import sys
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from apr_jax.engine.constraints import Constraint, Grammar, Masks
 from apr_jax.engine.work import Work
+
+if TYPE_CHECKING:
+    from apr_jax.engine.groups import Group
 
 MAX_STOP_TOKENS = 4
 
@@ -72,6 +75,7 @@ class Thread:
     work: Work = dataclasses.field(default_factory=Work)  # in its life
     constraint: Constraint | None = None  # what its Decode holds it to
     rejected: int = 0  # draws in its life that its grammar refused; like `generated` they count as random numbers used
+    group: "Group | None" = None  # the workers whose cache it shares
 
     @property
     def priority(self) -> tuple[int, int, Path]:
@@ -150,8 +154,22 @@ class Spawn:
 
 
 @dataclasses.dataclass(frozen=True)
+class Share:
+    """Starts worker programs that decode in lockstep and see each other's tokens as they come (`engine/groups.py`).
+
+    Resumed with a SpawnHandle, to be joined as a Spawn's; the rollout's tokens are shared out alike. A worker's Open
+    gives its own header, at least one token, which is put after `prompt`; after it comes one Decode without a grammar,
+    and no other request. Raises ValueError (in the engine) for anything else, an empty prompt, or more workers than the
+    engine was made for; ConfigError where a group could never have enough pages.
+    """
+
+    prompt: Sequence[int]
+    programs: Sequence[Program]
+
+
+@dataclasses.dataclass(frozen=True)
 class SpawnHandle:
-    """The `ordinal`-th spawn of a program."""
+    """The `ordinal`-th Spawn or Share of a program."""
 
     ordinal: int
     num_children: int
@@ -170,7 +188,7 @@ class Join:
     success: Callable[[Any], bool] | None = None
 
 
-Request = Open | Prefill | Decode | Truncate | Append | Spawn | Join
+Request = Open | Prefill | Decode | Truncate | Append | Spawn | Share | Join
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +213,7 @@ class Call:
     end_ms: float
     first_token_ms: float = 0.0  # when the first of its tokens were known
     masks: Masks | None = None  # what its grammar allowed; None: it had none
+    shared_prompt: int = 0  # of a worker on a shared cache: the first tokens of its context, which all workers have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,9 +240,21 @@ class Rollout:
     def peak_context(self) -> int:
         """The most tokens that one thread held while it decoded: its context and what it wrote, to the last token.
 
-        Never more than model.max_seq_len, or the `max_length` of that thread's Open. 0 if nothing was decoded.
+        Never more than model.max_seq_len, or the `max_length` of that thread's Open; but what a worker on a shared
+        cache saw of the others counts, too. 0 if nothing was decoded.
         """
-        return max((len(call.context) + len(call.tokens) for call in self.calls), default=0)
+        return max(
+            (len(call.context) + len(call.tokens) + self._seen_of_others(call) for call in self.calls), default=0
+        )
+
+    def _seen_of_others(self, call: Call) -> int:
+        """Tokens of other workers that a worker's last draw saw."""
+        if not call.shared_prompt:
+            return 0
+        others = [each for each in self.calls if each.path[:-1] == call.path[:-1] and each.path != call.path]
+        return sum(
+            len(each.context) - each.shared_prompt - 1 + min(len(each.tokens), len(call.tokens)) for each in others
+        )
 
     @property
     def num_threads(self) -> int:

@@ -15,7 +15,7 @@ from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.threads import Call, Rollout, StopReason
 from apr_jax.reasoning.outcome import Outcome, Sample
 from apr_jax.reasoning.sampling import CHOICES
-from apr_jax.tasks import countdown, thought_traces, trace
+from apr_jax.tasks import countdown, hogwild_traces, thought_traces, trace
 from apr_jax.tasks.countdown import Problem
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
@@ -257,6 +257,10 @@ def _threads(
 
 
 def _child_result(text: str, problem: Problem) -> str:
+    if countdown.verify(trace.read_answer(text), problem).correct:
+        return "solved"  # a worker on a shared cache replays from the problem's own root
+    if text.endswith("\n" + hogwild_traces.LEAVE) and not countdown.claims_goal(text):
+        return "left"
     result = trace.read_child_result(text, trace.thread_node(text) or "")
     if isinstance(result, trace.Malformed):
         return result.reason

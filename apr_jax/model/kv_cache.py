@@ -236,7 +236,7 @@ def _attend(
     K = new[0].shape[0]
     G = N // K
     q_KMH = (q_TNH / math.sqrt(H)).astype(q_TNH.dtype).reshape(T, K, G, H).transpose(1, 2, 0, 3).reshape(K, G * T, H)
-    carry = _nothing((K, G * T), H)
+    carry = empty_part((K, G * T), H)
     for index, block in enumerate(row):
         mask_MS = jnp.broadcast_to(index * size + jnp.arange(size)[None] < length, (G * T, size))
 
@@ -261,14 +261,14 @@ def _attend_entries(q_LKGH: jax.Array, own_LB: jax.Array, rows: PackedRows, laye
         def attend(k_EKSH: jax.Array = k_EKSH, v_EKSH: jax.Array = v_EKSH, part: slice = part, S: int = S) -> Carry:
             q_EKGH = q_LKGH.at[rows.lane_E[part]].get(mode="promise_in_bounds")
             mask_E11S = (jnp.arange(S)[None] < rows.length_E[part][:, None])[:, None, None]
-            return _softmax_parts(q_EKGH, k_EKSH, v_EKSH, mask_E11S)
+            return softmax_parts(q_EKGH, k_EKSH, v_EKSH, mask_E11S)
 
-        nothing = _nothing((size, K, G), H)
+        nothing = empty_part((size, K, G), H)
         parts.append(jax.lax.cond(part.start < rows.num_entries, attend, lambda nothing=nothing: nothing))
     tops, sums, outs = (
         jnp.concatenate([*each, empty])
         for each, empty in zip(
-            zip(*parts, strict=True), _nothing((1, *parts[0][0].shape[1:]), parts[0][2].shape[-1]), strict=True
+            zip(*parts, strict=True), empty_part((1, *parts[0][0].shape[1:]), parts[0][2].shape[-1]), strict=True
         )
     )
     merged = _merge_parts(own_LB[:, :MERGED_BLOCKS], (tops, sums, outs))
@@ -276,7 +276,7 @@ def _attend_entries(q_LKGH: jax.Array, own_LB: jax.Array, rows: PackedRows, laye
         own_LM = own_LB[:, first : first + MERGED_BLOCKS]
 
         def further(merged: Carry, own_LM: jax.Array = own_LM) -> Carry:
-            return _merge_two(merged, _merge_parts(own_LM, (tops, sums, outs)))
+            return merge_two(merged, _merge_parts(own_LM, (tops, sums, outs)))
 
         needed = jnp.any(own_LM[:, 0] < len(tops) - 1)
         merged = jax.lax.cond(needed, further, lambda merged: merged, merged)
@@ -296,7 +296,7 @@ def _merge_parts(own_LM: jax.Array, parts: Carry) -> Carry:
     return top_LKG, sum_LKG, functools.reduce(jnp.add, weighted)
 
 
-def _merge_two(first: Carry, second: Carry) -> Carry:
+def merge_two(first: Carry, second: Carry) -> Carry:
     """The softmax over both parts; a part without positions changes no bit of the other."""
     top = jnp.maximum(first[0], second[0])
     scales = [jnp.exp(part[0] - top) for part in (first, second)]
@@ -304,7 +304,7 @@ def _merge_two(first: Carry, second: Carry) -> Carry:
     return top, total, first[2] * scales[0][..., None] + second[2] * scales[1][..., None]
 
 
-def _softmax_parts(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> Carry:
+def softmax_parts(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> Carry:
     """Softmax of `q [..., K, G, H]` over one block `[..., K, S, H]`, not yet normalised.
 
     Returns maximum and sum `[..., K, G]`, weighted values `[..., K, G, H]`.
@@ -317,7 +317,7 @@ def _softmax_parts(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) ->
     return top, jnp.sum(weights, axis=-1), values
 
 
-def _nothing(shape: tuple[int, ...], head_dim: int) -> Carry:
+def empty_part(shape: tuple[int, ...], head_dim: int) -> Carry:
     """The part that a block without positions contributes."""
     return (
         jnp.full(shape, MASKED_SCORE, jnp.float32),
@@ -380,7 +380,7 @@ class DecodeView:
         q_KGH = (q_TNH / math.sqrt(H)).astype(q_TNH.dtype).reshape(K, -1, H)
         row = _attend_row(q_KGH, self.own_B, self.rows, layer)
         mask_11C = (jnp.arange(C) <= self.step)[None, None]
-        _, sum_KG, out_KGH = _merge_two(row, _softmax_parts(q_KGH, k_KCH, v_KCH, mask_11C))
+        _, sum_KG, out_KGH = merge_two(row, softmax_parts(q_KGH, k_KCH, v_KCH, mask_11C))
         out_TNH = (out_KGH / sum_KG[..., None]).reshape(q_TNH.shape).astype(q_TNH.dtype)
         fresh = (*self.fresh[:layer], (k_KCH, v_KCH), *self.fresh[layer + 1 :])
         return out_TNH, dataclasses.replace(self, fresh=fresh)

@@ -20,11 +20,12 @@ from flax import nnx
 
 from apr_jax.config import ModelConfig
 from apr_jax.model.attention import self_attention
+from apr_jax.model.rope import apply_rope, rope_angles, rope_angles_once
+from apr_jax.model.shared_attention import Angles, SharedRows, shared_angles, shared_attention
 from apr_jax.model.window_attention import ATTENTION_NAME
 from apr_jax.parallel.mesh import partition_spec, split_rows
 
 INIT_STDDEV = 0.02
-_ANGLE_CHUNKS = 4
 _POLICIES = jax.checkpoint_policies
 # What a layer keeps for its backward pass; None keeps its input alone.
 _KEPT = {
@@ -88,36 +89,6 @@ class RMSNorm(nnx.Module):
         mean_square = jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True)
         scale = jnp.broadcast_to(self.scale[...], x.shape)
         return (x_f32 * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(x.dtype)
-
-
-def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of RoPE (Su et al. 2021, eq. 15): `positions [..., T]` to `[..., T, 1, H/2]`."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    frequencies = frequencies.reshape((1,) * (positions.ndim + 1) + (-1,))
-    angles = jnp.expand_dims(positions.astype(jnp.float32), (-2, -1)) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def _rope_angles_once(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """The same, computed in a loop over stretches of time, which XLA does not fuse with what reads the result.
-
-    Else its CPU backend computes them anew for every head of every layer, forward and backward: a tenth of a step.
-    """
-    chunks = math.gcd(positions.shape[-1], _ANGLE_CHUNKS)
-    if chunks == 1:
-        return rope_angles(positions, head_dim, theta)
-    positions_C = jnp.moveaxis(positions.reshape(*positions.shape[:-1], chunks, -1), -2, 0)
-    angles_C = jax.lax.map(lambda positions: rope_angles(positions, head_dim, theta), positions_C)
-    time = positions.ndim - 1
-    return jax.tree.map(lambda x_C: jnp.moveaxis(x_C, 0, time).reshape(*positions.shape, 1, head_dim // 2), angles_C)
-
-
-def apply_rope(x_TNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates pairs (i, i + H/2) by the angles: the Hugging Face order of pairs, so its weights load unchanged."""
-    cos, sin = angles
-    first, second = jnp.split(x_TNH.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_TNH.dtype)
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param[Any]:
@@ -200,9 +171,17 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.embed_dim, config.rms_norm_eps)
         self.mlp = MLP(config, layout, rngs=rngs)
 
-    def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        segment_ids: jax.Array | None,
+        shared: tuple[SharedRows, tuple[Angles, ...]] | None,
+    ) -> jax.Array:
         x = split_rows(x)
         q_TNH, k_TKH, v_TKH = self.attention.project(self.attention_norm(x), angles)
+        if shared is not None:
+            return self._residuals(x, shared_attention(q_TNH, k_TKH, v_TKH, *shared))
         batched = [a.reshape(-1, *a.shape[-3:]) for a in (q_TNH, k_TKH, v_TKH)]
         segment_ids_BT = None if segment_ids is None else segment_ids.reshape(-1, segment_ids.shape[-1])
         out_BTNH = self_attention(*batched, segment_ids_BT=segment_ids_BT, impl=self.config.attention)
@@ -232,7 +211,13 @@ class Llama(nnx.Module):
         self.head = None if tied else _matrix(rngs, config.embed_dim, config.vocab_size, layout)
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array, *, segment_ids: jax.Array | None = None, cache: C | None = None
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        cache: C | None = None,
+        shared: SharedRows | None = None,
     ) -> tuple[jax.Array, C | None]:
         """The hidden states `[..., T, D]` after the final norm, in the compute dtype, and the cache's successor.
 
@@ -241,9 +226,11 @@ class Llama(nnx.Module):
             positions: int32 `[..., T]`, the tokens' positions in their own sequence (they restart at each segment).
             segment_ids: int32 `[..., T]`; a token sees earlier tokens of the row with its own id. None = one segment.
             cache: holds the keys and values of earlier positions; segment ids have no meaning with it.
+            shared: of a batch `[B, T]` whose sequences hold several workers, instead of segment ids; positions then
+                count in each worker's own row (`shared_view.py`).
 
         Raises:
-            ValueError: shapes differ, or both `segment_ids` and `cache` are given.
+            ValueError: shapes differ, or more than one of `segment_ids`, `cache` and `shared` are given.
         """
         if positions.shape != tokens.shape or (segment_ids is not None and segment_ids.shape != tokens.shape):
             raise ValueError(
@@ -252,17 +239,20 @@ class Llama(nnx.Module):
             )
         if cache is not None and segment_ids is not None:
             raise ValueError("segment_ids and cache exclude each other: a cache holds one sequence")
+        if shared is not None and (cache is not None or segment_ids is not None):
+            raise ValueError("shared rows bring their own segment ids, and are not for a cache")
         config = self.config
         x = self.embedding[...].astype(config.compute_dtype)[tokens]
-        find_angles = rope_angles if cache is not None else _rope_angles_once
+        find_angles = rope_angles if cache is not None else rope_angles_once
         angles = find_angles(positions, config.head_dim, config.rope_theta)
+        more = None if shared is None else (shared, shared_angles(shared, config.head_dim, config.rope_theta))
         for layer, block in enumerate(self.blocks):
             if cache is not None:
                 x, cache = block.cached(x, angles, positions, layer, cache)
             elif config.remat in _KEPT:
-                x = nnx.remat(Block.__call__, policy=_KEPT[config.remat])(block, x, angles, segment_ids)
+                x = nnx.remat(Block.__call__, policy=_KEPT[config.remat])(block, x, angles, segment_ids, more)
             else:
-                x = block(x, angles, segment_ids)
+                x = block(x, angles, segment_ids, more)
         return self.final_norm(x if cache is not None else split_rows(x)), cache
 
     def head_weight(self) -> jax.Array:

@@ -7,6 +7,8 @@ from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.engine import Engine
 from apr_jax.model.llama import Params
 from apr_jax.reasoning.outcome import banned_tokens, spawn_gate
+from apr_jax.tasks.demonstrations import SHARED_METHODS
+from apr_jax.tasks.hogwild_traces import NUM_WORKERS
 
 
 def policy_engine(
@@ -14,15 +16,21 @@ def policy_engine(
 ) -> Engine:
     """An engine on `mesh` that forbids what `config`'s programs forbid, and holds spawns to what they allow.
 
+    Workers can share a cache in any that has lanes for them. Where `config`'s own method is not of that kind, the step
+    for it is compiled when it is first needed.
+
     Args:
       rollout: in place of `config.rollout`, where the engine is one of several.
     Raises: ConfigError as `Engine`.
     """
+    rollout, shares = rollout or config.rollout, config.data.method in SHARED_METHODS
     return Engine(
         config.model,
-        rollout or config.rollout,
+        rollout,
         mesh,
         params=params,
         banned_tokens=banned_tokens(tokenizer, config.model.vocab_size),
         gate=spawn_gate(config, tokenizer),
+        max_workers=NUM_WORKERS if shares or rollout.num_lanes >= NUM_WORKERS * mesh.shape["data"] else 0,
+        expects_groups=shares,
     )

@@ -8,6 +8,7 @@ from typing import Any
 from apr_jax.engine.threads import Open, Program, Spawn
 from apr_jax.reasoning.adaptive import adaptive
 from apr_jax.reasoning.direct import direct
+from apr_jax.reasoning.hogwild import hogwild
 from apr_jax.reasoning.outcome import Outcome, Settings
 from apr_jax.reasoning.pasta import pasta
 from apr_jax.reasoning.sampling import read_wrapper, sampled
@@ -16,7 +17,14 @@ from apr_jax.reasoning.tree_of_thoughts import tree_of_thoughts
 from apr_jax.tasks.countdown import Problem
 
 PROGRAMS: Mapping[str, Callable[[Problem, Settings], Generator[Any, Any, Outcome]]] = MappingProxyType(
-    {"adaptive": adaptive, "direct": direct, "pasta": pasta, "serial": serial, "tree_of_thoughts": tree_of_thoughts}
+    {
+        "adaptive": adaptive,
+        "direct": direct,
+        "hogwild": hogwild,
+        "pasta": pasta,
+        "serial": serial,
+        "tree_of_thoughts": tree_of_thoughts,
+    }
 )
 
 

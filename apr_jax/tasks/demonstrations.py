@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from apr_jax.config import TaskConfig
-from apr_jax.tasks import countdown, direct_traces, pasta_traces, solver, thought_traces, trace
+from apr_jax.tasks import countdown, direct_traces, hogwild_traces, pasta_traces, solver, thought_traces, trace
 from apr_jax.tasks.countdown import Problem
 from apr_jax.tasks.trace import Call, Demonstration
 
@@ -29,11 +29,13 @@ DEMONSTRATORS: Mapping[str, Demonstrator] = MappingProxyType(
     {
         "adaptive": solver.adaptive_calls,
         "direct": direct_traces.direct_calls,
+        "hogwild": hogwild_traces.hogwild_calls,
         "pasta": pasta_traces.pasta_calls,
         "serial": solver.serial_calls,
         "tree_of_thoughts": thought_traces.tree_calls,
     }
 )
+SHARED_METHODS = frozenset({"hogwild"})  # whose calls are workers on one shared cache, side by side
 
 
 def demonstrate(
@@ -52,7 +54,7 @@ def demonstrate(
       task: the searches' parameters.
       method: a name in DEMONSTRATORS.
       condition_on_budget: name in the prompt what the search took: children opened, or tokens rounded up to a bin.
-      count_tokens: tokens of a text; serial budgets and context windows need it.
+      count_tokens: tokens of a text; serial budgets, context windows and workers that see each other need it.
 
     Raises:
       ValueError: an unknown method, a budget where the method has none, or a serial one without `count_tokens`.
@@ -60,10 +62,10 @@ def demonstrate(
     if method not in DEMONSTRATORS:
         raise ValueError(f"method {method!r}: choose one of {', '.join(sorted(DEMONSTRATORS))}")
     calls = DEMONSTRATORS[method](problem, rng, task, count_tokens, budget=condition_on_budget)
-    end = next((call for call in calls if call.depth == 0 and not call.ends_in_spawn), None)
-    if end is None:  # the root writes nothing: its program assembles the answer from what the children wrote
-        answer = thought_traces.demonstrated_answer(problem, calls)
-    else:
+    ends = [call.context + call.completion for call in calls if call.depth == 0 and not call.ends_in_spawn]
+    if ends:
         read = trace.read_path if method == "direct" else trace.read_answer
-        answer = read(end.context + end.completion)
+        answer = next((answer for answer in map(read, ends) if answer is not None), None)
+    else:  # the root writes nothing: its program assembles the answer from what the children wrote
+        answer = thought_traces.demonstrated_answer(problem, calls)
     return Demonstration(problem, method, calls, answer, countdown.verify(answer, problem).correct)

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ModelConfig
 from apr_jax.model.llama import Params, graphdef
+from apr_jax.model.shared_attention import SharedRows
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import BATCH_AXES, partition_spec
 from apr_jax.train.losses import LogProbs, TokenScores, token_scores
@@ -22,14 +23,19 @@ def make_scorer(model: ModelConfig, mesh: Mesh, log_probs: LogProbs, given: Sequ
     """A function (params, batch of packed rows) -> scores of the batch's targets.
 
     The batch's arrays named in `given` go to `log_probs`, after the logits. Attention kernels are mapped over the mesh,
-    activations keep their rows on it, and the loss counts its chunks per device.
+    activations keep their rows on it, and the loss counts its chunks per device. A batch with `seen` is one of workers
+    on shared caches (`data/shared_sequences.py`).
     """
     structure = graphdef(model)
 
     def score(params: Params, batch: Batch) -> TokenScores:
         llama = nnx.merge(structure, params)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            hidden_BTD, _ = llama(batch["tokens"], batch["positions"], segment_ids=batch["segment_ids"])
+            ids_BT = batch["segment_ids"]
+            how: dict[str, Any] = {"segment_ids": ids_BT}
+            if "seen" in batch:
+                how = {"shared": SharedRows(ids_BT, batch["workers"], batch["places"], batch["seen"])}
+            hidden_BTD, _ = llama(batch["tokens"], batch["positions"], **how)
             arrays = tuple(batch[name] for name in given)
             return token_scores(hidden_BTD, batch["targets"], llama.logits, log_probs, model.vocab_size, given=arrays)
 
@@ -45,7 +51,7 @@ def to_mesh(rows: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int | None
     sharding = NamedSharding(mesh, batch_axis)
 
     def place(rows_BT: np.ndarray) -> jax.Array:
-        shaped = rows_BT if microbatches is None else rows_BT.reshape(microbatches, -1, rows_BT.shape[-1])
+        shaped = rows_BT if microbatches is None else rows_BT.reshape(microbatches, -1, *rows_BT.shape[1:])
         placed: jax.Array = hosts.place(shaped, sharding)
         return placed
 

@@ -29,6 +29,7 @@ from apr_jax.parallel.mesh import make_mesh
 from apr_jax.progress import Progress, progress
 from apr_jax.reasoning.outcome import make_settings
 from apr_jax.tasks.countdown import Problem
+from apr_jax.tasks.demonstrations import SHARED_METHODS
 from apr_jax.tasks.trace import Demonstration
 from apr_jax.train.checkpoint import (
     Checkpoints,
@@ -64,6 +65,11 @@ def train(
       ConfigError: the mesh needs more devices than there are, or `workdir` or `checkpoint` belongs to another config.
       StoppedError: SIGTERM or SIGINT came; all that was finished is saved, and the same call goes on from there.
     """
+    if config.data.method in SHARED_METHODS and config.grpo.num_steps:
+        raise ConfigError(
+            f"data.method={config.data.method!r} is trained by SFT alone: GRPO takes each call as its own sequence, "
+            f"and workers saw each other's; set grpo.num_steps=0 (it is {config.grpo.num_steps})"
+        )
     mesh = make_mesh(config.mesh)
     hosts.meet(mesh)
     workdir.mkdir(parents=True, exist_ok=True)

@@ -85,10 +85,14 @@ def make_engine(
     model: ModelConfig = MODEL,
     banned: tuple[int, ...] = BANNED,
     gate: Gate | None = None,
+    max_workers: int = 0,
+    expects_groups: bool = True,
     **changes: Any,
 ) -> Engine:
     rollout = dataclasses.replace(ROLLOUT, **changes)
-    return Engine(model, rollout, mesh or make_mesh(), params=make_params(model), banned_tokens=banned, gate=gate)
+    how: dict[str, Any] = {"banned_tokens": banned, "gate": gate, "max_workers": max_workers}
+    how["expects_groups"] = expects_groups
+    return Engine(model, rollout, mesh or make_mesh(), params=make_params(model), **how)
 
 
 def prompt(seed: int, length: int) -> list[int]:

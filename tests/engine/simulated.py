@@ -98,6 +98,8 @@ class SimulatedDevice:
             assert blocks <= limits.row_blocks, "more blocks than a step reads"
             for thread in self.scheduler.running(shard):
                 assert self.scheduler.can_decode(thread), "a thread with a lane was not prefilled"
+                if thread.group is not None and thread in thread.group.stopped:
+                    continue
                 row = self._read(thread, thread.computed)
                 place = follow(row[-1] if row else begin(self.version), thread.tokens[-1], alone=False)
                 tokens, new = draw(thread, place), [place]

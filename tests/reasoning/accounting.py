@@ -58,13 +58,15 @@ def check(
     expected: Counts,
     *,
     cancels: bool = False,
+    workers: int = 0,
     logprob: Callable[[Path], float] = lambda path: 0.0,
 ) -> Rollout:
     """Plays the script on the scripted engine, and on the engine's own host with 1, 2, 3 and 16 lanes.
 
     With ample pages every count is `expected`; with so few that threads lose theirs (and with published pages shared)
     those are that depend on no schedule. Where a success `cancels` siblings, work is what it is: how far a thread has
-    run when it is cut off depends on the schedule. Returns the rollout of 16 lanes and ample pages.
+    run when it is cut off depends on the schedule. A program whose `workers` share a cache needs a lane and a full
+    thread's pages for each. Returns the rollout of 16 lanes and ample pages.
     """
 
     def rollout(engine: ScriptedEngine | ForcedEngine) -> Rollout:
@@ -78,9 +80,9 @@ def check(
     if not cancels:
         done = rollout(ScriptedEngine(script(), max_seq_len=MAX_SEQ_LEN, logprob=logprob))
         assert counted(done).of_work == expected.of_work
-    for lanes in (1, 2, 3, 16):
-        how = {"lanes": lanes, "max_seq_len": MAX_SEQ_LEN, "logprob": logprob}
-        tight = rollout(ForcedEngine(script(), pages=TIGHT, prefix_reuse=True, **how))
+    for lanes in (lanes for lanes in (1, 2, 3, 16) if lanes >= workers):
+        how = {"lanes": lanes, "max_seq_len": MAX_SEQ_LEN, "logprob": logprob, "max_workers": workers}
+        tight = rollout(ForcedEngine(script(), pages=TIGHT * max(1, workers), prefix_reuse=True, **how))
         done = rollout(ForcedEngine(script(), pages=AMPLE, prefix_reuse=False, **how))
         assert done.result == tight.result
         if not cancels:

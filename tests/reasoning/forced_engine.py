@@ -26,6 +26,7 @@ class ForcedEngine:
         pages: int,
         max_total_tokens: int = 10**9,
         prefix_reuse: bool = True,
+        max_workers: int = 0,
         logprob: Callable[[Path], float] = lambda path: 0.0,
     ):
         """`logprob` is that of each token which the thread of a path writes."""
@@ -40,6 +41,7 @@ class ForcedEngine:
             prefix_reuse=prefix_reuse,
             block_size=32,
             row_blocks=lanes * -(-max_seq_len // 32),
+            max_workers=max_workers,
         )
         self.scheduler = Scheduler(limits)
         self._complete = complete

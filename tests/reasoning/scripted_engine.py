@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from apr_jax.engine.groups import Group
 from apr_jax.engine.threads import (
     Append,
     Call,
@@ -21,6 +22,7 @@ from apr_jax.engine.threads import (
     Program,
     Rollout,
     RolloutKey,
+    Share,
     Spawn,
     SpawnHandle,
     Stop,
@@ -70,9 +72,15 @@ class ScriptedEngine:
             rollouts.append(Rollout(key, result, tuple(calls), clock, latency_ms=clock / 10, work=work))
         return rollouts
 
-    def _drive(self, program: Program, path: Path, clock: int, calls: list[Call], left: int) -> tuple[Any, int, int]:
-        """The program's value, its clock at the end, and what is left of the tokens it was given."""
+    def _drive(
+        self, program: Program, path: Path, clock: int, calls: list[Call], left: int, prompt: Sequence[int] = ()
+    ) -> tuple[Any, int, int]:
+        """The program's value, its clock at the end, and what is left of the tokens it was given.
+
+        A worker on a shared cache has its group's `prompt` before its own tokens.
+        """
         thread = Thread(path=path, tokens=[], rollout=0, key=(0, 0))
+        thread.group = Group(tuple(prompt), 0) if prompt else None
         self._threads.append(thread)
         spawned: list[list[tuple[Any, int, int]]] = []
         reply: Any = None
@@ -83,7 +91,7 @@ class ScriptedEngine:
                 return end.value, clock, left
             match request:
                 case Open(tokens, fork_of, max_length):
-                    thread.tokens = [*(fork_of.tokens if fork_of else ()), *tokens]
+                    thread.tokens = [*prompt, *(fork_of.tokens if fork_of else ()), *tokens]
                     thread.computed = fork_of.computed if fork_of else 0
                     thread.max_length = min(self._max_seq_len, max_length or sys.maxsize)
                     reply = thread
@@ -106,15 +114,31 @@ class ScriptedEngine:
                 case Append(_, tokens):
                     thread.tokens += tokens
                     reply = None
-                case Spawn(programs):
+                case Spawn(programs) | Share(_, programs):
+                    given = request.prompt if isinstance(request, Share) else ()
                     ordinal, share = len(spawned), left // (len(programs) + 1)
                     left -= share * len(programs)
-                    ended = [self._drive(p, (*path, ordinal, i), clock, calls, share) for i, p in enumerate(programs)]
+                    ended = [
+                        self._drive(p, (*path, ordinal, i), clock, calls, share, given) for i, p in enumerate(programs)
+                    ]
+                    if isinstance(request, Share):
+                        self._count_across(len(given), (*path, ordinal))
                     spawned.append(ended)
                     reply = SpawnHandle(ordinal, len(programs))
                 case Join(handle, success):
                     reply, clock = self._join([child[:2] for child in spawned[handle.ordinal]], success, clock)
                     left += sum(child[2] for child in spawned[handle.ordinal])
+
+    def _count_across(self, prompt: int, path: Path) -> None:
+        """Adds what the workers of a group saw of each other, draw by draw, to their work."""
+        workers = [thread for thread in self._threads if thread.path[:-1] == path and thread.generated]
+        headers = {worker: len(worker.tokens) - worker.generated - prompt for worker in workers}
+        for worker in workers:
+            for time in range(worker.generated):
+                for other in workers:
+                    if other is not worker:
+                        seen = min(headers[other] + time, headers[other] + other.generated - 1)
+                        worker.work += Work(attended=seen)
 
     def _join(self, ended: list[tuple[Any, int]], success: Any, clock: int) -> tuple[list[Any], int]:
         """Values in spawn order. With `success`, what ends after the first success is None (calls stay whole)."""
@@ -143,7 +167,9 @@ class ScriptedEngine:
             thread.computed += len(written)
             thread.logprob += len(written) * self._logprob(thread.path)
             logprobs = np.full(len(written), self._logprob(thread.path), np.float32)
-            calls.append(Call(thread.path, context, tokens, logprobs, stop, clock, clock, end))
+            shared = len(thread.group.prompt) if thread.group else 0
+            call = Call(thread.path, context, tokens, logprobs, stop, clock, clock, end, shared_prompt=shared)
+            calls.append(call)
         thread.tokens += written
         thread.generated += len(written)
         return stop, end

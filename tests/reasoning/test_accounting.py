@@ -12,11 +12,12 @@ import pytest
 from apr_jax.engine.threads import RolloutKey
 from apr_jax.reasoning.adaptive import adaptive
 from apr_jax.reasoning.direct import direct
+from apr_jax.reasoning.hogwild import hogwild
 from apr_jax.reasoning.pasta import pasta
 from apr_jax.reasoning.programs import PROGRAMS, make_program
 from apr_jax.reasoning.serial import serial
 from apr_jax.reasoning.tree_of_thoughts import tree_of_thoughts
-from apr_jax.tasks import pasta_traces, trace
+from apr_jax.tasks import hogwild_traces, pasta_traces, trace
 from apr_jax.tasks.countdown import Problem
 from tests.reasoning.accounting import Counts, check, keys, lengths
 from tests.reasoning.fixtures import TOKENIZER, settings
@@ -290,3 +291,25 @@ def test_pasta_whose_parent_takes_longer_than_its_child():
     )
     texts = {(): [spawn, own, trace.NO_SOLUTION], (0, 0): [trace.NO_SOLUTION]}
     assert check(lambda: pasta(PROBLEM, settings()), texts, expected).result.status == "no_solution"
+
+
+def test_hogwild():
+    """Two workers hold 12 + 4 each. One writes 16 and EOS, the other 63 and EOS; their steps are taken together.
+
+    The first draws at times 0 to 16 and sees 4 + t tokens of the other; so does the other of it, which then draws 47
+    times more and sees all 4 + 16 that the first has read.
+    """
+    texts = [LOSES + hogwild_traces.LEAVE, LAST + trace.parent_prompt(PROBLEM) + LOSES + LOSES + LAST]
+    assert lengths(hogwild_traces.header(0), hogwild_traces.header(1), *texts) == [4, 4, 16, 63]
+    across = 2 * sum(4 + time for time in range(17)) + (64 - 17) * (4 + 16)
+    expected = Counts(
+        generated=17 + 64,
+        sequential=64,
+        peak_context=16 + 64 + 4 - 1 + 17,
+        threads=2,
+        prefilled=15 + 15,
+        attended=keys(1, 15 + 17) + keys(1, 15 + 64) + across,
+    )
+    script = {(0, number): [text] for number, text in enumerate(texts)}
+    rollout = check(lambda: hogwild(PROBLEM, settings()), script, expected, workers=2)
+    assert (rollout.result.status, rollout.result.num_children) == ("answered", 2)

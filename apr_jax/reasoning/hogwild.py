@@ -1,0 +1,82 @@
+"""Hogwild! inference: workers that decode at the same time on one cache and see each other's tokens as they come.
+
+Rodionov et al. 2025, arXiv 2504.06261. Every worker sees the common prompt, then the others' text, then its own; keys
+are stored once and queries rotated (section 3; `model/shared_view.py`). No framework tells workers how to collaborate:
+what they do with what they see is the policy's. The first worker that ends with an answer has answered for all, and the
+others are cut off.
+
+Of the paper's layouts this is the contiguous one, token by token: what a worker reads in a step the others see in that
+step, as in the paper's released code. What differs: headers do not see each other (they are prefilled one by one),
+there is no shared history of finished paragraphs (the combined layout), and no prompt asks workers whether their work
+is redundant.
+
+Any policy runs so (zero-shot: each worker gets an adaptive thread's prompt and a line that names it). One that was
+trained for it has learnt from `tasks/hogwild_traces.py` to share out the operations, and to leave when another has
+reached the goal.
+"""
+
+import dataclasses
+from collections.abc import Generator
+from typing import Any
+
+from apr_jax.engine.threads import Decode, Join, Open, Share, StopReason
+from apr_jax.reasoning.outcome import (
+    Outcome,
+    Settings,
+    Status,
+    prompt_tokens,
+    read_ending,
+    thread_text,
+    truncated_reason,
+)
+from apr_jax.tasks import hogwild_traces
+from apr_jax.tasks.countdown import Problem, claims_goal
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ending:
+    """How one worker ended."""
+
+    answer: str | None
+    status: Status
+    reason: str
+
+
+def hogwild(problem: Problem, settings: Settings) -> Generator[Any, Any, Outcome]:
+    """Workers on a shared cache, to the first answer.
+
+    Without an answer the outcome is that of the first worker that was cut off or malformed, else "no_solution".
+    """
+    prompt = prompt_tokens(settings.tokenizer, hogwild_traces.prompt(problem))
+    workers = [_worker(number, settings) for number in range(hogwild_traces.NUM_WORKERS)]
+    handle = yield Share(prompt, workers)
+    returned: list[_Ending | None] = yield Join(handle, _has_answered)
+    endings = [ending for ending in returned if ending is not None]
+    answers = tuple(ending.answer for ending in endings if ending.answer is not None)
+    failures = [ending for ending in endings if ending.status in ("malformed", "truncated")]
+    chosen = next((ending for ending in endings if ending.answer is not None), (failures or endings)[0])
+    return Outcome(
+        answer=chosen.answer,
+        status=chosen.status,
+        reason=chosen.reason,
+        num_spawns=1,
+        num_children=len(workers),
+        child_reasons=tuple(ending.reason for ending in failures),
+        child_paths=answers,
+    )
+
+
+def _worker(number: int, settings: Settings) -> Generator[Any, Any, _Ending]:
+    tokenizer = settings.tokenizer
+    thread = yield Open(tokenizer.encode(hogwild_traces.header(number)))
+    stop = yield Decode(thread, (tokenizer.eos_id,))
+    if stop.reason is not StopReason.TOKEN:
+        return _Ending(None, "truncated", truncated_reason(stop))
+    text = thread_text(tokenizer, thread)
+    if text.endswith("\n" + hogwild_traces.LEAVE) and not claims_goal(text):
+        return _Ending(None, "no_solution", "left")
+    return _Ending(*read_ending(text))
+
+
+def _has_answered(ending: _Ending) -> bool:
+    return ending.answer is not None
