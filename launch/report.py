@@ -28,7 +28,7 @@ def main() -> None:
     run = pathlib.Path(_RUN.value) if _RUN.value else None
     if run is not None and not run.is_dir():
         raise ConfigError(f"--run={run}: no such folder")
-    from apr_jax.evaluation.browser import NoBrowserError, take_pictures
+    from apr_jax.evaluation.browser import NoBrowserError, chromium, take_pictures
     from apr_jax.evaluation.compare_report import write_comparison
     from apr_jax.evaluation.report import write_report
 
@@ -41,8 +41,10 @@ def main() -> None:
             command = shlex.join(["python", "launch/report.py", *sys.argv[1:]])
             write_comparison(comparison, out, command=command, run=run)
         print(out)
-        for picture in take_pictures(out, pathlib.Path(_SCREENSHOTS.value)) if _SCREENSHOTS.value else ():
-            print(picture)
+        if _SCREENSHOTS.value:
+            with chromium() as browser:
+                for picture in take_pictures(browser, out, pathlib.Path(_SCREENSHOTS.value)):
+                    print(picture)
     except (FileNotFoundError, NoBrowserError) as error:
         raise entry.FailedError(str(error)) from error
 

@@ -19,6 +19,12 @@ _FLAGS = [
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
 _COLOURS = 160
+# Each picture: its file, light or dark, the part of the page, keys that are pressed first.
+_PICTURES = (
+    ("figures.png", "light", "#figures", ""),
+    ("threads.png", "light", "#threads", ""),
+    ("side_by_side.png", "dark", "#threads", "c"),
+)
 
 
 class NoBrowserError(RuntimeError):
@@ -51,29 +57,26 @@ def chromium() -> Iterator[Any]:
             browser.close()
 
 
-def take_pictures(report: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]:
+def take_pictures(browser: Any, report: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]:
     """Pictures of a comparison's page: its figures, a rollout's threads, and two methods side by side in the dark.
 
-    Returns the files in `folder`, which is made. Raises NoBrowserError.
+    Args:
+      browser: of `chromium`.
+    Returns: the files in `folder`, which is made.
     """
     folder.mkdir(parents=True, exist_ok=True)
     made = []
-    with chromium() as browser:
-        for name, scheme, selector, keys in (
-            ("report.png", "light", "#figures", ""),
-            ("threads.png", "light", "#threads", ""),
-            ("side_by_side.png", "dark", "#threads", "c"),
-        ):
-            context = browser.new_context(color_scheme=scheme, viewport={"width": 1360, "height": 900}, offline=True)
-            page = context.new_page()
-            page.goto(report.absolute().as_uri())
-            place = page.locator(selector)
-            if place.count():
-                for key in keys:
-                    page.keyboard.press(key)
-                made.append(folder / name)
-                made[-1].write_bytes(_small(place.screenshot(animations="disabled")))
-            context.close()
+    for name, scheme, selector, keys in _PICTURES:
+        context = browser.new_context(color_scheme=scheme, viewport={"width": 1360, "height": 900}, offline=True)
+        page = context.new_page()
+        page.goto(report.absolute().as_uri())
+        place = page.locator(selector)
+        if place.count():
+            for key in keys:
+                page.keyboard.press(key)
+            made.append(folder / name)
+            made[-1].write_bytes(_small(place.screenshot(animations="disabled")))
+        context.close()
     return made
 
 

@@ -6,7 +6,7 @@ anywhere else, and all model text is escaped.
 
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -16,10 +16,11 @@ from apr_jax.evaluation.behaviour import behaviour_tables
 from apr_jax.evaluation.compare import cell_name, compare
 from apr_jax.evaluation.compare_store import read_records, read_results
 from apr_jax.evaluation.curves import Curve, Point, accuracy_chart
+from apr_jax.evaluation.metrics import wilson_interval
 from apr_jax.evaluation.report import add_run_views, evaluations, read_json, read_jsonl, training_panels
 from apr_jax.evaluation.thread_view import ThreadViews
 
-_WRAPPED = re.compile(r"([a-z_]+)@([0-9]+):(.*)")
+_WRAPPED = re.compile(r"(?P<kind>[a-z]+)@[0-9]+:(?P<inner>.+)")
 _MAX_VIEW_BYTES = 2_500_000  # of rollouts; a page of this size opens at once
 
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
@@ -95,45 +96,61 @@ def curves_of(key: str, rows: Sequence[Row]) -> list[Curve]:
     """Our curves of one figure: accuracy against `key`.
 
     Against the context window a curve is a method at one budget and temperature; against a cost all cells of a method
-    at one temperature, wrappers with any number of samples being one method; against `num_samples` a wrapper at
-    one temperature and the largest window, with its inner method as its one sample.
+    at one temperature. Rows of several samples also know what fewer of them would have given (`pass_at_k` and its like
+    of `evaluation.metrics.summarize`): against `num_samples` and all tokens those are points too.
     """
     groups: dict[str, list[Point]] = {}
     several = len({row["temperature"] for row in rows}) > 1
     for row in rows:
         temperature = f", temperature {row['temperature']:g}" if several else ""
-        for label, x in _places(key, row, rows):
-            point = Point(x, row["accuracy"], row["accuracy_low"], row["accuracy_high"], cell_name(row, rows))
+        for label, point in _points(key, row, rows):
             groups.setdefault(label + temperature, []).append(point)
     return [Curve(label, tuple(points)) for label, points in groups.items()]
 
 
-def _places(key: str, row: Row, rows: Sequence[Row]) -> Iterable[tuple[str, float]]:
-    """The curves that a row has a point of, and where."""
-    family, samples, inner = _family(row["method"])
-    if key == "context_window":
-        budget = "" if row["budget"] is None else f", budget {row['budget']}"
-        return [(row["method"] + budget, row[key])]
-    if key != "num_samples":
-        return [(family, row[key])] if row[key] > 0 else []
-    if row["context_window"] != max(other["context_window"] for other in rows):
+def _points(key: str, row: Row, rows: Sequence[Row]) -> list[tuple[str, Point]]:
+    """The points that a row is, each with its curve's label."""
+    label, x = row["method"], row.get(key, 0)
+    wrapper = _WRAPPED.fullmatch(row["method"])
+    if wrapper is not None and key in ("num_samples", "total_tokens") and "pass_at_k" in row:
+        return _points_at_k(key, row, rows, wrapper["kind"], wrapper["inner"])
+    if key == "context_window" and row["budget"] is not None:
+        label += f", budget {row['budget']}"
+    point = Point(x, row["accuracy"], row["accuracy_low"], row["accuracy_high"], cell_name(row, rows))
+    return [(label, point)] if x > 0 else []
+
+
+def _points_at_k(key: str, row: Row, rows: Sequence[Row], kind: str, inner: str) -> list[tuple[str, Point]]:
+    """A row of several samples: a point for each power of two below their number, and one for all.
+
+    Only the row with the most samples at the largest window is drawn. Intervals are Wilson's, which is conservative for
+    estimates from all samples.
+    """
+    alike = [
+        other
+        for other in rows
+        if other["temperature"] == row["temperature"]
+        and (match := _WRAPPED.fullmatch(other["method"])) is not None
+        and (match["kind"], match["inner"]) == (kind, inner)
+    ]
+    if row is not max(alike, key=lambda other: (other["context_window"], len(other.get("pass_at_k", ())))):
         return []
-    if samples is not None:
-        return [(family, samples)]
-    wrappers = [_family(other["method"]) for other in rows if other["temperature"] == row["temperature"]]
-    return [(name, 1) for name in dict.fromkeys(name for name, n, of in wrappers if n is not None and of == inner)]
-
-
-def _family(method: str) -> tuple[str, int | None, str]:
-    """A row's method, whatever its number of samples; that number; and what is sampled."""
-    match = _WRAPPED.fullmatch(method)
-    return (f"{match[1]}@n of {match[3]}", int(match[2]), match[3]) if match else (method, None, method)
+    values, total = row[f"{kind}_at_k"], row["num_problems"]
+    counts = sorted(
+        {1 << power for power in range(len(values).bit_length()) if 1 << power <= len(values)} | {len(values)}
+    )
+    points = []
+    for k in counts:
+        x = k if key == "num_samples" else row["tokens_at_k"][k - 1]
+        low, high = wilson_interval(round(total * values[k - 1]), total)
+        points.append((f"{kind}@n of {inner}", Point(x, values[k - 1], low, high, f"{kind}@{k} of {inner}")))
+    return [(label, point) for label, point in points if point.x > 0]
 
 
 def _figure(key: str, title: str, x_label: str, rows: Sequence[Row]) -> dict[str, Any] | None:
     """A figure with its table and the paper's beside it; None where there is nothing to draw."""
     curves = curves_of(key, rows)
-    if not curves or (key == "num_samples" and all(len(curve.points) < 2 for curve in curves)):
+    if not curves:
         return None
     label = x_label.format(lanes=rows[0]["lanes"])
     theirs = paper.CURVES.get(key)

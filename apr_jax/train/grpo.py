@@ -177,6 +177,7 @@ def train_grpo(
     stop: StopSignal,
     skipped: SkippedSteps,
     validate: Callable[[], float],
+    keep: Callable[[int, Sample], None],
 ) -> Params:
     """Trains from `params`, or from the last checkpoint, to `config.grpo.num_steps`. Returns the policy.
 
@@ -185,6 +186,7 @@ def train_grpo(
       problems: the train split.
       validate: accuracy of the engine's policy on held-out problems, asked for every `grpo.validate_every` steps. It is
         the policy that the next step's rollouts are drawn from, and stands in that step's metrics.
+      keep: told of the rollouts of each step that ends in a regular checkpoint, to keep some for people to read.
     Raises:
       StoppedError: a signal came; the last finished step is saved.
       FloatingPointError: too many steps in a row had a loss or gradient that was not finite (`skipped`).
@@ -229,7 +231,10 @@ def train_grpo(
             bar.update(1, accuracy=metrics["accuracy"], children=metrics["children_per_rollout"])
             skipped.note("grpo", step, metrics["skipped_rate"], functools.partial(_rows, sequences, grpo.row_len))
             stopping = stop.agreed()
-            if step % grpo.checkpoint_every == 0 or step == grpo.num_steps or stopping:
+            regular = step % grpo.checkpoint_every == 0 or step == grpo.num_steps
+            if regular:
+                keep(step, sample)
+            if regular or stopping:
                 writer.sync()
                 checkpoints.save(step, state, {}, skipped.in_a_row)
             if stopping:

@@ -4,6 +4,7 @@ WORKDIR/config.json         the configuration
 WORKDIR/metrics.jsonl       one object a step (metrics.py)
 WORKDIR/checkpoints/        checkpoint.py
 WORKDIR/evaluations/        one file for each evaluation that is done
+WORKDIR/grpo_rollouts/      some rollouts that GRPO learnt from, with their advantages (kept_rollouts.py)
 WORKDIR/skipped/            batches whose loss or gradient was not finite, of a run that gave up (skipping.py)
 WORKDIR/summary.json, rollouts.jsonl, report.html, figure.svg
 """
@@ -39,9 +40,11 @@ from apr_jax.train.checkpoint import (
     load_reference,
     save_reference,
 )
+from apr_jax.train.dynamic_sampling import Sample
 from apr_jax.train.files import write_json
 from apr_jax.train.grpo import train_grpo
 from apr_jax.train.hosted_engine import RolloutEngine, make_engine, plan_engine
+from apr_jax.train.kept_rollouts import keep_rollouts
 from apr_jax.train.metrics import MetricsWriter
 from apr_jax.train.phases import PHASES
 from apr_jax.train.same_run import fields_that_matter
@@ -224,7 +227,12 @@ class _Run:
             stop=self.stop,
             skipped=SkippedSteps(self.workdir, self.config.faults.max_skipped_steps),
             validate=lambda: self._validation_accuracy(engine),
+            keep=self._keep_rollouts,
         )
+
+    def _keep_rollouts(self, step: int, sample: Sample) -> None:
+        if hosts.is_first():
+            keep_rollouts(self.workdir, step, sample, self.config, self.tokenizer)
 
     def _validation_accuracy(self, engine: RolloutEngine) -> float:
         """The share of validation problems that the engine's policy solves, greedily."""

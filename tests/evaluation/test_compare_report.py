@@ -8,6 +8,7 @@ from apr_jax.evaluation import paper
 from apr_jax.evaluation.compare_report import curves_of, write_comparison
 from apr_jax.evaluation.compare_store import read_results
 from apr_jax.evaluation.curves import Curve, Point, accuracy_chart
+from apr_jax.evaluation.metrics import wilson_interval
 from tests.evaluation.made_rollouts import made_comparison
 from tests.evaluation.test_report import EVIL, Page, text_of
 
@@ -102,19 +103,27 @@ def test_a_curve_is_a_method_along_what_varies():
     }
 
 
-def test_a_wrapper_is_one_curve_over_its_samples_with_one_sample_of_what_it_wraps():
+def test_several_samples_are_a_curve_over_their_number():
+    at_k = {"pass_at_k": [0.4, 0.5, 0.6], "cons_at_k": [0.4, 0.4, 0.5], "tokens_at_k": [10.0, 20.0, 30.0]}
+    fewer = {name: values[:2] for name, values in at_k.items()}
     rows = [
         row("serial", accuracy=0.4),
-        row("serial", window=256, accuracy=0.2),
-        row("cons@4:serial", accuracy=0.45, total_tokens=400.0),
-        row("cons@8:serial", accuracy=0.5, total_tokens=800.0),
-        row("pass@8:serial", accuracy=0.7, total_tokens=800.0),
+        row("cons@2:serial", accuracy=0.4, num_problems=10, **fewer),
+        row("cons@3:serial", accuracy=0.5, num_problems=10, **at_k),
+        row("cons@3:serial", accuracy=0.2, num_problems=10, window=256, **at_k),
+        row("pass@3:serial", accuracy=0.6, num_problems=10, **at_k),
     ]
     assert places("num_samples", rows) == {
-        "cons@n of serial": [(1, 0.4), (4, 0.45), (8, 0.5)],
-        "pass@n of serial": [(1, 0.4), (8, 0.7)],
+        "cons@n of serial": [(1, 0.4), (2, 0.4), (3, 0.5)],
+        "pass@n of serial": [(1, 0.4), (2, 0.5), (3, 0.6)],
     }
-    assert places("total_tokens", rows)["cons@n of serial"] == [(400, 0.45), (800, 0.5)]
+    tokens = places("total_tokens", rows)
+    assert tokens["pass@n of serial"] == [(10, 0.4), (20, 0.5), (30, 0.6)]
+    assert tokens["serial"] == [(100, 0.4)]
+    assert places("latency_ms", rows)["cons@3:serial"] == [(9, 0.5), (9, 0.2)]
+    (curve,) = curves_of("num_samples", rows[4:])
+    low, high = wilson_interval(5, 10)
+    assert (curve.points[1].low, curve.points[1].high, curve.points[1].name) == (low, high, "pass@2 of serial")
 
 
 def test_a_chart_places_points_and_intervals():

@@ -251,11 +251,10 @@ def test_a_comparison_opens_offline_with_its_figures(browser, tmp_path):
 
 
 def test_pictures_for_the_readme(browser, tmp_path):
-    del browser  # there is one
     made_comparison(tmp_path, windows=(400,))
     write_comparison(tmp_path, tmp_path / "report.html", command="it")
-    made = take_pictures(tmp_path / "report.html", tmp_path / "pictures")
-    assert [path.name for path in made] == ["report.png", "threads.png", "side_by_side.png"]
+    made = take_pictures(browser, tmp_path / "report.html", tmp_path / "pictures")
+    assert [path.name for path in made] == ["figures.png", "threads.png", "side_by_side.png"]
     for path in made:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert 10_000 < path.stat().st_size < 200_000

@@ -20,6 +20,7 @@ from apr_jax.reasoning.outcome import Outcome, banned_tokens
 from apr_jax.tasks.countdown import Problem, Verdict
 from apr_jax.train import grpo, rollouts
 from apr_jax.train.checkpoint import Checkpoints
+from apr_jax.train.kept_rollouts import keep_rollouts
 from apr_jax.train.metrics import MetricsWriter, read
 from apr_jax.train.objectives import make_objective
 from apr_jax.train.phases import PHASES
@@ -252,6 +253,7 @@ def bandit(monkeypatch):
                 stop=stop or StopSignal(),
                 skipped=SkippedSteps(workdir, config.faults.max_skipped_steps),
                 validate=lambda: 0.0,
+                keep=lambda step, sample: keep_rollouts(workdir, step, sample, config, TOKENIZER),
             )
 
     return train
@@ -278,12 +280,18 @@ def test_reward_rises_and_resumed_equals_uninterrupted(bandit, tmp_path):
     assert np.mean([r["accuracy"] for r in records[-2:]]) > 0.9
     assert all(record["logp_diff_max"] < 1e-4 for record in records)
     assert all(record["probs_pearson_corr"] > 0.9999 for record in records)
+    kept = {int(path.stem): read(path) for path in (tmp_path / "whole" / "grpo_rollouts").iterdir()}
+    assert set(kept) == {4, 8, 10}  # with the regular checkpoints
 
     with pytest.raises(StoppedError):
         bandit(tmp_path / "parts", StopInRollouts(7))  # after step 6, between checkpoints
     actual = bandit(tmp_path / "parts")
     assert (tmp_path / "parts" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    for step, records in kept.items():
+        again = read(tmp_path / "parts" / "grpo_rollouts" / f"{step}.jsonl")
+        tokens = [[[call["tokens"] for call in record["calls"]] for record in of] for of in (records, again)]
+        assert tokens[0] == tokens[1]
 
 
 def test_a_bug_in_a_program_stops_the_run(bandit, tmp_path, monkeypatch):
