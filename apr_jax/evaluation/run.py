@@ -129,7 +129,7 @@ def show_summary(summary: Mapping[str, Any]) -> str:
         f"tokens          {summary['total_tokens']:,.0f} a problem, {summary['sequential_tokens']:,.0f} of them one "
         f"after the other; {summary['tokens_per_call']:.0f} a call",
         f"computed        {summary['flops']:.3g} FLOPs, {summary['prefilled_tokens']:,.0f} tokens prefilled; "
-        f"its longest thread holds {summary['peak_context']:,.0f}",
+        f"a problem's longest thread holds {summary['peak_context']:,.0f}",
         f"children        {summary['children_per_rollout']:.1f} a problem, {summary['children_per_spawn']:.1f} a spawn",
         f"malformed       {_share_and_reasons(summary['malformed_rate'], summary['malformed_reasons'])}",
         f"cut off         {_share_and_reasons(summary['truncated_rate'], summary['truncated_reasons'])}",

@@ -97,7 +97,8 @@ class ScriptedEngine:
                     reply = thread
                 case Prefill(asked):
                     assert asked is thread
-                    self._prefill(thread)
+                    if len(thread.tokens) < thread.max_length:
+                        self._prefill(thread)
                     reply = None
                 case Decode(asked, stop_tokens, _, max_tokens):
                     assert asked is thread
