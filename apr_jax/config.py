@@ -350,7 +350,7 @@ def check_consistent(config: Config) -> None:
             f"rollout.context_window={rollout.context_window} must be 0 or one of task.context_windows={windows}, "
             "which demonstrations name"
         )
-    if config.data.condition_on_budget and config.data.method in ("direct", "tree_of_thoughts"):
+    if config.data.condition_on_budget and config.data.method in ("direct", "hogwild", "tree_of_thoughts"):
         raise ConfigError(f"data.condition_on_budget=True: data.method={config.data.method!r} has no budget to name")
     if config.grpo.validate_every and config.grpo.validation_problems > config.data.num_validation:
         raise ConfigError(

@@ -20,7 +20,7 @@ VARIANTS = [
     for name in ("grpo", "sft", "benchmark_decode", "benchmark_train")
     for variant in ("laptop", "smoke", "paper", "7b")
 ]
-METHODS = ("adaptive", "serial", "direct", "tree_of_thoughts", "pasta", "nested")
+METHODS = ("adaptive", "serial", "direct", "tree_of_thoughts", "pasta", "nested", "hogwild")
 VARIANTS += [("methods", method) for method in METHODS]
 # Lanes that 3 and 5 divide: what else they don't divide is told.
 LANES_BY_30 = {"rollout__num_lanes": 60, "rollout__num_pages": 1_200, "rollout__prefill_lanes": 30}
@@ -108,6 +108,7 @@ def test_every_method_has_a_variant():
         ({"tree_of_thoughts": dict(TREE, breadth=0)}, r"tree_of_thoughts\.breadth=0 must be at least 1"),
         ({"tree_of_thoughts": dict(TREE, search="dfs")}, r"tree_of_thoughts\.search='dfs': choose one of 'breadth"),
         ({"data__method": "tree_of_thoughts", "data__condition_on_budget": True}, r"has no budget to name"),
+        ({"data__method": "hogwild", "data__condition_on_budget": True}, r"has no budget to name"),
         ({"data__num_train": 0}, r"data\.num_train=0 must be at least 1"),
     ],
 )

@@ -64,6 +64,12 @@ class EnginePlan:
             row_blocks=decode.row_blocks(lanes, pages),
             max_workers=max_workers,
         )
+        needed = max_workers * -(-model.max_seq_len // rollout.page_size)
+        if expects_groups and needed > limits.pages - 1:
+            raise ConfigError(
+                f"{max_workers} workers on a shared cache may need {needed} pages of rollout.page_size="
+                f"{rollout.page_size}, and a data shard has {limits.pages - 1} usable ones; raise rollout.num_pages"
+            )
         plan = cls(model, limits, decode, choose_layout(model, mesh), mesh, expects_groups)
         plan.memory.check()
         return plan

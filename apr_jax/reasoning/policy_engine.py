@@ -23,7 +23,8 @@ def policy_engine(
       rollout: in place of `config.rollout`, where the engine is one of several.
     Raises: ConfigError as `Engine`.
     """
-    rollout, shares = rollout or config.rollout, config.data.method in SHARED_METHODS
+    rollout = rollout or config.rollout
+    max_workers, expects_groups = workers(config, rollout, mesh)
     return Engine(
         config.model,
         rollout,
@@ -31,6 +32,13 @@ def policy_engine(
         params=params,
         banned_tokens=banned_tokens(tokenizer, config.model.vocab_size),
         gate=spawn_gate(config, tokenizer),
-        max_workers=NUM_WORKERS if shares or rollout.num_lanes >= NUM_WORKERS * mesh.shape["data"] else 0,
-        expects_groups=shares,
+        max_workers=max_workers,
+        expects_groups=expects_groups,
     )
+
+
+def workers(config: Config, rollout: RolloutConfig, mesh: Mesh) -> tuple[int, bool]:
+    """How many workers may share a cache in such an engine, and whether `config`'s own method has any."""
+    expected = config.data.method in SHARED_METHODS
+    fit = rollout.num_lanes >= NUM_WORKERS * mesh.shape["data"]
+    return (NUM_WORKERS if expected or fit else 0), expected

@@ -17,7 +17,7 @@ from apr_jax.evaluation.run import RunsPrograms
 from apr_jax.model.llama import Params, abstract_params, logical_axes
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import RULES, param_shardings
-from apr_jax.reasoning.policy_engine import policy_engine
+from apr_jax.reasoning.policy_engine import policy_engine, workers
 from apr_jax.train.signals import StopSignal
 
 
@@ -30,7 +30,8 @@ class RolloutEngine(RunsPrograms, Protocol):
 
 def plan_engine(config: Config, mesh: Mesh) -> EnginePlan:
     """What each host's engine will be. Raises ConfigError for sizes that don't divide, or don't fit a device."""
-    return EnginePlan.of(config.model, _share_of(config.rollout), hosts.rollout_mesh(mesh))
+    rollout, mesh = _share_of(config.rollout), hosts.rollout_mesh(mesh)
+    return EnginePlan.of(config.model, rollout, mesh, *workers(config, rollout, mesh))
 
 
 def make_engine(config: Config, mesh: Mesh, tokenizer: Tokenizer, params: Params, stop: StopSignal) -> RolloutEngine:

@@ -277,6 +277,8 @@ def breaking(request):
 def test_sizes_that_can_never_do_are_refused():
     with pytest.raises(ConfigError, match="need as many lanes"):
         make_engine(max_workers=9)
-    small = make_engine(max_workers=3, num_pages=20)
+    with pytest.raises(ConfigError, match=r"may need 36 pages of rollout\.page_size=8, and a data shard has 19"):
+        make_engine(max_workers=3, num_pages=20)
+    small = make_engine(max_workers=3, num_pages=20, expects_groups=False)
     with pytest.raises(ConfigError, match=r"pages of rollout\.page_size=8"):
         small.run(keyed([sharing(1, limits=(None,) * 3, stops=((),) * 3, length=80)]), seed=0, temperature=1.0)
