@@ -3,16 +3,16 @@
     python launch/compare.py --policies=correct=runs/correct,path=runs/path --figure=docs/critical_path.svg
     python launch/compare.py --policies=adaptive=runs/laptop,serial=runs/serial --methods=adaptive,cons@8:serial \\
       --temperatures=0,1 --context_windows=256,384,512
-    python launch/report.py --run=runs/laptop
+    python launch/report.py --comparison=runs/comparison --run=runs/laptop
 
 A row of --methods is PROGRAM or PROGRAM/POLICY; without --methods each policy reasons as it was trained to. Every row
 is run at every budget, temperature and context window. WORKDIR/results.jsonl has an object for each such cell, and
 WORKDIR/records its problems' records. Kill it at any moment and start it again: finished cells are kept. At the end
 every cell is compared with the first, problem by problem. docs/comparing.md says more.
 
-Each policy decodes under its own configuration, on an engine with the lanes and pages of the first one's;
---config.a.b=c changes a field of all. Exit codes: 0 done, 1 failed, 2 bad arguments or config, 75 stopped by a signal
-(start again to go on).
+A thread that fills its context window is cut off. Each policy decodes under its own configuration, on an engine with
+the lanes and pages of the first one's; --config.a.b=c changes a field of all. Exit codes: 0 done, 1 failed, 2 bad
+arguments or config, 75 stopped by a signal (start again to go on).
 """
 
 import dataclasses

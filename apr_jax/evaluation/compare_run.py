@@ -5,6 +5,7 @@ import datetime
 import hashlib
 import itertools
 import json
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,12 +14,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from apr_jax.config import Config, ConfigError, ModelConfig, to_dict
-from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
+from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.benchmark import device_name
 from apr_jax.engine.engine import Engine
 from apr_jax.evaluation.compare_grid import Cell
 from apr_jax.evaluation.compare_store import Json, Results
-from apr_jax.evaluation.policy import check_vocabulary, choose_config
+from apr_jax.evaluation.policy import choose_config, choose_tokenizer
 from apr_jax.evaluation.run import ShownProgress, evaluate
 from apr_jax.model.llama import Params
 from apr_jax.parallel.mesh import make_mesh
@@ -82,8 +83,7 @@ def make_policy(
         overrides = {**shared, **{f"mesh.{axis}": size for axis, size in mesh.items()}, **overrides}
     try:
         config = choose_config(model, saved, given if saved is None else None, overrides)
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        check_vocabulary(config.model, tokenizer)
+        tokenizer = choose_tokenizer(pathlib.Path(checkpoint), config, saved)
     except ConfigError as error:
         raise ConfigError(f"--policies={name}: {error}") from error
     return Policy(name, checkpoint, params, config, tokenizer, weights_digest(params))
@@ -128,13 +128,13 @@ def run_cells(
       command: what was run, for the rows.
       keep_rollouts: so many problems' threads are kept with their text, the first ones.
       say: told of cells that were done before.
-    Raises: ConfigError where `results` has cells of other settings, or a context window does not fit.
+    Raises: ConfigError where `results` has cells of other settings, or a context window is too large.
     """
     todo: dict[int, tuple[Cell, Json]] = {}
     rows: dict[int, Json] = {}
-    configs = {cell: _cell_config(policies[cell.row.policy].config, cell) for cell in cells}
+    configs = {cell: cell_config(policies[cell.row.policy].config, cell) for cell in cells}
     for index, cell in enumerate(cells):
-        settings = _settings(cell, policies[cell.row.policy], configs[cell], asked)
+        settings = cell_settings(cell, policies[cell.row.policy], configs[cell], asked)
         done = results.find(cell, settings)
         if done is None:
             todo[index] = (cell, settings)
@@ -143,18 +143,20 @@ def run_cells(
     if rows:
         say(f"{len(rows)} of {len(cells)} cells were done before")
     engines = _Engines()
-    # Cells of one engine lie next to each other, so that it is made once.
-    for count, index in enumerate(sorted(todo, key=lambda i: (cells[i].context_window, cells[i].row.policy, i)), 1):
+    # Cells of one policy lie next to each other, so that its engine is made once.
+    for count, index in enumerate(sorted(todo, key=lambda i: (cells[i].row.policy, i)), 1):
         cell, settings = todo[index]
         policy, config = policies[cell.row.policy], configs[cell]
-        engine = engines.of(policy, config)
+        engine, window = engines.of(policy), cell.context_window
         with ShownProgress(len(asked.problems), f"{count}/{len(todo)} {cell}") as on_progress:
             summary, records = evaluate(
                 engine,
                 policy.tokenizer,
                 asked.problems,
                 method=cell.row.program,
-                settings=make_settings(config, policy.tokenizer, cell.budget),
+                settings=make_settings(
+                    config, policy.tokenizer, cell.budget, window if window < config.model.max_seq_len else None
+                ),
                 seed=asked.seed,
                 temperature=cell.temperature,
                 on_progress=on_progress,
@@ -188,14 +190,15 @@ def weights_digest(params: Params) -> str:
 
 
 class _Engines:
-    """The engine of the cell that is run: made anew where its shapes or limits change, else given other weights."""
+    """The engine of the policy that is run: made anew where shapes or limits change, else given other weights."""
 
     def __init__(self) -> None:
         self._made: tuple[Any, ...] | None = None
         self._engine: Engine | None = None
         self._weights = ""
 
-    def of(self, policy: Policy, config: Config) -> Engine:
+    def of(self, policy: Policy) -> Engine:
+        config = policy.config
         wanted = (config.model, config.rollout, config.mesh, config.data.tokenizer)
         if self._engine is None or self._made != wanted:
             self._engine = None  # its memory is free before the next one takes its own
@@ -207,21 +210,22 @@ class _Engines:
         return self._engine
 
 
-def _cell_config(config: Config, cell: Cell) -> Config:
-    """The policy's, with the cell's context window. Raises ConfigError where that does not fit the cache."""
-    window = cell.context_window
-    try:
-        return dataclasses.replace(
-            config,
-            model=dataclasses.replace(config.model, max_seq_len=window),
-            sft=dataclasses.replace(config.sft, row_len=max(window, config.sft.row_len)),
-            grpo=dataclasses.replace(config.grpo, row_len=max(window, config.grpo.row_len)),
+def cell_config(config: Config, cell: Cell) -> Config:
+    """The policy's; one that was trained to be told its context window is told the cell's, where it knows that size.
+
+    Raises ConfigError for a window that threads of this policy cannot fill.
+    """
+    window, most = cell.context_window, config.model.max_seq_len
+    if window > most:
+        raise ConfigError(
+            f"--context_windows={window}: threads of {cell.row.policy} hold model.max_seq_len={most} tokens; "
+            f"--config.model.max_seq_len={window} allows more than it was trained for"
         )
-    except ConfigError as error:
-        raise ConfigError(f"--context_windows={window}: {error}") from error
+    told = window if window in config.task.context_windows else config.rollout.context_window
+    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, context_window=told))
 
 
-def _settings(cell: Cell, policy: Policy, config: Config, asked: Asked) -> Json:
+def cell_settings(cell: Cell, policy: Policy, config: Config, asked: Asked) -> Json:
     """All that a cell's figures depend on, by dotted name: equal settings give equal rollouts, on one machine."""
     sections = {
         f"{section}.{name}": value
