@@ -127,21 +127,24 @@ def _sample_figures(samples: Sequence[Sample], calls: Sequence[Call], problem: P
     """Each sample, and what fewer samples would have given: entry k - 1 of a list is of k of them.
 
     `pass_at_k` is an estimate from all samples. `cons_at_k` and `best_at_k` are 1 where what the first k choose is
-    right, and `tokens_at_k` is what these k wrote.
+    right, and `tokens_at_k` is what these k wrote. Without likelihoods (of roots that write nothing) there is no
+    `best_at_k`.
     """
     correct = [countdown.verify(sample.answer, problem).correct for sample in samples]
     tokens = [sum(len(call.tokens) for call in calls if call.path[:2] == (0, index)) for index in range(len(samples))]
     counts = range(1, len(samples) + 1)
-    return {
+    figures = {
         "samples": [
             {**dataclasses.asdict(sample), "correct": right, "tokens": written}
             for sample, right, written in zip(samples, correct, tokens, strict=True)
         ],
         "pass_at_k": [pass_at_k(len(samples), sum(correct), k) for k in counts],
         "cons_at_k": [float(correct[CHOICES["cons"](samples[:k], problem)]) for k in counts],
-        "best_at_k": [float(correct[CHOICES["best"](samples[:k], problem)]) for k in counts],
         "tokens_at_k": [sum(tokens[:k]) for k in counts],
     }
+    if all(sample.mean_logprob is not None for sample in samples if sample.answer is not None):
+        figures["best_at_k"] = [float(correct[CHOICES["best"](samples[:k], problem)]) for k in counts]
+    return figures
 
 
 def summarize(records: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
@@ -209,7 +212,7 @@ def _means_at_k(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """Means of what each record tells of its first k samples; nothing where records have none, or not equally many."""
     if len({len(record.get("samples", ())) for record in records}) > 1 or "samples" not in records[0]:
         return {}
-    names = ("pass_at_k", "cons_at_k", "best_at_k", "tokens_at_k")
+    names = [name for name in records[0] if name.endswith("_at_k") and all(name in record for record in records)]
     return {
         name: [sum(column) / len(records) for column in zip(*(record[name] for record in records), strict=True)]
         for name in names

@@ -140,11 +140,10 @@ def show_summary(summary: Mapping[str, Any]) -> str:
         f"speed           {summary['tokens_per_second']:,.0f} tokens/s, {summary['latency_ms']:,.0f} ms a problem",
     ]
     if "pass_at_k" in summary:
-        ends = [100 * summary[name][-1] for name in ("cons_at_k", "best_at_k", "pass_at_k")]
-        lines.append(
-            f"samples         {len(summary['pass_at_k'])}: the majority is right in {ends[0]:.1f} % of problems, the "
-            f"likeliest in {ends[1]:.1f} %, any in {ends[2]:.1f} %; one alone in {100 * summary['pass_at_k'][0]:.1f} %"
-        )
+        names = {"cons_at_k": "the majority", "best_at_k": "the likeliest", "pass_at_k": "any"}
+        ends = [f"{who} in {100 * summary[name][-1]:.1f} %" for name, who in names.items() if name in summary]
+        alone = f"one alone is right in {100 * summary['pass_at_k'][0]:.1f} % of problems"
+        lines.append(f"samples         {len(summary['pass_at_k'])}: {alone}, {', '.join(ends)}")
     return "\n".join(lines)
 
 

@@ -34,7 +34,7 @@ class Settings:
     spawn_grammar: SpawnGrammar | None  # what spawns are held to; None: the model writes what it will
     tree_of_thoughts: TreeOfThoughtsConfig
     context_window: int | None  # tokens that a thread of adaptive may hold, and is told of; None: model.max_seq_len
-    max_tokens: int | None  # tokens that any thread of any program may hold, untold; None: model.max_seq_len
+    max_tokens: int | None  # tokens that any thread of any program may hold or see, untold; None: model.max_seq_len
     budget: int | None  # written into the prompt: sub calls (adaptive) or tokens (serial); None = not conditioned
 
 

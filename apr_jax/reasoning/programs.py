@@ -5,13 +5,13 @@ from collections.abc import Callable, Generator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from apr_jax.engine.threads import Open, Program, Spawn
+from apr_jax.engine.threads import Open, Program, Share, Spawn
 from apr_jax.reasoning.adaptive import adaptive
 from apr_jax.reasoning.direct import direct
 from apr_jax.reasoning.hogwild import hogwild
 from apr_jax.reasoning.outcome import Outcome, Settings
 from apr_jax.reasoning.pasta import pasta
-from apr_jax.reasoning.sampling import read_wrapper, sampled
+from apr_jax.reasoning.sampling import most_likely, read_wrapper, sampled
 from apr_jax.reasoning.serial import serial
 from apr_jax.reasoning.tree_of_thoughts import tree_of_thoughts
 from apr_jax.tasks.countdown import Problem
@@ -26,6 +26,9 @@ PROGRAMS: Mapping[str, Callable[[Problem, Settings], Generator[Any, Any, Outcome
         "tree_of_thoughts": tree_of_thoughts,
     }
 )
+
+# Their root writes nothing, so that there is no likelihood to rank samples by.
+_SILENT_ROOTS = frozenset({"hogwild", "tree_of_thoughts"})
 
 
 def make_program(method: str, problem: Problem, settings: Settings) -> Generator[Any, Any, Outcome]:
@@ -45,9 +48,9 @@ def make_program(method: str, problem: Problem, settings: Settings) -> Generator
 
 
 def check_method(method: str, temperature: float | None = None) -> None:
-    """Raises ValueError for what `make_program` refuses, and for several samples that would all be the same.
+    """Raises ValueError for what there is not, for samples without a likelihood to rank by, and for equal samples.
 
-    At temperature 0 nothing is drawn at random. None: the temperature is not known yet.
+    At temperature 0 nothing is drawn at random, so that all are the same. None: the temperature is not known yet.
     """
     wrapper = read_wrapper(method)
     if wrapper is None:
@@ -59,11 +62,16 @@ def check_method(method: str, temperature: float | None = None) -> None:
             f"method {method!r}: at temperature 0 its {wrapper.num_samples} samples are all the same; set a "
             f"temperature above 0, or use {wrapper.inner}"
         )
+    if wrapper.choose is most_likely and (wrapper.inner in _SILENT_ROOTS or read_wrapper(wrapper.inner)):
+        raise ValueError(f"method {method!r}: no root of {wrapper.inner} writes what could be likely; use cons@N")
     check_method(wrapper.inner, temperature)
 
 
 def _held(program: Program, max_tokens: int) -> Program:
-    """The program, with no thread of it and of what it spawns holding more than `max_tokens` tokens."""
+    """The program, with no thread of it and of what it spawns holding more than `max_tokens` tokens.
+
+    Workers on a shared cache see each other's tokens: they get equal parts of what their prompt leaves.
+    """
     reply = None
     try:
         while True:
@@ -75,6 +83,10 @@ def _held(program: Program, max_tokens: int) -> Program:
                 request = dataclasses.replace(request, max_length=min(max_tokens, request.max_length or max_tokens))
             elif isinstance(request, Spawn):
                 request = Spawn([_held(child, max_tokens) for child in request.programs])
+            elif isinstance(request, Share):
+                prompt, workers = request.prompt, request.programs
+                part = max(1, len(prompt) + (max_tokens - len(prompt)) // len(workers))
+                request = Share(prompt, [_held(worker, part) for worker in workers])
             reply = yield request
     finally:
         program.close()

@@ -1,5 +1,6 @@
 """Metrics against figures that were worked out by hand or by an independent formula."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -235,6 +236,10 @@ def test_one_run_of_samples_gives_the_figures_of_fewer():
     assert summary["cons_at_k"] == [0.5, 0.5, 0.5, 1]
     assert summary["tokens_at_k"] == record["tokens_at_k"]
     assert "cons_at_k" not in summarize([record, {**record, "samples": []}], seconds=1.0)
+    silent = tuple(dataclasses.replace(sample, mean_logprob=None) for sample in rollout.result.samples)
+    rollout = dataclasses.replace(rollout, result=dataclasses.replace(rollout.result, samples=silent))
+    record = record_rollout(PROBLEM, rollout, TOKENIZER, MODEL, method="cons@4:hogwild", keep_calls=False)
+    assert "best_at_k" not in {**record, **summarize([record], seconds=1.0)}
 
 
 def test_summary_of_threads_that_never_spawn_and_of_nothing():

@@ -82,8 +82,8 @@ def test_samples_are_shown_beside_one_alone():
     assert "samples " not in show_summary(summary)
     shown = show_summary(summary | figures).splitlines()[-1]
     assert shown == (
-        "samples         2: the majority is right in 50.0 % of problems, the likeliest in 37.5 %, any in 75.0 %; "
-        "one alone in 25.0 %"
+        "samples         2: one alone is right in 25.0 % of problems, the majority in 50.0 %, the likeliest in 37.5 %, "
+        "any in 75.0 %"
     )
 
 

@@ -117,14 +117,14 @@ def test_a_thread_holds_no_more_than_it_may(max_tokens):
     assert (rollout.result.status, rollout.result.reason) == ("truncated", "context_full")
 
 
-@pytest.mark.parametrize("method", [*sorted(PROGRAMS), "cons@2:adaptive"])
+@pytest.mark.parametrize("method", [*sorted(PROGRAMS), "cons@2:adaptive", "pass@2:hogwild"])
 def test_no_program_lets_a_thread_hold_more(method):
-    """Every thread writes and writes."""
+    """Every thread writes and writes. Workers on a shared cache may see no more, so that rounding costs them a few."""
     script = TOKENIZER.encode(trace.NO_SOLUTION) * 400 + [TOKENIZER.eos_id]
     for max_tokens in (64, 65):
         program = make_program(method, PROBLEM, settings(max_tokens=max_tokens))
         (rollout,) = ScriptedEngine(lambda path, tokens: script).run([(RolloutKey(0, 0), program)])
-        assert rollout.peak_context == max_tokens
+        assert max_tokens - 3 * ("hogwild" in method) <= rollout.peak_context <= max_tokens
         assert rollout.result.answer is None
 
 

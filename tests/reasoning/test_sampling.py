@@ -140,8 +140,15 @@ def test_unknown_inner_methods_are_named():
         make_program("cons@4:best@0:serial", PROBLEM, settings())
 
 
+def test_what_has_no_likelihood_is_not_ranked_by_it():
+    for inner in ("hogwild", "tree_of_thoughts", "cons@2:serial"):
+        with pytest.raises(ValueError, match="writes what could be likely"):
+            make_program(f"best@4:{inner}", PROBLEM, settings())
+        make_program(f"cons@4:{inner}", PROBLEM, settings())
+
+
 def test_equal_samples_are_refused():
-    for method in ("cons@2:serial", "cons@1:best@2:serial"):
+    for method in ("cons@2:serial", "cons@1:pass@2:serial"):
         with pytest.raises(ValueError, match="temperature 0 its 2 samples are all the same"):
             check_method(method, 0.0)
         check_method(method, 0.1)
@@ -151,5 +158,5 @@ def test_equal_samples_are_refused():
 
 def test_reading_a_wrapper():
     assert read_wrapper("serial") is None
-    wrapper = read_wrapper("best@12:cons@3:adaptive")
+    wrapper = read_wrapper("pass@12:cons@3:adaptive")
     assert (wrapper.num_samples, wrapper.inner) == (12, "cons@3:adaptive")
