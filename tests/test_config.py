@@ -20,7 +20,7 @@ VARIANTS = [
     for name in ("grpo", "sft", "benchmark_decode", "benchmark_train")
     for variant in ("laptop", "smoke", "paper", "7b")
 ]
-METHODS = ("adaptive", "serial", "direct", "tree_of_thoughts", "pasta", "nested")
+METHODS = ("adaptive", "serial", "direct", "tree_of_thoughts", "pasta", "nested", "hogwild")
 VARIANTS += [("methods", method) for method in METHODS]
 # Lanes that 3 and 5 divide: what else they don't divide is told.
 LANES_BY_30 = {"rollout__num_lanes": 60, "rollout__num_pages": 1_200, "rollout__prefill_lanes": 30}
