@@ -18,10 +18,12 @@ _FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
-_COLOURS = 160
+_COLOURS = 256
 # Each picture: its file, light or dark, the part of the page, keys that are pressed first.
 _PICTURES = (
     ("figures.png", "light", "#figures", ""),
+    ("context_window.png", "light", "#context-window", ""),
+    ("sequential_tokens.png", "light", "#sequential-tokens", ""),
     ("threads.png", "light", "#threads", ""),
     ("side_by_side.png", "dark", "#threads", "c"),
 )
@@ -58,7 +60,7 @@ def chromium() -> Iterator[Any]:
 
 
 def take_pictures(browser: Any, report: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Pictures of a comparison's page: its figures, a rollout's threads, and two methods side by side in the dark.
+    """Pictures of a comparison's page: figures, a rollout's threads, and two methods side by side in the dark.
 
     Args:
       browser: of `chromium`.

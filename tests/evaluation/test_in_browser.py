@@ -254,7 +254,9 @@ def test_pictures_for_the_readme(browser, tmp_path):
     made_comparison(tmp_path, windows=(400,))
     write_comparison(tmp_path, tmp_path / "report.html", command="it")
     made = take_pictures(browser, tmp_path / "report.html", tmp_path / "pictures")
-    assert [path.name for path in made] == ["figures.png", "threads.png", "side_by_side.png"]
+    assert [path.name for path in made] == [
+        *("figures.png", "context_window.png", "sequential_tokens.png", "threads.png", "side_by_side.png")
+    ]
     for path in made:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert 10_000 < path.stat().st_size < 200_000
