@@ -25,6 +25,11 @@ class Row:
     policy: str  # a name of --policies
 
     @property
+    def inner(self) -> str:
+        """The way of reasoning that its wrappers, if any, sample."""
+        return self.program.rpartition(":")[2]
+
+    @property
     def num_samples(self) -> int:
         """How many samples of a problem its outermost wrapper takes; 1 without one."""
         return int(self.program.partition("@")[2].partition(":")[0]) if "@" in self.program else 1

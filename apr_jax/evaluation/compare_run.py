@@ -17,7 +17,7 @@ from apr_jax.config import Config, ConfigError, ModelConfig, to_dict
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.benchmark import device_name
 from apr_jax.engine.engine import Engine
-from apr_jax.evaluation.compare_grid import Cell
+from apr_jax.evaluation.compare_grid import Cell, Row
 from apr_jax.evaluation.compare_store import Json, Results
 from apr_jax.evaluation.policy import choose_config, choose_tokenizer
 from apr_jax.evaluation.run import ShownProgress, evaluate
@@ -27,6 +27,7 @@ from apr_jax.reasoning.outcome import make_settings
 from apr_jax.reasoning.policy_engine import policy_engine
 from apr_jax.reasoning.programs import make_program
 from apr_jax.tasks.countdown import Problem
+from apr_jax.tasks.demonstrations import SHARED_METHODS
 from apr_jax.tasks.generation import Split, generate_problems, split_size
 
 # What the engine is, for all policies alike: that of the first. Limits on rollouts are each policy's own.
@@ -143,11 +144,11 @@ def run_cells(
     if rows:
         say(f"{len(rows)} of {len(cells)} cells were done before")
     engines = _Engines()
-    # Cells of one policy lie next to each other, so that its engine is made once.
-    for count, index in enumerate(sorted(todo, key=lambda i: (cells[i].row.policy, i)), 1):
+    # Cells of one engine lie next to each other, so that it is made once.
+    for count, index in enumerate(sorted(todo, key=lambda i: (*_engine_of(cells[i].row), i)), 1):
         cell, settings = todo[index]
         policy, config = policies[cell.row.policy], configs[cell]
-        engine, window = engines.of(policy), cell.context_window
+        engine, window = engines.of(policy, cell.row), cell.context_window
         with ShownProgress(len(asked.problems), f"{count}/{len(todo)} {cell}") as on_progress:
             summary, records = evaluate(
                 engine,
@@ -197,9 +198,13 @@ class _Engines:
         self._engine: Engine | None = None
         self._weights = ""
 
-    def of(self, policy: Policy) -> Engine:
+    def of(self, policy: Policy, row: Row) -> Engine:
         config = policy.config
-        wanted = (config.model, config.rollout, config.mesh, config.data.tokenizer)
+        _, shares = _engine_of(row)
+        if shares:  # what it takes is compiled with the rest, whatever the policy was trained for
+            data = dataclasses.replace(config.data, method=row.inner, condition_on_budget=False)  # type: ignore[arg-type]
+            config = dataclasses.replace(config, data=data)
+        wanted = (config.model, config.rollout, config.mesh, config.data.tokenizer, shares)
         if self._engine is None or self._made != wanted:
             self._engine = None  # its memory is free before the next one takes its own
             self._engine = policy_engine(config, make_mesh(config.mesh), policy.tokenizer, policy.params)
@@ -208,6 +213,11 @@ class _Engines:
             self._engine.set_params(policy.params)
         self._made, self._weights = wanted, policy.weights
         return self._engine
+
+
+def _engine_of(row: Row) -> tuple[str, bool]:
+    """What a row needs an engine of its own for: its policy, and whether its threads share a cache."""
+    return row.policy, row.inner in SHARED_METHODS
 
 
 def cell_config(config: Config, cell: Cell) -> Config:

@@ -33,6 +33,13 @@ def test_a_row_is_a_program_with_a_policy(item, program, policy):
     assert read_rows([item], METHODS) == [Row(item, program, policy)]
 
 
+def test_a_row_knows_what_its_wrappers_sample():
+    (row,) = read_rows(["best@2:pass@3:serial"], METHODS)
+    assert (row.inner, row.num_samples) == ("serial", 2)
+    (row,) = read_rows(["hogwild/sos"], METHODS)
+    assert (row.inner, row.num_samples) == ("hogwild", 1)
+
+
 def test_without_rows_each_policy_reasons_as_it_was_trained_to():
     assert [(row.label, row.program) for row in read_rows([], METHODS)] == [
         ("before", "adaptive"),
