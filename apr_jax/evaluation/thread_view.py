@@ -36,10 +36,9 @@ class ThreadViews:
             return
         body, height = draw_threads(record, WIDTH)
         self.svgs.append(page.svg(body, WIDTH, height))
-        numbers = ", ".join(map(str, record["numbers"]))
         rollout = {
             "label": label,
-            "name": f"{numbers} to {record['target']}",
+            "name": str(record["title"]),
             "key": _key(record),
             "correct": bool(record["correct"]),
             "verdict": str(record["verdict"]).replace("_", " "),

@@ -105,10 +105,9 @@ def thread_name(path: ThreadPath) -> str:
 
 def describe(record: Mapping[str, Any]) -> str:
     """One line that says what the drawing shows."""
-    numbers = ", ".join(str(number) for number in record["numbers"])
     solved = "solved" if record["correct"] else f"not solved ({record['verdict'].replace('_', ' ')})"
     return (
-        f"{numbers} to {record['target']}: {solved} · {record['num_children']} children · "
+        f"{record['title']}: {solved} · {record['num_children']} children · "
         f"{record['total_tokens']:,} tokens in all, {record['sequential_tokens']:,} one after the other"
     )
 
