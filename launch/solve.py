@@ -70,14 +70,17 @@ def main(words: Sequence[str]) -> None:
 
 
 def _check_method(problem: Problem) -> None:
-    """Raises ConfigError for an unknown method."""
+    """Raises ConfigError for an unknown method, and for samples that would all be the same."""
     from apr_jax.data.tokenizer import BuiltinTokenizer
     from apr_jax.reasoning.outcome import make_settings
     from apr_jax.reasoning.programs import make_program
+    from apr_jax.reasoning.sampling import check_temperature
 
     config = _CONFIG.config()
+    method = _METHOD.value or config.data.method
     try:
-        make_program(_METHOD.value or config.data.method, problem, make_settings(config, BuiltinTokenizer()))
+        make_program(method, problem, make_settings(config, BuiltinTokenizer()))
+        check_temperature(method, _TEMPERATURE.value)
     except ValueError as error:
         raise ConfigError(f"--{error}") from error
 

@@ -35,7 +35,7 @@ class Task:
         str, Callable[[Any, Settings], Program]
     ]  # by method (`config.data.method`); each returns an Outcome
     verify: Callable[[str | None, Any], Verdict]  # an Outcome's answer, and the problem
-    describe: Callable[[Any], dict[str, Any]]  # a problem in a record: JSON-able, "title" is what people call it
+    describe: Callable[[Any], dict[str, Any]]  # a problem in a record; "title" is its name
     count_operations: Callable[[str], tuple[int, int]]  # steps that a text writes out, and how many of them are right
     path_solves: Callable[[str, Any], bool]  # whether what a child handed back solves the whole problem
     child_result: Callable[[str, str, str, Any], str]  # method, context, completion, problem -> one word for the viewer
@@ -48,8 +48,7 @@ def _countdown_demonstrations(config: Config, split: Split, on_progress: OnProgr
 
 
 def _describe(problem: Problem) -> dict[str, Any]:
-    title = f"{', '.join(map(str, problem.numbers))} to {problem.target}"
-    return {"numbers": list(problem.numbers), "target": problem.target, "title": title}
+    return {"numbers": list(problem.numbers), "target": problem.target}
 
 
 COUNTDOWN = Task(
