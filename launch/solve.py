@@ -44,7 +44,8 @@ def main(words: Sequence[str]) -> None:
     began = time.perf_counter()
     # What can be refused is refused at once, before JAX and its friends have loaded.
     problem = read_problem_words(words)
-    _check_method(problem)
+    _check_method()
+    _CONFIG.config()
     if _CHECKPOINT.value:
         check_policy_folder(pathlib.Path(_CHECKPOINT.value))
     try:
@@ -69,17 +70,15 @@ def main(words: Sequence[str]) -> None:
     _report(solution, checkpoint, start_ms=(started - began) * 1e3)
 
 
-def _check_method(problem: Problem) -> None:
-    """Raises ConfigError for an unknown method."""
-    from apr_jax.data.tokenizer import BuiltinTokenizer
-    from apr_jax.reasoning.outcome import make_settings
-    from apr_jax.reasoning.programs import make_program
+def _check_method() -> None:
+    """Raises ConfigError for an unknown method, and for samples that would all be the same."""
+    from apr_jax.reasoning.programs import check_method
 
-    config = _CONFIG.config()
-    try:
-        make_program(_METHOD.value or config.data.method, problem, make_settings(config, BuiltinTokenizer()))
-    except ValueError as error:
-        raise ConfigError(f"--{error}") from error
+    if _METHOD.value:
+        try:
+            check_method(_METHOD.value, _TEMPERATURE.value)
+        except ValueError as error:
+            raise ConfigError(f"--{error}") from error
 
 
 def _warn(problem: Problem, policy: "Policy") -> None:

@@ -48,7 +48,7 @@ def main() -> int:
     workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / config.name)
     try:
         with hosts.joined():
-            summary = train(config, workdir, **folders)
+            summary = train(config, workdir, folders.get("checkpoint"), folders.get("start"))
     except StoppedError:
         print(f"Stopped by a signal; everything is saved in {workdir}. Start again to go on.", file=hosts.messages())
         return entry.STOPPED

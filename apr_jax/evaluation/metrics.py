@@ -5,7 +5,6 @@ A record is a plain dict, ready for JSON. Keys of the summary that other program
 
 import dataclasses
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,13 +14,9 @@ from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.threads import Call, Rollout, StopReason
 from apr_jax.reasoning.outcome import Outcome, Sample
 from apr_jax.reasoning.sampling import CHOICES
-from apr_jax.tasks import countdown, hogwild_traces, thought_traces, trace
-from apr_jax.tasks.countdown import Problem
+from apr_jax.reasoning.task import COUNTDOWN, Task
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
-_WRITTEN = re.compile(r"^Exploring Operation: (.*)\n", re.M)
-_OPERATION = re.compile(r"([0-9]{1,18})[-+*/]([0-9]{1,18})=[0-9]{1,18}")
-_FIRST_OPERATIONS = re.compile(r"Current State: [0-9]+:\[[^\]\n]*\], Operations: \[([^\]\n]*)\]\n")
 
 
 def wilson_interval(successes: int, total: int) -> tuple[float, float]:
@@ -35,22 +30,15 @@ def wilson_interval(successes: int, total: int) -> tuple[float, float]:
     return (0.0 if successes == 0 else low), (1.0 if successes == total else high)
 
 
-def count_operations(text: str) -> tuple[int, int]:
-    """How many operations `text` explores (whole lines only), and how many of them are arithmetically right."""
-    written = [line.partition(", Resulting Numbers: ")[0] for line in _WRITTEN.findall(text)]
-    return len(written), sum(map(_is_right, written))
-
-
-def path_solves(path: str, problem: Problem) -> bool:
-    """Whether a child's winning path, with the operations that led to the child, solves the whole problem."""
-    state = _FIRST_OPERATIONS.search(path)
-    before = re.findall(r"'([^']*)'", state[1]) if state else []
-    lines = [f"Exploring Operation: {operation}, Resulting Numbers: []\n" for operation in before]
-    return countdown.verify("".join(lines) + path, problem).correct
-
-
 def record_rollout(
-    problem: Problem, rollout: Rollout, tokenizer: Tokenizer, model: ModelConfig, *, method: str, keep_calls: bool
+    problem: Any,
+    rollout: Rollout,
+    tokenizer: Tokenizer,
+    model: ModelConfig,
+    *,
+    method: str,
+    keep_calls: bool,
+    task: Task = COUNTDOWN,
 ) -> dict[str, Any]:
     """One problem's record. With `keep_calls` also its "calls" and "threads", for the thread viewer.
 
@@ -59,13 +47,12 @@ def record_rollout(
     schedule; `prefilled_tokens` and `flops` (`engine.work.Work`, of this `model`) and `latency_ms` are as measured.
     """
     outcome: Outcome = rollout.result
-    verdict = countdown.verify(outcome.answer, problem)
+    verdict = task.verify(outcome.answer, problem)
     texts = [tokenizer.decode(_without_end(call.tokens.tolist(), tokenizer)) for call in rollout.calls]
-    counts = [count_operations(text) for text in texts]
+    counts = [task.count_operations(text) for text in texts]
     record: dict[str, Any] = {
         "problem": rollout.key.problem,
-        "numbers": list(problem.numbers),
-        "target": problem.target,
+        **task.describe(problem),
         "method": method,
         "correct": verdict.correct,
         "verdict": verdict.reason if outcome.status == "answered" else outcome.reason,
@@ -85,13 +72,13 @@ def record_rollout(
         "depth": max((len(call.path) // 2 for call in rollout.calls), default=0),
         "child_reasons": list(outcome.child_reasons),
         "dropped_lines": list(outcome.dropped_lines),
-        "child_solved": any(path_solves(path, problem) for path in outcome.child_paths),
+        "child_solved": any(task.path_solves(path, problem) for path in outcome.child_paths),
         "operations": sum(written for written, _ in counts),
         "operations_right": sum(right for _, right in counts),
         "latency_ms": rollout.latency_ms,
     }
     if outcome.samples:
-        record |= _sample_figures(outcome.samples, rollout.calls, problem)
+        record |= _sample_figures(outcome.samples, rollout.calls, problem, task)
     if keep_calls:
         record["calls"] = [
             {
@@ -108,7 +95,7 @@ def record_rollout(
             }
             for call, text in zip(rollout.calls, texts, strict=True)
         ]
-        record["threads"] = _threads(rollout.calls, record, problem, tokenizer)
+        record["threads"] = _threads(rollout.calls, record, problem, tokenizer, task)
     return record
 
 
@@ -123,14 +110,14 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
-def _sample_figures(samples: Sequence[Sample], calls: Sequence[Call], problem: Problem) -> dict[str, Any]:
+def _sample_figures(samples: Sequence[Sample], calls: Sequence[Call], problem: Any, task: Task) -> dict[str, Any]:
     """Each sample, and what fewer samples would have given: entry k - 1 of a list is of k of them.
 
     `pass_at_k` is an estimate from all samples. `cons_at_k` and `best_at_k` are 1 where what the first k choose is
     right, and `tokens_at_k` is what these k wrote. Without likelihoods (of roots that write nothing) there is no
     `best_at_k`.
     """
-    correct = [countdown.verify(sample.answer, problem).correct for sample in samples]
+    correct = [task.verify(sample.answer, problem).correct for sample in samples]
     tokens = [sum(len(call.tokens) for call in calls if call.path[:2] == (0, index)) for index in range(len(samples))]
     counts = range(1, len(samples) + 1)
     figures = {
@@ -223,22 +210,14 @@ def _counted(reasons: Any) -> dict[str, int]:
     return dict(sorted(Counter(reasons).items(), key=lambda item: (-item[1], item[0])))
 
 
-def _is_right(operation: str) -> bool:
-    match = _OPERATION.fullmatch(operation)
-    return match is not None and operation in [text for _, text in countdown.operations(int(match[1]), int(match[2]))]
-
-
 def _without_end(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
     return tokens[:-1] if tokens and tokens[-1] == tokenizer.eos_id else tokens
 
 
 def _threads(
-    calls: Sequence[Call], record: Mapping[str, Any], problem: Problem, tokenizer: Tokenizer
+    calls: Sequence[Call], record: Mapping[str, Any], problem: Any, tokenizer: Tokenizer, task: Task
 ) -> list[dict[str, Any]]:
-    """How each thread ended: the root's verdict; a child's solved, wrong_path, no_solution, cancelled or a reason.
-
-    Of Tree of Thoughts a child's is its verdict on a state, or "proposed".
-    """
+    """How each thread ended: the root's verdict; a child's cancelled, truncated, malformed or `task.child_result`."""
     last = {call.path: call for call in calls}
     threads = []
     for path, call in last.items():
@@ -250,23 +229,11 @@ def _threads(
             result = "truncated"
         elif call.stop.token != tokenizer.eos_id:
             result = "malformed"
-        elif record["method"].rpartition(":")[2] == "tree_of_thoughts":
-            result = thought_traces.read_verdict(tokenizer.decode(call.tokens.tolist()[:-1])) or "proposed"
         else:
-            tokens = [*call.context.tolist()[1:], *call.tokens.tolist()[:-1]]
-            result = _child_result(tokenizer.decode(tokens), problem)
+            context, completion = (
+                tokenizer.decode(call.context.tolist()[1:]),
+                tokenizer.decode(call.tokens.tolist()[:-1]),
+            )
+            result = task.child_result(record["method"], context, completion, problem)
         threads.append({"path": list(path), "result": result})
     return threads
-
-
-def _child_result(text: str, problem: Problem) -> str:
-    if countdown.verify(trace.read_answer(text), problem).correct:
-        return "solved"  # a worker on a shared cache replays from the problem's own root
-    if text.endswith("\n" + hogwild_traces.LEAVE) and not countdown.claims_goal(text):
-        return "left"
-    result = trace.read_child_result(text, trace.thread_node(text) or "")
-    if isinstance(result, trace.Malformed):
-        return result.reason
-    if result.path is None:
-        return "no_solution"
-    return "solved" if path_solves(result.path, problem) else "wrong_path"

@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
 from apr_jax.config import Config, ConfigError, ModelConfig
-from apr_jax.data.countdown_builder import OnProgress, load_split
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.threads import Program, Progress, Rollout, RolloutKey
 from apr_jax.evaluation.metrics import record_rollout, summarize
 from apr_jax.progress import progress
 from apr_jax.reasoning.outcome import Settings
 from apr_jax.reasoning.programs import check_method, make_program
-from apr_jax.tasks.countdown import Problem
+from apr_jax.reasoning.task import COUNTDOWN, OnProgress, Task
 from apr_jax.tasks.generation import Split
 
 Record = dict[str, Any]
@@ -39,7 +38,7 @@ class RunsPrograms(Protocol):
 def evaluate(
     engine: RunsPrograms,
     tokenizer: Tokenizer,
-    problems: Sequence[Problem],
+    problems: Sequence[Any],
     *,
     method: str,
     settings: Settings,
@@ -47,28 +46,31 @@ def evaluate(
     temperature: float,
     on_progress: Callable[[Progress], None] | None = None,
     keep_calls: int = 16,
+    task: Task = COUNTDOWN,
 ) -> tuple[dict[str, Any], list[Record]]:
     """Decodes each problem once and returns the summary and one record a problem (evaluation/metrics.py).
 
     Args:
       engine: holds the policy's weights.
-      method: as `reasoning.programs.make_program` takes it.
+      method: as `reasoning.programs.make_program` takes it, of the task's programs.
       seed, temperature: of the sampling; temperature 0 is greedy.
       keep_calls: the first so many records keep their threads' text, for `save_rollouts`.
     Raises: ValueError for no problems, an unknown method, or several samples at temperature 0.
     """
     if not problems:
         raise ValueError("nothing to evaluate: no problems")
-    check_method(method, temperature)
+    check_method(method, temperature, task.programs)
     programs = [
-        (RolloutKey(problem=index, sample=0), make_program(method, problem, settings))
+        (RolloutKey(problem=index, sample=0), make_program(method, problem, settings, task.programs))
         for index, problem in enumerate(problems)
     ]
     start = time.perf_counter()
     rollouts = engine.run(programs, seed=seed, temperature=temperature, on_progress=on_progress)
     seconds = time.perf_counter() - start
     records = [
-        record_rollout(problem, rollout, tokenizer, engine.model, method=method, keep_calls=index < keep_calls)
+        record_rollout(
+            problem, rollout, tokenizer, engine.model, method=method, keep_calls=index < keep_calls, task=task
+        )
         for index, (problem, rollout) in enumerate(zip(problems, rollouts, strict=True))
     ]
     return summarize(records, seconds), records
@@ -92,12 +94,14 @@ class ShownProgress:
         self._bar.__exit__(kind, *rest)
 
 
-def load_problems(config: Config, split: Split, limit: int, on_progress: OnProgress | None = None) -> list[Problem]:
+def load_problems(
+    config: Config, split: Split, limit: int, on_progress: OnProgress | None = None, task: Task = COUNTDOWN
+) -> list[Any]:
     """The first `limit` problems of a split of the configuration's data set, which is built where it is absent.
 
     Raises: ConfigError where the split has fewer, DatasetError where it cannot be read.
     """
-    source = load_split(config, split, on_progress)
+    source = task.demonstrations(config, split, on_progress)
     if limit > len(source):
         raise ConfigError(f"evaluation.num_problems={limit} is more than the {len(source)} problems of {split}")
     return [source[index].problem for index in range(limit)]

@@ -12,7 +12,7 @@ from typing import Any
 from markupsafe import Markup
 
 from apr_jax.evaluation import page
-from apr_jax.evaluation.viewer import bar_class, critical_threads, draw_threads, thread_name
+from apr_jax.evaluation.viewer import bar_class, critical_threads, draw_threads, problem_name, thread_name
 
 WIDTH = 1000
 _END = "⟨end⟩"  # how a token without text, as the one that ends a thread, is shown
@@ -36,10 +36,9 @@ class ThreadViews:
             return
         body, height = draw_threads(record, WIDTH)
         self.svgs.append(page.svg(body, WIDTH, height))
-        numbers = ", ".join(map(str, record["numbers"]))
         rollout = {
             "label": label,
-            "name": f"{numbers} to {record['target']}",
+            "name": problem_name(record),
             "key": _key(record),
             "correct": bool(record["correct"]),
             "verdict": str(record["verdict"]).replace("_", " "),
@@ -128,5 +127,5 @@ def _common_prefix(first: str, second: str) -> int:
 
 def _key(record: Mapping[str, Any]) -> str:
     """Equal for rollouts of one problem, whatever their method; a group's samples differ."""
-    which = f"{record['numbers']} {record['target']} {record.get('sample', 0)}"
+    which = f"{problem_name(record)} {record.get('sample', 0)}"
     return hashlib.blake2b(which.encode(), digest_size=6).hexdigest()

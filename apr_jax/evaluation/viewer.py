@@ -103,12 +103,16 @@ def thread_name(path: ThreadPath) -> str:
     return f"child {path[-2] + 1}.{path[-1] + 1}" if path else "parent"
 
 
+def problem_name(record: Mapping[str, Any]) -> str:
+    """What people call a record's problem: its title, and of Countdown its numbers and target."""
+    return record["title"] if "title" in record else f"{', '.join(map(str, record['numbers']))} to {record['target']}"
+
+
 def describe(record: Mapping[str, Any]) -> str:
     """One line that says what the drawing shows."""
-    numbers = ", ".join(str(number) for number in record["numbers"])
     solved = "solved" if record["correct"] else f"not solved ({record['verdict'].replace('_', ' ')})"
     return (
-        f"{numbers} to {record['target']}: {solved} · {record['num_children']} children · "
+        f"{problem_name(record)}: {solved} · {record['num_children']} children · "
         f"{record['total_tokens']:,} tokens in all, {record['sequential_tokens']:,} one after the other"
     )
 

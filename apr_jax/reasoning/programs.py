@@ -14,9 +14,10 @@ from apr_jax.reasoning.pasta import pasta
 from apr_jax.reasoning.sampling import most_likely, read_wrapper, sampled
 from apr_jax.reasoning.serial import serial
 from apr_jax.reasoning.tree_of_thoughts import tree_of_thoughts
-from apr_jax.tasks.countdown import Problem
 
-PROGRAMS: Mapping[str, Callable[[Problem, Settings], Generator[Any, Any, Outcome]]] = MappingProxyType(
+Programs = Mapping[str, Callable[[Any, Settings], Generator[Any, Any, Outcome]]]
+
+PROGRAMS: Programs = MappingProxyType(
     {
         "adaptive": adaptive,
         "direct": direct,
@@ -31,32 +32,37 @@ PROGRAMS: Mapping[str, Callable[[Problem, Settings], Generator[Any, Any, Outcome
 _SILENT_ROOTS = frozenset({"hogwild", "tree_of_thoughts"})
 
 
-def make_program(method: str, problem: Problem, settings: Settings) -> Generator[Any, Any, Outcome]:
+def make_program(
+    method: str, problem: Any, settings: Settings, programs: Programs = PROGRAMS
+) -> Generator[Any, Any, Outcome]:
     """A fresh program of `method` on `problem`, for the engine to run.
 
-    `method` is a name in PROGRAMS, or samples of one: `cons@8:adaptive` (`reasoning/sampling.py`). Every thread of the
-    program is held to `settings.max_tokens`. Raises ValueError for any other method.
+    `method` is a name in `programs`, or samples of one of PROGRAMS: `cons@8:adaptive` (`reasoning/sampling.py`, which
+    compares answers as Countdown has them). Every thread of the program is held to `settings.max_tokens`. Raises
+    ValueError for any other method.
     """
-    check_method(method)
+    check_method(method, programs=programs)
     wrapper = read_wrapper(method)
     if wrapper is not None:
         share = dataclasses.replace(settings, max_total_children=settings.max_total_children // wrapper.num_samples)
-        programs = [make_program(wrapper.inner, problem, share) for _ in range(wrapper.num_samples)]
-        return sampled(wrapper.choose, problem, programs)
-    program = PROGRAMS[method](problem, settings)
+        samples = [make_program(wrapper.inner, problem, share) for _ in range(wrapper.num_samples)]
+        return sampled(wrapper.choose, problem, samples)
+    program = programs[method](problem, settings)
     return program if settings.max_tokens is None else _held(program, settings.max_tokens)
 
 
-def check_method(method: str, temperature: float | None = None) -> None:
+def check_method(method: str, temperature: float | None = None, programs: Programs = PROGRAMS) -> None:
     """Raises ValueError for what there is not, for samples without a likelihood to rank by, and for equal samples.
 
     At temperature 0 nothing is drawn at random, so that all are the same. None: the temperature is not known yet.
     """
     wrapper = read_wrapper(method)
     if wrapper is None:
-        if method not in PROGRAMS:
-            raise ValueError(f"method {method!r}: choose one of {', '.join(sorted(PROGRAMS))}")
+        if method not in programs:
+            raise ValueError(f"method {method!r}: choose one of {', '.join(sorted(programs))}")
         return
+    if programs is not PROGRAMS:
+        raise ValueError(f"method {method!r}: samples are chosen among by Countdown's answers alone")
     if temperature == 0 and wrapper.num_samples > 1:
         raise ValueError(
             f"method {method!r}: at temperature 0 its {wrapper.num_samples} samples are all the same; set a "

@@ -7,6 +7,7 @@ winning path from its own root. Model text is data: readers return `Malformed` w
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 from apr_jax.tasks import countdown
 from apr_jax.tasks.countdown import NUMBER, Problem
@@ -48,6 +49,17 @@ class Call:
     depth: int  # 0 = the parent, 1 = its children, 2 = theirs
     ends_in_spawn: bool  # True: completion ends in CALL_END (or pasta_traces.SYNC), no EOS follows; False: EOS follows
     replay_start: int  # where in completion the replay of the winning path begins; len(completion) if there is none
+
+
+class Demonstrated(Protocol):
+    """A problem of any task and how it is solved, as training sequences."""
+
+    @property
+    def problem(self) -> Any: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def calls(self) -> tuple[Call, ...]: ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from apr_jax.tasks.countdown import Problem
 from apr_jax.train.rollouts import Scored, choose_problems
 
-Roll = Callable[[Sequence[int]], tuple[Scored, list[Problem]]]
+Roll = Callable[[Sequence[int]], tuple[Scored, list[Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Sample:
     """What one step drew, and what it learns from."""
 
     scored: Scored  # every rollout, in the order drawn: what is logged
-    asked: list[Problem]  # the problem of each
+    asked: list[Any]  # the problem of each
     learnt: Scored  # what is learnt from
     rounds: int  # of rollouts; 1 without resampling
     dropped: int  # groups without signal that were left out

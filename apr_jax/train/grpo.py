@@ -22,7 +22,7 @@ from apr_jax.parallel.mesh import replicated
 from apr_jax.progress import progress
 from apr_jax.reasoning.outcome import banned_tokens, make_settings, spawn_gate
 from apr_jax.reasoning.programs import make_program
-from apr_jax.tasks.countdown import Problem
+from apr_jax.reasoning.task import COUNTDOWN, Task
 from apr_jax.train.batches import Batch, fetch, make_scorer, pad_rows, to_mesh
 from apr_jax.train.checkpoint import Checkpoints
 from apr_jax.train.dynamic_sampling import Sample, draw
@@ -169,7 +169,7 @@ def train_grpo(
     *,
     params: Params,
     reference: Params | None,
-    problems: Sequence[Problem],
+    problems: Sequence[Any],
     tokenizer: Tokenizer,
     engine: RolloutEngine,
     checkpoints: Checkpoints,
@@ -178,6 +178,7 @@ def train_grpo(
     skipped: SkippedSteps,
     validate: Callable[[], float],
     keep: Callable[[int, Sample], None],
+    task: Task = COUNTDOWN,
 ) -> Params:
     """Trains from `params`, or from the last checkpoint, to `config.grpo.num_steps`. Returns the policy.
 
@@ -207,7 +208,7 @@ def train_grpo(
                 with stop.interrupting():
                     validation = _validate(validate, checkpoints, grpo.validate_every, step - 1)
                     began = time.perf_counter()
-                    sample = sample_step(config, engine, problems, tokenizer, step)
+                    sample = sample_step(config, engine, problems, tokenizer, step, task)
             except StoppedError:
                 writer.sync()
                 checkpoints.save_if_new(step - 1, state, {}, skipped.in_a_row)
@@ -218,7 +219,7 @@ def train_grpo(
             state, device_metrics, old = updater.update(state, microbatches, reference)
             metrics = {
                 **validation,
-                **rollout_metrics(sample.scored, sample.asked, tokenizer, config),
+                **rollout_metrics(sample.scored, sample.asked, tokenizer, config, task),
                 "rollout_rounds": sample.rounds,
                 "dropped_groups": sample.dropped,
                 **fetch(device_metrics),
@@ -257,21 +258,27 @@ def _validate(validate: Callable[[], float], checkpoints: Checkpoints, every: in
 
 
 def sample_step(
-    config: Config, engine: RolloutEngine, problems: Sequence[Problem], tokenizer: Tokenizer, step: int
+    config: Config,
+    engine: RolloutEngine,
+    problems: Sequence[Any],
+    tokenizer: Tokenizer,
+    step: int,
+    task: Task = COUNTDOWN,
 ) -> Sample:
     """The scored rollouts of a step and the problem of each; a function of (seed, step) and the engine's policy."""
     grpo = config.grpo
     settings = make_settings(config, tokenizer)
     seed = rollout_seed(config.seed, step)
 
-    def roll(chosen: Sequence[int]) -> tuple[Scored, list[Problem]]:
+    def roll(chosen: Sequence[int]) -> tuple[Scored, list[Any]]:
         keys = [RolloutKey(index, sample) for index in chosen for sample in range(grpo.group_size)]
         asked = [problems[key.problem] for key in keys]
         programs = [
-            (key, make_program(config.data.method, problem, settings)) for key, problem in zip(keys, asked, strict=True)
+            (key, make_program(config.data.method, problem, settings, task.programs))
+            for key, problem in zip(keys, asked, strict=True)
         ]
         rollouts = engine.run(programs, seed=seed, temperature=config.rollout.temperature)
-        return score(rollouts, asked, grpo, tokenizer), asked
+        return score(rollouts, asked, grpo, tokenizer, task), asked
 
     return draw(
         roll,

@@ -11,7 +11,7 @@ from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.constraints import BANS_NOTHING, Gate
 from apr_jax.engine.threads import Call, Rollout
 from apr_jax.evaluation.metrics import record_rollout, summarize
-from apr_jax.tasks.countdown import Problem, verify
+from apr_jax.reasoning.task import COUNTDOWN, Task
 from apr_jax.train.credit import CREDITS
 from apr_jax.train.losses import call_weights
 from apr_jax.train.objectives import Weigh, make_objective
@@ -60,18 +60,24 @@ def rollout_seed(seed: int, step: int) -> int:
 
 
 def score(
-    rollouts: Sequence[Rollout], problems: Sequence[Problem], config: GRPOConfig, tokenizer: Tokenizer | None = None
+    rollouts: Sequence[Rollout],
+    problems: Sequence[Any],
+    config: GRPOConfig,
+    tokenizer: Tokenizer | None = None,
+    task: Task = COUNTDOWN,
 ) -> Scored:
     """Verifies every rollout's answer, and scores it. Malformed and cut-off rollouts have no answer: they are wrong.
 
     `tokenizer` is read where credit is not every call's alike.
     """
     answers = [rollout.result.answer for rollout in rollouts]
-    correct = tuple(verify(answer, problem).correct for answer, problem in zip(answers, problems, strict=True))
+    correct = tuple(task.verify(answer, problem).correct for answer, problem in zip(answers, problems, strict=True))
     rewards = compose(rollouts, correct, config.reward)
     advantages = make_objective(config).advantages(rewards, config.group_size, config.advantage_eps)
     shares: tuple[np.ndarray, ...] = ()
     if config.credit != "rollout":
+        if task is not COUNTDOWN:
+            raise ValueError(f"grpo.credit={config.credit!r} reads Countdown's traces, not those of {task.name}")
         if tokenizer is None:
             raise ValueError(f"grpo.credit={config.credit!r} reads threads' text: pass the tokenizer")
         shares = tuple(CREDITS[config.credit](rollout, tokenizer) for rollout in rollouts)
@@ -132,7 +138,7 @@ def _constraints(call: Call, gate: Gate | None) -> dict[str, np.ndarray]:
 
 
 def rollout_metrics(
-    scored: Scored, problems: Sequence[Problem], tokenizer: Tokenizer, config: Config
+    scored: Scored, problems: Sequence[Any], tokenizer: Tokenizer, config: Config, task: Task = COUNTDOWN
 ) -> dict[str, Any]:
     """What one step's rollouts were like: `evaluation.metrics.summarize` without times, and some figures of training.
 
@@ -142,7 +148,7 @@ def rollout_metrics(
     """
     method = config.data.method
     records = [
-        record_rollout(problem, rollout, tokenizer, config.model, method=method, keep_calls=False)
+        record_rollout(problem, rollout, tokenizer, config.model, method=method, keep_calls=False, task=task)
         for problem, rollout in zip(problems, scored.rollouts, strict=True)
     ]
     summary = summarize(records, seconds=0.0)

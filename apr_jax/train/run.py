@@ -18,9 +18,8 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from apr_jax.config import Config, ConfigError, to_dict
-from apr_jax.data.countdown_builder import load_split
 from apr_jax.data.pipeline import train_iterator, validation_batches
-from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
+from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.evaluation.policy import check_vocabulary
 from apr_jax.evaluation.report import write_figure, write_report
 from apr_jax.evaluation.run import ShownProgress, evaluate, load_problems, save_rollouts
@@ -29,9 +28,9 @@ from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.progress import Progress, progress
 from apr_jax.reasoning.outcome import make_settings
-from apr_jax.tasks.countdown import Problem
+from apr_jax.reasoning.task import COUNTDOWN, Task
 from apr_jax.tasks.demonstrations import SHARED_METHODS
-from apr_jax.tasks.trace import Demonstration
+from apr_jax.tasks.trace import Demonstrated
 from apr_jax.train.checkpoint import (
     Checkpoints,
     forget_reference,
@@ -57,7 +56,11 @@ Stage = Literal["before", "after"]
 
 
 def train(
-    config: Config, workdir: pathlib.Path, checkpoint: pathlib.Path | None = None, start: pathlib.Path | None = None
+    config: Config,
+    workdir: pathlib.Path,
+    checkpoint: pathlib.Path | None = None,
+    start: pathlib.Path | None = None,
+    task: Task = COUNTDOWN,
 ) -> dict[str, Any]:
     """Runs what of `config` is not done yet in `workdir`, and returns the summary.
 
@@ -77,13 +80,13 @@ def train(
     hosts.meet(mesh)
     workdir.mkdir(parents=True, exist_ok=True)
     with stop_signal(mesh).listening() as stop:
-        return _Run(config, workdir, mesh, stop).run(checkpoint, start)
+        return _Run(config, workdir, mesh, stop, task).run(checkpoint, start)
 
 
-class Problems(Sequence[Problem]):
+class Problems(Sequence[Any]):
     """The problems of a split, read when they are asked for."""
 
-    def __init__(self, demonstrations: Sequence[Demonstration]) -> None:
+    def __init__(self, demonstrations: Sequence[Demonstrated]) -> None:
         self._demonstrations = demonstrations
 
     def __len__(self) -> int:
@@ -96,10 +99,10 @@ class Problems(Sequence[Problem]):
 
 
 class _Run:
-    def __init__(self, config: Config, workdir: pathlib.Path, mesh: Mesh, stop: StopSignal) -> None:
-        self.config, self.workdir, self.mesh, self.stop = config, workdir, mesh, stop
+    def __init__(self, config: Config, workdir: pathlib.Path, mesh: Mesh, stop: StopSignal, task: Task) -> None:
+        self.config, self.workdir, self.mesh, self.stop, self.task = config, workdir, mesh, stop, task
         self.engine: RolloutEngine | None = None
-        self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer)
+        self.tokenizer: Tokenizer = task.tokenizer(config)
         check_vocabulary(config.model, self.tokenizer)
         plan = plan_engine(config, mesh)  # what cannot fit is refused before any training
         print(f"engine memory: {plan.memory}", file=hosts.messages())
@@ -152,10 +155,10 @@ class _Run:
                 bars[split].__exit__(None)
 
         def build() -> None:
-            load_split(self.config, "train", on_progress)
+            self.task.demonstrations(self.config, "train", on_progress)
 
         self.stop.together(build)
-        self.train_split = load_split(self.config, "train")
+        self.train_split = self.task.demonstrations(self.config, "train", None)
 
     def _given(self, checkpoint: pathlib.Path) -> Params:
         """The policy at `checkpoint`, on the mesh. Raises ConfigError where its weights are another model's."""
@@ -181,7 +184,7 @@ class _Run:
         }
         with self.stop.interrupting():  # a large split takes minutes
             validation = validation_batches(
-                load_split(config, "validation"),
+                self.task.demonstrations(config, "validation", None),
                 self.tokenizer,
                 rows_per_batch=sft.validation_rows,
                 num_rows=sft.validation_rows,
@@ -228,18 +231,24 @@ class _Run:
             skipped=SkippedSteps(self.workdir, self.config.faults.max_skipped_steps),
             validate=lambda: self._validation_accuracy(engine),
             keep=self._keep_rollouts,
+            task=self.task,
         )
 
     def _keep_rollouts(self, step: int, sample: Sample) -> None:
         if hosts.is_first():
-            keep_rollouts(self.workdir, step, sample, self.config, self.tokenizer)
+            keep_rollouts(self.workdir, step, sample, self.config, self.tokenizer, self.task)
 
     def _validation_accuracy(self, engine: RolloutEngine) -> float:
         """The share of validation problems that the engine's policy solves, greedily."""
         config = self.config
-        problems = load_problems(config, "validation", config.grpo.validation_problems)
+        problems = load_problems(config, "validation", config.grpo.validation_problems, task=self.task)
         settings = make_settings(config, self.tokenizer)
-        how: dict[str, Any] = {"method": config.data.method, "settings": settings, "seed": config.seed}
+        how: dict[str, Any] = {
+            "method": config.data.method,
+            "settings": settings,
+            "seed": config.seed,
+            "task": self.task,
+        }
         summary, _ = evaluate(engine, self.tokenizer, problems, temperature=0.0, keep_calls=0, **how)
         return float(summary["accuracy"])
 
@@ -268,7 +277,7 @@ class _Run:
         done = hosts.from_first(lambda: json.loads(path.read_text()) if path.exists() else None)
         if done is not None and done["settings"] == settings:
             return done["summary"]
-        problems = load_problems(config, config.evaluation.split, config.evaluation.num_problems)
+        problems = load_problems(config, config.evaluation.split, config.evaluation.num_problems, task=self.task)
         title = f"Evaluate {stage} GRPO, temperature {temperature:g}"
         engine = self._engine_with(params)
         with ShownProgress(len(problems), title, hosts.messages()) as shown, self.stop.interrupting():
@@ -281,6 +290,7 @@ class _Run:
                 seed=config.seed,
                 temperature=temperature,
                 on_progress=shown,
+                task=self.task,
             )
         drawn = [record for record in records if "calls" in record]
         if hosts.is_first():

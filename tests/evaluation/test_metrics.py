@@ -11,9 +11,7 @@ import pytest
 from apr_jax.engine.threads import Call, Rollout, RolloutKey, Stop, StopReason
 from apr_jax.engine.work import Work
 from apr_jax.evaluation.metrics import (
-    count_operations,
     pass_at_k,
-    path_solves,
     record_rollout,
     summarize,
     wilson_interval,
@@ -49,29 +47,6 @@ def test_wilson_bounds_are_where_the_score_test_rejects():
 def test_wilson_refuses_what_is_no_share(successes, total):
     with pytest.raises(ValueError, match="no share"):
         wilson_interval(successes, total)
-
-
-def test_count_operations_reads_whole_lines_only():
-    text = (
-        "Exploring Operation: 3+2=5, Resulting Numbers: [4, 5]\n"
-        "Generated Node #0,0: 24:[4, 5] Operation: 3+2=6\n"  # a copy, not counted
-        "Exploring Operation: 3*4=13, Resulting Numbers: [13]\n"  # wrong
-        "Exploring Operation: 2-4=2, Resulting Numbers: [2]\n"  # the larger comes first
-        "Exploring Operation: 9/2=4, Resulting Numbers: [4]\n"  # does not divide
-        "Exploring Operation: 8/2=4, Resulting Numbers: [4]\n"
-        "Exploring Operation: 8//2, Resulting Numbers: [4]\n"  # no operation
-        "Exploring Operation: 7-4=3"  # cut off
-    )
-    assert count_operations(text) == (6, 2)
-
-
-def test_path_solves_counts_the_operations_before_the_child():
-    path = (STATE_6_4 + LAST).rstrip("\n")
-    assert path_solves(path, PROBLEM)
-    assert not path_solves(path, Problem((2, 5, 4), 24))  # 2*3 needs a 3
-    assert not path_solves(path.replace("2*3=6", "2+3=6"), PROBLEM)
-    assert not path_solves(path.replace("4*6=24", "4*6=25"), PROBLEM)
-    assert not path_solves("no path at all", PROBLEM)
 
 
 def run(texts, problem=PROBLEM):

@@ -1,0 +1,124 @@
+"""The second task of docs/examples/: its problems, its program, and a whole run of the project's own trainer on it."""
+
+import dataclasses
+import importlib.util
+import json
+import random
+import sys
+
+import pytest
+
+from apr_jax.config import from_config_dict
+from apr_jax.engine.threads import RolloutKey
+from apr_jax.tasks.trace import CALL_BEGIN, CALL_END
+from apr_jax.train.rollouts import score
+from apr_jax.train.run import train
+from tests.docs.pages import DOCS
+from tests.reasoning.fixtures import TOKENIZER, Replay, TextScript, call_tokens, settings
+from tests.reasoning.scripted_engine import ScriptedEngine
+
+_spec = importlib.util.spec_from_file_location("nested_sums", DOCS / "examples" / "nested_sums.py")
+sums = importlib.util.module_from_spec(_spec)
+sys.modules["nested_sums"] = sums  # dataclasses look their module up
+_spec.loader.exec_module(sums)
+
+SETTINGS = settings(max_depth=2, max_children=2, max_spawns=1)
+
+
+def tiny_config(folder):
+    values = sums.get_config()
+    values.model.update(num_layers=1, embed_dim=32, mlp_dim=64, num_heads=1, num_kv_heads=1, head_dim=32)
+    values.mesh.data = 1
+    values.data.update(directory=str(folder), num_train=16, num_validation=4, num_test=4, num_test_unseen_targets=4)
+    values.sft.update(num_steps=2, rows_per_step=4, checkpoint_every=2, validate_every=2, validation_rows=4)
+    values.sft.optimizer.update(name="adamw", warmup_steps=1)
+    values.rollout.update(num_lanes=8, num_pages=64, max_steps=16, prefill_lanes=8)
+    values.grpo.update(num_steps=1, prompts_per_step=2, group_size=2, checkpoint_every=1, rows_per_microbatch=4)
+    values.grpo.update(validate_every=1, validation_problems=4)
+    values.evaluation.num_problems = 4
+    return from_config_dict(values)
+
+
+def solve(problem, complete):
+    (rollout,) = ScriptedEngine(complete).run([(RolloutKey(0, 0), sums.divide(problem, SETTINGS))])
+    return rollout
+
+
+def test_an_expression_is_read_as_it_is_written():
+    rng = random.Random(0)
+    for _ in range(200):
+        problem = sums.sample(rng)
+        assert sums.read_sum(str(problem)) == problem
+    assert sums.read_sum("[[3+4]*5]-[2*8]").value == (7 * 5 - 16) % 10
+
+
+@pytest.mark.parametrize(
+    "text", ["", "3", "3+", "+3", "3+4+5", "[3+4]", "[3+4", "3+4]", "12+3", "3/4", "3+[4]", "]3+4[", "[" * 300]
+)
+def test_what_is_no_expression_is_none(text):
+    assert sums.read_sum(text) is None
+
+
+def test_the_program_rebuilds_demonstrations_token_by_token():
+    rng = random.Random(1)
+    for _ in range(50):
+        demo = sums.demonstrate(sums.sample(rng))
+        rollout = solve(demo.problem, Replay([demo]))
+        assert sums.verify(rollout.result.answer, demo.problem).correct
+        assert rollout.result.num_children == sum(call.depth > 0 and not call.ends_in_spawn for call in demo.calls)
+        assert rollout.generated_tokens == sum(len(call_tokens(call)[1]) for call in demo.calls)
+
+
+def test_the_longest_chain_grows_with_depth_and_not_with_size():
+    bracket = sums.Sum(1, "+", 2)
+    one, both = sums.Sum(bracket, "*", 3), sums.Sum(bracket, "*", bracket)
+    chains = [solve(problem, Replay([sums.demonstrate(problem)])).sequential_tokens for problem in (one, both)]
+    assert chains[1] - chains[0] == len(TOKENIZER.encode("1+2=\n"))  # to ask for one child more, and not its own tokens
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"),
+    [
+        (f"{CALL_BEGIN}{CALL_END}", "malformed_spawn"),
+        (f"{CALL_BEGIN}1+2\n{CALL_END}", "malformed_spawn"),
+        (f"{CALL_BEGIN}1+=\n{CALL_END}", "malformed_spawn"),
+        (f"{CALL_BEGIN}1+2=\n1+2=\n1+2=\n{CALL_END}", "too_many_children"),
+        ("1+2=3", "unfinished"),
+        ("\n", "unfinished"),
+    ],
+)
+def test_malformed_text_has_a_reason(written, reason):
+    rollout = solve(sums.Sum(1, "+", 2), TextScript({(): [written]}))
+    assert (rollout.result.answer, rollout.result.status, rollout.result.reason) == (None, "malformed", reason)
+
+
+def test_threads_nest_no_deeper_than_allowed():
+    spawn = f"{CALL_BEGIN}1+2=\n{CALL_END}"
+    script = {(): [spawn, "1+2=3\n"], (0, 0): [spawn, "1+2=3\n"], (0, 0, 0, 0): [spawn]}
+    rollout = solve(sums.Sum(1, "+", 2), TextScript(script))
+    assert (rollout.result.answer, rollout.result.child_reasons) == ("3", ("too_deep",))
+
+
+def test_splits_share_no_problem_and_are_reproducible(tmp_path):
+    config = tiny_config(tmp_path)
+    splits = [sums.demonstrations(config, split) for split in ("train", "validation", "test")]
+    assert [len(split) for split in splits] == [16, 4, 4]
+    problems = [{str(demo.problem) for demo in split} for split in splits]
+    assert not problems[0] & problems[1]
+    assert not problems[0] & problems[2]
+    assert sums.demonstrations(config, "train") == splits[0]
+
+
+def test_credit_that_reads_countdowns_traces_is_refused(tmp_path):
+    grpo = dataclasses.replace(tiny_config(tmp_path).grpo, credit="used")
+    with pytest.raises(ValueError, match="not those of nested_sums"):
+        score([], [], grpo, TOKENIZER, sums.NESTED_SUMS)
+
+
+def test_the_projects_own_trainer_runs_it_from_data_to_report(tmp_path):
+    summary = train(tiny_config(tmp_path / "data"), tmp_path / "run", task=sums.NESTED_SUMS)
+    assert summary["before"]["num_problems"] == summary["after"]["num_problems"] == 4
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["phase"], record["step"]) for record in metrics] == [("sft", 1), ("sft", 2), ("grpo", 1)]
+    (problem, *_) = sums.demonstrations(tiny_config(tmp_path / "data"), "test")
+    assert str(problem.problem) in (tmp_path / "run" / "report.html").read_text()
