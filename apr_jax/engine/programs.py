@@ -5,15 +5,15 @@ join sets the parent's to the latest of its own and its children's.
 """
 
 import collections
-import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from apr_jax.engine.constraints import Constraint, Gate
 from apr_jax.engine.groups import Group
+from apr_jax.engine.rollout_tree import Node, OpenCall, RolloutState, can_end, trim
 from apr_jax.engine.scheduler import Scheduler
 from apr_jax.engine.threads import (
     MAX_STOP_TOKENS,
@@ -24,7 +24,6 @@ from apr_jax.engine.threads import (
     Join,
     Observer,
     Open,
-    Path,
     Prefill,
     Program,
     Request,
@@ -41,61 +40,6 @@ from apr_jax.engine.threads import (
     thread_key,
 )
 from apr_jax.engine.work import Work
-
-
-@dataclasses.dataclass(eq=False)
-class _OpenCall:
-    """A Decode under way."""
-
-    context: np.ndarray
-    clock_start: int
-    start_ms: float
-    first_token_ms: float = 0.0
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass(eq=False)
-class _Node:
-    """A program in its rollout's tree."""
-
-    generator: Program
-    path: Path
-    rollout: "_RolloutState"
-    parent: "_Node | None"
-    clock: int
-    left: int  # tokens of its rollout that it may still generate or hand to children
-    granted: int  # what it began with
-    group: Group | None = None  # of a worker on a shared cache
-    decided: bool = False  # such a worker has asked for its Decode, or ended
-    thread: Thread | None = None
-    spawns: list[list["_Node"]] = dataclasses.field(default_factory=list)
-    unjoined: set[int] = dataclasses.field(default_factory=set)  # ordinals of spawns not joined yet
-    join: Join | None = None  # what it waits for
-    call: _OpenCall | None = None
-    calls: list[Call] = dataclasses.field(default_factory=list)
-    ended: bool = False
-    cancelled: bool = False
-    value: Any = None
-    succeeded: bool = False
-    cutoff: int | None = None  # the clock at which a sibling's success (or an ancestor's sibling's) ends it
-
-    def written(self) -> int:
-        """Tokens generated in the subtree; those of cancelled threads up to their cutoff."""
-        return sum(len(call.tokens) for node in self.subtree() for call in node.calls)
-
-    def subtree(self) -> Iterator["_Node"]:
-        yield self
-        for children in self.spawns:
-            for child in children:
-                yield from child.subtree()
-
-
-@dataclasses.dataclass(eq=False)
-class _RolloutState:
-    ordinal: int
-    key: RolloutKey
-    started: float
 
 
 class Programs:
@@ -123,8 +67,8 @@ class Programs:
         self._now = now  # seconds
         self._gate = gate
         self._observer = observer
-        self._queue: collections.deque[tuple[_Node, Any]] = collections.deque()
-        self._node_of: dict[Thread, _Node] = {}
+        self._queue: collections.deque[tuple[Node, Any]] = collections.deque()
+        self._node_of: dict[Thread, Node] = {}
         self._rollouts: list[Rollout | None] = [None] * len(programs)
         self.finished = 0
 
@@ -133,9 +77,9 @@ class Programs:
         if not self._waiting:
             return False
         ordinal, (key, program) = self._waiting.popleft()
-        rollout = _RolloutState(ordinal, key, self._now())
+        rollout = RolloutState(ordinal, key, self._now())
         total = self._max_total_tokens
-        self._queue.append((_Node(program, (), rollout, parent=None, clock=0, left=total, granted=total), None))
+        self._queue.append((Node(program, (), rollout, parent=None, clock=0, left=total, granted=total), None))
         self.drain()
         return True
 
@@ -194,7 +138,7 @@ class Programs:
                 self._scheduler.release(node.thread)
             node.generator.close()
 
-    def _advance(self, node: _Node, value: Any) -> None:
+    def _advance(self, node: Node, value: Any) -> None:
         while True:
             try:
                 request = node.generator.send(value)
@@ -216,7 +160,7 @@ class Programs:
             else:
                 value = self._serve(node, request)
 
-    def _serve(self, node: _Node, request: Request) -> Any:
+    def _serve(self, node: Node, request: Request) -> Any:
         """Requests that are answered at once."""
         if node.group is not None and not isinstance(request, Open):
             raise ValueError(f"worker {node.path} asked for {request!r}; a worker opens its thread and decodes once")
@@ -242,7 +186,7 @@ class Programs:
             case _:
                 raise TypeError(f"a program yielded {request!r}, which is no request")
 
-    def _open(self, node: _Node, request: Open) -> Thread:
+    def _open(self, node: Node, request: Open) -> Thread:
         if node.thread is not None:
             raise ValueError(f"program {node.path} opened a second thread")
         parent = request.fork_of
@@ -262,7 +206,7 @@ class Programs:
         self._tell(node, Happening.OPENED)
         return node.thread
 
-    def _prefill(self, node: _Node, thread: Thread) -> bool:
+    def _prefill(self, node: Node, thread: Thread) -> bool:
         """Hands the thread to the scheduler, with nothing to write. False: there is nothing to be computed for."""
         self._own(node, thread)
         if len(thread.tokens) >= thread.max_length:
@@ -272,7 +216,7 @@ class Programs:
         self._scheduler.submit(thread)
         return True
 
-    def _decode(self, node: _Node, request: Decode) -> Stop | None:
+    def _decode(self, node: Node, request: Decode) -> Stop | None:
         """Hands the thread to the scheduler, or returns the Stop of one that can't decode."""
         thread = request.thread
         self._own(node, thread)
@@ -292,7 +236,7 @@ class Programs:
         if limit is not None:
             self._decide(node, None)
             return Stop(limit, None)
-        node.call = _OpenCall(np.asarray(thread.tokens, np.int32), node.clock, self._ms(node))
+        node.call = OpenCall(np.asarray(thread.tokens, np.int32), node.clock, self._ms(node))
         if node.cutoff is not None and node.clock >= node.cutoff:
             self._decide(node, None)
             self._park(node)
@@ -302,7 +246,7 @@ class Programs:
             self._scheduler.submit(thread)
         return None
 
-    def _decide(self, node: _Node, worker: Thread | None) -> None:
+    def _decide(self, node: Node, worker: Thread | None) -> None:
         """A worker asked for its Decode (None: it won't decode): the last one to do so starts its group."""
         if node.group is None or node.decided:
             return
@@ -323,14 +267,14 @@ class Programs:
         limit = self._limit(thread)
         return None if limit is None else Stop(limit, None)
 
-    def _own(self, node: _Node, thread: Thread) -> None:
+    def _own(self, node: Node, thread: Thread) -> None:
         if thread is not node.thread:
             raise ValueError(f"program {node.path} asked for the thread {thread.path} of another program")
 
-    def _spawn(self, node: _Node, programs: Sequence[Program], group: Group | None = None) -> SpawnHandle:
+    def _spawn(self, node: Node, programs: Sequence[Program], group: Group | None = None) -> SpawnHandle:
         ordinal, share = len(node.spawns), node.left // (len(programs) + 1)
         children = [
-            _Node(
+            Node(
                 program,
                 (*node.path, ordinal, child),
                 node.rollout,
@@ -349,7 +293,7 @@ class Programs:
         self._queue.extend((child, None) for child in children)
         return SpawnHandle(ordinal, len(children))
 
-    def _join(self, node: _Node, request: Join) -> None:
+    def _join(self, node: Node, request: Join) -> None:
         if request.handle.ordinal not in node.unjoined:
             raise ValueError(f"program {node.path} joined a spawn that it never made, or joined before")
         node.unjoined.remove(request.handle.ordinal)
@@ -363,7 +307,7 @@ class Programs:
         self._settle(node)
         self._settle_above(node)
 
-    def _end(self, node: _Node, value: Any) -> None:
+    def _end(self, node: Node, value: Any) -> None:
         if node.unjoined:
             raise RuntimeError(f"program {node.path} returned without joining {len(node.unjoined)} of its spawns")
         node.ended, node.value = True, value
@@ -379,7 +323,7 @@ class Programs:
             self._settle(parent)
             self._settle_above(parent)
 
-    def _settle(self, node: _Node) -> None:
+    def _settle(self, node: Node) -> None:
         """Applies the first success to the children that `node` waits for, and resumes it when all have ended."""
         assert node.join is not None
         children = node.spawns[node.join.handle.ordinal]
@@ -399,22 +343,22 @@ class Programs:
         self._tell(node, Happening.RESUMED)
         self._queue.append((node, [None if child.cancelled else child.value for child in children]))
 
-    def _cut(self, child: _Node, cutoff: int) -> None:
+    def _cut(self, child: Node, cutoff: int) -> None:
         """Ends a child's subtree at the clock `cutoff`; what is still behind it runs on up to there."""
         for node in child.subtree():
             node.cutoff = cutoff if node.cutoff is None else min(node.cutoff, cutoff)
             if not node.ended and node.call is not None and node.clock >= node.cutoff and node.thread is not None:
                 self._scheduler.release(node.thread)
-        if child.ended or not _can_end(child):
+        if child.ended or not can_end(child):
             self._cancel(child, cutoff)
 
-    def _park(self, node: _Node) -> None:
+    def _park(self, node: Node) -> None:
         """The thread has reached its cutoff: its pages are free at once, and whoever waits for it is told."""
         assert node.thread is not None
         self._scheduler.release(node.thread)
         self._settle_above(node)
 
-    def _settle_above(self, node: _Node) -> None:
+    def _settle_above(self, node: Node) -> None:
         """A program below a cutoff came to rest: cancels ancestors that thereby cannot end by it, inner ones first."""
         ancestor = node.parent if node.cutoff is not None else None
         while ancestor is not None:
@@ -422,7 +366,7 @@ class Programs:
                 self._settle(ancestor)
             ancestor = ancestor.parent
 
-    def _cancel(self, child: _Node, cutoff: int) -> None:
+    def _cancel(self, child: Node, cutoff: int) -> None:
         """Ends a subtree and trims what it wrote to the clock `cutoff`."""
         for node in child.subtree():
             if node.call is not None:
@@ -431,7 +375,7 @@ class Programs:
                 node.generator.close()
                 if node.thread is not None:
                     self._scheduler.release(node.thread)
-            node.calls = [_trim(call, cutoff) for call in node.calls if call.clock_start < cutoff]
+            node.calls = [trim(call, cutoff) for call in node.calls if call.clock_start < cutoff]
             if not node.cancelled:
                 self._tell(node, Happening.CANCELLED)
             node.ended = node.cancelled = True
@@ -439,7 +383,7 @@ class Programs:
             node.clock = min(node.clock, cutoff)
         child.clock = cutoff
 
-    def _close_call(self, node: _Node, stop: Stop) -> None:
+    def _close_call(self, node: Node, stop: Stop) -> None:
         call, node.call = node.call, None
         assert call is not None
         constraint = node.thread.constraint if node.thread is not None else None
@@ -462,7 +406,7 @@ class Programs:
                 )
             )
 
-    def _finish(self, root: _Node) -> None:
+    def _finish(self, root: Node) -> None:
         nodes = list(root.subtree())
         groups = {node.group for node in nodes if node.group is not None}
         across = Work(attended=sum(group.attended_across() for group in groups))
@@ -479,27 +423,9 @@ class Programs:
             if node.thread is not None:
                 del self._node_of[node.thread]
 
-    def _tell(self, node: _Node, happening: Happening) -> None:
+    def _tell(self, node: Node, happening: Happening) -> None:
         if self._observer is not None and node.thread is not None:
             self._observer(node.rollout.key, node.thread, happening)
 
-    def _ms(self, node: _Node) -> float:
+    def _ms(self, node: Node) -> float:
         return (self._now() - node.rollout.started) * 1e3
-
-
-def _can_end(node: _Node) -> bool:
-    """Whether a program may still end by its cutoff: it, or something it waits for, is behind the cutoff."""
-    if node.ended:
-        return False
-    if node.join is not None:
-        return any(_can_end(child) for child in node.spawns[node.join.handle.ordinal])
-    return node.call is None or node.cutoff is None or node.clock < node.cutoff
-
-
-def _trim(call: Call, cutoff: int) -> Call:
-    keep = cutoff - call.clock_start
-    if len(call.tokens) <= keep:
-        return call
-    stop = Stop(StopReason.CANCELLED, None)
-    masks = None if call.masks is None else call.masks.first(keep)
-    return dataclasses.replace(call, tokens=call.tokens[:keep], logprobs=call.logprobs[:keep], stop=stop, masks=masks)
