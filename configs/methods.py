@@ -75,10 +75,11 @@ def nested() -> ConfigDict:
 
 
 def hogwild() -> ConfigDict:
-    """Two workers on one shared cache. Supervised only: GRPO has no training sequence for them."""
+    """Two workers on one shared cache. SFT alone: GRPO takes each call as its own sequence."""
     config = _laptop("hogwild")
     config.data.method = "hogwild"
-    config.sft.update(row_len=768, rows_per_step=6, num_steps=1_000, validation_rows=12)
+    config.model.max_seq_len = config.sft.row_len = config.grpo.row_len = 800  # both workers' text, in one view
+    config.sft.update(rows_per_step=6, num_steps=1_000, validation_rows=12)
     config.grpo.num_steps = 0
     return config
 

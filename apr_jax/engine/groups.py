@@ -12,6 +12,9 @@ a rollout a function of weights, seed, temperature, key and program alone, whate
 * A worker whose Decode ends before it begins (a full thread, no tokens left) or that ends without one is no part of the
   cache.
 
+* What a worker sees is at most a context window: what the prompt leaves of it is shared out equally, and a worker that
+  has used up its part stops with LENGTH.
+
 A group is admitted as a whole, to one data shard, with all pages that its workers may come to need; it is never
 preempted, for what its workers saw of each other could not be computed again by a prefill. So it always runs to its
 end, and others wait for it at most as long as it decodes.
@@ -28,6 +31,7 @@ class Group:
     """The workers of one `Share`."""
 
     prompt: tuple[int, ...]
+    size: int  # workers started
     undecided: int  # workers that have not asked for their Decode yet, nor ended
     workers: list[Thread] = dataclasses.field(default_factory=list)  # that asked, in spawn order
     headers: dict[Thread, int] = dataclasses.field(default_factory=dict)  # tokens of each worker's header
@@ -50,6 +54,11 @@ class Group:
     def attended_across(self) -> int:
         """Keys of other workers that the workers' tokens have attended to; those of its own row each counts itself."""
         return attended_across([(self.headers[worker], worker.work.decoded) for worker in self.workers])
+
+
+def row_limit(window: int, prompt: int, size: int, number: int) -> int:
+    """Tokens that worker `number` of `size` may hold with a prompt of so many, so that all fit a window together."""
+    return prompt + max(0, window - prompt + number) // size
 
 
 def attended_across(workers: Sequence[tuple[int, int]]) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from apr_jax.engine.constraints import Constraint, Gate
-from apr_jax.engine.groups import Group
+from apr_jax.engine.groups import Group, row_limit
 from apr_jax.engine.rollout_tree import Node, OpenCall, RolloutState, can_end, trim
 from apr_jax.engine.scheduler import Scheduler
 from apr_jax.engine.threads import (
@@ -182,7 +182,7 @@ class Programs:
             case Share(prompt, programs):
                 if not prompt or not programs:
                     raise ValueError(f"program {node.path} asked for a Share without a prompt or without programs")
-                return self._spawn(node, programs, Group(tuple(prompt), len(programs)))
+                return self._spawn(node, programs, Group(tuple(prompt), len(programs), len(programs)))
             case _:
                 raise TypeError(f"a program yielded {request!r}, which is no request")
 
@@ -199,6 +199,9 @@ class Programs:
             tokens = [*node.group.prompt, *tokens]
         key = thread_key(self._seed, node.rollout.key, node.path)
         max_length = min(self._max_seq_len, request.max_length or self._max_seq_len)
+        if node.group is not None:
+            part = row_limit(self._max_seq_len, len(node.group.prompt), node.group.size, node.path[-1])
+            max_length = min(max_length, part)
         node.thread = Thread(node.path, tokens, node.rollout.ordinal, key, max_length=max_length, group=node.group)
         self._node_of[node.thread] = node
         if parent is not None:

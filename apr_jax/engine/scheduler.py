@@ -379,7 +379,7 @@ class Scheduler:
 
     def _final_length(self, thread: Thread) -> int:
         """Tokens that the thread has when its Decode ends, at most."""
-        return min(len(thread.tokens) + thread.max_generated - thread.generated, self.limits.max_seq_len)
+        return min(len(thread.tokens) + thread.max_generated - thread.generated, thread.max_length)
 
     def _require_blocks(self, thread: Thread) -> None:
         """Raises OutOfPagesError where the thread and those that run before it fill more blocks than a step can read.

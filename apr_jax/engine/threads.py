@@ -240,21 +240,16 @@ class Rollout:
     def peak_context(self) -> int:
         """The most tokens that one thread held while it decoded: its context and what it wrote, to the last token.
 
-        Never more than model.max_seq_len, or the `max_length` of that thread's Open; but what a worker on a shared
-        cache saw of the others counts, too. 0 if nothing was decoded.
+        Workers on a shared cache count as one thread that holds what all of them do. Never more than
+        model.max_seq_len, or the `max_length` of a thread's Open. 0 if nothing was decoded.
         """
-        return max(
-            (len(call.context) + len(call.tokens) + self._seen_of_others(call) for call in self.calls), default=0
-        )
-
-    def _seen_of_others(self, call: Call) -> int:
-        """Tokens of other workers that a worker's last draw saw."""
-        if not call.shared_prompt:
-            return 0
-        others = [each for each in self.calls if each.path[:-1] == call.path[:-1] and each.path != call.path]
-        return sum(
-            len(each.context) - each.shared_prompt - 1 + min(len(each.tokens), len(call.tokens)) for each in others
-        )
+        groups: dict[Path, int] = {}
+        for call in self.calls:
+            if call.shared_prompt:
+                own = len(call.context) - call.shared_prompt + len(call.tokens)
+                groups[call.path[:-1]] = groups.get(call.path[:-1], call.shared_prompt) + own
+        alone = (len(call.context) + len(call.tokens) for call in self.calls)
+        return max((*alone, *groups.values()), default=0)
 
     @property
     def num_threads(self) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from apr_jax.engine.groups import row_limit
 from apr_jax.engine.threads import Open, Program, Share, Spawn
 from apr_jax.reasoning.adaptive import adaptive
 from apr_jax.reasoning.direct import direct
@@ -90,9 +91,10 @@ def _held(program: Program, max_tokens: int) -> Program:
             elif isinstance(request, Spawn):
                 request = Spawn([_held(child, max_tokens) for child in request.programs])
             elif isinstance(request, Share):
-                prompt, workers = request.prompt, request.programs
-                part = max(1, len(prompt) + (max_tokens - len(prompt)) // len(workers))
-                request = Share(prompt, [_held(worker, part) for worker in workers])
+                prompt, size = len(request.prompt), len(request.programs)
+                parts = [row_limit(max_tokens, prompt, size, number) for number in range(size)]
+                held = [_held(worker, part) for worker, part in zip(request.programs, parts, strict=True)]
+                request = Share(request.prompt, held)
             reply = yield request
     finally:
         program.close()

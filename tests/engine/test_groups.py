@@ -88,7 +88,7 @@ def counts(rollout):
 
 
 def limits(**changes):
-    values = {"num_shards": 1, "lanes": 6, "pages": 49, "page_size": 4, "max_seq_len": 64, "steps_per_visit": 5}
+    values = {"num_shards": 1, "lanes": 6, "pages": 28, "page_size": 4, "max_seq_len": 64, "steps_per_visit": 5}
     return Limits(**values | {"prefill_lanes": 2, "prefix_reuse": True, "max_workers": 3} | changes)
 
 

@@ -80,7 +80,7 @@ class ScriptedEngine:
         A worker on a shared cache has its group's `prompt` before its own tokens.
         """
         thread = Thread(path=path, tokens=[], rollout=0, key=(0, 0))
-        thread.group = Group(tuple(prompt), 0) if prompt else None
+        thread.group = Group(tuple(prompt), 0, 0) if prompt else None
         self._threads.append(thread)
         spawned: list[list[tuple[Any, int, int]]] = []
         reply: Any = None

@@ -305,7 +305,7 @@ def test_hogwild():
     expected = Counts(
         generated=17 + 64,
         sequential=64,
-        peak_context=16 + 64 + 4 - 1 + 17,
+        peak_context=12 + 4 + 17 + 4 + 64,
         threads=2,
         prefilled=15 + 15,
         attended=keys(1, 15 + 17) + keys(1, 15 + 64) + across,
