@@ -18,7 +18,7 @@ LEAVES = {
 MAY_USE_LEAVES = {"reasoning", "evaluation", "train", "library", "launch"}
 NO_JAX = ["apr_jax/tasks", "apr_jax/data", "apr_jax/engine/pages.py", "apr_jax/engine/threads.py"]
 NO_JAX += ["apr_jax/engine/scheduler.py", "apr_jax/engine/constraints.py", "apr_jax/engine/peers.py"]
-NO_JAX += ["apr_jax/engine/programs.py", "apr_jax/engine/rollout_tree.py", "apr_jax/engine/groups.py", "apr_jax/engine/work.py"]
+NO_JAX += ["apr_jax/engine/programs.py", "apr_jax/engine/rollout_tree.py", "apr_jax/engine/groups.py"]
 NO_JAX += ["apr_jax/config.py"]
 
 
