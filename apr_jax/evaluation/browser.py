@@ -88,5 +88,5 @@ def _small(png: bytes) -> bytes:
 
     with Image.open(io.BytesIO(png)) as picture:
         out = io.BytesIO()
-        picture.convert("RGB").quantize(_COLOURS).save(out, "PNG", optimize=True)
+        picture.convert("RGB").quantize(_COLOURS, Image.Quantize.MAXCOVERAGE).save(out, "PNG", optimize=True)
     return out.getvalue()
