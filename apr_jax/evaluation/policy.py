@@ -24,11 +24,15 @@ def choose_config(
       saved: the whole configuration it was trained with, None where it brings none.
       given: a config named on the command line, which then takes the saved one's place. One of the two is needed.
       overrides: {"rollout.num_lanes": 8}, applied to either.
-    Raises: ConfigError for an override that fits no field, or that contradicts the policy's weights.
+    Raises:
+      ConfigError: an override that fits no field, or that contradicts the policy's weights; a saved configuration that
+        another version wrote, whose fields are not today's.
     """
     base = given if given is not None else saved
     if base is None:
         raise ConfigError("this policy brings no configuration: name one (config=, or --config=FILE)")
+    if given is None:
+        _check_version(base)
     values = ConfigDict(base)
     values.model = dataclasses.asdict(model)
     for field, value in overrides.items():
@@ -42,6 +46,16 @@ def choose_config(
     longest = max(values.model.max_seq_len, values.sft.row_len, values.grpo.row_len)
     values.sft.row_len = values.grpo.row_len = longest  # read in training only
     return from_config_dict(values.to_dict())
+
+
+def _check_version(saved: Mapping[str, Any]) -> None:
+    try:
+        from_config_dict(saved)
+    except ConfigError as error:
+        raise ConfigError(
+            f"the policy's saved configuration is of another version ({error}): name one in its place, as with "
+            "--config=configs/grpo.py"
+        ) from error
 
 
 def choose_tokenizer(folder: pathlib.Path, config: Config, saved: Mapping[str, Any] | None) -> Tokenizer:

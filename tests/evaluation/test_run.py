@@ -177,6 +177,15 @@ def test_overrides_may_not_contradict_the_weights():
     assert (longer.model.max_seq_len, longer.model.compute_dtype) == (1024, "bfloat16")
 
 
+def test_a_configuration_of_another_version_is_named_with_what_takes_its_place():
+    saved = to_dict(from_config_dict(get_config("smoke")))
+    model = from_config_dict(get_config("smoke")).model
+    del saved["tree_of_thoughts"]
+    with pytest.raises(ConfigError, match=r"another version \(tree_of_thoughts: missing.*--config=configs/grpo\.py"):
+        choose_config(model, saved, None, {})
+    assert choose_config(model, saved, get_config("smoke"), {}).name == "smoke"
+
+
 def test_a_policy_without_configuration_needs_one():
     model = dataclasses.replace(from_config_dict(get_config()).model, max_seq_len=1024)
     with pytest.raises(ConfigError, match="--config=FILE"):
