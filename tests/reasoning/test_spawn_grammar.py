@@ -87,7 +87,7 @@ def test_every_drawn_spawn_is_well_formed(tokenizers, data, level, which, max_ch
         spawned = [*tokens, grammar.gate.token]
         number = draw_spawn(grammar, spawned, held.automaton(spawned), rng, eager=data.draw(st.booleans()))
         text = tokenizer.decode(spawned)
-        call = adaptive._read_spawn(text, asked, depth=level - 1, spawns=0, allowance=most)
+        call = adaptive.read_spawn(text, asked, depth=level - 1, spawns=0, allowance=most)
         assert isinstance(call, trace.SpawnCall), f"{call}: {text}"
         assert len(call.node_ids) == number <= most
         assert tokenizer.encode(text) == spawned[1:], "spelt as the tokenizer spells it"
@@ -157,11 +157,11 @@ def test_of_very_many_nodes_the_latest_that_fit_may_be_named(tokenizers):
 
 def test_a_thread_at_its_limits_is_closed():
     asked = fixtures.settings(max_depth=2, max_spawns=1, spawn_grammar=spawn_grammar(TOKENIZER, 16))
-    assert not adaptive._grammar(asked, depth=1, spawns=0, allowance=1).closed
-    assert adaptive._grammar(asked, depth=2, spawns=0, allowance=9).closed
-    assert adaptive._grammar(asked, depth=0, spawns=1, allowance=9).closed
-    assert adaptive._grammar(asked, depth=0, spawns=0, allowance=0).closed
-    assert adaptive._grammar(fixtures.settings(), depth=0, spawns=0, allowance=9) is None
+    assert not adaptive.thread_grammar(asked, depth=1, spawns=0, allowance=1).closed
+    assert adaptive.thread_grammar(asked, depth=2, spawns=0, allowance=9).closed
+    assert adaptive.thread_grammar(asked, depth=0, spawns=1, allowance=9).closed
+    assert adaptive.thread_grammar(asked, depth=0, spawns=0, allowance=0).closed
+    assert adaptive.thread_grammar(fixtures.settings(), depth=0, spawns=0, allowance=9) is None
 
 
 def test_spelling_out_the_opening_token_opens_nothing(tokenizers):
@@ -171,7 +171,7 @@ def test_spelling_out_the_opening_token_opens_nothing(tokenizers):
     text = before + trace.CALL_BEGIN + "No solution found.\n" + trace.render_spawn(["0,3"])
     assert trace.parse_spawn(text).reason == "malformed_spawn_line"
     asked = fixtures.settings(tokenizer=tokenizer, spawn_grammar=spawn_grammar(tokenizer, 16))
-    call = adaptive._read_spawn(text, asked, depth=0, spawns=0, allowance=9)
+    call = adaptive.read_spawn(text, asked, depth=0, spawns=0, allowance=9)
     assert (call.node_ids, call.start) == (("0,3",), text.rindex(trace.CALL_BEGIN))
 
 
