@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+import time
 
 import pytest
 
@@ -119,7 +120,11 @@ def test_a_peer_over_its_time_is_ended_with_its_children(root: pathlib.Path):
     assert report["error"].startswith("stopped after 3 s")
     assert set(report["lanes"]) == {"1", "3"}  # it had measured, then hung
     state = pathlib.Path(f"/proc/{child.read_text().strip()}/status")
-    assert not state.exists() or "Z (zombie)" in state.read_text()
+    for _ in range(300):  # the signal is sent; on a busy machine its effect may take a while
+        if not state.exists() or "Z (zombie)" in state.read_text():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"a child of the peer lives on:\n{state.read_text()}")
 
 
 def test_another_model_is_called_so(root: pathlib.Path):

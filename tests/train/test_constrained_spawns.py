@@ -48,8 +48,10 @@ class LineTokenizer(BuiltinTokenizer):
 
 
 TOKENIZER = LineTokenizer()
+FIRST_LINE = TOKENIZER.vocab_size - len(LINES)
 CONFIG = small_config(
     **{
+        "model.vocab_size": 352,
         "rollout.constrain_spawns": True,
         "rollout.max_children": 2,
         "rollout.max_depth": 2,
@@ -69,7 +71,7 @@ FREE = sorted(
         TOKENIZER.eos_id,
         *TOKENIZER.encode(trace.NO_SOLUTION),
         *TOKENIZER.encode(","),
-        *range(330, 336),
+        *range(FIRST_LINE, TOKENIZER.vocab_size),
     }
 )
 BANNED = tuple(sorted(set(range(CONFIG.model.vocab_size)) - {*FREE, TOKENIZER.call_end_id}))
@@ -125,7 +127,7 @@ def _allowed(tokens: list[int], begin: int | None, depth: int, spawns: int) -> s
 
     def accepted(text, nodes):
         whole = text + trace.render_spawn(nodes, depth + 1)
-        return isinstance(adaptive._read_spawn(whole, settings, depth, spawns, 1000), trace.SpawnCall)
+        return isinstance(adaptive.read_spawn(whole, settings, depth, spawns, 1000), trace.SpawnCall)
 
     universe = ["0", "0,0", "0,1", "0,2", "0,0,1", "0,0,2"]
     if begin is None:
@@ -165,7 +167,7 @@ def test_log_probabilities_are_those_over_what_the_parser_would_accept(drawn):
                 expected = scores[allowed.index(token)] - np.log(np.exp(scores).sum())
                 np.testing.assert_allclose(logprob, expected, atol=1e-5)
                 held += begin is not None
-                shut += TOKENIZER.call_begin_id not in allowed and tokens[-1] > 329
+                shut += TOKENIZER.call_begin_id not in allowed and tokens[-1] >= FIRST_LINE
                 begin = len(tokens) if token == TOKENIZER.call_begin_id else begin
                 tokens.append(token)
             spawns[call.path] = spawns.get(call.path, 0) + (begin is not None)

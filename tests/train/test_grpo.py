@@ -17,6 +17,7 @@ from apr_jax.engine.work import Work
 from apr_jax.model.llama import graphdef, init_params
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.reasoning.outcome import Outcome, banned_tokens
+from apr_jax.reasoning.task import COUNTDOWN
 from apr_jax.tasks.countdown import Problem, Verdict
 from apr_jax.train import grpo, rollouts
 from apr_jax.train.checkpoint import Checkpoints
@@ -217,10 +218,8 @@ PROBLEMS = [Problem((1, 2), target) for target in range(2, 10)]
 
 
 @pytest.fixture
-def bandit(monkeypatch):
-    """GRPO on the one-token program, rewarded for even tokens: (config, workdir, signal) -> final policy."""
-    monkeypatch.setattr(grpo, "make_program", lambda method, problem, settings: _guess(problem, settings))
-    monkeypatch.setattr(rollouts, "verify", _is_even)
+def bandit():
+    """GRPO on a task of one-token programs, rewarded for even tokens: (workdir, signal, program) -> final policy."""
     config = small_config(
         **{
             "rollout.max_steps": 1,
@@ -236,7 +235,8 @@ def bandit(monkeypatch):
     params = init_params(config.model, 0)
     engine = Engine(config.model, config.rollout, mesh, params=params, banned_tokens=BANNED)
 
-    def train(workdir, stop=None):
+    def train(workdir, stop=None, program=_guess):
+        task = dataclasses.replace(COUNTDOWN, programs={"adaptive": program}, verify=_is_even)
         with contextlib.ExitStack() as stack:
             checkpoints = stack.enter_context(Checkpoints(workdir, "grpo", config))
             step = checkpoints.latest_step() or 0
@@ -253,7 +253,8 @@ def bandit(monkeypatch):
                 stop=stop or StopSignal(),
                 skipped=SkippedSteps(workdir, config.faults.max_skipped_steps),
                 validate=lambda: 0.0,
-                keep=lambda step, sample: keep_rollouts(workdir, step, sample, config, TOKENIZER),
+                keep=lambda step, sample: keep_rollouts(workdir, step, sample, config, TOKENIZER, task),
+                task=task,
             )
 
     return train
@@ -294,11 +295,10 @@ def test_reward_rises_and_resumed_equals_uninterrupted(bandit, tmp_path):
         assert tokens[0] == tokens[1]
 
 
-def test_a_bug_in_a_program_stops_the_run(bandit, tmp_path, monkeypatch):
-    def broken(method, problem, settings):
+def test_a_bug_in_a_program_stops_the_run(bandit, tmp_path):
+    def broken(problem, settings):
         yield Open((settings.tokenizer.bos_id,))
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(grpo, "make_program", broken)
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        bandit(tmp_path)
+        bandit(tmp_path, program=broken)

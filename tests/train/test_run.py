@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from apr_jax.config import Config, ConfigError
+from apr_jax.data import countdown_builder
 from apr_jax.train import grpo, run
 from apr_jax.train.checkpoint import load_policy
 from apr_jax.train.metrics import read
@@ -42,7 +43,7 @@ def _signal_when_called(monkeypatch, module, name, at=1):
 
 
 STAGES = {
-    "data building": (run, "load_split", 1),
+    "data building": (countdown_builder, "load_split", 1),
     "tokenising": (run, "train_iterator", 1),
     "SFT": (run, "train_sft", 1),
     "evaluation before": (run, "evaluate", 2),
