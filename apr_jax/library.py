@@ -96,7 +96,7 @@ class Policy:
         name = method if isinstance(method, str) else self.config.data.method
         if not callable(method):
             check_method(name, temperature)
-        settings = make_settings(self.config, self.tokenizer, budget)
+        settings = make_settings(self.config, self.tokenizer, name, budget=budget)
         make: Callable[[Problem], Program] = (
             (lambda problem: method(problem, settings))
             if callable(method)

@@ -97,7 +97,7 @@ def _evaluate(checkpoint: pathlib.Path, own_problems: list[Problem] | None) -> N
             tokenizer,
             problems,
             method=method,
-            settings=make_settings(config, tokenizer, _BUDGET.value, _MAX_TOKENS.value),
+            settings=make_settings(config, tokenizer, method, budget=_BUDGET.value, max_tokens=_MAX_TOKENS.value),
             seed=config.seed,
             temperature=temperature,
             on_progress=on_progress,

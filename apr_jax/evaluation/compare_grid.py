@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from apr_jax.config import ConfigError
+from apr_jax.tasks.demonstrations import innermost
 
 _ROW = re.compile(r"(?P<wrappers>(?:[a-z_]+@[1-9][0-9]*:)*)(?P<inner>[^/:@]+)(?:/(?P<policy>[^/:@]+))?")
 _BUDGET = re.compile(r"(?:(?P<row>[^=]+)=)?(?P<budget>none|[1-9][0-9]*)")
@@ -27,7 +28,7 @@ class Row:
     @property
     def inner(self) -> str:
         """The way of reasoning that its wrappers, if any, sample."""
-        return self.program.rpartition(":")[2]
+        return innermost(self.program)
 
     @property
     def num_samples(self) -> int:

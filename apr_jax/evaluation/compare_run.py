@@ -156,7 +156,11 @@ def run_cells(
                 asked.problems,
                 method=cell.row.program,
                 settings=make_settings(
-                    config, policy.tokenizer, cell.budget, window if window < config.model.max_seq_len else None
+                    config,
+                    policy.tokenizer,
+                    cell.row.program,
+                    budget=cell.budget,
+                    max_tokens=window if window < config.model.max_seq_len else None,
                 ),
                 seed=asked.seed,
                 temperature=cell.temperature,
@@ -175,7 +179,11 @@ def check_programs(cells: Sequence[Cell], policies: Mapping[str, Policy], proble
     for cell in cells:
         policy = policies[cell.row.policy]
         try:
-            make_program(cell.row.program, problem, make_settings(policy.config, policy.tokenizer, cell.budget)).close()
+            make_program(
+                cell.row.program,
+                problem,
+                make_settings(policy.config, policy.tokenizer, cell.row.program, budget=cell.budget),
+            ).close()
         except ValueError as error:
             raise ConfigError(f"--methods={cell.row.label}: {error}") from error
 
