@@ -87,15 +87,15 @@ class Policy:
           method: a way of reasoning as `reasoning.programs.make_program` takes it, or a program of your own
             (docs/write_a_program.md); None is the one that the policy was trained for.
           temperature: 0 is greedy.
-          budget: written into prompts; sub calls, or for a serial method tokens.
+          budget: written into prompts; sub calls, or for a serial method tokens. Other methods may have none.
           on_progress, observer: as of `Engine.run`.
-        Raises: ValueError for no problem (`Problem`), an unknown method, several samples at temperature 0, or a problem
-          that the tokenizer cannot spell.
+        Raises: ValueError for no problem (`Problem`), an unknown method, several samples at temperature 0, a budget
+          that the method has not, or a problem that the tokenizer cannot spell.
         """
         asked = [problem if isinstance(problem, Problem) else _problem(problem) for problem in problems]
         name = method if isinstance(method, str) else self.config.data.method
         if not callable(method):
-            check_method(name, temperature)
+            check_method(name, temperature, budget=budget)
         settings = make_settings(self.config, self.tokenizer, name, budget=budget)
         make: Callable[[Problem], Program] = (
             (lambda problem: method(problem, settings))

@@ -93,7 +93,7 @@ def _compare(folders: dict[str, pathlib.Path], own: list[Problem] | None) -> Non
     policies = _load(folders)
     cells = _cells(policies)
     asked = _asked(list(policies.values()), own)
-    check_programs(cells, policies, asked.problems[0])
+    check_programs(cells)
     workdir = pathlib.Path(_WORKDIR.value)
     rows = run_cells(
         cells,

@@ -64,11 +64,11 @@ def main() -> None:
 
 
 def _check_method(method: str, temperature: float | None) -> None:
-    """Raises ConfigError for a method that there is not, or that a temperature makes pointless."""
+    """Raises ConfigError for a method that there is not, that a temperature makes pointless, or that has no budget."""
     from apr_jax.reasoning.programs import check_method
 
     try:
-        check_method(method, temperature)
+        check_method(method, temperature, budget=_BUDGET.value)
     except ValueError as error:
         raise ConfigError(f"--{error}") from error
 
@@ -86,11 +86,11 @@ def _evaluate(checkpoint: pathlib.Path, own_problems: list[Problem] | None) -> N
         overrides=_CONFIG.overrides,
     )
     config, tokenizer = policy.config, policy.tokenizer
-    problems, source = (own_problems, _PROBLEMS.value) if own_problems else _problems(config)
-    print(f"engine memory: {policy.engine.memory}", file=sys.stderr)
     temperature = config.evaluation.temperature if _TEMPERATURE.value is None else _TEMPERATURE.value
     method = _METHOD.value or config.data.method
     _check_method(method, temperature)
+    problems, source = (own_problems, _PROBLEMS.value) if own_problems else _problems(config)
+    print(f"engine memory: {policy.engine.memory}", file=sys.stderr)
     with ShownProgress(len(problems)) as on_progress:
         summary, records = evaluate(
             policy.engine,

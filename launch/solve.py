@@ -44,7 +44,8 @@ def main(words: Sequence[str]) -> None:
     began = time.perf_counter()
     # What can be refused is refused at once, before JAX and its friends have loaded.
     problem = read_problem_words(words)
-    _check_method()
+    if _METHOD.value:
+        _check_method(_METHOD.value)
     _CONFIG.config()
     if _CHECKPOINT.value:
         check_policy_folder(pathlib.Path(_CHECKPOINT.value))
@@ -63,6 +64,7 @@ def main(words: Sequence[str]) -> None:
         )
     except (CheckpointError, FileNotFoundError, HuggingFaceError) as error:
         raise entry.FailedError(str(error)) from error
+    _check_method(_METHOD.value or policy.config.data.method)
     _warn(problem, policy)
     policy.engine  # noqa: B018 (compiles)
     started = time.perf_counter()
@@ -70,15 +72,14 @@ def main(words: Sequence[str]) -> None:
     _report(solution, checkpoint, start_ms=(started - began) * 1e3)
 
 
-def _check_method() -> None:
-    """Raises ConfigError for an unknown method, and for samples that would all be the same."""
+def _check_method(method: str) -> None:
+    """Raises ConfigError for an unknown method, samples that would all be the same, and a budget that it has not."""
     from apr_jax.reasoning.programs import check_method
 
-    if _METHOD.value:
-        try:
-            check_method(_METHOD.value, _TEMPERATURE.value)
-        except ValueError as error:
-            raise ConfigError(f"--{error}") from error
+    try:
+        check_method(method, _TEMPERATURE.value, budget=_BUDGET.value)
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from error
 
 
 def _warn(problem: Problem, policy: "Policy") -> None:

@@ -25,7 +25,7 @@ from apr_jax.model.llama import Params
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.reasoning.outcome import make_settings
 from apr_jax.reasoning.policy_engine import policy_engine
-from apr_jax.reasoning.programs import make_program
+from apr_jax.reasoning.programs import check_method
 from apr_jax.tasks.countdown import Problem
 from apr_jax.tasks.demonstrations import SHARED_METHODS
 from apr_jax.tasks.generation import Split, generate_problems, split_size
@@ -174,16 +174,11 @@ def run_cells(
     return [rows[index] for index in range(len(cells))]
 
 
-def check_programs(cells: Sequence[Cell], policies: Mapping[str, Policy], problem: Problem) -> None:
-    """Raises ConfigError where a row names no way of reasoning."""
+def check_programs(cells: Sequence[Cell]) -> None:
+    """Raises ConfigError where a row names no way of reasoning, or one that a cell's settings don't go with."""
     for cell in cells:
-        policy = policies[cell.row.policy]
         try:
-            make_program(
-                cell.row.program,
-                problem,
-                make_settings(policy.config, policy.tokenizer, cell.row.program, budget=cell.budget),
-            ).close()
+            check_method(cell.row.program, cell.temperature, budget=cell.budget)
         except ValueError as error:
             raise ConfigError(f"--methods={cell.row.label}: {error}") from error
 

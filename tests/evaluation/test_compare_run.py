@@ -68,10 +68,21 @@ def test_a_window_is_told_to_those_who_know_it_and_may_not_be_larger_than_thread
 
 
 def test_ways_of_reasoning_that_there_are_not_are_named():
-    check_programs([cell("adaptive"), cell("cons@3:serial")], {"a": policy()}, ASKED.problems[0])
+    check_programs([cell("adaptive"), cell("cons@3:serial", temperature=1.0)])
     for wrong in ("telepathy", "vote@3:serial"):
         with pytest.raises(ConfigError, match=f"--methods={wrong}"):
-            check_programs([cell(wrong)], {"a": policy()}, ASKED.problems[0])
+            check_programs([cell(wrong)])
+
+
+def test_settings_that_a_way_of_reasoning_cannot_take_are_refused():
+    check_programs([cell("serial", budget=4), cell("direct"), cell("pass@2:hogwild", temperature=1.0)])
+    for wrong, changes in (
+        ("direct", {"budget": 4}),
+        ("cons@2:tree_of_thoughts", {"budget": 4, "temperature": 1.0}),
+        ("pass@1:cons@8:serial", {"temperature": 0.0}),
+    ):
+        with pytest.raises(ConfigError, match=f"--methods={wrong}: method"):
+            check_programs([cell("adaptive"), cell(wrong, **changes)])
 
 
 def settings(own=None, asked=ASKED, **changes):

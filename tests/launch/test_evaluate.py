@@ -111,6 +111,7 @@ def test_a_hugging_face_folder_is_the_same_policy(home, newest):
         (["stray"], "unknown arguments: stray"),
         (["--method=cons@0:serial"], "NAME@N:METHOD"),
         (["--method=cons@4:adaptive", "--temperature=0"], "samples are all the same"),
+        (["--method=cons@4:direct", "--budget=4"], "leave out the budget of 4"),
         (["--checkpoint=missing"], "no such folder"),
         (["--problems=broken.jsonl"], "broken.jsonl, line 2"),
         (["--checkpoint=runs/tiny", "--config.model.num_layers=3"], "contradicts the policy's weights"),

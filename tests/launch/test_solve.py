@@ -66,6 +66,7 @@ def test_for_people_it_says_what_came_of_it_and_what_the_policy_was_not_trained_
         (["0", "3", "9"], "must be a positive int"),
         (["27", "3", "9", "--method=adaptiv"], "choose one of"),
         (["27", "3", "9", "--method=cons@4:adaptive"], "samples are all the same"),
+        (["27", "3", "9", "--method=direct", "--budget=4"], "leave out the budget of 4"),
         (["27", "3", "9", "--checkpoint=missing"], "no such folder"),
         (["27", "3", "9", "--temperature=-1"], "temperature"),
     ],
