@@ -11,8 +11,9 @@ WORKDIR/records its problems' records. Kill it at any moment and start it again:
 every cell is compared with the first, problem by problem. docs/comparing.md says more.
 
 A thread that fills its context window is cut off. Each policy decodes under its own configuration, on an engine with
-the lanes and pages of the first one's; --config.a.b=c changes a field of all. Exit codes: 0 done, 1 failed, 2 bad
-arguments or config, 75 stopped by a signal (start again to go on).
+the lanes and pages of the first one's; --config.a.b=c changes a field of all, and --config=FILE takes the
+place of every policy's configuration. Exit codes: 0 done, 1 failed, 2 bad arguments or config, 75 stopped by a signal
+(start again to go on).
 """
 
 import dataclasses

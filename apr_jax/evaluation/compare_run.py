@@ -73,7 +73,7 @@ def make_policy(
     overrides: Mapping[str, Any],
     first: "Policy | None",
 ) -> Policy:
-    """A policy as `train.checkpoint.load_policy` gave it, under its own configuration or `given` where it brings none.
+    """A policy as `train.checkpoint.load_policy` gave it, under its own configuration or `given` in place of that.
 
     Its engine is that of the `first` policy. Raises ConfigError as `choose_config`, with the policy's name.
     """
@@ -83,7 +83,7 @@ def make_policy(
         shared = {f"rollout.{field}": getattr(rollout, field) for field in _SAME_ENGINE}
         overrides = {**shared, **{f"mesh.{axis}": size for axis, size in mesh.items()}, **overrides}
     try:
-        config = choose_config(model, saved, given if saved is None else None, overrides)
+        config = choose_config(model, saved, given, overrides)
         tokenizer = choose_tokenizer(pathlib.Path(checkpoint), config, saved)
     except ConfigError as error:
         raise ConfigError(f"--policies={name}: {error}") from error

@@ -14,6 +14,7 @@ from apr_jax.evaluation.compare_run import (
     cell_settings,
     check_programs,
     held_out,
+    make_policy,
     weights_digest,
 )
 from apr_jax.tasks.countdown import Problem
@@ -36,6 +37,20 @@ def policy(name="a", **changes):
 
 def cell(program="adaptive", window=512, **changes):
     return dataclasses.replace(Cell(Row(program, program, "a"), None, 0.0, window), **changes)
+
+
+def test_a_configuration_that_is_given_takes_the_place_of_the_saved_one(tmp_path):
+    saved, given = to_dict(CONFIG), get_config("smoke")
+    given.rollout.max_children = 3
+    assert CONFIG.rollout.max_children != 3
+    own = make_policy("a", str(tmp_path), (CONFIG.model, {}, saved), None, {}, None)
+    assert own.config == CONFIG
+    other = make_policy("a", str(tmp_path), (CONFIG.model, {}, saved), given, {"rollout.max_spawns": 1}, None)
+    assert (other.config.rollout.max_children, other.config.rollout.max_spawns) == (3, 1)
+    del saved["task"]["max_number"]  # as another version may have saved it
+    with pytest.raises(ConfigError, match=r"--policies=a: .*of another version.*--config="):
+        make_policy("a", str(tmp_path), (CONFIG.model, {}, saved), None, {}, None)
+    assert make_policy("a", str(tmp_path), (CONFIG.model, {}, saved), given, {}, None).config.rollout.max_children == 3
 
 
 def test_problems_are_the_first_of_the_split_without_its_data_set():
