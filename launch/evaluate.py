@@ -90,10 +90,11 @@ def _evaluate(checkpoint: pathlib.Path, own_problems: list[Problem] | None) -> N
     method = _METHOD.value or config.data.method
     _check_method(method, temperature)
     problems, source = (own_problems, _PROBLEMS.value) if own_problems else _problems(config)
-    print(f"engine memory: {policy.engine.memory}", file=sys.stderr)
+    engine = policy.engine_for(method)
+    print(f"engine memory: {engine.memory}", file=sys.stderr)
     with ShownProgress(len(problems)) as on_progress:
         summary, records = evaluate(
-            policy.engine,
+            engine,
             tokenizer,
             problems,
             method=method,

@@ -64,9 +64,10 @@ def main(words: Sequence[str]) -> None:
         )
     except (CheckpointError, FileNotFoundError, HuggingFaceError) as error:
         raise entry.FailedError(str(error)) from error
-    _check_method(_METHOD.value or policy.config.data.method)
+    method = _METHOD.value or policy.config.data.method
+    _check_method(method)
     _warn(problem, policy)
-    policy.engine  # noqa: B018 (compiles)
+    policy.engine_for(method)  # compiles
     started = time.perf_counter()
     solution = _solve(problem, policy)
     _report(solution, checkpoint, start_ms=(started - began) * 1e3)

@@ -143,7 +143,7 @@ def run_cells(
             rows[index] = done
     if rows:
         say(f"{len(rows)} of {len(cells)} cells were done before")
-    engines = _Engines()
+    engines = Engines()
     # Cells of one engine lie next to each other, so that it is made once.
     for count, index in enumerate(sorted(todo, key=lambda i: (*_engine_of(cells[i].row), i)), 1):
         cell, settings = todo[index]
@@ -193,7 +193,7 @@ def weights_digest(params: Params) -> str:
     return digest.hexdigest()
 
 
-class _Engines:
+class Engines:
     """The engine of the policy that is run: made anew where shapes or limits change, else given other weights."""
 
     def __init__(self) -> None:
@@ -204,13 +204,11 @@ class _Engines:
     def of(self, policy: Policy, row: Row) -> Engine:
         config = policy.config
         _, shares = _engine_of(row)
-        if shares:  # what it takes is compiled with the rest, whatever the policy was trained for
-            data = dataclasses.replace(config.data, method=row.inner, condition_on_budget=False)  # type: ignore[arg-type]
-            config = dataclasses.replace(config, data=data)
         wanted = (config.model, config.rollout, config.mesh, config.data.tokenizer, shares)
         if self._engine is None or self._made != wanted:
             self._engine = None  # its memory is free before the next one takes its own
-            self._engine = policy_engine(config, make_mesh(config.mesh), policy.tokenizer, policy.params)
+            mesh = make_mesh(config.mesh)
+            self._engine = policy_engine(config, mesh, policy.tokenizer, policy.params, expects_groups=shares)
             self._engine.warm_up()  # so that no rate or latency counts compilation
         elif self._weights != policy.weights:
             self._engine.set_params(policy.params)

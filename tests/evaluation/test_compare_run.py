@@ -1,6 +1,7 @@
 """What a comparison refuses before anything runs, and what a cell's fingerprint covers."""
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from apr_jax.config import ConfigError, from_config_dict, to_dict
 from apr_jax.evaluation.compare_grid import Cell, Row
 from apr_jax.evaluation.compare_run import (
     Asked,
+    Engines,
     Policy,
     cell_config,
     cell_settings,
@@ -98,6 +100,37 @@ def test_settings_that_a_way_of_reasoning_cannot_take_are_refused():
     ):
         with pytest.raises(ConfigError, match=f"--methods={wrong}: method"):
             check_programs([cell("adaptive"), cell(wrong, **changes)])
+
+
+class Engine:
+    """Remembers what it was made and given."""
+
+    made: ClassVar[list["Engine"]] = []
+
+    def __init__(self, config, mesh, tokenizer, params, *, expects_groups):
+        del config, mesh, tokenizer
+        self.expects_groups, self.weights, self.is_warm = expects_groups, [params], False
+        self.made.append(self)
+
+    def warm_up(self):
+        self.is_warm = True
+
+    def set_params(self, params):
+        self.weights.append(params)
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    monkeypatch.setattr("apr_jax.evaluation.compare_run.policy_engine", Engine)
+    monkeypatch.setattr(Engine, "made", [])
+    return Engines()
+
+
+def test_an_engine_expects_groups_where_the_row_shares_a_cache(engines):
+    told = policy(**{"task.context_windows": [128, 256], "data.condition_on_budget": True})
+    for program in ("adaptive", "cons@2:hogwild", "hogwild"):
+        engines.of(told, cell(program).row)
+    assert [(engine.expects_groups, engine.is_warm) for engine in Engine.made] == [(False, True), (True, True)]
 
 
 def settings(own=None, asked=ASKED, **changes):
