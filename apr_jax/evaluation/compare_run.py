@@ -194,12 +194,14 @@ def weights_digest(params: Params) -> str:
 
 
 class Engines:
-    """The engine of the policy that is run: made anew where shapes or limits change, else given other weights."""
+    """The engine of the cell that is run: made anew where shapes or limits change, else given its weights.
+
+    Given weights, the same ones too, it forgets its cache: what a cell prefills depends on no cell before it.
+    """
 
     def __init__(self) -> None:
         self._made: tuple[Any, ...] | None = None
         self._engine: Engine | None = None
-        self._weights = ""
 
     def of(self, policy: Policy, row: Row) -> Engine:
         config = policy.config
@@ -210,9 +212,9 @@ class Engines:
             mesh = make_mesh(config.mesh)
             self._engine = policy_engine(config, mesh, policy.tokenizer, policy.params, expects_groups=shares)
             self._engine.warm_up()  # so that no rate or latency counts compilation
-        elif self._weights != policy.weights:
+            self._made = wanted
+        else:
             self._engine.set_params(policy.params)
-        self._made, self._weights = wanted, policy.weights
         return self._engine
 
 

@@ -133,6 +133,15 @@ def test_an_engine_expects_groups_where_the_row_shares_a_cache(engines):
     assert [(engine.expects_groups, engine.is_warm) for engine in Engine.made] == [(False, True), (True, True)]
 
 
+def test_no_cell_reads_what_another_computed(engines):
+    """Weights that are set, the same or others, make an engine forget its cache."""
+    first, other = policy(), dataclasses.replace(policy("b"), params={"other": 1}, weights="others")
+    for own in (first, first, other):
+        engines.of(own, cell().row)
+    (engine,) = Engine.made
+    assert engine.weights == [first.params, first.params, other.params]
+
+
 def settings(own=None, asked=ASKED, **changes):
     own = own or policy()
     return cell_settings(cell(**changes), own, own.config, asked)
