@@ -30,7 +30,7 @@ from apr_jax.config import ConfigError
 from apr_jax.evaluation.compare_grid import Cell, make_cells, read_policies, read_rows
 from apr_jax.evaluation.sources import check_policy_folder, newest_run, read_problems
 from apr_jax.tasks.countdown import Problem
-from apr_jax.tasks.generation import SPLITS, Split
+from apr_jax.tasks.generation import SPLITS, Split, split_size
 
 if TYPE_CHECKING:
     from apr_jax.evaluation.compare_run import Asked, Policy
@@ -134,7 +134,7 @@ def _cells(policies: "dict[str, Policy]") -> list[Cell]:
 
 
 def _asked(policies: "list[Policy]", own: list[Problem] | None) -> "Asked":
-    """The user's problems, or those of a split."""
+    """The user's problems, or those of a split. A split named by --split may be smaller than the config's."""
     from apr_jax.evaluation.compare_run import Asked, held_out
 
     config = policies[0].config
@@ -143,7 +143,12 @@ def _asked(policies: "list[Policy]", own: list[Problem] | None) -> "Asked":
             raise ConfigError(f"--problems={_PROBLEMS.value}: a comparison takes 2 problems or more")
         return Asked(tuple(own), _PROBLEMS.value, config.seed)
     split: Split = _SPLIT.value or config.evaluation.split  # type: ignore[assignment]
-    return held_out(policies, split, _NUM_PROBLEMS.value or config.evaluation.num_problems)
+    wanted = config.evaluation.num_problems
+    if _NUM_PROBLEMS.value is not None:
+        wanted = _NUM_PROBLEMS.value
+    elif _SPLIT.value is not None:
+        wanted = min(wanted, split_size(config.data, split))
+    return held_out(policies, split, wanted)
 
 
 def _temperatures(default: float) -> list[float]:

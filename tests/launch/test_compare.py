@@ -46,8 +46,9 @@ def home(tmp_path_factory):
 
 
 def test_two_runs(home):
-    arguments = ("--policies=a=one,b=two,c=one", "--num_problems=3", "--json=out.json", "--figure=runs.svg")
+    arguments = ("--policies=a=one,b=two,c=one", "--split=validation", "--json=out.json", "--figure=runs.svg")
     done = _compare(home, *arguments)
+    assert "4 problems (validation)" in done.stdout  # the split's, although evaluation.num_problems asks for more
     assert "b against a (95 %, paired):" in done.stdout
     document = json.loads((home / "out.json").read_text())
     assert set(document["summaries"]) == {"a", "b", "c"}
