@@ -6,6 +6,7 @@ policy of that name, which then reasons as it was trained to, or else the only o
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,8 +33,8 @@ class Row:
 
     @property
     def num_samples(self) -> int:
-        """How many samples of a problem its outermost wrapper takes; 1 without one."""
-        return int(self.program.partition("@")[2].partition(":")[0]) if "@" in self.program else 1
+        """How many samples of a problem its wrappers take, one in another; 1 without any."""
+        return math.prod(int(wrapper.partition("@")[2]) for wrapper in self.program.split(":")[:-1])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ def test_a_row_is_a_program_with_a_policy(item, program, policy):
 
 def test_a_row_knows_what_its_wrappers_sample():
     (row,) = read_rows(["best@2:pass@3:serial"], METHODS)
-    assert (row.inner, row.num_samples) == ("serial", 2)
+    assert (row.inner, row.num_samples) == ("serial", 6)
     (row,) = read_rows(["hogwild/sos"], METHODS)
     assert (row.inner, row.num_samples) == ("hogwild", 1)
 
@@ -97,5 +97,6 @@ def test_equal_samples_are_drawn_once():
         ("cons@1:sos", None, 0.0, 256),
         ("cons@1:sos", None, 0.5, 256),
     ]
+    assert cells_of(["pass@1:cons@8:sos"], temperatures=[0.0, 0.5]) == [("pass@1:cons@8:sos", None, 0.5, 256)]
     with pytest.raises(ConfigError, match="temperature above 0"):
         cells_of(["pass@4:sos"])
