@@ -95,7 +95,7 @@ def make_cells(
     context_windows: Sequence[int],
     own_windows: Mapping[str, int],
 ) -> list[Cell]:
-    """All cells, row by row. Several samples at temperature 0 would all be the same: such cells are left out.
+    """All cells, row by row, each once. Several samples at temperature 0 are all the same: such cells are left out.
 
     Args:
       budgets: `8` or `none` for every row, `adaptive=8` for the row of that label; none given: no row has one.
@@ -107,9 +107,9 @@ def make_cells(
     for row in rows:
         own = [
             Cell(row, budget, temperature, window)
-            for window in context_windows or (own_windows[row.policy],)
+            for window in dict.fromkeys(context_windows or (own_windows[row.policy],))
             for budget in budgets_of[row.label]
-            for temperature in temperatures
+            for temperature in dict.fromkeys(temperatures)
             if temperature > 0 or row.num_samples == 1
         ]
         if not own:
@@ -151,4 +151,4 @@ def _read_budgets(items: Sequence[str], rows: Sequence[Row]) -> dict[str, list[i
         budget = None if match["budget"] == "none" else int(match["budget"])
         for label in [match["row"]] if match["row"] is not None else found:
             found[label].append(budget)
-    return {label: budgets or [None] for label, budgets in found.items()}
+    return {label: list(dict.fromkeys(budgets)) or [None] for label, budgets in found.items()}

@@ -77,6 +77,12 @@ def test_every_row_at_every_setting():
     ]
 
 
+def test_a_setting_that_is_named_twice_is_run_once():
+    once = cells_of(["after"], ["4", "none"], [0.0, 1.0], [128, 256])
+    assert len(once) == 8
+    assert cells_of(["after"], ["4", "none", "after=4"], [0.0, 1.0, 0.0], [128, 256, 128]) == once
+
+
 def test_budgets_may_be_of_one_row():
     assert cells_of(["after", "sos"], ["none", "after=4", "after=8"]) == [
         ("after", None, 0.0, 512),
