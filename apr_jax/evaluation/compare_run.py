@@ -2,10 +2,12 @@
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import itertools
 import json
 import pathlib
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -49,6 +51,13 @@ class Policy:
     config: Config
     tokenizer: Tokenizer
     weights: str  # a digest of `params`
+
+    @functools.cached_property
+    def vocabulary(self) -> str:
+        """A digest of the tokenizer's files, wherever it came from."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.tokenizer.save(folder)
+            return _digest(b"".join(path.read_bytes() for path in sorted(pathlib.Path(folder).iterdir())))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +215,7 @@ class Engines:
     def of(self, policy: Policy, row: Row) -> Engine:
         config = policy.config
         _, shares = _engine_of(row)
-        wanted = (config.model, config.rollout, config.mesh, config.data.tokenizer, shares)
+        wanted = (config.model, config.rollout, config.mesh, policy.vocabulary, shares)
         if self._engine is None or self._made != wanted:
             self._engine = None  # its memory is free before the next one takes its own
             mesh = make_mesh(config.mesh)
@@ -252,7 +261,9 @@ def cell_settings(cell: Cell, policy: Policy, config: Config, asked: Asked) -> J
         "weights": policy.weights,
         "problems": f"{asked.digest} ({len(asked.problems)})",
         "seed": asked.seed,
-        "data.tokenizer": config.data.tokenizer,
+        "tokenizer": policy.vocabulary,
+        "task.context_windows": list(config.task.context_windows),
+        "data.method": config.data.method,
         "data.condition_on_budget": config.data.condition_on_budget,
         **sections,
     }

@@ -1,12 +1,14 @@
 """What a comparison refuses before anything runs, and what a cell's fingerprint covers."""
 
 import dataclasses
+import pathlib
 from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from apr_jax.config import ConfigError, from_config_dict, to_dict
+from apr_jax.data.tokenizer import BuiltinTokenizer
 from apr_jax.evaluation.compare_grid import Cell, Row
 from apr_jax.evaluation.compare_run import (
     Asked,
@@ -142,6 +144,15 @@ def test_no_cell_reads_what_another_computed(engines):
     assert engine.weights == [first.params, first.params, other.params]
 
 
+class OtherTokenizer(BuiltinTokenizer):
+    """The same ids of other texts."""
+
+    def save(self, folder):
+        super().save(folder)
+        path = pathlib.Path(folder) / "tokenizer.json"
+        path.write_text(path.read_text().replace("Moving to", "Going to"))
+
+
 def settings(own=None, asked=ASKED, **changes):
     own = own or policy()
     return cell_settings(cell(**changes), own, own.config, asked)
@@ -160,10 +171,22 @@ def settings(own=None, asked=ASKED, **changes):
         settings(policy(**{"rollout.num_lanes": 8})),
         settings(policy(**{"model.rope_theta": 3.0})),
         settings(dataclasses.replace(policy(), weights="others")),
+        settings(dataclasses.replace(policy(), tokenizer=OtherTokenizer())),
+        settings(policy(**{"task.context_windows": [128, 256]})),
+        settings(policy(**{"data.method": "serial"})),
     ],
 )
 def test_settings_that_matter_are_in_the_fingerprint(other):
     assert other != settings()
+
+
+def test_a_tokenizer_is_known_by_what_it_is_and_not_by_its_place(engines):
+    assert settings(policy(**{"data.tokenizer": "a/tokenizer.json"})) == settings()
+    engines.of(policy(), cell().row)
+    engines.of(policy(**{"data.tokenizer": "a/tokenizer.json"}), cell().row)
+    assert len(Engine.made) == 1
+    engines.of(dataclasses.replace(policy(), tokenizer=OtherTokenizer()), cell().row)
+    assert len(Engine.made) == 2, "it bans other tokens"
 
 
 def test_settings_that_only_training_reads_are_not():
