@@ -92,19 +92,21 @@ def _evaluate(checkpoint: pathlib.Path, own_problems: list[Problem] | None) -> N
     problems, source = (own_problems, _PROBLEMS.value) if own_problems else _problems(config)
     engine = policy.engine_for(method)
     print(f"engine memory: {engine.memory}", file=sys.stderr)
+    settings = make_settings(config, tokenizer, method, budget=_BUDGET.value, max_tokens=_MAX_TOKENS.value)
     with ShownProgress(len(problems)) as on_progress:
         summary, records = evaluate(
             engine,
             tokenizer,
             problems,
             method=method,
-            settings=make_settings(config, tokenizer, method, budget=_BUDGET.value, max_tokens=_MAX_TOKENS.value),
+            settings=settings,
             seed=config.seed,
             temperature=temperature,
             on_progress=on_progress,
         )
     print(f"{checkpoint} on {source}, {method}, temperature {temperature:g}\n{show_summary(summary)}")
     about = {"checkpoint": str(checkpoint), "problems": source, "method": method, "temperature": temperature}
+    about |= {"budget": settings.budget, "max_tokens": settings.max_tokens}
     if _JSON.value:
         pathlib.Path(_JSON.value).write_text(json.dumps(summary | about, indent=1) + "\n", encoding="utf-8")
     if _ROLLOUTS.value:
