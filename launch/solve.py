@@ -23,6 +23,7 @@ from apr_jax import entry
 from apr_jax.config import ConfigError
 from apr_jax.evaluation.sources import check_policy_folder, newest_run, read_problem_words
 from apr_jax.tasks.countdown import Problem, departures, is_solvable
+from apr_jax.tasks.demonstrations import innermost
 
 if TYPE_CHECKING:
     from apr_jax.library import Policy, Solution
@@ -91,7 +92,7 @@ def _warn(problem: Problem, policy: "Policy") -> None:
     except ValueError as error:
         raise ConfigError(f"the policy's tokenizer cannot spell this problem: {error}") from error
     unlike = departures(problem, policy.config.task)
-    if _METHOD.value not in (None, trained):
+    if _METHOD.value and innermost(_METHOD.value) != trained:
         unlike.append(f"--method={_METHOD.value} instead of {trained}")
     if unlike:
         print(f"The policy was not trained for this: {', '.join(unlike)}.", file=sys.stderr)
