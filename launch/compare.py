@@ -45,7 +45,8 @@ _METHODS = flags.DEFINE_list("methods", [], "Rows: PROGRAM or PROGRAM/POLICY, su
 _BUDGETS = flags.DEFINE_list("budgets", [], "Written into prompts: N or none for all rows, ROW=N for one.")
 _TEMPERATURES = flags.DEFINE_list("temperatures", [], "0 is greedy [evaluation.temperature].")
 _WINDOWS = flags.DEFINE_list("context_windows", [], "Tokens that a thread may hold [model.max_seq_len].")
-_SPLIT = flags.DEFINE_enum("split", None, list(SPLITS), "Which problems [evaluation.split].")
+_HELD_OUT = [split for split in SPLITS if split != "train"]
+_SPLIT = flags.DEFINE_enum("split", None, _HELD_OUT, "Which problems, held out by all policies [evaluation.split].")
 _NUM_PROBLEMS = flags.DEFINE_integer("num_problems", None, "How many [evaluation.num_problems].", lower_bound=2)
 _PROBLEMS = flags.DEFINE_string("problems", None, 'JSONL file, {"numbers": [3, 7, 12], "target": 40} a line.')
 _KEEP = flags.DEFINE_integer("keep_rollouts", 16, "Problems whose threads are kept for the viewer.", lower_bound=0)

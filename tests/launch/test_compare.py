@@ -126,6 +126,7 @@ def test_a_grid_is_gone_on_with_after_a_stop(home):
         (["--policies=a=one", "--methods=a,direct/a", "--budgets=4"], "leave out the budget of 4"),
         (["--policies=a=one", "--temperatures=-1"], "--temperatures"),
         (["--policies=a=one", "--context_windows=4096"], "--context_windows=4096"),
+        (["--policies=a=one", "--split=train"], "split"),
         (["--policies=a=one", "--num_problems=5"], "more than the 4 problems of test"),
     ],
 )
