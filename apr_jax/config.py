@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
+METHODS_WITHOUT_BUDGET = frozenset({"direct", "hogwild", "tree_of_thoughts"})  # their prompts never name one
+
 
 class ConfigError(ValueError):
     """A configuration that cannot work. The message names the field and says what to do."""
@@ -350,7 +352,7 @@ def check_consistent(config: Config) -> None:
             f"rollout.context_window={rollout.context_window} must be 0 or one of task.context_windows={windows}, "
             "which demonstrations name"
         )
-    if config.data.condition_on_budget and config.data.method in ("direct", "hogwild", "tree_of_thoughts"):
+    if config.data.condition_on_budget and config.data.method in METHODS_WITHOUT_BUDGET:
         raise ConfigError(f"data.condition_on_budget=True: data.method={config.data.method!r} has no budget to name")
     if config.grpo.validate_every and config.grpo.validation_problems > config.data.num_validation:
         raise ConfigError(

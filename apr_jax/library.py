@@ -29,6 +29,7 @@ from apr_jax.reasoning.outcome import Outcome, Settings, make_settings
 from apr_jax.reasoning.policy_engine import policy_engine
 from apr_jax.reasoning.programs import check_method, make_program
 from apr_jax.tasks.countdown import Problem, express
+from apr_jax.tasks.demonstrations import SHARED_METHODS, innermost
 from apr_jax.train.checkpoint import load_policy
 
 Method = str | Callable[[Problem, Settings], Generator[Any, Any, Outcome]]
@@ -59,15 +60,30 @@ class Policy:
     tokenizer: Tokenizer
     params: Params
 
-    @functools.cached_property
+    @property
     def engine(self) -> Engine:
-        """An engine that holds the policy, compiled when it is first asked for.
+        """As `engine_for` the method that the policy was trained for."""
+        return self.engine_for(self.config.data.method)
 
-        Raises ConfigError where it does not fit the devices.
+    def engine_for(self, method: str) -> Engine:
+        """An engine that holds the policy, compiled when it is first asked for, with all that `method` will use.
+
+        Where an earlier one lacks what `method` uses, another takes its place. Raises ConfigError where it does not fit
+        the devices.
         """
-        engine = policy_engine(self.config, make_mesh(self.config.mesh), self.tokenizer, self.params)
-        engine.warm_up()  # so that no rate or latency counts compilation
-        return engine
+        shares = innermost(method) in SHARED_METHODS
+        if shares not in self._engines and True not in self._engines:
+            self._engines.clear()  # its memory is free before the next one takes its own
+            mesh = make_mesh(self.config.mesh)
+            engine = policy_engine(self.config, mesh, self.tokenizer, self.params, expects_groups=shares)
+            engine.warm_up()  # so that no rate or latency counts compilation
+            self._engines[shares] = engine
+        return next(iter(self._engines.values()))
+
+    @functools.cached_property
+    def _engines(self) -> dict[bool, Engine]:
+        """At most one engine, by whether it was compiled for workers on a shared cache. One that was runs all."""
+        return {}
 
     def solve(
         self,
@@ -87,23 +103,23 @@ class Policy:
           method: a way of reasoning as `reasoning.programs.make_program` takes it, or a program of your own
             (docs/write_a_program.md); None is the one that the policy was trained for.
           temperature: 0 is greedy.
-          budget: written into prompts; sub calls, or for a serial method tokens.
+          budget: written into prompts; sub calls, or for a serial method tokens. Other methods may have none.
           on_progress, observer: as of `Engine.run`.
-        Raises: ValueError for no problem (`Problem`), an unknown method, several samples at temperature 0, or a problem
-          that the tokenizer cannot spell.
+        Raises: ValueError for no problem (`Problem`), an unknown method, several samples at temperature 0, a budget
+          that the method has not, or a problem that the tokenizer cannot spell.
         """
         asked = [problem if isinstance(problem, Problem) else _problem(problem) for problem in problems]
         name = method if isinstance(method, str) else self.config.data.method
         if not callable(method):
-            check_method(name, temperature)
-        settings = make_settings(self.config, self.tokenizer, budget)
+            check_method(name, temperature, budget=budget)
+        settings = make_settings(self.config, self.tokenizer, name, budget=budget)
         make: Callable[[Problem], Program] = (
             (lambda problem: method(problem, settings))
             if callable(method)
             else (lambda problem: make_program(name, problem, settings))
         )
         programs = [(RolloutKey(index, 0), make(problem)) for index, problem in enumerate(asked)]
-        rollouts = self.engine.run(
+        rollouts = self.engine_for(name).run(
             programs, seed=seed, temperature=temperature, on_progress=on_progress, observer=observer
         )
         name = getattr(method, "__name__", name) if callable(method) else name

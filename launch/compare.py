@@ -11,8 +11,9 @@ WORKDIR/records its problems' records. Kill it at any moment and start it again:
 every cell is compared with the first, problem by problem. docs/comparing.md says more.
 
 A thread that fills its context window is cut off. Each policy decodes under its own configuration, on an engine with
-the lanes and pages of the first one's; --config.a.b=c changes a field of all. Exit codes: 0 done, 1 failed, 2 bad
-arguments or config, 75 stopped by a signal (start again to go on).
+the lanes and pages of the first one's; --config.a.b=c changes a field of all, and --config=FILE takes the
+place of every policy's configuration. Exit codes: 0 done, 1 failed, 2 bad arguments or config, 75 stopped by a signal
+(start again to go on).
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from apr_jax.config import ConfigError
 from apr_jax.evaluation.compare_grid import Cell, make_cells, read_policies, read_rows
 from apr_jax.evaluation.sources import check_policy_folder, newest_run, read_problems
 from apr_jax.tasks.countdown import Problem
-from apr_jax.tasks.generation import SPLITS, Split
+from apr_jax.tasks.generation import SPLITS, Split, split_size
 
 if TYPE_CHECKING:
     from apr_jax.evaluation.compare_run import Asked, Policy
@@ -44,7 +45,8 @@ _METHODS = flags.DEFINE_list("methods", [], "Rows: PROGRAM or PROGRAM/POLICY, su
 _BUDGETS = flags.DEFINE_list("budgets", [], "Written into prompts: N or none for all rows, ROW=N for one.")
 _TEMPERATURES = flags.DEFINE_list("temperatures", [], "0 is greedy [evaluation.temperature].")
 _WINDOWS = flags.DEFINE_list("context_windows", [], "Tokens that a thread may hold [model.max_seq_len].")
-_SPLIT = flags.DEFINE_enum("split", None, list(SPLITS), "Which problems [evaluation.split].")
+_HELD_OUT = [split for split in SPLITS if split != "train"]
+_SPLIT = flags.DEFINE_enum("split", None, _HELD_OUT, "Which problems, held out by all policies [evaluation.split].")
 _NUM_PROBLEMS = flags.DEFINE_integer("num_problems", None, "How many [evaluation.num_problems].", lower_bound=2)
 _PROBLEMS = flags.DEFINE_string("problems", None, 'JSONL file, {"numbers": [3, 7, 12], "target": 40} a line.')
 _KEEP = flags.DEFINE_integer("keep_rollouts", 16, "Problems whose threads are kept for the viewer.", lower_bound=0)
@@ -93,7 +95,7 @@ def _compare(folders: dict[str, pathlib.Path], own: list[Problem] | None) -> Non
     policies = _load(folders)
     cells = _cells(policies)
     asked = _asked(list(policies.values()), own)
-    check_programs(cells, policies, asked.problems[0])
+    check_programs(cells)
     workdir = pathlib.Path(_WORKDIR.value)
     rows = run_cells(
         cells,
@@ -133,7 +135,7 @@ def _cells(policies: "dict[str, Policy]") -> list[Cell]:
 
 
 def _asked(policies: "list[Policy]", own: list[Problem] | None) -> "Asked":
-    """The user's problems, or those of a split."""
+    """The user's problems, or those of a split. A split named by --split may be smaller than the config's."""
     from apr_jax.evaluation.compare_run import Asked, held_out
 
     config = policies[0].config
@@ -142,7 +144,12 @@ def _asked(policies: "list[Policy]", own: list[Problem] | None) -> "Asked":
             raise ConfigError(f"--problems={_PROBLEMS.value}: a comparison takes 2 problems or more")
         return Asked(tuple(own), _PROBLEMS.value, config.seed)
     split: Split = _SPLIT.value or config.evaluation.split  # type: ignore[assignment]
-    return held_out(policies, split, _NUM_PROBLEMS.value or config.evaluation.num_problems)
+    wanted = config.evaluation.num_problems
+    if _NUM_PROBLEMS.value is not None:
+        wanted = _NUM_PROBLEMS.value
+    elif _SPLIT.value is not None:
+        wanted = min(wanted, split_size(config.data, split))
+    return held_out(policies, split, wanted)
 
 
 def _temperatures(default: float) -> list[float]:

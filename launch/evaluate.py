@@ -64,11 +64,11 @@ def main() -> None:
 
 
 def _check_method(method: str, temperature: float | None) -> None:
-    """Raises ConfigError for a method that there is not, or that a temperature makes pointless."""
+    """Raises ConfigError for a method that there is not, that a temperature makes pointless, or that has no budget."""
     from apr_jax.reasoning.programs import check_method
 
     try:
-        check_method(method, temperature)
+        check_method(method, temperature, budget=_BUDGET.value)
     except ValueError as error:
         raise ConfigError(f"--{error}") from error
 
@@ -86,24 +86,27 @@ def _evaluate(checkpoint: pathlib.Path, own_problems: list[Problem] | None) -> N
         overrides=_CONFIG.overrides,
     )
     config, tokenizer = policy.config, policy.tokenizer
-    problems, source = (own_problems, _PROBLEMS.value) if own_problems else _problems(config)
-    print(f"engine memory: {policy.engine.memory}", file=sys.stderr)
     temperature = config.evaluation.temperature if _TEMPERATURE.value is None else _TEMPERATURE.value
     method = _METHOD.value or config.data.method
     _check_method(method, temperature)
+    problems, source = (own_problems, _PROBLEMS.value) if own_problems else _problems(config)
+    engine = policy.engine_for(method)
+    print(f"engine memory: {engine.memory}", file=sys.stderr)
+    settings = make_settings(config, tokenizer, method, budget=_BUDGET.value, max_tokens=_MAX_TOKENS.value)
     with ShownProgress(len(problems)) as on_progress:
         summary, records = evaluate(
-            policy.engine,
+            engine,
             tokenizer,
             problems,
             method=method,
-            settings=make_settings(config, tokenizer, _BUDGET.value, _MAX_TOKENS.value),
+            settings=settings,
             seed=config.seed,
             temperature=temperature,
             on_progress=on_progress,
         )
     print(f"{checkpoint} on {source}, {method}, temperature {temperature:g}\n{show_summary(summary)}")
     about = {"checkpoint": str(checkpoint), "problems": source, "method": method, "temperature": temperature}
+    about |= {"budget": settings.budget, "max_tokens": settings.max_tokens}
     if _JSON.value:
         pathlib.Path(_JSON.value).write_text(json.dumps(summary | about, indent=1) + "\n", encoding="utf-8")
     if _ROLLOUTS.value:

@@ -23,6 +23,7 @@ from apr_jax import entry
 from apr_jax.config import ConfigError
 from apr_jax.evaluation.sources import check_policy_folder, newest_run, read_problem_words
 from apr_jax.tasks.countdown import Problem, departures, is_solvable
+from apr_jax.tasks.demonstrations import innermost
 
 if TYPE_CHECKING:
     from apr_jax.library import Policy, Solution
@@ -44,7 +45,8 @@ def main(words: Sequence[str]) -> None:
     began = time.perf_counter()
     # What can be refused is refused at once, before JAX and its friends have loaded.
     problem = read_problem_words(words)
-    _check_method()
+    if _METHOD.value:
+        _check_method(_METHOD.value)
     _CONFIG.config()
     if _CHECKPOINT.value:
         check_policy_folder(pathlib.Path(_CHECKPOINT.value))
@@ -63,22 +65,23 @@ def main(words: Sequence[str]) -> None:
         )
     except (CheckpointError, FileNotFoundError, HuggingFaceError) as error:
         raise entry.FailedError(str(error)) from error
+    method = _METHOD.value or policy.config.data.method
+    _check_method(method)
     _warn(problem, policy)
-    policy.engine  # noqa: B018 (compiles)
+    policy.engine_for(method)  # compiles
     started = time.perf_counter()
     solution = _solve(problem, policy)
     _report(solution, checkpoint, start_ms=(started - began) * 1e3)
 
 
-def _check_method() -> None:
-    """Raises ConfigError for an unknown method, and for samples that would all be the same."""
+def _check_method(method: str) -> None:
+    """Raises ConfigError for an unknown method, samples that would all be the same, and a budget that it has not."""
     from apr_jax.reasoning.programs import check_method
 
-    if _METHOD.value:
-        try:
-            check_method(_METHOD.value, _TEMPERATURE.value)
-        except ValueError as error:
-            raise ConfigError(f"--{error}") from error
+    try:
+        check_method(method, _TEMPERATURE.value, budget=_BUDGET.value)
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from error
 
 
 def _warn(problem: Problem, policy: "Policy") -> None:
@@ -89,7 +92,7 @@ def _warn(problem: Problem, policy: "Policy") -> None:
     except ValueError as error:
         raise ConfigError(f"the policy's tokenizer cannot spell this problem: {error}") from error
     unlike = departures(problem, policy.config.task)
-    if _METHOD.value not in (None, trained):
+    if _METHOD.value and innermost(_METHOD.value) != trained:
         unlike.append(f"--method={_METHOD.value} instead of {trained}")
     if unlike:
         print(f"The policy was not trained for this: {', '.join(unlike)}.", file=sys.stderr)

@@ -1,6 +1,5 @@
 """`import apr_jax`: loading a policy and solving problems with it."""
 
-import functools
 import pathlib
 import subprocess
 import sys
@@ -48,8 +47,7 @@ class Scripted(Policy):
 
     demos = tuple(demonstrations(SMALL, "adaptive", 12))
 
-    @functools.cached_property
-    def engine(self):
+    def engine_for(self, method):
         class Engine(ScriptedEngine):
             def run(self, programs, *, observer=None, **how):
                 return super().run(programs, **how)
@@ -104,6 +102,29 @@ def test_it_decodes_what_an_evaluation_decodes(policy):
         {k: v for k, v in record.items() if k not in times} for record in records
     ]
     assert seen == {0, 1, 2}
+
+
+def test_what_a_method_uses_is_compiled_before_it_is_timed(monkeypatch):
+    made = []
+
+    class Engine:
+        def __init__(self, *_, expects_groups):
+            made.append((expects_groups, self))
+            self.is_warm = False
+
+        def warm_up(self):
+            self.is_warm = True
+
+    monkeypatch.setattr("apr_jax.library.policy_engine", Engine)
+    policy = Policy(CONFIG, TOKENIZER, {})
+    methods = ("adaptive", "cons@4:serial", "cons@2:hogwild", "hogwild", "adaptive")
+    engines = [policy.engine_for(method) for method in methods]
+    assert [expects_groups for expects_groups, _ in made] == [False, True]  # the second can do all
+    (_, plain), (_, shared) = made
+    assert engines == [plain, plain, shared, shared, shared]
+    assert policy.engine is shared
+    assert plain.is_warm
+    assert shared.is_warm
 
 
 def test_a_method_is_a_name_or_a_program_of_ones_own(policy):

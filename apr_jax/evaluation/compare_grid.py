@@ -6,11 +6,13 @@ policy of that name, which then reasons as it was trained to, or else the only o
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from apr_jax.config import ConfigError
+from apr_jax.tasks.demonstrations import innermost
 
 _ROW = re.compile(r"(?P<wrappers>(?:[a-z_]+@[1-9][0-9]*:)*)(?P<inner>[^/:@]+)(?:/(?P<policy>[^/:@]+))?")
 _BUDGET = re.compile(r"(?:(?P<row>[^=]+)=)?(?P<budget>none|[1-9][0-9]*)")
@@ -27,12 +29,12 @@ class Row:
     @property
     def inner(self) -> str:
         """The way of reasoning that its wrappers, if any, sample."""
-        return self.program.rpartition(":")[2]
+        return innermost(self.program)
 
     @property
     def num_samples(self) -> int:
-        """How many samples of a problem its outermost wrapper takes; 1 without one."""
-        return int(self.program.partition("@")[2].partition(":")[0]) if "@" in self.program else 1
+        """How many samples of a problem its wrappers take, one in another; 1 without any."""
+        return math.prod(int(wrapper.partition("@")[2]) for wrapper in self.program.split(":")[:-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,7 @@ def make_cells(
     context_windows: Sequence[int],
     own_windows: Mapping[str, int],
 ) -> list[Cell]:
-    """All cells, row by row. Several samples at temperature 0 would all be the same: such cells are left out.
+    """All cells, row by row, each once. Several samples at temperature 0 are all the same: such cells are left out.
 
     Args:
       budgets: `8` or `none` for every row, `adaptive=8` for the row of that label; none given: no row has one.
@@ -105,9 +107,9 @@ def make_cells(
     for row in rows:
         own = [
             Cell(row, budget, temperature, window)
-            for window in context_windows or (own_windows[row.policy],)
+            for window in dict.fromkeys(context_windows or (own_windows[row.policy],))
             for budget in budgets_of[row.label]
-            for temperature in temperatures
+            for temperature in dict.fromkeys(temperatures)
             if temperature > 0 or row.num_samples == 1
         ]
         if not own:
@@ -149,4 +151,4 @@ def _read_budgets(items: Sequence[str], rows: Sequence[Row]) -> dict[str, list[i
         budget = None if match["budget"] == "none" else int(match["budget"])
         for label in [match["row"]] if match["row"] is not None else found:
             found[label].append(budget)
-    return {label: budgets or [None] for label, budgets in found.items()}
+    return {label: list(dict.fromkeys(budgets)) or [None] for label, budgets in found.items()}

@@ -2,10 +2,12 @@
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import itertools
 import json
 import pathlib
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +27,7 @@ from apr_jax.model.llama import Params
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.reasoning.outcome import make_settings
 from apr_jax.reasoning.policy_engine import policy_engine
-from apr_jax.reasoning.programs import make_program
+from apr_jax.reasoning.programs import check_method
 from apr_jax.tasks.countdown import Problem
 from apr_jax.tasks.demonstrations import SHARED_METHODS
 from apr_jax.tasks.generation import Split, generate_problems, split_size
@@ -50,6 +52,13 @@ class Policy:
     tokenizer: Tokenizer
     weights: str  # a digest of `params`
 
+    @functools.cached_property
+    def vocabulary(self) -> str:
+        """A digest of the tokenizer's files, wherever it came from."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.tokenizer.save(folder)
+            return _digest(b"".join(path.read_bytes() for path in sorted(pathlib.Path(folder).iterdir())))
+
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
@@ -73,7 +82,7 @@ def make_policy(
     overrides: Mapping[str, Any],
     first: "Policy | None",
 ) -> Policy:
-    """A policy as `train.checkpoint.load_policy` gave it, under its own configuration or `given` where it brings none.
+    """A policy as `train.checkpoint.load_policy` gave it, under its own configuration or `given` in place of that.
 
     Its engine is that of the `first` policy. Raises ConfigError as `choose_config`, with the policy's name.
     """
@@ -83,7 +92,7 @@ def make_policy(
         shared = {f"rollout.{field}": getattr(rollout, field) for field in _SAME_ENGINE}
         overrides = {**shared, **{f"mesh.{axis}": size for axis, size in mesh.items()}, **overrides}
     try:
-        config = choose_config(model, saved, given if saved is None else None, overrides)
+        config = choose_config(model, saved, given, overrides)
         tokenizer = choose_tokenizer(pathlib.Path(checkpoint), config, saved)
     except ConfigError as error:
         raise ConfigError(f"--policies={name}: {error}") from error
@@ -91,7 +100,7 @@ def make_policy(
 
 
 def held_out(policies: Sequence[Policy], split: Split, limit: int) -> Asked:
-    """The first `limit` problems of a split, which no policy was trained on.
+    """The first `limit` problems of a split other than train, which no policy was trained on.
 
     Raises ConfigError where there are not so many, or where the policies' training had other held-out problems.
     """
@@ -100,7 +109,7 @@ def held_out(policies: Sequence[Policy], split: Split, limit: int) -> Asked:
         there = {"seed": policy.config.seed, **_fields(policy.config)}
         here = {"seed": first.seed, **_fields(first)}
         lines = [f"  {name}: {there[name]!r}, not {value!r}" for name, value in here.items() if there[name] != value]
-        if lines and split != "train":
+        if lines:
             raise ConfigError(
                 f"--policies: {policy.name} had other held-out problems than {policies[0].name}, so that it may have "
                 "been trained on these:\n" + "\n".join(lines) + "\nName a file of problems with --problems."
@@ -143,7 +152,7 @@ def run_cells(
             rows[index] = done
     if rows:
         say(f"{len(rows)} of {len(cells)} cells were done before")
-    engines = _Engines()
+    engines = Engines()
     # Cells of one engine lie next to each other, so that it is made once.
     for count, index in enumerate(sorted(todo, key=lambda i: (*_engine_of(cells[i].row), i)), 1):
         cell, settings = todo[index]
@@ -156,7 +165,11 @@ def run_cells(
                 asked.problems,
                 method=cell.row.program,
                 settings=make_settings(
-                    config, policy.tokenizer, cell.budget, window if window < config.model.max_seq_len else None
+                    config,
+                    policy.tokenizer,
+                    cell.row.program,
+                    budget=cell.budget,
+                    max_tokens=window if window < config.model.max_seq_len else None,
                 ),
                 seed=asked.seed,
                 temperature=cell.temperature,
@@ -170,12 +183,11 @@ def run_cells(
     return [rows[index] for index in range(len(cells))]
 
 
-def check_programs(cells: Sequence[Cell], policies: Mapping[str, Policy], problem: Problem) -> None:
-    """Raises ConfigError where a row names no way of reasoning."""
+def check_programs(cells: Sequence[Cell]) -> None:
+    """Raises ConfigError where a row names no way of reasoning, or one that a cell's settings don't go with."""
     for cell in cells:
-        policy = policies[cell.row.policy]
         try:
-            make_program(cell.row.program, problem, make_settings(policy.config, policy.tokenizer, cell.budget)).close()
+            check_method(cell.row.program, cell.temperature, budget=cell.budget)
         except ValueError as error:
             raise ConfigError(f"--methods={cell.row.label}: {error}") from error
 
@@ -190,28 +202,28 @@ def weights_digest(params: Params) -> str:
     return digest.hexdigest()
 
 
-class _Engines:
-    """The engine of the policy that is run: made anew where shapes or limits change, else given other weights."""
+class Engines:
+    """The engine of the cell that is run: made anew where shapes or limits change, else given its weights.
+
+    Given weights, the same ones too, it forgets its cache: what a cell prefills depends on no cell before it.
+    """
 
     def __init__(self) -> None:
         self._made: tuple[Any, ...] | None = None
         self._engine: Engine | None = None
-        self._weights = ""
 
     def of(self, policy: Policy, row: Row) -> Engine:
         config = policy.config
         _, shares = _engine_of(row)
-        if shares:  # what it takes is compiled with the rest, whatever the policy was trained for
-            data = dataclasses.replace(config.data, method=row.inner, condition_on_budget=False)  # type: ignore[arg-type]
-            config = dataclasses.replace(config, data=data)
-        wanted = (config.model, config.rollout, config.mesh, config.data.tokenizer, shares)
+        wanted = (config.model, config.rollout, config.mesh, policy.vocabulary, shares)
         if self._engine is None or self._made != wanted:
             self._engine = None  # its memory is free before the next one takes its own
-            self._engine = policy_engine(config, make_mesh(config.mesh), policy.tokenizer, policy.params)
+            mesh = make_mesh(config.mesh)
+            self._engine = policy_engine(config, mesh, policy.tokenizer, policy.params, expects_groups=shares)
             self._engine.warm_up()  # so that no rate or latency counts compilation
-        elif self._weights != policy.weights:
+            self._made = wanted
+        else:
             self._engine.set_params(policy.params)
-        self._made, self._weights = wanted, policy.weights
         return self._engine
 
 
@@ -249,7 +261,9 @@ def cell_settings(cell: Cell, policy: Policy, config: Config, asked: Asked) -> J
         "weights": policy.weights,
         "problems": f"{asked.digest} ({len(asked.problems)})",
         "seed": asked.seed,
-        "data.tokenizer": config.data.tokenizer,
+        "tokenizer": policy.vocabulary,
+        "task.context_windows": list(config.task.context_windows),
+        "data.method": config.data.method,
         "data.condition_on_budget": config.data.condition_on_budget,
         **sections,
     }

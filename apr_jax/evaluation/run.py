@@ -55,11 +55,11 @@ def evaluate(
       method: as `reasoning.programs.make_program` takes it, of the task's programs.
       seed, temperature: of the sampling; temperature 0 is greedy.
       keep_calls: the first so many records keep their threads' text, for `save_rollouts`.
-    Raises: ValueError for no problems, an unknown method, or several samples at temperature 0.
+    Raises: ValueError for no problems, and as `check_method` for `method` with its temperature and budget.
     """
     if not problems:
         raise ValueError("nothing to evaluate: no problems")
-    check_method(method, temperature, task.programs)
+    check_method(method, temperature, task.programs, budget=settings.budget)
     programs = [
         (RolloutKey(problem=index, sample=0), make_program(method, problem, settings, task.programs))
         for index, problem in enumerate(problems)

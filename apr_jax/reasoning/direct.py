@@ -15,12 +15,10 @@ from apr_jax.tasks.countdown import Problem
 
 
 def direct(problem: Problem, settings: Settings) -> Generator[Any, Any, Outcome]:
-    """One thread to EOS; all of it is the answer. Raises ValueError (in the engine) where a budget is set: it has none.
+    """One thread to EOS; all of it is the answer.
 
     A thread that does not end by claiming the goal is malformed ("unfinished").
     """
-    if settings.budget is not None:
-        raise ValueError(f"direct does not search, so it has no budget ({settings.budget} is set)")
     tokenizer = settings.tokenizer
     thread = yield Open(prompt_tokens(tokenizer, trace.parent_prompt(problem)))
     stop = yield Decode(thread, (tokenizer.eos_id,))

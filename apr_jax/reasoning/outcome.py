@@ -3,13 +3,14 @@
 import dataclasses
 from typing import Literal
 
-from apr_jax.config import Config, TreeOfThoughtsConfig
+from apr_jax.config import METHODS_WITHOUT_BUDGET, Config, TreeOfThoughtsConfig
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.constraints import Gate
 from apr_jax.engine.threads import Stop, StopReason, Thread
 from apr_jax.reasoning.spawn_grammar import SpawnGrammar, spawn_grammar
 from apr_jax.tasks import trace
 from apr_jax.tasks.countdown import claims_goal
+from apr_jax.tasks.demonstrations import innermost
 from apr_jax.tasks.solver import token_budget
 
 _TRUNCATED = {
@@ -64,19 +65,24 @@ class Outcome:
 
 
 def make_settings(
-    config: Config, tokenizer: Tokenizer, budget: int | None = None, max_tokens: int | None = None
+    config: Config,
+    tokenizer: Tokenizer,
+    method: str | None = None,
+    *,
+    budget: int | None = None,
+    max_tokens: int | None = None,
 ) -> Settings:
-    """The settings that `config` asks for.
+    """The settings that `config` asks for, for `method` (None: `data.method`; wrappers make no difference).
 
     A policy whose demonstrations named their budget (`data.condition_on_budget`) is always told one: `budget`, or the
-    most that its limits allow, which for `serial` is the bin of `model.max_seq_len`. One whose demonstrations named
-    their context windows is told and held to `rollout.context_window`, or the largest of them. No prompt says anything
-    of `max_tokens`: it cuts threads off while they are decoded, so that accuracy can be measured against it.
+    most that its limits allow of what `method` counts: children, or for `serial` the bin of `model.max_seq_len`;
+    METHODS_WITHOUT_BUDGET tell none. One whose demonstrations named their context windows is told and held to
+    `rollout.context_window`, or the largest of them. No prompt says anything of `max_tokens`: it cuts threads off while
+    they are decoded, so that accuracy can be measured against it.
     """
     rollout = config.rollout
     if budget is None and config.data.condition_on_budget:
-        serial = config.data.method == "serial"
-        budget = token_budget(config.model.max_seq_len) if serial else rollout.max_children
+        budget = _largest_budget(config, innermost(method or config.data.method))
     return Settings(
         tokenizer=tokenizer,
         max_children=rollout.max_children,
@@ -90,6 +96,12 @@ def make_settings(
         max_tokens=max_tokens,
         budget=budget,
     )
+
+
+def _largest_budget(config: Config, method: str) -> int | None:
+    if method in METHODS_WITHOUT_BUDGET:
+        return None
+    return token_budget(config.model.max_seq_len) if method == "serial" else config.rollout.max_children
 
 
 def spawn_gate(config: Config, tokenizer: Tokenizer) -> Gate | None:

@@ -12,19 +12,26 @@ from apr_jax.tasks.hogwild_traces import NUM_WORKERS
 
 
 def policy_engine(
-    config: Config, mesh: Mesh, tokenizer: Tokenizer, params: Params, rollout: RolloutConfig | None = None
+    config: Config,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    params: Params,
+    rollout: RolloutConfig | None = None,
+    *,
+    expects_groups: bool | None = None,
 ) -> Engine:
     """An engine on `mesh` that forbids what `config`'s programs forbid, and holds spawns to what they allow.
 
-    Workers can share a cache in any that has lanes for them. Where `config`'s own method is not of that kind, the step
-    for it is compiled when it is first needed.
+    Workers can share a cache in any that has lanes for them. Where it does not expect them, the step for them is
+    compiled when it is first needed.
 
     Args:
       rollout: in place of `config.rollout`, where the engine is one of several.
+      expects_groups: whether workers will share a cache; None: whether they do in `config`'s own method.
     Raises: ConfigError as `Engine`.
     """
     rollout = rollout or config.rollout
-    max_workers, expects_groups = workers(config, rollout, mesh)
+    max_workers, expects_groups = workers(config, rollout, mesh, expects_groups)
     return Engine(
         config.model,
         rollout,
@@ -37,8 +44,8 @@ def policy_engine(
     )
 
 
-def workers(config: Config, rollout: RolloutConfig, mesh: Mesh) -> tuple[int, bool]:
-    """How many workers may share a cache in such an engine, and whether `config`'s own method has any."""
-    expected = config.data.method in SHARED_METHODS
+def workers(config: Config, rollout: RolloutConfig, mesh: Mesh, expects_groups: bool | None = None) -> tuple[int, bool]:
+    """How many workers may share a cache in such an engine, and whether any are expected (as of `policy_engine`)."""
+    expected = config.data.method in SHARED_METHODS if expects_groups is None else expects_groups
     fit = rollout.num_lanes >= NUM_WORKERS * mesh.shape["data"]
     return (NUM_WORKERS if expected or fit else 0), expected

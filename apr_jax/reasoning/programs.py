@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from apr_jax.config import METHODS_WITHOUT_BUDGET
 from apr_jax.engine.groups import row_limit
 from apr_jax.engine.threads import Open, Program, Share, Spawn
 from apr_jax.reasoning.adaptive import adaptive
@@ -15,6 +16,7 @@ from apr_jax.reasoning.pasta import pasta
 from apr_jax.reasoning.sampling import most_likely, read_wrapper, sampled
 from apr_jax.reasoning.serial import serial
 from apr_jax.reasoning.tree_of_thoughts import tree_of_thoughts
+from apr_jax.tasks.demonstrations import innermost
 
 Programs = Mapping[str, Callable[[Any, Settings], Generator[Any, Any, Outcome]]]
 
@@ -40,9 +42,9 @@ def make_program(
 
     `method` is a name in `programs`, or samples of one of PROGRAMS: `cons@8:adaptive` (`reasoning/sampling.py`, which
     compares answers as Countdown has them). Every thread of the program is held to `settings.max_tokens`. Raises
-    ValueError for any other method.
+    ValueError for any other method, and for a budget that the method has no place for.
     """
-    check_method(method, programs=programs)
+    check_method(method, programs=programs, budget=settings.budget)
     wrapper = read_wrapper(method)
     if wrapper is not None:
         share = dataclasses.replace(settings, max_total_children=settings.max_total_children // wrapper.num_samples)
@@ -52,12 +54,17 @@ def make_program(
     return program if settings.max_tokens is None else _held(program, settings.max_tokens)
 
 
-def check_method(method: str, temperature: float | None = None, programs: Programs = PROGRAMS) -> None:
+def check_method(
+    method: str, temperature: float | None = None, programs: Programs = PROGRAMS, *, budget: int | None = None
+) -> None:
     """Raises ValueError for what there is not, for samples without a likelihood to rank by, and for equal samples.
 
-    At temperature 0 nothing is drawn at random, so that all are the same. None: the temperature is not known yet.
+    At temperature 0 nothing is drawn at random, so that all are the same. None: the temperature is not known yet. A
+    `budget` is refused where no prompt names one (METHODS_WITHOUT_BUDGET).
     """
     wrapper = read_wrapper(method)
+    if budget is not None and innermost(method) in METHODS_WITHOUT_BUDGET:
+        raise ValueError(f"method {method!r}: its prompts name no budget; leave out the budget of {budget}")
     if wrapper is None:
         if method not in programs:
             raise ValueError(f"method {method!r}: choose one of {', '.join(sorted(programs))}")

@@ -38,6 +38,11 @@ DEMONSTRATORS: Mapping[str, Demonstrator] = MappingProxyType(
 SHARED_METHODS = frozenset({"hogwild"})  # whose calls are workers on one shared cache, side by side
 
 
+def innermost(method: str) -> str:
+    """The way of reasoning that a method's wrappers, if any, sample: `adaptive` of `cons@8:adaptive`."""
+    return method.rpartition(":")[2]
+
+
 def demonstrate(
     problem: Problem,
     rng: random.Random,

@@ -35,7 +35,7 @@ def test_a_row_is_a_program_with_a_policy(item, program, policy):
 
 def test_a_row_knows_what_its_wrappers_sample():
     (row,) = read_rows(["best@2:pass@3:serial"], METHODS)
-    assert (row.inner, row.num_samples) == ("serial", 2)
+    assert (row.inner, row.num_samples) == ("serial", 6)
     (row,) = read_rows(["hogwild/sos"], METHODS)
     assert (row.inner, row.num_samples) == ("hogwild", 1)
 
@@ -77,6 +77,12 @@ def test_every_row_at_every_setting():
     ]
 
 
+def test_a_setting_that_is_named_twice_is_run_once():
+    once = cells_of(["after"], ["4", "none"], [0.0, 1.0], [128, 256])
+    assert len(once) == 8
+    assert cells_of(["after"], ["4", "none", "after=4"], [0.0, 1.0, 0.0], [128, 256, 128]) == once
+
+
 def test_budgets_may_be_of_one_row():
     assert cells_of(["after", "sos"], ["none", "after=4", "after=8"]) == [
         ("after", None, 0.0, 512),
@@ -97,5 +103,6 @@ def test_equal_samples_are_drawn_once():
         ("cons@1:sos", None, 0.0, 256),
         ("cons@1:sos", None, 0.5, 256),
     ]
+    assert cells_of(["pass@1:cons@8:sos"], temperatures=[0.0, 0.5]) == [("pass@1:cons@8:sos", None, 0.5, 256)]
     with pytest.raises(ConfigError, match="temperature above 0"):
         cells_of(["pass@4:sos"])

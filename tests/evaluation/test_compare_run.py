@@ -1,19 +1,24 @@
 """What a comparison refuses before anything runs, and what a cell's fingerprint covers."""
 
 import dataclasses
+import pathlib
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from apr_jax.config import ConfigError, from_config_dict, to_dict
+from apr_jax.data.tokenizer import BuiltinTokenizer
 from apr_jax.evaluation.compare_grid import Cell, Row
 from apr_jax.evaluation.compare_run import (
     Asked,
+    Engines,
     Policy,
     cell_config,
     cell_settings,
     check_programs,
     held_out,
+    make_policy,
     weights_digest,
 )
 from apr_jax.tasks.countdown import Problem
@@ -36,6 +41,20 @@ def policy(name="a", **changes):
 
 def cell(program="adaptive", window=512, **changes):
     return dataclasses.replace(Cell(Row(program, program, "a"), None, 0.0, window), **changes)
+
+
+def test_a_configuration_that_is_given_takes_the_place_of_the_saved_one(tmp_path):
+    saved, given = to_dict(CONFIG), get_config("smoke")
+    given.rollout.max_children = 3
+    assert CONFIG.rollout.max_children != 3
+    own = make_policy("a", str(tmp_path), (CONFIG.model, {}, saved), None, {}, None)
+    assert own.config == CONFIG
+    other = make_policy("a", str(tmp_path), (CONFIG.model, {}, saved), given, {"rollout.max_spawns": 1}, None)
+    assert (other.config.rollout.max_children, other.config.rollout.max_spawns) == (3, 1)
+    del saved["task"]["max_number"]  # as another version may have saved it
+    with pytest.raises(ConfigError, match=r"--policies=a: .*of another version.*--config="):
+        make_policy("a", str(tmp_path), (CONFIG.model, {}, saved), None, {}, None)
+    assert make_policy("a", str(tmp_path), (CONFIG.model, {}, saved), given, {}, None).config.rollout.max_children == 3
 
 
 def test_problems_are_the_first_of_the_split_without_its_data_set():
@@ -68,10 +87,70 @@ def test_a_window_is_told_to_those_who_know_it_and_may_not_be_larger_than_thread
 
 
 def test_ways_of_reasoning_that_there_are_not_are_named():
-    check_programs([cell("adaptive"), cell("cons@3:serial")], {"a": policy()}, ASKED.problems[0])
+    check_programs([cell("adaptive"), cell("cons@3:serial", temperature=1.0)])
     for wrong in ("telepathy", "vote@3:serial"):
         with pytest.raises(ConfigError, match=f"--methods={wrong}"):
-            check_programs([cell(wrong)], {"a": policy()}, ASKED.problems[0])
+            check_programs([cell(wrong)])
+
+
+def test_settings_that_a_way_of_reasoning_cannot_take_are_refused():
+    check_programs([cell("serial", budget=4), cell("direct"), cell("pass@2:hogwild", temperature=1.0)])
+    for wrong, changes in (
+        ("direct", {"budget": 4}),
+        ("cons@2:tree_of_thoughts", {"budget": 4, "temperature": 1.0}),
+        ("pass@1:cons@8:serial", {"temperature": 0.0}),
+    ):
+        with pytest.raises(ConfigError, match=f"--methods={wrong}: method"):
+            check_programs([cell("adaptive"), cell(wrong, **changes)])
+
+
+class Engine:
+    """Remembers what it was made and given."""
+
+    made: ClassVar[list["Engine"]] = []
+
+    def __init__(self, config, mesh, tokenizer, params, *, expects_groups):
+        del config, mesh, tokenizer
+        self.expects_groups, self.weights, self.is_warm = expects_groups, [params], False
+        self.made.append(self)
+
+    def warm_up(self):
+        self.is_warm = True
+
+    def set_params(self, params):
+        self.weights.append(params)
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    monkeypatch.setattr("apr_jax.evaluation.compare_run.policy_engine", Engine)
+    monkeypatch.setattr(Engine, "made", [])
+    return Engines()
+
+
+def test_an_engine_expects_groups_where_the_row_shares_a_cache(engines):
+    told = policy(**{"task.context_windows": [128, 256], "data.condition_on_budget": True})
+    for program in ("adaptive", "cons@2:hogwild", "hogwild"):
+        engines.of(told, cell(program).row)
+    assert [(engine.expects_groups, engine.is_warm) for engine in Engine.made] == [(False, True), (True, True)]
+
+
+def test_no_cell_reads_what_another_computed(engines):
+    """Weights that are set, the same or others, make an engine forget its cache."""
+    first, other = policy(), dataclasses.replace(policy("b"), params={"other": 1}, weights="others")
+    for own in (first, first, other):
+        engines.of(own, cell().row)
+    (engine,) = Engine.made
+    assert engine.weights == [first.params, first.params, other.params]
+
+
+class OtherTokenizer(BuiltinTokenizer):
+    """The same ids of other texts."""
+
+    def save(self, folder):
+        super().save(folder)
+        path = pathlib.Path(folder) / "tokenizer.json"
+        path.write_text(path.read_text().replace("Moving to", "Going to"))
 
 
 def settings(own=None, asked=ASKED, **changes):
@@ -92,10 +171,22 @@ def settings(own=None, asked=ASKED, **changes):
         settings(policy(**{"rollout.num_lanes": 8})),
         settings(policy(**{"model.rope_theta": 3.0})),
         settings(dataclasses.replace(policy(), weights="others")),
+        settings(dataclasses.replace(policy(), tokenizer=OtherTokenizer())),
+        settings(policy(**{"task.context_windows": [128, 256]})),
+        settings(policy(**{"data.method": "serial"})),
     ],
 )
 def test_settings_that_matter_are_in_the_fingerprint(other):
     assert other != settings()
+
+
+def test_a_tokenizer_is_known_by_what_it_is_and_not_by_its_place(engines):
+    assert settings(policy(**{"data.tokenizer": "a/tokenizer.json"})) == settings()
+    engines.of(policy(), cell().row)
+    engines.of(policy(**{"data.tokenizer": "a/tokenizer.json"}), cell().row)
+    assert len(Engine.made) == 1
+    engines.of(dataclasses.replace(policy(), tokenizer=OtherTokenizer()), cell().row)
+    assert len(Engine.made) == 2, "it bans other tokens"
 
 
 def test_settings_that_only_training_reads_are_not():

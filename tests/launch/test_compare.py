@@ -46,8 +46,9 @@ def home(tmp_path_factory):
 
 
 def test_two_runs(home):
-    arguments = ("--policies=a=one,b=two,c=one", "--num_problems=3", "--json=out.json", "--figure=runs.svg")
+    arguments = ("--policies=a=one,b=two,c=one", "--split=validation", "--json=out.json", "--figure=runs.svg")
     done = _compare(home, *arguments)
+    assert "4 problems (validation)" in done.stdout  # the split's, although evaluation.num_problems asks for more
     assert "b against a (95 %, paired):" in done.stdout
     document = json.loads((home / "out.json").read_text())
     assert set(document["summaries"]) == {"a", "b", "c"}
@@ -122,8 +123,10 @@ def test_a_grid_is_gone_on_with_after_a_stop(home):
     [
         (["--policies=a=one,b=nowhere"], "--policies=b"),
         (["--policies=a=one", "--methods=telepathy/a"], "telepathy"),
+        (["--policies=a=one", "--methods=a,direct/a", "--budgets=4"], "leave out the budget of 4"),
         (["--policies=a=one", "--temperatures=-1"], "--temperatures"),
         (["--policies=a=one", "--context_windows=4096"], "--context_windows=4096"),
+        (["--policies=a=one", "--split=train"], "split"),
         (["--policies=a=one", "--num_problems=5"], "more than the 4 problems of test"),
     ],
 )

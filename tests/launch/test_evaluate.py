@@ -67,7 +67,14 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def newest(home):
     """What happened without --checkpoint: the figures, the rollouts and the process."""
-    arguments = ("--split=validation", "--temperature=1", "--json=figures.json", "--rollouts=threads.jsonl")
+    arguments = (
+        "--split=validation",
+        "--temperature=1",
+        "--budget=3",
+        "--max_tokens=60",
+        "--json=figures.json",
+        "--rollouts=threads.jsonl",
+    )
     done = evaluate(home, *arguments)
     threads = [json.loads(line) for line in (home / "threads.jsonl").read_text().splitlines()]
     return json.loads((home / "figures.json").read_text()), threads, done
@@ -79,6 +86,7 @@ def test_without_arguments_it_takes_the_newest_run_and_its_own_configuration(new
     assert figures["num_problems"] == 4  # the run's split, although evaluation.num_problems asks for more
     assert 0 < figures["total_tokens"] <= 16  # the run's rollout.max_steps
     assert (figures["checkpoint"], figures["temperature"]) == ("runs/tiny", 1.0)
+    assert (figures["budget"], figures["max_tokens"]) == (3, 60)
     assert [record["label"] for record in threads] == ["tiny"] * 4
     assert all(record["calls"] for record in threads)
     assert "solved " in done.stdout
@@ -92,7 +100,7 @@ def test_a_hugging_face_folder_is_the_same_policy(home, newest):
     )
     given = f"--config={ROOT / 'configs' / 'grpo.py'}:smoke"
     small = ["--config.rollout.max_steps=16", "--config.rollout.num_lanes=4", "--config.rollout.prefill_lanes=4"]
-    own = ["--problems=problems.jsonl", "--temperature=1", "--rollouts=hf.jsonl"]
+    own = ["--problems=problems.jsonl", "--temperature=1", "--rollouts=hf.jsonl", "--budget=3", "--max_tokens=60"]
     evaluate(home, "--checkpoint=hugging_face", given, *small, *own)
     threads = [json.loads(line) for line in (home / "hf.jsonl").read_text().splitlines()]
     texts = [[[call["text"] for call in record["calls"]] for record in records] for records in (threads, newest[1])]
@@ -111,6 +119,7 @@ def test_a_hugging_face_folder_is_the_same_policy(home, newest):
         (["stray"], "unknown arguments: stray"),
         (["--method=cons@0:serial"], "NAME@N:METHOD"),
         (["--method=cons@4:adaptive", "--temperature=0"], "samples are all the same"),
+        (["--method=cons@4:direct", "--budget=4"], "leave out the budget of 4"),
         (["--checkpoint=missing"], "no such folder"),
         (["--problems=broken.jsonl"], "broken.jsonl, line 2"),
         (["--checkpoint=runs/tiny", "--config.model.num_layers=3"], "contradicts the policy's weights"),

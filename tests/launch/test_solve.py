@@ -45,6 +45,12 @@ def test_for_programs_it_writes_one_json_object_and_threads_stay_on_standard_err
     assert f"{result['total_tokens']} tokens" in lines[-1]
 
 
+def test_samples_of_what_the_policy_was_trained_for_are_no_departure(home):
+    done = solve(home, "27", "3", "9", "18", "--method=cons@2:adaptive", "--temperature=1", "--json=-")
+    assert json.loads(done.stdout)["method"] == "cons@2:adaptive"
+    assert "not trained" not in done.stderr
+
+
 def test_for_people_it_says_what_came_of_it_and_what_the_policy_was_not_trained_for(home):
     given = f"--config={ROOT / 'configs' / 'grpo.py'}:smoke"
     small = ["--config.rollout.max_steps=16", "--config.rollout.num_lanes=4", "--config.rollout.prefill_lanes=4"]
@@ -66,6 +72,7 @@ def test_for_people_it_says_what_came_of_it_and_what_the_policy_was_not_trained_
         (["0", "3", "9"], "must be a positive int"),
         (["27", "3", "9", "--method=adaptiv"], "choose one of"),
         (["27", "3", "9", "--method=cons@4:adaptive"], "samples are all the same"),
+        (["27", "3", "9", "--method=direct", "--budget=4"], "leave out the budget of 4"),
         (["27", "3", "9", "--checkpoint=missing"], "no such folder"),
         (["27", "3", "9", "--temperature=-1"], "temperature"),
     ],

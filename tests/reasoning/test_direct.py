@@ -35,8 +35,3 @@ def test_other_endings_have_their_reasons(text, engine, expected):
     )
     assert (rollout.result.status, rollout.result.reason) == expected
     assert rollout.result.answer is None
-
-
-def test_it_has_no_budget():
-    with pytest.raises(ValueError, match="has no budget"):
-        next(direct(PROBLEM, settings(budget=512)))

@@ -86,3 +86,5 @@ def test_any_policy_can_share_and_only_its_own_method_is_warmed_up_for_it(monkey
     policy_engine(config, make_mesh(), TOKENIZER, None, rollout)
     assert made["max_workers"] == workers
     assert made["expects_groups"] == (method == "hogwild")
+    policy_engine(config, make_mesh(), TOKENIZER, None, rollout, expects_groups=True)
+    assert (made["max_workers"], made["expects_groups"]) == (2, True), "whatever the policy was trained for"

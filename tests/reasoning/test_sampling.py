@@ -156,6 +156,17 @@ def test_equal_samples_are_refused():
         check_method(method, 0.0)
 
 
+def test_a_budget_is_refused_where_no_prompt_names_one():
+    for method in ("direct", "hogwild", "tree_of_thoughts", "cons@2:direct", "pass@2:cons@2:hogwild"):
+        with pytest.raises(ValueError, match=f"method '{method}'.*leave out the budget of 4"):
+            check_method(method, budget=4)
+        with pytest.raises(ValueError, match="no budget"):
+            make_program(method, PROBLEM, settings(budget=4))
+        check_method(method)
+    for method in ("serial", "adaptive", "cons@2:pasta"):
+        check_method(method, budget=4)
+
+
 def test_reading_a_wrapper():
     assert read_wrapper("serial") is None
     wrapper = read_wrapper("pass@12:cons@3:adaptive")

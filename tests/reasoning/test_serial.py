@@ -72,6 +72,20 @@ def test_a_conditioned_policy_is_always_told_a_budget():
     assert make_settings(from_config_dict(conditioned), TOKENIZER).budget == 1024
 
 
+@pytest.mark.parametrize("trained", ["adaptive", "serial", "pasta"])
+def test_it_is_told_what_the_method_counts_that_it_is_decoded_with(trained):
+    config = get_config()
+    config.data.update(condition_on_budget=True, method=trained)
+    config.model.max_seq_len = config.sft.row_len = config.grpo.row_len = 1000
+    config = from_config_dict(config)
+    children = config.rollout.max_children
+    budgets = {"serial": 1024, "cons@8:serial": 1024, "adaptive": children, "pasta": children}
+    budgets["pass@2:cons@3:pasta"] = children
+    budgets |= dict.fromkeys(("direct", "best@4:direct", "hogwild", "tree_of_thoughts"))
+    assert {method: make_settings(config, TOKENIZER, method).budget for method in budgets} == budgets
+    assert make_settings(config, TOKENIZER).budget == budgets[trained]
+
+
 def test_banned_tokens_are_what_no_thread_may_write():
     banned = banned_tokens(TOKENIZER, TOKENIZER.vocab_size + 2)
     assert set(banned) == {
