@@ -342,16 +342,8 @@ def check_consistent(config: Config) -> None:
             raise ConfigError(f"model.{field}={value} must be a multiple of mesh.tensor={mesh.tensor}")
     if model.embed_dim % mesh.fsdp:
         raise ConfigError(f"model.embed_dim={model.embed_dim} must be a multiple of mesh.fsdp={mesh.fsdp}")
-    windows = config.task.context_windows
-    if windows and config.data.method != "adaptive":
-        raise ConfigError(f"task.context_windows={windows}: only data.method='adaptive' names windows")
-    if windows and windows[-1] > model.max_seq_len:
-        raise ConfigError(f"task.context_windows={windows} holds one above model.max_seq_len={model.max_seq_len}")
-    if rollout.context_window not in (0, *windows):
-        raise ConfigError(
-            f"rollout.context_window={rollout.context_window} must be 0 or one of task.context_windows={windows}, "
-            "which demonstrations name"
-        )
+    _check_windows(config)
+    _check_spawn_depth(config)
     if config.data.condition_on_budget and config.data.method in METHODS_WITHOUT_BUDGET:
         raise ConfigError(f"data.condition_on_budget=True: data.method={config.data.method!r} has no budget to name")
     if config.grpo.validate_every and config.grpo.validation_problems > config.data.num_validation:
@@ -373,6 +365,30 @@ def check_consistent(config: Config) -> None:
     ):
         if value % batch_shards:
             raise ConfigError(f"{field}={value} must be a multiple of mesh.data * mesh.fsdp = {batch_shards}")
+
+
+def _check_windows(config: Config) -> None:
+    windows, window, longest = config.task.context_windows, config.rollout.context_window, config.model.max_seq_len
+    if windows and config.data.method != "adaptive":
+        raise ConfigError(f"task.context_windows={windows}: only data.method='adaptive' names windows")
+    if windows and windows[-1] > longest:
+        raise ConfigError(f"task.context_windows={windows} holds one above model.max_seq_len={longest}")
+    if window not in (0, *windows):
+        raise ConfigError(
+            f"rollout.context_window={window} must be 0 or one of task.context_windows={windows}, "
+            "which demonstrations name"
+        )
+
+
+def _check_spawn_depth(config: Config) -> None:
+    levels = config.task.spawn_depth
+    if levels > 1 and config.data.method != "adaptive":
+        raise ConfigError(f"task.spawn_depth={levels}: only data.method='adaptive' has children that spawn, set 1")
+    if levels > max(1, config.rollout.max_depth):  # max_depth=0 is how a policy is kept from spawning
+        raise ConfigError(
+            f"task.spawn_depth={levels} is above rollout.max_depth={config.rollout.max_depth}: "
+            "what demonstrations spawn could not be decoded"
+        )
 
 
 def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:

@@ -58,6 +58,12 @@ def main() -> int:
     # What can be refused is refused at once, before JAX and its friends have loaded.
     _CONFIG.config()
     own = read_problems(_PROBLEMS.value, _NUM_PROBLEMS.value) if _PROBLEMS.value else None
+    if own is not None and len(own) < 2:
+        raise ConfigError(f"--problems={_PROBLEMS.value}: a comparison takes 2 problems or more")
+    if _FIGURE.value and not _FIGURE.value.endswith(".svg"):
+        raise ConfigError(f"--figure={_FIGURE.value}: the figure is an SVG, so its name must end in .svg")
+    if _FIGURE.value and not pathlib.Path(_FIGURE.value).parent.is_dir():
+        raise ConfigError(f"--figure={_FIGURE.value}: no such folder; make it first")
     entry.positive_numbers("context_windows", _WINDOWS.value)
     _temperatures(0.0)
     folders = {name: pathlib.Path(folder) for name, folder in read_policies(_POLICIES.value).items()}
@@ -140,8 +146,6 @@ def _asked(policies: "list[Policy]", own: list[Problem] | None) -> "Asked":
 
     config = policies[0].config
     if own is not None and _PROBLEMS.value:
-        if len(own) < 2:
-            raise ConfigError(f"--problems={_PROBLEMS.value}: a comparison takes 2 problems or more")
         return Asked(tuple(own), _PROBLEMS.value, config.seed)
     split: Split = _SPLIT.value or config.evaluation.split  # type: ignore[assignment]
     wanted = config.evaluation.num_problems

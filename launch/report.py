@@ -20,7 +20,7 @@ from apr_jax.config import ConfigError
 
 _COMPARISON = flags.DEFINE_string("comparison", None, "Folder of launch/compare.py [runs/comparison without --run].")
 _RUN = flags.DEFINE_string("run", None, "Folder of a training run: what RL did, and rollouts it learnt from.")
-_OUT = flags.DEFINE_string("out", None, "Where the page goes [COMPARISON/report.html].")
+_OUT = flags.DEFINE_string("out", None, "Where the page goes [report.html in the comparison's folder, or the run's].")
 _SCREENSHOTS = flags.DEFINE_string("screenshots", None, "Folder for pictures of the page (make screenshots).")
 
 
@@ -34,7 +34,7 @@ def main() -> None:
 
     try:
         if run is not None and _COMPARISON.value is None:
-            out = write_report(run)
+            out = write_report(run, _OUT.value)
         else:
             comparison = pathlib.Path(_COMPARISON.value or "runs/comparison")
             out = pathlib.Path(_OUT.value) if _OUT.value else comparison / "report.html"

@@ -98,6 +98,11 @@ def test_every_method_has_a_variant():
         ({"task__spawn_probability": 1.5}, r"spawn_probability=1\.5 must lie in \[0, 1\]"),
         ({"task__num_numbers": 1}, r"at least 2 numbers"),
         ({"task__spawn_depth": 0}, r"task\.spawn_depth=0 must be at least 1"),
+        ({"task__spawn_depth": 2}, r"task\.spawn_depth=2 is above rollout\.max_depth=1"),
+        (
+            {"task__spawn_depth": 2, "rollout__max_depth": 2, "data__method": "serial"},
+            r"task\.spawn_depth=2: only data\.method='adaptive' has children that spawn",
+        ),
         ({"task__context_windows": (256, 128)}, r"context_windows=\(256, 128\): name distinct sizes from 1, in order"),
         ({"task__context_windows": (256,), "data__method": "serial"}, r"only data\.method='adaptive' names windows"),
         ({"task__context_windows": (256, 1024)}, r"holds one above model\.max_seq_len=512"),

@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -114,9 +115,22 @@ def write_records(path: pathlib.Path, records: Sequence[Json]) -> None:
 
 
 def read_records(workdir: pathlib.Path, row: Mapping[str, Any]) -> list[Json]:
-    """A row's records, in the order of its problems. Raises FileNotFoundError where they are missing."""
-    text = gzip.decompress((workdir / row["records"]).read_bytes()).decode()
-    return [json.loads(line) for line in text.splitlines()]
+    """A row's records, in the order of its problems.
+
+    Raises FileNotFoundError where they are missing, and ConfigError, which names the file, where they are damaged.
+    """
+    path = workdir / row["records"]
+    try:
+        text = gzip.decompress(path.read_bytes()).decode()
+        if not text:
+            raise EOFError("it is empty")
+        return [json.loads(line) for line in text.splitlines()]
+    except FileNotFoundError:
+        raise
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ConfigError(
+            f"{path}: damaged records ({error}); remove the file and start launch/compare.py again to make them anew"
+        ) from error
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:

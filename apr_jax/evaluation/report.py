@@ -77,9 +77,13 @@ _FORMATS = {
 }
 
 
-def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
-    """Writes WORKDIR/report.html and returns its path. Raises FileNotFoundError where there is no such folder."""
+def write_report(workdir: str | pathlib.Path, path: str | pathlib.Path | None = None) -> pathlib.Path:
+    """Writes a run's page at `path`, WORKDIR/report.html where none is given, and returns where it is.
+
+    Raises FileNotFoundError where there is no such run folder, or no folder for the page.
+    """
     workdir = pathlib.Path(workdir)
+    path = workdir / "report.html" if path is None else pathlib.Path(path)
     if not workdir.is_dir():
         raise FileNotFoundError(f"no run folder {workdir}")
     summary, metrics = read_json(workdir / "summary.json"), read_jsonl(workdir / "metrics.jsonl")
@@ -95,7 +99,6 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
         views=add_run_views(ThreadViews(), workdir),
         embed=page.embed,
     )
-    path = workdir / "report.html"
     path.write_text(text, encoding="utf-8")
     return path
 

@@ -27,11 +27,18 @@ def path_solves(path: str, problem: Problem) -> bool:
 def child_result(method: str, context: str, completion: str, problem: Problem) -> str:
     """How a child of `method` ended by itself: solved, wrong_path, no_solution, left, or why it is malformed.
 
-    Of Tree of Thoughts a child's is its verdict on a state, or "proposed".
+    Of Tree of Thoughts a child's is its verdict on a state, or "proposed"; one of `direct` is a sample, all of whose
+    text is its path.
     """
-    if method.rpartition(":")[2] == "tree_of_thoughts":
+    innermost = method.rpartition(":")[2]
+    if innermost == "tree_of_thoughts":
         return thought_traces.read_verdict(completion) or "proposed"
     text = context + completion
+    if innermost == "direct":
+        path = trace.read_path(text)
+        if path is None:
+            return "unfinished"
+        return "solved" if countdown.verify(path, problem).correct else "wrong_path"
     if countdown.verify(trace.read_answer(text), problem).correct:
         return "solved"  # a worker on a shared cache replays from the problem's own root
     if text.endswith("\n" + hogwild_traces.LEAVE) and not countdown.claims_goal(text):

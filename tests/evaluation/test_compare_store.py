@@ -1,5 +1,6 @@
 """Finished cells: kept, found again, and never mixed with those of other settings."""
 
+import gzip
 import json
 
 import pytest
@@ -41,6 +42,30 @@ def test_a_half_written_line_and_lost_records_are_cells_to_do_again(workdir):
     path.write_text(whole)
     next((workdir / "records").iterdir()).unlink()
     assert Results(workdir).find(cell(), SETTINGS) is None
+
+
+def torn(data):
+    return data[: len(data) // 2]
+
+
+def overwritten(data):
+    return data[:12] + b"\xff" * 8 + data[20:]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [torn, overwritten, lambda data: b"plain", lambda data: b"", lambda data: gzip.compress(b'{"problem": 0\n')],
+    ids=["torn", "overwritten", "no gzip", "empty", "no JSON"],
+)
+def test_damaged_records_are_named_and_missing_ones_are_missing(workdir, damage):
+    (row,) = read_results(workdir)
+    path = workdir / row["records"]
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ConfigError, match=rf"{path.name}: damaged records .* start launch/compare\.py again"):
+        read_records(workdir, row)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        read_records(workdir, row)
 
 
 def test_another_cell_joins_and_the_same_cell_replaces(workdir):

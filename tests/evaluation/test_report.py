@@ -159,10 +159,12 @@ def test_parts_may_be_missing(workdir, missing):
     assert ("written nothing yet" in text) == (len(missing) == 4)
 
 
-def test_a_torn_last_line_and_repeated_steps_do_no_harm(workdir):
+def test_the_last_of_a_repeated_step_is_drawn_and_a_torn_line_is_not(workdir):
+    assert "train, step 39: 0.02564" in text_of(page_of(workdir))
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 39, "phase": "sft", "loss": 0.5}\n{"step": 40, "pha')
-    page_of(workdir)
+    text = text_of(page_of(workdir))
+    assert re.findall(r"train, step (?:39|40): \S+", text) == ["train, step 39: 0.5"]
 
 
 def test_no_folder():

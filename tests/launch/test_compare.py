@@ -137,6 +137,21 @@ def test_what_cannot_be_compared_is_said_at_once(home, arguments, message):
     assert not (home / "none").exists()
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--problems=one.jsonl", "--problems=one.jsonl: a comparison takes 2 problems or more"),
+        ("--figure=runs.png", "--figure=runs.png: the figure is an SVG"),
+        ("--figure=nowhere/runs.svg", "--figure=nowhere/runs.svg: no such folder"),
+    ],
+)
+def test_files_are_checked_before_any_policy_is_looked_for(tmp_path, argument, message):
+    (tmp_path / "one.jsonl").write_text('{"numbers": [1, 2], "target": 3}\n')
+    done = _compare(tmp_path, argument, check=2)  # without a policy it would be 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_without_a_run_it_says_what_to_do(tmp_path):
     done = _compare(tmp_path, check=1)
     assert "train one first" in done.stderr

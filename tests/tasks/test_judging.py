@@ -1,5 +1,8 @@
 """Counting operations, and judging what children hand back."""
 
+import pytest
+
+from apr_jax.tasks import trace
 from apr_jax.tasks.countdown import Problem
 from apr_jax.tasks.judging import child_result, count_operations, path_solves
 from tests.reasoning.test_adaptive import LAST, PROBLEM, STATE_6_4
@@ -32,3 +35,17 @@ def test_a_childs_result_is_one_word():
     assert child_result("adaptive", STATE_6_4, "No solution found.\n", PROBLEM) == "no_solution"
     assert child_result("adaptive", STATE_6_4, "No solution", PROBLEM) == "unfinished"
     assert child_result("tree_of_thoughts", "", "no verdict", PROBLEM) == "proposed"
+
+
+@pytest.mark.parametrize(
+    ("completion", "result"),
+    [
+        ("Exploring Operation: 2*3=6, Resulting Numbers: [4, 6]\n" + STATE_6_4 + LAST, "solved"),
+        ("Exploring Operation: 2+3=6, Resulting Numbers: [4, 6]\n" + STATE_6_4 + LAST, "wrong_path"),
+        (LAST, "wrong_path"),  # 6 is no number of the problem
+        ("Exploring Operation: 2*3=6, Resulting Numbers: [4, 6]\n" + STATE_6_4, "unfinished"),
+    ],
+)
+@pytest.mark.parametrize("method", ["cons@8:direct", "pass@2:cons@8:direct"])
+def test_a_sample_of_direct_is_its_path(method: str, completion: str, result: str):
+    assert child_result(method, trace.parent_prompt(PROBLEM), completion.rstrip("\n"), PROBLEM) == result

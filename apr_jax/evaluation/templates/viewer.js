@@ -114,9 +114,9 @@
 
     moveToken(event) {
       const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-      if (!step) return;
-      event.preventDefault();
       const tokens = [...this.text.querySelectorAll(".token")];
+      if (!step || !tokens.length) return;
+      event.preventDefault();
       const now = tokens.findIndex((token) => token.classList.contains("current"));
       const next = tokens[now < 0 ? 0 : Math.min(tokens.length - 1, Math.max(0, now + step))];
       this.showValue(next);
