@@ -80,21 +80,7 @@ def record_rollout(
     if outcome.samples:
         record |= _sample_figures(outcome.samples, rollout.calls, problem, task)
     if keep_calls:
-        record["calls"] = [
-            {
-                "path": list(call.path),
-                "context": tokenizer.decode(call.context.tolist()[1:]),
-                "text": text,
-                "tokens": tokenizer.token_texts(call.tokens.tolist()),
-                "logprobs": [round(logprob, 4) for logprob in call.logprobs.tolist()],
-                "stop": call.stop.reason.name.lower(),
-                "num_tokens": len(call.tokens),
-                "clock_start": call.clock_start,
-                "start_ms": call.start_ms,
-                "end_ms": call.end_ms,
-            }
-            for call, text in zip(rollout.calls, texts, strict=True)
-        ]
+        record["calls"] = _call_records(rollout.calls, texts, tokenizer)
         record["threads"] = _threads(rollout.calls, record, problem, tokenizer, task)
     return record
 
@@ -208,6 +194,25 @@ def _means_at_k(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
 
 def _counted(reasons: Any) -> dict[str, int]:
     return dict(sorted(Counter(reasons).items(), key=lambda item: (-item[1], item[0])))
+
+
+def _call_records(calls: Sequence[Call], texts: Sequence[str], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """What the thread viewer reads of each call; `texts` is what each wrote."""
+    return [
+        {
+            "path": list(call.path),
+            "context": tokenizer.decode(call.context.tolist()[1:]),
+            "text": text,
+            "tokens": tokenizer.token_texts(call.tokens.tolist()),
+            "logprobs": [round(logprob, 4) for logprob in call.logprobs.tolist()],
+            "stop": call.stop.reason.name.lower(),
+            "num_tokens": len(call.tokens),
+            "clock_start": call.clock_start,
+            "start_ms": call.start_ms,
+            "end_ms": call.end_ms,
+        }
+        for call, text in zip(calls, texts, strict=True)
+    ]
 
 
 def _without_end(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
