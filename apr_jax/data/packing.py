@@ -77,6 +77,14 @@ def pack(sequences: Sequence[Mapping[str, Array]], row_len: int) -> Packing:
     return Packing(rows=rows, places=places, lengths=lengths)
 
 
+def pad_rows(rows: Mapping[str, Array], multiple: int) -> dict[str, Array]:
+    """Appends empty rows (all zero: segment 0, no weight) until their number is a multiple."""
+    missing = -len(next(iter(rows.values()))) % multiple
+    return {
+        name: np.pad(rows_BT, ((0, missing), *((0, 0) for _ in rows_BT.shape[1:]))) for name, rows_BT in rows.items()
+    }
+
+
 def _fill_rows(lengths: NDArray[np.int64], row_len: int) -> NDArray[np.int64]:
     """Row and start column of each sequence, [N, 2]. Among equal lengths, sequences are taken in the order given."""
     waiting: dict[int, deque[int]] = {}  # length -> sequences, longest first

@@ -16,7 +16,7 @@ import grain
 import numpy as np
 from numpy.typing import NDArray
 
-from apr_jax.data.packing import Packing, pack
+from apr_jax.data.packing import Packing, pack, pad_rows
 from apr_jax.data.shared_sequences import SharedCalls, tokenize_shared
 from apr_jax.data.tokenized import LossWeights, Sequence1D, TokenizedCalls, tokenize_calls
 from apr_jax.data.tokenizer import Tokenizer
@@ -132,10 +132,7 @@ def validation_batches(
     while packing.num_rows > num_rows:
         num_calls -= packing.num_rows - num_rows  # a row too many is at least a call too many
         packing = pack([calls.sequence(index, weights) for index in range(num_calls)], row_len)
-    missing = num_rows - packing.num_rows
-    rows = {
-        name: np.pad(array, ((0, missing), *((0, 0) for _ in array.shape[1:]))) for name, array in packing.rows.items()
-    }
+    rows = pad_rows(packing.rows, num_rows)
     return [
         {name: array[start : start + rows_per_batch] for name, array in rows.items()}
         for start in range(0, num_rows, rows_per_batch)

@@ -58,14 +58,6 @@ def to_mesh(rows: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int | None
     return {name: place(rows_BT) for name, rows_BT in rows.items()}
 
 
-def pad_rows(rows: Mapping[str, np.ndarray], multiple: int) -> dict[str, np.ndarray]:
-    """Appends empty rows (all zero: segment 0, no weight) until their number is a multiple."""
-    missing = -len(next(iter(rows.values()))) % multiple
-    return {
-        name: np.pad(rows_BT, ((0, missing), *((0, 0) for _ in rows_BT.shape[1:]))) for name, rows_BT in rows.items()
-    }
-
-
 def fetch(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Device scalars as Python floats; waits for them."""
     return {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}

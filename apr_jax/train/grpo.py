@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from apr_jax.config import Config
-from apr_jax.data.packing import pack
+from apr_jax.data.packing import pack, pad_rows
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine import holding, sampling
 from apr_jax.engine.constraints import Gate
@@ -23,7 +23,7 @@ from apr_jax.progress import progress
 from apr_jax.reasoning.outcome import banned_tokens, make_settings, spawn_gate
 from apr_jax.reasoning.programs import make_program
 from apr_jax.reasoning.task import COUNTDOWN, Task
-from apr_jax.train.batches import Batch, fetch, make_scorer, pad_rows, to_mesh
+from apr_jax.train.batches import Batch, fetch, make_scorer, to_mesh
 from apr_jax.train.checkpoint import Checkpoints
 from apr_jax.train.dynamic_sampling import Sample, draw
 from apr_jax.train.hosted_engine import RolloutEngine

@@ -13,10 +13,11 @@ import optax
 from jax.sharding import Mesh
 
 from apr_jax.config import ModelConfig, SFTConfig
+from apr_jax.data.packing import pad_rows
 from apr_jax.model.llama import Params
 from apr_jax.parallel import hosts
 from apr_jax.progress import progress
-from apr_jax.train.batches import Batch, Scorer, fetch, make_scorer, pad_rows, to_mesh
+from apr_jax.train.batches import Batch, Scorer, fetch, make_scorer, to_mesh
 from apr_jax.train.checkpoint import Checkpoints
 from apr_jax.train.losses import normalise, weighted_nll
 from apr_jax.train.metrics import MetricsWriter
