@@ -28,9 +28,9 @@ from absl import flags
 from apr_jax import entry
 from apr_jax.config import ConfigError
 from apr_jax.evaluation.compare_grid import Cell, make_cells, read_policies, read_rows
-from apr_jax.evaluation.sources import check_policy_folder, newest_run, read_problems
+from apr_jax.evaluation.sources import check_policy_folder, choose_split, newest_run, read_problems
 from apr_jax.tasks.countdown import Problem
-from apr_jax.tasks.generation import SPLITS, Split, split_size
+from apr_jax.tasks.generation import SPLITS
 
 if TYPE_CHECKING:
     from apr_jax.evaluation.compare_run import Asked, Policy
@@ -141,18 +141,13 @@ def _cells(policies: "dict[str, Policy]") -> list[Cell]:
 
 
 def _asked(policies: "list[Policy]", own: list[Problem] | None) -> "Asked":
-    """The user's problems, or those of a split. A split named by --split may be smaller than the config's."""
+    """The user's problems, or those of a split."""
     from apr_jax.evaluation.compare_run import Asked, held_out
 
     config = policies[0].config
     if own is not None and _PROBLEMS.value:
         return Asked(tuple(own), _PROBLEMS.value, config.seed)
-    split: Split = _SPLIT.value or config.evaluation.split  # type: ignore[assignment]
-    wanted = config.evaluation.num_problems
-    if _NUM_PROBLEMS.value is not None:
-        wanted = _NUM_PROBLEMS.value
-    elif _SPLIT.value is not None:
-        wanted = min(wanted, split_size(config.data, split))
+    split, wanted = choose_split(config, _SPLIT.value, _NUM_PROBLEMS.value)
     return held_out(policies, split, wanted)
 
 

@@ -18,10 +18,16 @@ import sys
 from absl import flags
 
 from apr_jax import entry
-from apr_jax.config import Config, ConfigError
-from apr_jax.evaluation.sources import check_policy_folder, newest_run, read_problems
+from apr_jax.config import Config
+from apr_jax.evaluation.sources import (
+    check_method_flag,
+    check_policy_folder,
+    choose_split,
+    newest_run,
+    read_problems,
+)
 from apr_jax.tasks.countdown import Problem
-from apr_jax.tasks.generation import SPLITS, Split, split_size
+from apr_jax.tasks.generation import SPLITS
 
 _RUNS = "runs"
 _CONFIG = entry.define_config("grpo.py")
@@ -45,7 +51,7 @@ def main() -> None:
     # What can be refused is refused at once, before JAX and its friends have loaded.
     _CONFIG.config()
     if _METHOD.value is not None:
-        _check_method(_METHOD.value, _TEMPERATURE.value)
+        check_method_flag(_METHOD.value, _TEMPERATURE.value, _BUDGET.value)
     own_problems = read_problems(_PROBLEMS.value, _NUM_PROBLEMS.value) if _PROBLEMS.value else None
     if _CHECKPOINT.value:
         check_policy_folder(pathlib.Path(_CHECKPOINT.value))
@@ -63,16 +69,6 @@ def main() -> None:
         raise entry.FailedError(str(error)) from error
 
 
-def _check_method(method: str, temperature: float | None) -> None:
-    """Raises ConfigError for a method that there is not, that a temperature makes pointless, or that has no budget."""
-    from apr_jax.reasoning.programs import check_method
-
-    try:
-        check_method(method, temperature, budget=_BUDGET.value)
-    except ValueError as error:
-        raise ConfigError(f"--{error}") from error
-
-
 def _evaluate(checkpoint: pathlib.Path, own_problems: list[Problem] | None) -> None:
     from apr_jax import library
     from apr_jax.evaluation.run import ShownProgress, evaluate, save_rollouts, show_summary
@@ -88,7 +84,7 @@ def _evaluate(checkpoint: pathlib.Path, own_problems: list[Problem] | None) -> N
     config, tokenizer = policy.config, policy.tokenizer
     temperature = config.evaluation.temperature if _TEMPERATURE.value is None else _TEMPERATURE.value
     method = _METHOD.value or config.data.method
-    _check_method(method, temperature)
+    check_method_flag(method, temperature, _BUDGET.value)
     problems, source = (own_problems, _PROBLEMS.value) if own_problems else _problems(config)
     engine = policy.engine_for(method)
     print(f"engine memory: {engine.memory}", file=sys.stderr)
@@ -114,15 +110,10 @@ def _evaluate(checkpoint: pathlib.Path, own_problems: list[Problem] | None) -> N
 
 
 def _problems(config: Config) -> tuple[list[Problem], str]:
-    """The problems to evaluate on and what to call them. A split named by --split may be smaller than the config's."""
+    """The problems to evaluate on and what to call them."""
     from apr_jax.evaluation.run import load_problems
 
-    split: Split = _SPLIT.value or config.evaluation.split  # type: ignore[assignment]
-    wanted = config.evaluation.num_problems
-    if _NUM_PROBLEMS.value is not None:
-        wanted = _NUM_PROBLEMS.value
-    elif _SPLIT.value is not None:
-        wanted = min(wanted, split_size(config.data, split))
+    split, wanted = choose_split(config, _SPLIT.value, _NUM_PROBLEMS.value)
     return load_problems(config, split, wanted), split
 
 

@@ -21,7 +21,7 @@ from absl import flags
 
 from apr_jax import entry
 from apr_jax.config import ConfigError
-from apr_jax.evaluation.sources import check_policy_folder, newest_run, read_problem_words
+from apr_jax.evaluation.sources import check_method_flag, check_policy_folder, newest_run, read_problem_words
 from apr_jax.tasks.countdown import Problem, departures, is_solvable
 from apr_jax.tasks.demonstrations import innermost
 
@@ -46,7 +46,7 @@ def main(words: Sequence[str]) -> None:
     # What can be refused is refused at once, before JAX and its friends have loaded.
     problem = read_problem_words(words)
     if _METHOD.value:
-        _check_method(_METHOD.value)
+        check_method_flag(_METHOD.value, _TEMPERATURE.value, _BUDGET.value)
     _CONFIG.config()
     if _CHECKPOINT.value:
         check_policy_folder(pathlib.Path(_CHECKPOINT.value))
@@ -66,22 +66,12 @@ def main(words: Sequence[str]) -> None:
     except (CheckpointError, FileNotFoundError, HuggingFaceError) as error:
         raise entry.FailedError(str(error)) from error
     method = _METHOD.value or policy.config.data.method
-    _check_method(method)
+    check_method_flag(method, _TEMPERATURE.value, _BUDGET.value)
     _warn(problem, policy)
     policy.engine_for(method)  # compiles
     started = time.perf_counter()
     solution = _solve(problem, policy)
     _report(solution, checkpoint, start_ms=(started - began) * 1e3)
-
-
-def _check_method(method: str) -> None:
-    """Raises ConfigError for an unknown method, samples that would all be the same, and a budget that it has not."""
-    from apr_jax.reasoning.programs import check_method
-
-    try:
-        check_method(method, _TEMPERATURE.value, budget=_BUDGET.value)
-    except ValueError as error:
-        raise ConfigError(f"--{error}") from error
 
 
 def _warn(problem: Problem, policy: "Policy") -> None:

@@ -4,8 +4,9 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from apr_jax.config import ConfigError
+from apr_jax.config import Config, ConfigError
 from apr_jax.tasks.countdown import Problem
+from apr_jax.tasks.generation import Split, split_size
 
 
 class ProblemFileError(ConfigError):
@@ -58,6 +59,28 @@ def newest_run(root: str | pathlib.Path) -> pathlib.Path:
     if not folders:
         raise FileNotFoundError(f"no run with checkpoints in {root}/: train one first, or name a --checkpoint")
     return max(folders, key=_written).parent
+
+
+def choose_split(config: Config, split: str | None, num_problems: int | None) -> tuple[Split, int]:
+    """Which split's first problems, and how many: what was asked for, else `config.evaluation`'s.
+
+    A split that was asked for without a number gives no more than it has: it may be smaller than the config's.
+    """
+    chosen: Split = split or config.evaluation.split  # type: ignore[assignment]  # a flag that lists the splits
+    if num_problems is not None:
+        return chosen, num_problems
+    wanted = config.evaluation.num_problems
+    return chosen, wanted if split is None else min(wanted, split_size(config.data, chosen))
+
+
+def check_method_flag(method: str, temperature: float | None, budget: int | None) -> None:
+    """`reasoning.programs.check_method` for --method: raises ConfigError."""
+    from apr_jax.reasoning.programs import check_method  # slower to import than the rest here
+
+    try:
+        check_method(method, temperature, budget=budget)
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from error
 
 
 def _read_problem(line: str, where: str) -> Problem:

@@ -51,10 +51,8 @@ def launched(script, cwd, *arguments, check=0):
 evaluate = functools.partial(launched, "evaluate.py")
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder with a run in runs/, as training leaves it, and a Hugging Face folder of the same policy."""
-    home = tmp_path_factory.mktemp("home")
+def make_home(home):
+    """Fills a folder: a run in runs/, as training leaves it, and a Hugging Face folder of the same policy."""
     config = small_config(home)
     optimizer = make_optimizer(config.sft.optimizer, 1)
     state = create_state(make_mesh(config.mesh), config.model, optimizer, init_params(config.model, 0))
@@ -62,6 +60,11 @@ def home(tmp_path_factory):
         checkpoints.save(1, state, {})
     save_hf(home / "hugging_face", config.model, state.params, load_tokenizer("builtin"))
     return home
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return make_home(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="module")

@@ -5,29 +5,14 @@ import json
 
 import pytest
 
-from apr_jax.data.tokenizer import load_tokenizer
-from apr_jax.model.hf import save_hf
-from apr_jax.model.llama import init_params
-from apr_jax.parallel.mesh import make_mesh
-from apr_jax.train.checkpoint import Checkpoints
-from apr_jax.train.optimizer import make_optimizer
-from apr_jax.train.state import create_state
-from tests.launch.test_evaluate import ROOT, launched, small_config
+from tests.launch.test_evaluate import ROOT, launched, make_home
 
 solve = functools.partial(launched, "solve.py")
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a run in runs/, and a Hugging Face folder of the same policy."""
-    home = tmp_path_factory.mktemp("home")
-    config = small_config(home)
-    optimizer = make_optimizer(config.sft.optimizer, 1)
-    state = create_state(make_mesh(config.mesh), config.model, optimizer, init_params(config.model, 0))
-    with Checkpoints(home / "runs" / "tiny", "sft", config) as checkpoints:
-        checkpoints.save(1, state, {})
-    save_hf(home / "hugging_face", config.model, state.params, load_tokenizer("builtin"))
-    return home
+    return make_home(tmp_path_factory.mktemp("home"))
 
 
 def test_for_programs_it_writes_one_json_object_and_threads_stay_on_standard_error(home):
