@@ -70,7 +70,7 @@ class EnginePlan:
                 f"{max_workers} workers on a shared cache may need {needed} pages of rollout.page_size="
                 f"{rollout.page_size}, and a data shard has {limits.pages - 1} usable ones; raise rollout.num_pages"
             )
-        plan = cls(model, limits, decode, choose_layout(model, mesh), mesh, expects_groups)
+        plan = cls(model, limits, decode, choose_layout(model, mesh, decode.impl == "cpu"), mesh, expects_groups)
         plan.memory.check()
         return plan
 

@@ -23,17 +23,16 @@ MIN_TRANSPOSED_DIM = 512
 _FUSED = {"query_key_value": ("query", "key", "value"), "gate_up": ("gate", "up")}
 
 
-def choose_layout(config: ModelConfig, mesh: Mesh) -> WeightLayout:
+def choose_layout(config: ModelConfig, mesh: Mesh, native: bool = False) -> WeightLayout:
     """The layout that measured fastest on the mesh's kind of device.
 
-    Fused matrices are not split over "tensor", since their parts would have to be split each.
+    Fused matrices are not split over "tensor", since their parts would have to be split each; and the compiler can't
+    split a kernel. `native`: the mesh is of CPUs and the kernels of `native.py` are wanted.
     """
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return WeightLayout(
-        fused=mesh.shape[TENSOR_AXIS] == 1,
-        transposed=on_cpu and config.embed_dim >= MIN_TRANSPOSED_DIM,
-        own_head=on_cpu,
-    )
+    on_cpu, whole = mesh.devices.flat[0].platform == "cpu", mesh.shape[TENSOR_AXIS] == 1
+    native = native and whole
+    transposed = native or (on_cpu and config.embed_dim >= MIN_TRANSPOSED_DIM)
+    return WeightLayout(fused=whole, transposed=transposed, native=native, own_head=on_cpu)
 
 
 def to_layout(params: Params, config: ModelConfig, layout: WeightLayout) -> Params:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from apr_jax.config import ModelConfig
+from apr_jax.model import native
 from apr_jax.model.attention import self_attention
 from apr_jax.model.rope import apply_rope, rope_angles, rope_angles_once
 from apr_jax.model.shared_attention import Angles, SharedRows, shared_angles, shared_attention
@@ -59,6 +60,7 @@ class WeightLayout:
 
     fused: bool = False  # query, key and value in one matrix, and gate and up
     transposed: bool = False  # `[out, in]`
+    native: bool = False  # multiplied by the CPU kernels of `native.py`; `[out, in]`
     own_head: bool = False  # the output head is a matrix of its own even where it is tied to the embedding
 
 
@@ -99,7 +101,9 @@ def _matmul(x: jax.Array, weight: nnx.Param[Any], layout: WeightLayout, dtype: A
     # As one two-dimensional product: the gradient of a product over several leading axes makes XLA's CPU backend fuse a
     # transposing copy with what produced the cotangent, which cost a fifth of a training step.
     x_MD, matrix = x.reshape(-1, x.shape[-1]), weight[...].astype(x.dtype)
-    if layout.transposed:
+    if layout.native:
+        out_MF = native.product(x_MD, matrix)
+    elif layout.transposed:
         out_MF = jnp.einsum("FD,MD->FM", matrix, x_MD, preferred_element_type=dtype).T
     else:
         out_MF = jnp.einsum("MD,DF->MF", x_MD, matrix, preferred_element_type=dtype)

@@ -12,6 +12,7 @@ groups as their batch, and tables of pairs: a reshape, no copy.
   neighbouring heads side by side, and a query is zero in its neighbours' place: neither memory nor bandwidth is lost.
   It computes with bfloat16 keys and values whatever it is given.
 * "gpu": `jax.experimental.pallas.ops.gpu.paged_attention`, in Triton.
+* "cpu": `native.py`, float32, which writes the new position as well.
 * "xla": gathers each row. Exact in float32, and what the kernels are tested against.
 
 cuDNN's paged attention (`jax._src.cudnn`) is no option: it takes pools of exactly lanes times R pages, so no page may
@@ -30,9 +31,10 @@ from jax.experimental.pallas.ops.gpu import paged_attention as gpu_kernel
 from jax.experimental.pallas.ops.tpu import paged_attention as tpu_kernel
 
 from apr_jax.config import ConfigError
+from apr_jax.model import native
 from apr_jax.parallel.mesh import DATA_AXIS, TENSOR_AXIS, partition_spec
 
-Impl = Literal["xla", "tpu", "gpu"]
+Impl = Literal["xla", "tpu", "gpu", "cpu"]
 
 _MASKED = -1e30
 _TPU_LANES = 128
@@ -98,12 +100,15 @@ PLAIN = HeadTile()
 def choose_impl(requested: str, platform: str, dtype: str) -> Literal["packed"] | Impl:
     """What `rollout.decode_attention` means on a platform ("cpu", "tpu", "gpu" or "cuda").
 
-    The kernels compute in bfloat16. In float32 "auto" is "packed", and "paged" the exact "xla".
+    Accelerators' kernels compute in bfloat16 and the CPU's in float32. Where there is none, "auto" is "packed", and
+    "paged" the exact "xla".
     """
-    kernel: Impl = "tpu" if platform == "tpu" else "gpu" if platform in ("gpu", "cuda", "rocm") else "xla"
-    if dtype != "bfloat16":
+    if requested == "packed":
+        return "packed"
+    kernel: Impl = "tpu" if platform == "tpu" else "gpu" if platform in ("gpu", "cuda", "rocm") else "cpu"
+    if dtype != ("float32" if kernel == "cpu" else "bfloat16") or (kernel == "cpu" and not native.is_available()):
         kernel = "xla"
-    if requested == "packed" or (requested == "auto" and kernel == "xla"):
+    if requested == "auto" and kernel == "xla":
         return "packed"
     return kernel
 
@@ -260,6 +265,9 @@ def write_then_attend(
         of_heads: tuple[jax.Array, ...], of_lanes: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         (q_LNH, k_LKH, v_LKH, k_pages, v_pages), (lengths_L, live_L, tables_LR) = of_heads, of_lanes
+        seen_L = jnp.where(live_L, lengths_L + 1, 0)
+        if impl == "cpu":
+            return native.write_then_attend(q_LNH, k_LKH, v_LKH, k_pages, v_pages, seen_L, tables_LR)
         page_size = k_pages.shape[2]
         page_L = jnp.take_along_axis(tables_LR, lengths_L[:, None] // page_size, axis=1)[:, 0]
         page_L = jnp.where(live_L, page_L, 0)
@@ -267,7 +275,6 @@ def write_then_attend(
             _write(pages, tile.pack(new[:, :, None])[:, :, 0], page_L, lengths_L % page_size)
             for pages, new in ((k_pages, k_LKH), (v_pages, v_LKH))
         )
-        seen_L = jnp.where(live_L, lengths_L + 1, 0)
         return paged_attention(q_LNH, k_pages, v_pages, seen_L, tables_LR, impl=impl, tile=tile), k_pages, v_pages
 
     arguments = (q_LNH, k_LKH, v_LKH, k_pages, v_pages), (lengths_L, live_L, tables_LR)

@@ -1,0 +1,118 @@
+"""Kernels of our own for decoding on a CPU (`native.cc`), which the machine's C++ compiler makes at their first use.
+
+XLA's CPU backend multiplies a few rows at half of the machine's speed, and its attention reads a copy of the pages
+(docs/decode.md). Where there is no compiler, or the kernels can't be made, everything runs as XLA compiles it, and a
+warning says so.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_SOURCE = pathlib.Path(__file__).with_name("native.cc")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-w")
+_TARGETS = ("apr_product", "apr_attend")
+_COMPILERS = ("c++", "g++", "clang++")
+
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def is_available() -> bool:
+    """Whether this process has the kernels; makes and registers them when it is first asked."""
+    try:
+        library = ctypes.CDLL(str(_made()))
+    except (OSError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        _log.warning("decoding without kernels for this CPU, at about half of the speed: %s", output.strip())
+        return False
+    for target in _TARGETS:
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+    return True
+
+
+def product(x: jax.Array, matrix_FD: jax.Array) -> jax.Array:
+    """`x [..., D]` times the transpose of `[F, D]`, both float32: `[..., F]`.
+
+    A row's sums do not depend on the other rows. Lifted over lanes it is one product of all of them.
+    """
+    out = jax.ShapeDtypeStruct((*x.shape[:-1], matrix_FD.shape[-2]), jnp.float32)
+    return jax.ffi.ffi_call("apr_product", out, vmap_method="expand_dims")(x, matrix_FD, threads=_threads())
+
+
+def write_then_attend(
+    q_LNH: jax.Array,
+    k_LKH: jax.Array,
+    v_LKH: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    seen_L: jax.Array,
+    tables_LR: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Writes each lane's new key and value at position `seen_L - 1` of its row and attends to the first `seen_L`.
+
+    Args:
+        q_LNH, k_LKH, v_LKH: float32, RoPE applied; scores are scaled by 1/sqrt(H).
+        k_pages, v_pages: float32 `[P, K, C, H]`; donate them, or they are copied.
+        seen_L: int32; 0 for a lane that writes nothing and gets zeros.
+        tables_LR: int32, the pages of each row in order.
+
+    Returns:
+        `[L, N, H]`, and both kinds of pages.
+    """
+    shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (q_LNH, k_pages, v_pages)]
+    call = jax.ffi.ffi_call("apr_attend", shapes, input_output_aliases={3: 1, 4: 2})
+    out_LNH, k_pages, v_pages = call(q_LNH, k_LKH, v_LKH, k_pages, v_pages, seen_L, tables_LR, threads=_threads())
+    return out_LNH, k_pages, v_pages
+
+
+def _threads() -> np.int64:
+    """Cores for each device of the ambient mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return np.int64(max(1, cores // (1 if mesh.empty else mesh.size)))
+
+
+def _made() -> pathlib.Path:
+    """The shared library, compiled for this CPU unless an earlier process has done so."""
+    include = jax.ffi.include_dir()
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        raise OSError(f"no C++ compiler here; install one of {', '.join(_COMPILERS)}")
+    parts = (_SOURCE.read_text(), *_FLAGS, compiler, jax.__version__, platform.machine(), _cpu())
+    path = _folder() / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = pathlib.Path(folder, path.name)
+            command = [compiler, *_FLAGS, "-isystem", include, str(_SOURCE), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            made.replace(path)  # whole or not at all, should another process do the same
+    return path
+
+
+def _folder() -> pathlib.Path:
+    """Where compiled kernels are kept: beside what JAX keeps of its own, else in the user's cache."""
+    kept = jax.config.jax_compilation_cache_dir
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(kept or pathlib.Path(cache, "apr_jax"), "native")
+
+
+def _cpu() -> str:
+    """What the compiler would make code for: a library of another machine may hold instructions that this one lacks."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "Features"))))
