@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apr_jax.config import ModelConfig
+from apr_jax.model import native
 from apr_jax.model.llama import Params, WeightLayout, abstract_params, logical_axes
-from apr_jax.parallel.mesh import RULES, TENSOR_AXIS
+from apr_jax.parallel.mesh import RULES, TENSOR_AXIS, partition_spec
 
 # From this width on XLA's CPU backend multiplies `[out, in] x [in, lanes]` faster than `[lanes, in] x [in, out]`.
 MIN_TRANSPOSED_DIM = 512
@@ -23,16 +24,16 @@ MIN_TRANSPOSED_DIM = 512
 _FUSED = {"query_key_value": ("query", "key", "value"), "gate_up": ("gate", "up")}
 
 
-def choose_layout(config: ModelConfig, mesh: Mesh, native: bool = False) -> WeightLayout:
+def choose_layout(config: ModelConfig, mesh: Mesh, with_kernels: bool = False) -> WeightLayout:
     """The layout that measured fastest on the mesh's kind of device.
 
     Fused matrices are not split over "tensor", since their parts would have to be split each; and the compiler can't
-    split a kernel. `native`: the mesh is of CPUs and the kernels of `native.py` are wanted.
+    split a kernel. `with_kernels`: the mesh is of CPUs, and the kernels of `native.py` are wanted.
     """
     on_cpu, whole = mesh.devices.flat[0].platform == "cpu", mesh.shape[TENSOR_AXIS] == 1
-    native = native and whole
-    transposed = native or (on_cpu and config.embed_dim >= MIN_TRANSPOSED_DIM)
-    return WeightLayout(fused=whole, transposed=transposed, native=native, own_head=on_cpu)
+    kernels = with_kernels and whole
+    transposed = on_cpu and not kernels and config.embed_dim >= MIN_TRANSPOSED_DIM
+    return WeightLayout(fused=whole, transposed=transposed, native=kernels, own_head=on_cpu)
 
 
 def to_layout(params: Params, config: ModelConfig, layout: WeightLayout) -> Params:
@@ -48,7 +49,8 @@ def to_layout(params: Params, config: ModelConfig, layout: WeightLayout) -> Para
             made = jnp.concatenate([given[(*parents, part)] for part in parts], axis=-1)
         if made.ndim == 1:
             return made
-        made = made.T if layout.transposed and name != "embedding" else made
+        if name != "embedding":
+            made = native.to_panels(made) if layout.native else made.T if layout.transposed else made
         assert made.shape == wanted.shape, f"{name}: {made.shape} is not {wanted.shape}"
         return made.astype(config.compute_dtype)
 
@@ -61,6 +63,8 @@ def layout_shardings(mesh: Mesh, config: ModelConfig, layout: WeightLayout) -> P
 
     def sharding(path: Any, logical: PartitionSpec) -> NamedSharding:
         axes = tuple(logical)
+        if layout.native and len(axes) == 2 and _keys(path)[-1] != "embedding":
+            return NamedSharding(mesh, partition_spec())
         flipped = layout.transposed and len(axes) == 2 and _keys(path)[-1] != "embedding"
         return NamedSharding(mesh, rules.spec(axes[::-1] if flipped else axes))
 

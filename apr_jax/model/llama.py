@@ -60,7 +60,7 @@ class WeightLayout:
 
     fused: bool = False  # query, key and value in one matrix, and gate and up
     transposed: bool = False  # `[out, in]`
-    native: bool = False  # multiplied by the CPU kernels of `native.py`; `[out, in]`
+    native: bool = False  # multiplied by the CPU kernels of `native.py`, in panels; only where fused
     own_head: bool = False  # the output head is a matrix of its own even where it is tied to the embedding
 
 
@@ -97,23 +97,24 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param[
     return nnx.Param(stddev * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 
-def _matmul(x: jax.Array, weight: nnx.Param[Any], layout: WeightLayout, dtype: Any = None) -> jax.Array:
+def _matmul(x: jax.Array, weight: nnx.Param[Any], layout: WeightLayout, outputs: int, dtype: Any = None) -> jax.Array:
     # As one two-dimensional product: the gradient of a product over several leading axes makes XLA's CPU backend fuse a
     # transposing copy with what produced the cotangent, which cost a fifth of a training step.
     x_MD, matrix = x.reshape(-1, x.shape[-1]), weight[...].astype(x.dtype)
     if layout.native:
-        out_MF = native.product(x_MD, matrix)
+        out_MF = native.product(x_MD, matrix, outputs)
     elif layout.transposed:
         out_MF = jnp.einsum("FD,MD->FM", matrix, x_MD, preferred_element_type=dtype).T
     else:
         out_MF = jnp.einsum("MD,DF->MF", x_MD, matrix, preferred_element_type=dtype)
-    return out_MF.reshape(*x.shape[:-1], -1)
+    return out_MF.reshape(*x.shape[:-1], outputs)
 
 
 def _matrix(
     rngs: nnx.Rngs, inputs: int, outputs: int, layout: WeightLayout, stddev: float = INIT_STDDEV
 ) -> nnx.Param[Any]:
-    return _normal(rngs, (outputs, inputs) if layout.transposed else (inputs, outputs), stddev)
+    flat = (outputs, inputs) if layout.transposed else (inputs, outputs)
+    return _normal(rngs, native.panels_shape(inputs, outputs) if layout.native else flat, stddev)
 
 
 class Attention(nnx.Module):
@@ -132,24 +133,28 @@ class Attention(nnx.Module):
 
     def project(self, x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`x [..., T, D]` to rotated queries `[..., T, N, H]`, rotated keys and values `[..., T, K, H]`."""
-        config, heads = self.config, (-1, self.config.head_dim)
-        if self.layout.fused:
-            ends = [config.num_heads * config.head_dim, (config.num_heads + config.num_kv_heads) * config.head_dim]
-            projected = jnp.split(_matmul(x, self.query_key_value, self.layout), ends, axis=-1)
+        config, layout, heads = self.config, self.layout, (-1, self.config.head_dim)
+        query_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        if layout.fused:
+            together = _matmul(x, self.query_key_value, layout, query_dim + 2 * kv_dim)
+            if layout.native:
+                together = native.rotate(together, angles, config.num_heads + config.num_kv_heads)
+            projected = jnp.split(together, [query_dim, query_dim + kv_dim], axis=-1)
         else:
-            projected = [_matmul(x, weight, self.layout) for weight in (self.query, self.key, self.value)]
+            of_each = (self.query, query_dim), (self.key, kv_dim), (self.value, kv_dim)
+            projected = [_matmul(x, weight, layout, outputs) for weight, outputs in of_each]
         q_TNH, k_TKH, v_TKH = (flat.reshape(*x.shape[:-1], *heads) for flat in projected)
-        return apply_rope(q_TNH, angles), apply_rope(k_TKH, angles), v_TKH
+        return (q_TNH, k_TKH, v_TKH) if layout.native else (apply_rope(q_TNH, angles), apply_rope(k_TKH, angles), v_TKH)
 
     def combine(self, out_TNH: jax.Array) -> jax.Array:
-        return _matmul(out_TNH.reshape(*out_TNH.shape[:-2], -1), self.out, self.layout)
+        return _matmul(out_TNH.reshape(*out_TNH.shape[:-2], -1), self.out, self.layout, self.config.embed_dim)
 
 
 class MLP(nnx.Module):
     """SwiGLU: `(silu(x gate) * (x up)) down` (Shazeer 2020, eq. 6)."""
 
     def __init__(self, config: ModelConfig, layout: WeightLayout, *, rngs: nnx.Rngs):
-        self.layout = layout
+        self.config, self.layout = config, layout
         if layout.fused:
             self.gate_up = _matrix(rngs, config.embed_dim, 2 * config.mlp_dim, layout)
         else:
@@ -158,11 +163,12 @@ class MLP(nnx.Module):
         self.down = _matrix(rngs, config.mlp_dim, config.embed_dim, layout, _residual_stddev(config))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        if self.layout.fused:
-            gate, up = jnp.split(_matmul(x, self.gate_up, self.layout), 2, axis=-1)
+        config, layout = self.config, self.layout
+        if layout.fused:
+            gate, up = jnp.split(_matmul(x, self.gate_up, layout, 2 * config.mlp_dim), 2, axis=-1)
         else:
-            gate, up = _matmul(x, self.gate, self.layout), _matmul(x, self.up, self.layout)
-        return _matmul(jax.nn.silu(gate) * up, self.down, self.layout)
+            gate, up = (_matmul(x, weight, layout, config.mlp_dim) for weight in (self.gate, self.up))
+        return _matmul(jax.nn.silu(gate) * up, self.down, layout, config.embed_dim)
 
 
 class Block(nnx.Module):
@@ -268,7 +274,7 @@ class Llama(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits `[..., T, V]` of hidden states `[..., T, D]`."""
         if self.head is not None:
-            return _matmul(hidden, self.head, self.layout, jnp.float32)
+            return _matmul(hidden, self.head, self.layout, self.config.vocab_size, jnp.float32)
         weight_DV = self.head_weight().astype(hidden.dtype)
         return jnp.einsum("...D,DV->...V", hidden, weight_DV, preferred_element_type=jnp.float32)
 

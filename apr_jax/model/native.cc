@@ -4,11 +4,13 @@
 // Every sum is taken in an order that depends on its own row alone: not on other rows, nor on threads.
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -21,26 +23,19 @@ constexpr int kWidth = 16;  // floats of a vector; the compiler splits it where 
 typedef float Vector __attribute__((vector_size(kWidth * sizeof(float)), aligned(sizeof(float))));
 
 #ifdef __AVX512F__
-constexpr int kRows = 8;  // of the matrix, whose sums stay in registers: 8 x 2 of 32
+constexpr int kTile = 16;  // rows of x that are multiplied at once: their sums stay in registers
 #else
-constexpr int kRows = 4;
+constexpr int kTile = 6;
 #endif
-constexpr int kTile = 2 * kWidth;       // rows of x that are multiplied at once
-constexpr int kStrip = 2 * kTile;       // rows of x that stay in the cache while the matrix comes by
-constexpr int kChunk = 64;              // rows of the matrix that a thread takes at once
-constexpr float kLowest = -1e30f;         // finite, so that a difference of two is no NaN
-constexpr int kFew = 4;                 // up to so many rows of x a row of the matrix is read as it lies
+constexpr int64_t kSmall = 1 << 14;   // floats that one thread moves sooner than two
+constexpr int kChunks = 8;           // parts of the work for each thread, as a thread may come late
+constexpr int kAhead = 128 * kWidth;  // floats from what is read to what memory is asked for
+constexpr float kLowest = -1e30f;    // finite, so that a difference of two is no NaN
 
 Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 
 void prefetch(const float* from, int64_t count) {
   for (int64_t i = 0; i < count; i += kWidth) __builtin_prefetch(from + i, 0, 1);
-}
-
-float total(Vector v) {
-  float sum = 0;
-  for (int i = 0; i < kWidth; ++i) sum += v[i];
-  return sum;
 }
 
 // Calls task(0) ... task(count - 1), on this thread and on up to `threads - 1` of XLA's. Tasks are claimed one by one, so
@@ -63,109 +58,93 @@ void parallel(ffi::ThreadPool& pool, int64_t threads, int64_t count, const Task&
   }
 }
 
-// out[m][0 .. rows) = x[m] . matrix[0 .. rows), for m < kM.
+// kM rows of x times kP neighbouring panels: out[m][p * 16 + i] = sum over d of x[d][m] * panels[p][d][i], of which there
+// are `columns`.
+template <int kP, int kM>
+void multiply(const float* x, const float* panels, float* out, int64_t D, int64_t F, int64_t columns) {
+  Vector sums[kP][kM] = {};
+  for (int64_t d = 0; d < D; ++d) {
+    for (int p = 0; p < kP; ++p) {
+      const float* const from = panels + (p * D + d) * kWidth;
+      __builtin_prefetch(from + kAhead, 0, 1);
+      for (int m = 0; m < kM; ++m) sums[p][m] += load(from) * x[d * kM + m];
+    }
+  }
+  for (int m = 0; m < kM; ++m) {
+    for (int p = 0; p < kP; ++p) {
+      const int64_t count = std::min<int64_t>(kWidth, columns - p * kWidth);
+      std::memcpy(out + m * F + p * kWidth, &sums[p][m], count * sizeof(float));
+    }
+  }
+}
+
+// The same for all panels of `columns` columns, as many at once as there are registers for.
 template <int kM>
-void few_rows(const float* x, const float* matrix, float* out, int64_t rows, int64_t D, int64_t F) {
-  constexpr int kAtOnce = 4;
-  for (int64_t row = 0; row < rows; row += kAtOnce) {
-    const int count = static_cast<int>(std::min<int64_t>(kAtOnce, rows - row));
-    const float* from[kAtOnce];
-    for (int r = 0; r < kAtOnce; ++r) from[r] = matrix + (row + std::min(r, count - 1)) * D;
-    Vector sums[kAtOnce][kM] = {};
-    int64_t d = 0;
-    for (; d + kWidth <= D; d += kWidth) {
-      for (int r = 0; r < kAtOnce; ++r) {
-        __builtin_prefetch(from[r] + kAtOnce * D + d, 0, 1);
-        for (int m = 0; m < kM; ++m) sums[r][m] += load(from[r] + d) * load(x + m * D + d);
-      }
-    }
-    for (int r = 0; r < count; ++r) {
-      for (int m = 0; m < kM; ++m) {
-        float sum = total(sums[r][m]);
-        for (int64_t rest = d; rest < D; ++rest) sum += from[r][rest] * x[m * D + rest];
-        out[m * F + row + r] = sum;
-      }
-    }
-  }
+void multiply_all(const float* x, const float* panels, float* out, int64_t D, int64_t F, int64_t columns) {
+  constexpr int kP = std::clamp(kTile / kM, 1, 8);
+  int64_t f = 0;
+  for (; f + kP * kWidth <= columns; f += kP * kWidth) multiply<kP, kM>(x, panels + f * D, out + f, D, F, columns - f);
+  for (; f < columns; f += kWidth) multiply<1, kM>(x, panels + f * D, out + f, D, F, columns - f);
 }
 
-// out[m][0 .. kR) = columns[.][m] . matrix[0 .. kR), for m < kV * kWidth, of which the first `count` are wanted.
-template <int kR, int kV>
-void tile(const float* matrix, const float* columns, int64_t width, float* out, int64_t D, int64_t F, int64_t count,
-          bool first) {
-  Vector sums[kR][kV] = {};
-  auto add = [&](int64_t d) __attribute__((always_inline)) {
-    Vector x[kV];
-    for (int v = 0; v < kV; ++v) x[v] = load(columns + d * width + v * kWidth);
-    for (int r = 0; r < kR; ++r) {
-      for (int v = 0; v < kV; ++v) sums[r][v] += matrix[r * D + d] * x[v];
-    }
-  };
-  int64_t d = 0;
-  for (; d + kWidth <= D; d += kWidth) {
-    if (first) {  // the rows after these, which memory would else deliver too late
-      for (int r = 0; r < kR; ++r) __builtin_prefetch(matrix + (kR + r) * D + d, 0, 1);
-    }
-    for (int i = 0; i < kWidth; ++i) add(d + i);
-  }
-  for (; d < D; ++d) add(d);
-  for (int64_t m = 0; m < count; ++m) {
-    for (int r = 0; r < kR; ++r) out[m * F + r] = sums[r][m / kWidth][m % kWidth];
-  }
+template <size_t... kM>
+constexpr auto by_rows(std::index_sequence<kM...>) {
+  return std::array{&multiply_all<kM + 1>...};
 }
 
-template <int kR>
-void strip(const float* matrix, const float* columns, int64_t width, float* out, int64_t D, int64_t F, int64_t rows) {
-  for (int64_t m = 0; m < rows; m += kTile) {
-    const int64_t count = std::min<int64_t>(kTile, rows - m);
-    if (count > kWidth) {
-      tile<kR, 2>(matrix, columns + m, width, out + m * F, D, F, count, m == 0);
-    } else {
-      tile<kR, 1>(matrix, columns + m, width, out + m * F, D, F, count, m == 0);
-    }
-  }
-}
-
-// out[m][f] = sum over d of x[m][d] * matrix[f][d].
-ffi::Error product(ffi::ThreadPool pool, int64_t threads, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> matrix,
+// out[m][f] = sum over d of x[m][d] * matrix[d][f]; the matrix comes as panels of 16 columns, [F / 16, D, 16].
+ffi::Error product(ffi::ThreadPool pool, int64_t threads, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> panels,
                    ffi::ResultBuffer<ffi::F32> out) {
+  constexpr auto kernels = by_rows(std::make_index_sequence<kTile>());
   const int64_t D = x.dimensions().back(), M = x.element_count() / D, F = out->dimensions().back();
-  if (static_cast<int64_t>(matrix.element_count()) != F * D) return ffi::Error::InvalidArgument("matrix is not [F, D]");
-  const float *const xs = x.typed_data(), *const rows = matrix.typed_data();
-  float* const outs = out->typed_data();
-  const int64_t chunks = (F + kChunk - 1) / kChunk;
-  if (M <= kFew) {
-    constexpr decltype(&few_rows<1>) kernels[] = {few_rows<1>, few_rows<2>, few_rows<3>, few_rows<4>};
-    parallel(pool, threads, chunks, [&](int64_t chunk) {
-      const int64_t f = chunk * kChunk;
-      kernels[M - 1](xs, rows + f * D, outs + f, std::min<int64_t>(kChunk, F - f), D, F);
-    });
-    return ffi::Error::Success();
+  const int64_t num_panels = (F + kWidth - 1) / kWidth, tiles = (M + kTile - 1) / kTile;
+  if (static_cast<int64_t>(panels.element_count()) != num_panels * kWidth * D) {
+    return ffi::Error::InvalidArgument("the matrix must be [ceil(F / 16), D, 16]");
   }
-  // Columns of each strip side by side, [strip][d][width]; what fills up a strip's last vector is zero.
-  static thread_local std::vector<float> scratch;
-  const int64_t strips = (M + kStrip - 1) / kStrip, blocks = (D + kWidth - 1) / kWidth;
-  const int64_t width = std::min<int64_t>(kStrip, (M + kWidth - 1) / kWidth * kWidth);
-  scratch.resize(strips * D * width);
-  float* const columns = scratch.data();
-  parallel(pool, threads, strips * blocks, [&](int64_t index) {
-    const int64_t first = index / blocks * kStrip, begin = index % blocks * kWidth;
-    const int64_t end = std::min<int64_t>(begin + kWidth, D), count = std::min<int64_t>(kStrip, M - first);
-    float* const to = columns + index / blocks * D * width;
-    for (int64_t m = 0; m < (count + kWidth - 1) / kWidth * kWidth; ++m) {
-      for (int64_t d = begin; d < end; ++d) to[d * width + m] = m < count ? xs[(first + m) * D + d] : 0;
+  static thread_local std::vector<float> scratch;  // x by tiles, [tile][d][row]
+  scratch.resize(M * D);
+  float* const turned = scratch.data();
+  auto rows_of = [&](int64_t t) { return std::min<int64_t>(kTile, M - t * kTile); };
+  parallel(pool, M * D < kSmall ? 1 : threads, tiles, [&](int64_t t) {
+    const float* const from = x.typed_data() + t * kTile * D;
+    float* const to = turned + t * kTile * D;
+    for (int64_t m = 0, rows = rows_of(t); m < rows; ++m) {
+      for (int64_t d = 0; d < D; ++d) to[d * rows + m] = from[m * D + d];
     }
   });
-  parallel(pool, threads, chunks, [&](int64_t chunk) {
-    const int64_t end = std::min<int64_t>((chunk + 1) * kChunk, F);
-    for (int64_t s = 0; s < strips; ++s) {
-      const float* const from = columns + s * D * width;
-      const int64_t first = s * kStrip, count = std::min<int64_t>(kStrip, M - first);
-      int64_t f = chunk * kChunk;
-      for (; f + kRows <= end; f += kRows) strip<kRows>(rows + f * D, from, width, outs + first * F + f, D, F, count);
-      for (; f < end; ++f) strip<1>(rows + f * D, from, width, outs + first * F + f, D, F, count);
+  const int64_t each = (num_panels - 1) / (kChunks * threads) + 1;
+  parallel(pool, threads, (num_panels + each - 1) / each, [&](int64_t chunk) {
+    const int64_t end = std::min((chunk + 1) * each, num_panels);
+    // A few panels for all rows, then the next: they stay in the cache.
+    for (int64_t panel = chunk * each; panel < end; panel += tiles > 1 ? 1 : each) {
+      const int64_t f = panel * kWidth, last = tiles > 1 ? panel + 1 : end;
+      for (int64_t t = 0; t < tiles; ++t) {
+        kernels[rows_of(t) - 1](turned + t * kTile * D, panels.typed_data() + f * D, out->typed_data() + t * kTile * F + f, D,
+                                F, std::min(last * kWidth, F) - f);
+      }
     }
   });
+  return ffi::Error::Success();
+}
+
+// The first `heads` heads of each row [W], rotated by the row's angles [H / 2]; the rest of it as it is.
+ffi::Error rotate(int64_t heads, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> cosines, ffi::Buffer<ffi::F32> sines,
+                  ffi::ResultBuffer<ffi::F32> out) {
+  const int64_t W = x.dimensions().back(), half = cosines.dimensions().back(), rows = x.element_count() / W;
+  for (int64_t row = 0; row < rows; ++row) {
+    const float *const from = x.typed_data() + row * W;
+    const float *const cosine = cosines.typed_data() + row * half, *const sine = sines.typed_data() + row * half;
+    float* const to = out->typed_data() + row * W;
+    for (int64_t head = 0; head < heads; ++head) {
+      const float *const first = from + 2 * head * half, *const second = first + half;
+      float *const one = to + 2 * head * half, *const other = one + half;
+      for (int64_t h = 0; h < half; ++h) {
+        one[h] = first[h] * cosine[h] - second[h] * sine[h];
+        other[h] = second[h] * cosine[h] + first[h] * sine[h];
+      }
+    }
+    std::copy(from + 2 * heads * half, from + W, to + 2 * heads * half);
+  }
   return ffi::Error::Success();
 }
 
@@ -277,7 +256,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_product, product,
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<int64_t>("threads")
                                   .Arg<Floats>()    // x
-                                  .Arg<Floats>()    // matrix
+                                  .Arg<Floats>()    // panels
+                                  .Ret<Floats>());  // out
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_rotate, rotate,
+                              ffi::Ffi::Bind()
+                                  .Attr<int64_t>("heads")
+                                  .Arg<Floats>()    // x
+                                  .Arg<Floats>()    // cosines
+                                  .Arg<Floats>()    // sines
                                   .Ret<Floats>());  // out
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_attend, attend,

@@ -22,7 +22,8 @@ import numpy as np
 
 _SOURCE = pathlib.Path(__file__).with_name("native.cc")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-w")
-_TARGETS = ("apr_product", "apr_attend")
+_TARGETS = ("apr_product", "apr_rotate", "apr_attend")
+_PANEL = 16  # columns of a matrix that lie side by side
 _COMPILERS = ("c++", "g++", "clang++")
 
 _log = logging.getLogger(__name__)
@@ -42,13 +43,38 @@ def is_available() -> bool:
     return True
 
 
-def product(x: jax.Array, matrix_FD: jax.Array) -> jax.Array:
-    """`x [..., D]` times the transpose of `[F, D]`, both float32: `[..., F]`.
+def panels_shape(inputs: int, outputs: int) -> tuple[int, int, int]:
+    """The shape of a matrix's panels."""
+    return -(-outputs // _PANEL), inputs, _PANEL
 
-    A row's sums do not depend on the other rows. Lifted over lanes it is one product of all of them.
+
+def to_panels(matrix_DF: jax.Array) -> jax.Array:
+    """A matrix as `product` reads it: 16 columns side by side, then the next 16, filled up with zeros."""
+    D, F = matrix_DF.shape
+    panels = panels_shape(D, F)[0]
+    return jnp.pad(matrix_DF, ((0, 0), (0, panels * _PANEL - F))).reshape(D, panels, _PANEL).transpose(1, 0, 2)
+
+
+def product(x: jax.Array, panels: jax.Array, outputs: int) -> jax.Array:
+    """`x [..., D]` times a matrix `[D, outputs]` that is given as panels, both float32: `[..., outputs]`.
+
+    Each sum is taken along D from first to last, whatever the number of rows. Lifted over lanes it is one product of
+    all of them.
     """
-    out = jax.ShapeDtypeStruct((*x.shape[:-1], matrix_FD.shape[-2]), jnp.float32)
-    return jax.ffi.ffi_call("apr_product", out, vmap_method="expand_dims")(x, matrix_FD, threads=_threads())
+    out = jax.ShapeDtypeStruct((*x.shape[:-1], outputs), jnp.float32)
+    return jax.ffi.ffi_call("apr_product", out, vmap_method="expand_dims")(x, panels, threads=_threads())
+
+
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array], num_heads: int) -> jax.Array:
+    """RoPE of the first heads of `x [..., T, W]`, as `rope.apply_rope`; the rest of a row stays as it is.
+
+    Args:
+        x: float32; `num_heads` heads of H elements, then others.
+        angles: cosines and sines `[..., T, 1, H/2]`. XLA would compute them anew for every layer's queries and keys.
+    """
+    out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    cos, sin = (jnp.squeeze(each, -2) for each in angles)
+    return jax.ffi.ffi_call("apr_rotate", out, vmap_method="broadcast_all")(x, cos, sin, heads=np.int64(num_heads))
 
 
 def write_then_attend(
