@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -27,7 +28,7 @@ constexpr int kTile = 16;  // rows of x that are multiplied at once: their sums 
 #else
 constexpr int kTile = 6;
 #endif
-constexpr int64_t kSmall = 1 << 14;   // floats that one thread moves sooner than two
+constexpr int64_t kSmall = 1 << 20;  // multiplications that one thread does sooner than it has waked another
 constexpr int kChunks = 8;           // parts of the work for each thread, as a thread may come late
 constexpr int kAhead = 128 * kWidth;  // floats from what is read to what memory is asked for
 constexpr float kLowest = -1e30f;    // finite, so that a difference of two is no NaN
@@ -78,18 +79,21 @@ void multiply(const float* x, const float* panels, float* out, int64_t D, int64_
   }
 }
 
-// The same for all panels of `columns` columns, as many at once as there are registers for.
-template <int kM>
+// The same for all panels of `columns` columns, kP at once while there are so many.
+template <int kP, int kM>
 void multiply_all(const float* x, const float* panels, float* out, int64_t D, int64_t F, int64_t columns) {
-  constexpr int kP = std::clamp(kTile / kM, 1, 8);
   int64_t f = 0;
-  for (; f + kP * kWidth <= columns; f += kP * kWidth) multiply<kP, kM>(x, panels + f * D, out + f, D, F, columns - f);
-  for (; f < columns; f += kWidth) multiply<1, kM>(x, panels + f * D, out + f, D, F, columns - f);
+  for (; f + (kP - 1) * kWidth < columns; f += kP * kWidth) {
+    multiply<kP, kM>(x, panels + f * D, out + f, D, F, columns - f);
+  }
+  if constexpr (kP > 1) {
+    if (f < columns) multiply_all<kP / 2, kM>(x, panels + f * D, out + f, D, F, columns - f);
+  }
 }
 
 template <size_t... kM>
 constexpr auto by_rows(std::index_sequence<kM...>) {
-  return std::array{&multiply_all<kM + 1>...};
+  return std::array{&multiply_all<std::clamp<int>(kTile / (kM + 1), 1, 8), kM + 1>...};
 }
 
 // out[m][f] = sum over d of x[m][d] * matrix[d][f]; the matrix comes as panels of 16 columns, [F / 16, D, 16].
@@ -101,11 +105,12 @@ ffi::Error product(ffi::ThreadPool pool, int64_t threads, ffi::Buffer<ffi::F32> 
   if (static_cast<int64_t>(panels.element_count()) != num_panels * kWidth * D) {
     return ffi::Error::InvalidArgument("the matrix must be [ceil(F / 16), D, 16]");
   }
+  if (D * F * (M + 4) < kSmall) threads = 1;
   static thread_local std::vector<float> scratch;  // x by tiles, [tile][d][row]
   scratch.resize(M * D);
   float* const turned = scratch.data();
   auto rows_of = [&](int64_t t) { return std::min<int64_t>(kTile, M - t * kTile); };
-  parallel(pool, M * D < kSmall ? 1 : threads, tiles, [&](int64_t t) {
+  parallel(pool, M * D < kSmall / 64 ? 1 : threads, tiles, [&](int64_t t) {
     const float* const from = x.typed_data() + t * kTile * D;
     float* const to = turned + t * kTile * D;
     for (int64_t m = 0, rows = rows_of(t); m < rows; ++m) {
@@ -209,6 +214,7 @@ ffi::Error attend(ffi::ThreadPool pool, int64_t threads, ffi::Buffer<ffi::F32> q
   const int64_t K = k_pages->dimensions()[1], C = k_pages->dimensions()[2], G = N / K;
   constexpr decltype(&attend_block<0>) kernels[] = {attend_block<0>, attend_block<32>, attend_block<64>, attend_block<128>};
   const auto kernel = kernels[H == 32 ? 1 : H == 64 ? 2 : H == 128 ? 3 : 0];
+  if (std::accumulate(seen.typed_data(), seen.typed_data() + L, int64_t{0}) * N * H < kSmall / 8) threads = 1;
   // The heads of a page lie side by side, so a thread takes all of a lane's, unless there are hardly lanes enough.
   const int64_t parts = L >= 4 * threads ? 1 : std::min(K, threads), heads = (K + parts - 1) / parts;
   parallel(pool, threads, L * parts, [&](int64_t index) {
