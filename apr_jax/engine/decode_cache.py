@@ -148,6 +148,11 @@ class DecodePlan:
         return RowBuffers.create(config, num_shards, self.layout, row_blocks, lanes) if self._packed else RowBuffers(())
 
     @property
+    def prefill_width(self) -> int:
+        """Positions of a row that one lane of a prefill call computes: a page's, or one where lanes may be neighbours."""
+        return 1 if self.impl == "cpu" else self.layout.page_size
+
+    @property
     def _packed(self) -> bool:
         return self.impl == "packed"
 

@@ -21,6 +21,7 @@ from apr_jax.engine.programs import Programs
 from apr_jax.engine.scheduler import PrefillChunk, Scheduler
 from apr_jax.engine.steps import (
     COPIES_PER_CALL,
+    PREFILL_BLOCK,
     SHARDED,
     DecodeLanes,
     Policy,
@@ -201,14 +202,12 @@ class Engine:
         stats = self.stats
         self._copy(self._scheduler.take_copies())
         while True:
-            chunks = [c for shard in range(self.limits.num_shards) for c in self._scheduler.prefill_chunks(shard)]
+            chunks = [c for shard in range(self.limits.num_shards) for c in self._take_chunks(shard)]
             if not chunks:
                 break
             prefill = self._prefill_lanes(chunks)
             self._launched()
             self._pages = self._steps.prefill(self._pages, self._params, prefill)
-            for chunk in chunks:
-                self._scheduler.prefilled(chunk)
             stats.prefill_calls += 1
             stats.prefilled += sum(chunk.count for chunk in chunks)
         held = [self._scheduler.waste()]  # when the chunk's pages are reserved, and when its tokens are there
@@ -318,20 +317,47 @@ class Engine:
             self._fill_table(tables[place], thread)
         return DecodeLanes(token, length, remaining, stop_tokens, key_data, generated, tables)  # type: ignore[arg-type]
 
+    def _take_chunks(self, shard: int) -> list[PrefillChunk]:
+        """A shard's part of the next prefill call.
+
+        Where lanes may be neighbouring positions of one row, a call takes chunk after chunk until it is full.
+        """
+        scheduler, lanes = self._scheduler, self._num_prefill_lanes
+        taken: list[PrefillChunk] = []
+        while True:
+            chunks = scheduler.prefill_chunks(shard)
+            for chunk in chunks:
+                needed = -(-chunk.count // self._steps.prefill_width)
+                if needed > lanes:
+                    return taken
+                lanes -= needed
+                scheduler.prefilled(chunk)
+                taken.append(chunk)
+            if not chunks or self._steps.prefill_width > 1:
+                return taken
+
+    @property
+    def _num_prefill_lanes(self) -> int:
+        """Lanes of a prefill call on one shard."""
+        if self._steps.prefill_width > 1:
+            return self.limits.prefill_lanes
+        return -(-self.limits.prefill_lanes * self.limits.page_size // PREFILL_BLOCK) * PREFILL_BLOCK
+
     def _prefill_lanes(self, chunks: Sequence[PrefillChunk]) -> PrefillLanes:
-        limits = self.limits
-        shape = (limits.num_shards, limits.prefill_lanes)
-        tokens = np.zeros((*shape, limits.page_size), np.int32)
+        limits, width = self.limits, self._steps.prefill_width
+        shape = (limits.num_shards, self._num_prefill_lanes)
+        tokens = np.zeros((*shape, width), np.int32)
         start, count = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         tables = np.zeros((*shape, self._steps.layout.pages_per_row), np.int32)
         used = [0] * limits.num_shards
         for chunk in chunks:
-            thread = chunk.thread
-            place = (thread.shard, used[thread.shard])
-            used[thread.shard] += 1
-            tokens[place][: chunk.count] = thread.tokens[chunk.start : chunk.start + chunk.count]
-            start[place], count[place] = chunk.start, chunk.count
-            self._fill_table(tables[place], thread)
+            thread, end = chunk.thread, chunk.start + chunk.count
+            for first in range(chunk.start, end, width):
+                place = (thread.shard, used[thread.shard])
+                used[thread.shard] += 1
+                start[place], count[place] = first, min(width, end - first)
+                tokens[place][: count[place]] = thread.tokens[first : first + count[place]]
+                self._fill_table(tables[place], thread)
         return self._put(PrefillLanes(tokens, start, count, tables))  # type: ignore[arg-type]
 
     def _fill_table(self, row: np.ndarray, thread: Thread) -> None:

@@ -35,9 +35,11 @@ from apr_jax.model.kv_cache import (
     write_rows,
 )
 from apr_jax.model.llama import Llama, WeightLayout, graphdef
+from apr_jax.model.paged_view import PagedView
 from apr_jax.parallel.mesh import DATA_AXIS, TENSOR_AXIS, partition_spec
 
 COPIES_PER_CALL = 16  # page copies a call; more take more calls
+PREFILL_BLOCK = 32  # lanes that are prefilled at once where they are single positions
 
 SHARDED = partition_spec(DATA_AXIS)
 PAGES = partition_spec(DATA_AXIS, None, TENSOR_AXIS)
@@ -75,7 +77,7 @@ class SharedLanes:
 class PrefillLanes:
     """What a prefill call needs from the host, [shards, L, ...]."""
 
-    tokens: jax.Array  # int32 [.., page]
+    tokens: jax.Array  # int32 [.., page], or [.., 1] where lanes may be neighbouring positions of one row
     start: jax.Array  # int32: position of the first
     count: jax.Array  # int32: how many of them are real; 0 = the lane is idle
     tables: jax.Array  # int32 [.., pages of a row]
@@ -151,6 +153,29 @@ def prefill_thread(
     return successor.fresh
 
 
+def prefill_in_place(model: Llama, plan: DecodePlan, pages: PagedKVCache, lanes: PrefillLanes) -> PagedKVCache:
+    """New positions as lanes of one token each, written to the pages as decode does it (no shard axis).
+
+    A loop over PREFILL_BLOCK lanes at a time, as many as are used. Outside of a loop XLA would copy the pages.
+    """
+    assert plan.impl == "cpu"
+
+    def position(pages: PagedKVCache, lane: PrefillLanes) -> PagedKVCache:
+        view = PagedView(pages, lane.tables, lane.start, jnp.int32(0), lane.count > 0, "cpu", plan.layout.tile)
+        _, successor = model(lane.tokens, lane.start[None], cache=view)
+        assert successor is not None
+        return successor.pages
+
+    def block(index: jax.Array, pages: PagedKVCache) -> PagedKVCache:
+        def part(x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, index * PREFILL_BLOCK, PREFILL_BLOCK)
+
+        return jax.vmap(position, in_axes=(None, 0), out_axes=None)(pages, jax.tree.map(part, lanes))
+
+    used = jnp.sum((lanes.count > 0).astype(jnp.int32))
+    return jax.lax.fori_loop(0, (used + PREFILL_BLOCK - 1) // PREFILL_BLOCK, block, pages)
+
+
 def decode_shard(
     model: Llama, steps: int, cache: DecodeCache, lanes: DecodeLanes, policy: Policy
 ) -> tuple[PagedKVCache, RowBuffers, Written]:
@@ -213,6 +238,7 @@ class Steps:
 
     def __init__(self, config: ModelConfig, limits: Limits, mesh: Mesh, weights: WeightLayout, plan: DecodePlan):
         self.layout = layout = plan.layout
+        self.prefill_width, self._in_place = plan.prefill_width, plan.impl == "cpu"
         assert layout.block_size == limits.block_size
         structure = graphdef(config, weights)
 
@@ -222,6 +248,9 @@ class Steps:
             model = nnx.merge(structure, params)
             cache = open_cache(plan, limits.steps_per_visit, pages, buffers, lanes)
             return decode_shard(model, limits.steps_per_visit, cache, lanes, policy)
+
+        def prefill(pages: PagedKVCache, params: Any, lanes: PrefillLanes) -> PagedKVCache:
+            return prefill_in_place(nnx.merge(structure, params), plan, pages, lanes)
 
         def compute(pages: PagedKVCache, params: Any, lanes: PrefillLanes) -> tuple[Block, ...]:
             return prefill_shard(nnx.merge(structure, params), layout, pages, lanes)
@@ -253,12 +282,15 @@ class Steps:
         )
         # Lowered when it is first needed: an engine without groups has no such program.
         self.decode_shared = _lift(decode_shared, mesh, (SHARDED, whole, SHARDED, whole), (pages_out, written_out))
+        self._prefill = _lift(prefill, mesh, (SHARDED, whole, SHARDED), pages_out)
         self._compute = _lift(compute, mesh, (SHARDED, whole, SHARDED), pages_out, donated=())
         self._write = _lift(write, mesh, (SHARDED, SHARDED, SHARDED), pages_out)
         self.copy_pages = _lift(copy_pages, mesh, (SHARDED, SHARDED, SHARDED), pages_out)
 
     def prefill(self, pages: PagedKVCache, params: Any, lanes: PrefillLanes) -> PagedKVCache:
         """Computes the lanes' new positions and writes them into the pages, which are donated."""
+        if self._in_place:
+            return self._prefill(pages, params, lanes)
         return self._write(pages, lanes, self._compute(pages, params, lanes))
 
     def compile(
@@ -275,17 +307,20 @@ class Steps:
 
         `shared` None: an engine without groups.
         """
-        fresh = self._compute.eval_shape(pages, params, prefill)
         shape: Callable[..., Any] = jax.ShapeDtypeStruct
-        fresh = jax.tree.map(lambda x: shape(x.shape, x.dtype, sharding=self._pages_out), fresh)
         pairs = shape((*prefill.count.shape[:1], COPIES_PER_CALL), jnp.int32, sharding=self._sharded)
+        if self._in_place:
+            prefills = [(self._prefill, (pages, params, prefill))]
+        else:
+            fresh = self._compute.eval_shape(pages, params, prefill)
+            fresh = jax.tree.map(lambda x: shape(x.shape, x.dtype, sharding=self._pages_out), fresh)
+            prefills = [(self._compute, (pages, params, prefill)), (self._write, (pages, prefill, fresh))]
         with concurrent.futures.ThreadPoolExecutor() as pool:
             pending = [
                 pool.submit(step.prepare, step.lower(*arguments))
                 for step, arguments in (
                     (self.decode, (pages, buffers, params, lanes, policy)),
-                    (self._compute, (pages, params, prefill)),
-                    (self._write, (pages, prefill, fresh)),
+                    *prefills,
                     (self.copy_pages, (pages, pairs, pairs)),
                     *(() if shared is None else ((self.decode_shared, (pages, params, shared, policy)),)),
                 )
@@ -296,7 +331,7 @@ class Steps:
     @property
     def num_compilations(self) -> int:
         """Programs compiled so far."""
-        steps = (self.decode, self.decode_shared, self._compute, self._write, self.copy_pages)
+        steps = (self.decode, self.decode_shared, self._prefill, self._compute, self._write, self.copy_pages)
         return sum(step.num_compilations for step in steps)
 
 

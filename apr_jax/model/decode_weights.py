@@ -7,7 +7,8 @@ read the float32 ones), query, key and value are one product, and so are gate an
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from apr_jax.config import ModelConfig
 from apr_jax.model import native
 from apr_jax.model.llama import Params, WeightLayout, abstract_params, logical_axes
-from apr_jax.parallel.mesh import RULES, TENSOR_AXIS, partition_spec
+from apr_jax.parallel.mesh import RULES, TENSOR_AXIS
 
 # From this width on XLA's CPU backend multiplies `[out, in] x [in, lanes]` faster than `[lanes, in] x [in, out]`.
 MIN_TRANSPOSED_DIM = 512
 
+_ARRANGED: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "plain": lambda matrix_DF: matrix_DF,
+    "transposed": jnp.transpose,
+    "panels": native.to_panels,
+}
 _FUSED = {"query_key_value": ("query", "key", "value"), "gate_up": ("gate", "up")}
 
 
@@ -31,9 +37,12 @@ def choose_layout(config: ModelConfig, mesh: Mesh, with_kernels: bool = False) -
     split a kernel. `with_kernels`: the mesh is of CPUs, and the kernels of `native.py` are wanted.
     """
     on_cpu, whole = mesh.devices.flat[0].platform == "cpu", mesh.shape[TENSOR_AXIS] == 1
-    kernels = with_kernels and whole
-    transposed = on_cpu and not kernels and config.embed_dim >= MIN_TRANSPOSED_DIM
-    return WeightLayout(fused=whole, transposed=transposed, native=kernels, own_head=on_cpu)
+    matrices: Literal["plain", "transposed", "panels"] = "plain"
+    if with_kernels and whole:
+        matrices = "panels"
+    elif on_cpu and config.embed_dim >= MIN_TRANSPOSED_DIM:
+        matrices = "transposed"
+    return WeightLayout(fused=whole, matrices=matrices, own_head=on_cpu)
 
 
 def to_layout(params: Params, config: ModelConfig, layout: WeightLayout) -> Params:
@@ -50,7 +59,7 @@ def to_layout(params: Params, config: ModelConfig, layout: WeightLayout) -> Para
         if made.ndim == 1:
             return made
         if name != "embedding":
-            made = native.to_panels(made) if layout.native else made.T if layout.transposed else made
+            made = _ARRANGED[layout.matrices](made)
         assert made.shape == wanted.shape, f"{name}: {made.shape} is not {wanted.shape}"
         return made.astype(config.compute_dtype)
 
@@ -63,10 +72,9 @@ def layout_shardings(mesh: Mesh, config: ModelConfig, layout: WeightLayout) -> P
 
     def sharding(path: Any, logical: PartitionSpec) -> NamedSharding:
         axes = tuple(logical)
-        if layout.native and len(axes) == 2 and _keys(path)[-1] != "embedding":
-            return NamedSharding(mesh, partition_spec())
-        flipped = layout.transposed and len(axes) == 2 and _keys(path)[-1] != "embedding"
-        return NamedSharding(mesh, rules.spec(axes[::-1] if flipped else axes))
+        if len(axes) == 2 and _keys(path)[-1] != "embedding" and layout.matrices != "plain":
+            axes = axes[::-1] if layout.matrices == "transposed" else ()
+        return NamedSharding(mesh, rules.spec(axes))
 
     params = abstract_params(config, layout)
     return jax.tree_util.tree_map_with_path(sharding, logical_axes(params))

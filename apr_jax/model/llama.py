@@ -12,7 +12,7 @@ compute dtype where they are used. Norms, RoPE, softmax and logits are computed 
 
 import dataclasses
 import math
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -59,8 +59,7 @@ class WeightLayout:
     """How the matrices are held: as they are trained, or as a decode step wants them (`decode_weights.py`)."""
 
     fused: bool = False  # query, key and value in one matrix, and gate and up
-    transposed: bool = False  # `[out, in]`
-    native: bool = False  # multiplied by the CPU kernels of `native.py`, in panels; only where fused
+    matrices: Literal["plain", "transposed", "panels"] = "plain"  # [in, out], [out, in], for `native.py`
     own_head: bool = False  # the output head is a matrix of its own even where it is tied to the embedding
 
 
@@ -101,9 +100,9 @@ def _matmul(x: jax.Array, weight: nnx.Param[Any], layout: WeightLayout, outputs:
     # As one two-dimensional product: the gradient of a product over several leading axes makes XLA's CPU backend fuse a
     # transposing copy with what produced the cotangent, which cost a fifth of a training step.
     x_MD, matrix = x.reshape(-1, x.shape[-1]), weight[...].astype(x.dtype)
-    if layout.native:
+    if layout.matrices == "panels":
         out_MF = native.product(x_MD, matrix, outputs)
-    elif layout.transposed:
+    elif layout.matrices == "transposed":
         out_MF = jnp.einsum("FD,MD->FM", matrix, x_MD, preferred_element_type=dtype).T
     else:
         out_MF = jnp.einsum("MD,DF->MF", x_MD, matrix, preferred_element_type=dtype)
@@ -113,8 +112,12 @@ def _matmul(x: jax.Array, weight: nnx.Param[Any], layout: WeightLayout, outputs:
 def _matrix(
     rngs: nnx.Rngs, inputs: int, outputs: int, layout: WeightLayout, stddev: float = INIT_STDDEV
 ) -> nnx.Param[Any]:
-    flat = (outputs, inputs) if layout.transposed else (inputs, outputs)
-    return _normal(rngs, native.panels_shape(inputs, outputs) if layout.native else flat, stddev)
+    shapes: dict[str, tuple[int, ...]] = {
+        "plain": (inputs, outputs),
+        "transposed": (outputs, inputs),
+        "panels": native.panels_shape(inputs, outputs),
+    }
+    return _normal(rngs, shapes[layout.matrices], stddev)
 
 
 class Attention(nnx.Module):
@@ -137,14 +140,16 @@ class Attention(nnx.Module):
         query_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         if layout.fused:
             together = _matmul(x, self.query_key_value, layout, query_dim + 2 * kv_dim)
-            if layout.native:
+            if layout.matrices == "panels":
                 together = native.rotate(together, angles, config.num_heads + config.num_kv_heads)
             projected = jnp.split(together, [query_dim, query_dim + kv_dim], axis=-1)
         else:
             of_each = (self.query, query_dim), (self.key, kv_dim), (self.value, kv_dim)
             projected = [_matmul(x, weight, layout, outputs) for weight, outputs in of_each]
         q_TNH, k_TKH, v_TKH = (flat.reshape(*x.shape[:-1], *heads) for flat in projected)
-        return (q_TNH, k_TKH, v_TKH) if layout.native else (apply_rope(q_TNH, angles), apply_rope(k_TKH, angles), v_TKH)
+        if layout.fused and layout.matrices == "panels":
+            return q_TNH, k_TKH, v_TKH
+        return apply_rope(q_TNH, angles), apply_rope(k_TKH, angles), v_TKH
 
     def combine(self, out_TNH: jax.Array) -> jax.Array:
         return _matmul(out_TNH.reshape(*out_TNH.shape[:-2], -1), self.out, self.layout, self.config.embed_dim)
@@ -269,7 +274,9 @@ class Llama(nnx.Module):
         """The output head `[D, V]` (tied: the embedding, transposed), for losses that chunk over tokens."""
         if self.head is None:
             return self.embedding[...].T
-        return self.head[...].T if self.layout.transposed else self.head[...]
+        if self.layout.matrices == "panels":
+            return native.from_panels(self.head[...], self.config.vocab_size)
+        return self.head[...].T if self.layout.matrices == "transposed" else self.head[...]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits `[..., T, V]` of hidden states `[..., T, D]`."""

@@ -204,8 +204,9 @@ void attend_block(const float* q, const float* k, const float* v, int64_t count,
   }
 }
 
-// For each lane with seen[l] > 0: its new key and value go to position seen[l] - 1 of its row, and its queries attend to
-// the first seen[l]. Others write nothing and get zeros. Pages are [P, K, C, H], and changed in place.
+// For each lane with seen[l] > 0: its new key and value go to position seen[l] - 1 of its row, and then its queries attend
+// to the first seen[l], so lanes may be neighbouring positions of one row. Others write nothing and get zeros. Pages are
+// [P, K, C, H], and changed in place.
 ffi::Error attend(ffi::ThreadPool pool, int64_t threads, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> new_k,
                   ffi::Buffer<ffi::F32> new_v, ffi::Buffer<ffi::F32>, ffi::Buffer<ffi::F32>, ffi::Buffer<ffi::S32> seen,
                   ffi::Buffer<ffi::S32> tables, ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> k_pages,
@@ -215,6 +216,16 @@ ffi::Error attend(ffi::ThreadPool pool, int64_t threads, ffi::Buffer<ffi::F32> q
   constexpr decltype(&attend_block<0>) kernels[] = {attend_block<0>, attend_block<32>, attend_block<64>, attend_block<128>};
   const auto kernel = kernels[H == 32 ? 1 : H == 64 ? 2 : H == 128 ? 3 : 0];
   if (std::accumulate(seen.typed_data(), seen.typed_data() + L, int64_t{0}) * N * H < kSmall / 8) threads = 1;
+  const int32_t* const rows = tables.typed_data();
+  for (int64_t lane = 0; lane < L; ++lane) {
+    const int64_t last = seen.typed_data()[lane] - 1;
+    if (last < 0) continue;
+    const int64_t place = (rows[lane * R + last / C] * K * C + last % C) * H;
+    for (int64_t head = 0; head < K; ++head) {
+      std::copy_n(new_k.typed_data() + (lane * K + head) * H, H, k_pages->typed_data() + place + head * C * H);
+      std::copy_n(new_v.typed_data() + (lane * K + head) * H, H, v_pages->typed_data() + place + head * C * H);
+    }
+  }
   // The heads of a page lie side by side, so a thread takes all of a lane's, unless there are hardly lanes enough.
   const int64_t parts = L >= 4 * threads ? 1 : std::min(K, threads), heads = (K + parts - 1) / parts;
   parallel(pool, threads, L * parts, [&](int64_t index) {
@@ -225,7 +236,7 @@ ffi::Error attend(ffi::ThreadPool pool, int64_t threads, ffi::Buffer<ffi::F32> q
     float* const outs = out->typed_data() + (lane * N + begin * G) * H;
     std::fill(outs, outs + queries * H, 0.0f);
     if (length <= 0) return;
-    const int32_t* const table = tables.typed_data() + lane * R;
+    const int32_t* const table = rows + lane * R;
     static thread_local std::vector<float> scratch;
     scratch.resize(C + 2 * queries);
     float *const weights = scratch.data(), *const tops = weights + C, *const sums = tops + queries;
@@ -236,11 +247,7 @@ ffi::Error attend(ffi::ThreadPool pool, int64_t threads, ffi::Buffer<ffi::F32> q
       const int64_t next = first + C < length ? (table[first / C + 1] * K + begin) * C * H : 0;
       for (int64_t head = begin; head < end; ++head) {
         const int64_t at = (page + head) * C * H, ahead = head + 1 < end || !next ? C * H : next - at;
-        float *const k = k_pages->typed_data() + at, *const v = v_pages->typed_data() + at;
-        if (first + count == length) {
-          std::copy_n(new_k.typed_data() + (lane * K + head) * H, H, k + (count - 1) * H);
-          std::copy_n(new_v.typed_data() + (lane * K + head) * H, H, v + (count - 1) * H);
-        }
+        const float *const k = k_pages->typed_data() + at, *const v = v_pages->typed_data() + at;
         const int64_t own = (head - begin) * G;
         kernel(qs + own * H, k, v, count, ahead, G, H, weights, tops + own, sums + own, outs + own * H);
       }

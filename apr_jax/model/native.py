@@ -55,6 +55,11 @@ def to_panels(matrix_DF: jax.Array) -> jax.Array:
     return jnp.pad(matrix_DF, ((0, 0), (0, panels * _PANEL - F))).reshape(D, panels, _PANEL).transpose(1, 0, 2)
 
 
+def from_panels(panels: jax.Array, outputs: int) -> jax.Array:
+    """The matrix `[D, outputs]` of which these are the panels."""
+    return panels.transpose(1, 0, 2).reshape(panels.shape[1], -1)[:, :outputs]
+
+
 def product(x: jax.Array, panels: jax.Array, outputs: int) -> jax.Array:
     """`x [..., D]` times a matrix `[D, outputs]` that is given as panels, both float32: `[..., outputs]`.
 
@@ -86,7 +91,9 @@ def write_then_attend(
     seen_L: jax.Array,
     tables_LR: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Writes each lane's new key and value at position `seen_L - 1` of its row and attends to the first `seen_L`.
+    """Writes each lane's new key and value at position `seen_L - 1` of its row, then attends to the first `seen_L`.
+
+    All lanes write before any attends, so lanes may be neighbouring positions of one row.
 
     Args:
         q_LNH, k_LKH, v_LKH: float32, RoPE applied; scores are scaled by 1/sqrt(H).

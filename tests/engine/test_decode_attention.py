@@ -58,6 +58,7 @@ def test_pages_in_place_equal_packed_rows_and_naive_decoding(packed, paged_engin
 
 def test_heads_side_by_side_change_nothing(packed, monkeypatch):
     """As a TPU lays them out: both key/value heads in one row of 128."""
+    monkeypatch.setattr("apr_jax.engine.decode_cache.choose_impl", lambda *_: "xla")
     monkeypatch.setattr(HeadTile, "of", lambda *_: HeadTile(heads=2, padding=96))
     engine = make_engine(decode_attention="paged")
     assert engine._pages.keys[0].shape == (1, 97, 1, 8, 128)

@@ -14,7 +14,10 @@ from apr_jax.model.decode_weights import choose_layout, layout_shardings, num_by
 from apr_jax.model.llama import WeightLayout
 from tests.engine.helpers import MODEL, make_mesh
 
-LAYOUTS = [WeightLayout(*flags) for flags in itertools.product((False, True), repeat=3)]
+LAYOUTS = [
+    WeightLayout(*choices)
+    for choices in itertools.product((False, True), ("plain", "transposed", "panels"), (False, True))
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -35,7 +38,7 @@ def test_logits_do_not_depend_on_the_layout(layout, tied):
 
 def test_matrices_are_in_the_compute_dtype_and_norms_in_float32():
     config = dataclasses.replace(MODEL, compute_dtype="bfloat16", tie_embeddings=True)
-    layout = WeightLayout(fused=True, transposed=True, own_head=True)
+    layout = WeightLayout(fused=True, matrices="transposed", own_head=True)
     made = to_layout(llama.init_params(config, 0), config, layout)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(made) if leaf.ndim > 1} == {"bfloat16"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(made) if leaf.ndim == 1} == {"float32"}
@@ -48,13 +51,14 @@ def test_fused_matrices_are_never_split():
     mesh = make_mesh(data=2, tensor=2)
     layout = choose_layout(MODEL, mesh)
     assert not layout.fused
-    transposed = dataclasses.replace(layout, transposed=True)
+    assert choose_layout(MODEL, mesh, with_kernels=True) == layout
+    transposed = dataclasses.replace(layout, matrices="transposed")
     for given in (layout, transposed):
         specs = layout_shardings(mesh, MODEL, given)
         down, gate = (specs["blocks"][0]["mlp"][name].get_value().spec for name in ("down", "gate"))
         assert (
             (down[0], gate[1]) == ("tensor", "tensor")
-            if not given.transposed
+            if given.matrices == "plain"
             else (down[1], gate[0])
             == (
                 "tensor",
