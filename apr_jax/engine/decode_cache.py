@@ -149,7 +149,7 @@ class DecodePlan:
 
     @property
     def prefill_width(self) -> int:
-        """Positions of a row that one lane of a prefill call computes: a page's, or one where lanes may be neighbours."""
+        """Positions of a row that a lane of a prefill call computes: a page's, or one where lanes may be neighbours."""
         return 1 if self.impl == "cpu" else self.layout.page_size
 
     @property

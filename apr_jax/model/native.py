@@ -15,6 +15,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,8 +68,8 @@ def product(x: jax.Array, panels: jax.Array, outputs: int) -> jax.Array:
     Each sum is taken along D from first to last, whatever the number of rows. Lifted over lanes it is one product of
     all of them.
     """
-    out = jax.ShapeDtypeStruct((*x.shape[:-1], outputs), jnp.float32)
-    return jax.ffi.ffi_call("apr_product", out, vmap_method="expand_dims")(x, panels, threads=_threads())
+    out = _float32(*x.shape[:-1], outputs)
+    return _call("apr_product", out, vmap_method="expand_dims")(x, panels, threads=_threads())
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array], num_heads: int) -> jax.Array:
@@ -77,9 +79,9 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array], num_heads: int) ->
         x: float32; `num_heads` heads of H elements, then others.
         angles: cosines and sines `[..., T, 1, H/2]`. XLA would compute them anew for every layer's queries and keys.
     """
-    out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    out = _float32(*x.shape)
     cos, sin = (jnp.squeeze(each, -2) for each in angles)
-    return jax.ffi.ffi_call("apr_rotate", out, vmap_method="broadcast_all")(x, cos, sin, heads=np.int64(num_heads))
+    return _call("apr_rotate", out, vmap_method="broadcast_all")(x, cos, sin, heads=np.int64(num_heads))
 
 
 def write_then_attend(
@@ -104,10 +106,20 @@ def write_then_attend(
     Returns:
         `[L, N, H]`, and both kinds of pages.
     """
-    shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (q_LNH, k_pages, v_pages)]
-    call = jax.ffi.ffi_call("apr_attend", shapes, input_output_aliases={3: 1, 4: 2})
+    shapes = [_float32(*x.shape) for x in (q_LNH, k_pages, v_pages)]
+    call = _call("apr_attend", shapes, input_output_aliases={3: 1, 4: 2})
     out_LNH, k_pages, v_pages = call(q_LNH, k_LKH, v_LKH, k_pages, v_pages, seen_L, tables_LR, threads=_threads())
     return out_LNH, k_pages, v_pages
+
+
+def _call(target: str, *arguments: Any, **options: Any) -> Callable[..., Any]:
+    if not is_available():
+        raise RuntimeError(f"there are no kernels for this CPU, and {target} is one: ask native.is_available() first")
+    return jax.ffi.ffi_call(target, *arguments, **options)
+
+
+def _float32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)  # type: ignore[no-untyped-call]
 
 
 def _threads() -> np.int64:
@@ -137,7 +149,7 @@ def _made() -> pathlib.Path:
 
 def _folder() -> pathlib.Path:
     """Where compiled kernels are kept: beside what JAX keeps of its own, else in the user's cache."""
-    kept = jax.config.jax_compilation_cache_dir
+    kept = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(kept or pathlib.Path(cache, "apr_jax"), "native")
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from apr_jax.config import ConfigError
+from apr_jax.model import native
 from apr_jax.model.paged_attention import HeadTile
 from tests.engine.helpers import (
     all_calls,
@@ -18,6 +19,8 @@ from tests.engine.helpers import (
     searching,
 )
 from tests.engine.hlo import aliases, collectives, collectives_over_data, copies_of, local_sizes
+
+needs_kernels = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here")
 
 
 def programs():
@@ -82,6 +85,29 @@ def test_bits_do_not_depend_on_neighbours(paged_engine):
     assert_same_bits(alone, crowd[0])
 
 
+@needs_kernels
+def test_with_the_cpus_kernels_bits_do_not_depend_on_lanes_and_shards(paged_engine):
+    wide = paged_engine.run(keyed(programs()), seed=5, temperature=1.0)
+    narrow = make_engine(decode_attention="paged", num_lanes=3, prefill_lanes=1)
+    sharded = make_engine(make_mesh(data=8), decode_attention="paged", num_pages=8 * 97, prefill_lanes=8)
+    for engine in (narrow, sharded):
+        for ours, theirs in zip(engine.run(keyed(programs()), seed=5, temperature=1.0), wide, strict=True):
+            for a, b in zip(ours.calls, theirs.calls, strict=True):
+                np.testing.assert_array_equal(a.tokens, b.tokens)
+                assert a.logprobs.tobytes() == b.logprobs.tobytes()
+
+
+@needs_kernels
+def test_a_prefill_call_is_filled_from_one_thread_or_many(paged_engine):
+    """One of 80 tokens takes three calls of 32, and eight of ten take as many: pages end no call."""
+    assert paged_engine._num_prefill_lanes == 32
+    for lengths in ([81], [11] * 8):
+        programs = [plain(seed, length=length) for seed, length in enumerate(lengths)]
+        paged_engine.set_params(make_params())
+        paged_engine.run(keyed(programs), seed=0, temperature=1.0)
+        assert (paged_engine.stats.prefilled, paged_engine.stats.prefill_calls) == (80, 3)
+
+
 def test_idle_lanes_write_to_the_trash_page_only(paged_engine):
     paged_engine.set_params(make_params())  # no page is shared with an earlier run
     marked = jax.tree.map(lambda x: x * 0 + 7.0, paged_engine._pages)
@@ -94,10 +120,14 @@ def test_idle_lanes_write_to_the_trash_page_only(paged_engine):
 
 
 def test_pages_are_never_copied(paged_engine):
-    text = compiled_decode(paged_engine).as_text()
-    assert copies_of(text, local_sizes(paged_engine._pages)) == []
+    steps, texts = paged_engine._steps, [compiled_decode(paged_engine).as_text()]
+    if steps.prefill_width == 1:
+        arguments = paged_engine._pages, paged_engine._params, paged_engine._prefill_lanes([])
+        texts.append(steps._prefill.lower(*arguments).compile().as_text())
     arrays = len(jax.tree.leaves(paged_engine._pages))
-    assert {output: aliases(text).get(output) for output in range(arrays)} == {i: i for i in range(arrays)}
+    for text in texts:
+        assert copies_of(text, local_sizes(paged_engine._pages)) == []
+        assert {output: aliases(text).get(output) for output in range(arrays)} == {i: i for i in range(arrays)}
 
 
 def test_a_page_that_a_kernel_cannot_take_is_refused(monkeypatch):

@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from apr_jax.model import llama
+from apr_jax.model import llama, native
 from apr_jax.model.decode_weights import choose_layout, layout_shardings, num_bytes, to_layout
 from apr_jax.model.llama import WeightLayout
 from tests.engine.helpers import MODEL, make_mesh
 
-LAYOUTS = [
-    WeightLayout(*choices)
-    for choices in itertools.product((False, True), ("plain", "transposed", "panels"), (False, True))
-]
+ARRANGED = ("plain", "transposed", *(["panels"] if native.is_available() else []))
+LAYOUTS = [WeightLayout(*choices) for choices in itertools.product((False, True), ARRANGED, (False, True))]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

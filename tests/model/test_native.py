@@ -1,0 +1,149 @@
+"""The CPU's own kernels equal what XLA computes, row by row and lane by lane, and their absence is no failure."""
+
+import logging
+import pathlib
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from apr_jax.model import native
+from apr_jax.model.paged_attention import PLAIN, choose_impl, write_then_attend
+from apr_jax.model.rope import apply_rope, rope_angles
+
+pytestmark = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here")
+
+
+def normal(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 15, 16, 17, 33, 64, 130])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (7, 16), (33, 40), (192, 100), (1024, 192)])
+def test_a_product_is_a_product(rows, inputs, outputs):
+    x_MD, matrix_DF = normal(rows, inputs), normal(inputs, outputs, seed=1)
+    made = native.product(x_MD, native.to_panels(matrix_DF), outputs)
+    expected = np.asarray(x_MD, np.float64) @ np.asarray(matrix_DF, np.float64)
+    np.testing.assert_allclose(made, expected, atol=1e-6 * inputs + 1e-6, rtol=0)
+
+
+def test_panels_and_back():
+    matrix_DF = normal(5, 37)
+    panels = native.to_panels(matrix_DF)
+    assert panels.shape == native.panels_shape(5, 37) == (3, 5, 16)
+    np.testing.assert_array_equal(panels[1, 2], matrix_DF[2, 16:32])
+    np.testing.assert_array_equal(panels[2, :, 5:], 0)
+    np.testing.assert_array_equal(native.from_panels(panels, 37), matrix_DF)
+
+
+def test_a_row_of_a_product_depends_on_no_other_and_not_on_their_number():
+    x_MD, panels = normal(40, 100), native.to_panels(normal(100, 50, seed=1))
+    together = np.asarray(native.product(x_MD, panels, 50))
+    for rows in (1, 2, 7, 16, 23):
+        assert np.asarray(native.product(x_MD[:rows], panels, 50)).tobytes() == together[:rows].tobytes()
+
+
+def test_threads_change_no_bit(monkeypatch):
+    x_MD, panels = normal(70, 300), native.to_panels(normal(300, 500, seed=1))
+    results = set()
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(native, "_threads", lambda threads=threads: np.int64(threads))
+        results.add(np.asarray(native.product(x_MD, panels, 500)).tobytes())
+    assert len(results) == 1
+
+
+def test_lifted_over_lanes_it_is_one_product():
+    x_LTD, matrix_DF = normal(6, 3, 20), normal(20, 18, seed=1)
+    lifted = jax.jit(jax.vmap(native.product, in_axes=(0, None, None)), static_argnums=2)
+    panels = native.to_panels(matrix_DF)
+    np.testing.assert_allclose(lifted(x_LTD, panels, 18), jnp.einsum("LTD,DF->LTF", x_LTD, matrix_DF), atol=1e-5)
+    assert lifted.lower(x_LTD, panels, 18).as_text().count("apr_product") == 1
+
+
+def test_rotation_is_rope_of_the_first_heads():
+    x_LTW, positions_LT = normal(4, 2, 5 * 8), jnp.arange(8).reshape(4, 2) * 37
+    angles = rope_angles(positions_LT, 8, 1e4)
+    expected_LTNH = apply_rope(x_LTW.reshape(4, 2, 5, 8)[:, :, :3], angles)
+    for made in (native.rotate(x_LTW, angles, 3), jax.vmap(lambda x, a: native.rotate(x, a, 3))(x_LTW, angles)):
+        np.testing.assert_allclose(made[..., :24].reshape(4, 2, 3, 8), expected_LTNH, atol=1e-6)
+        np.testing.assert_array_equal(made[..., 24:], x_LTW[..., 24:])
+
+
+@pytest.mark.parametrize("head_dim", [8, 32, 64, 80, 128])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_attention_to_pages_is_xlas(head_dim, groups):
+    """Rows of 0, 1, 16, 17 and 63 positions before the new one, over shuffled pages; one lane is not live."""
+    kv_heads, page, row = 2, 16, 4
+    lengths_L, live_L = jnp.array([0, 1, 16, 17, 63, 5]), jnp.array([True] * 5 + [False])
+    tables_LR = 1 + jnp.asarray(np.random.default_rng(0).permutation(6 * row).reshape(6, row), jnp.int32)
+    q_LNH, k_LKH, v_LKH = (normal(6, n, head_dim, seed=n) for n in (kv_heads * groups, kv_heads, kv_heads))
+    pages = [normal(6 * row + 1, kv_heads, page, head_dim, seed=seed) for seed in (7, 8)]
+    made, expected = (
+        write_then_attend(q_LNH, k_LKH, v_LKH, *pages, lengths_L, live_L, tables_LR, impl=impl, tile=PLAIN)
+        for impl in ("cpu", "xla")
+    )
+    np.testing.assert_allclose(made[0], expected[0], atol=2e-6)
+    for ours, theirs in zip(made[1:], expected[1:], strict=True):
+        np.testing.assert_array_equal(ours[1:], theirs[1:])  # page 0 is trash
+    np.testing.assert_array_equal(made[0][5], 0)
+
+
+def test_scores_of_any_size_are_a_softmax():
+    """Also where all but one weight vanish, or all scores are alike."""
+    tables_LR, seen_L, v_pages = jnp.array([[1, 2]]), jnp.array([20]), normal(3, 1, 16, 32, seed=2)
+    for scale in (0.0, 1.0, 100.0, 1e4):
+        q_LNH, k_pages = scale * normal(1, 1, 32), normal(3, 1, 16, 32, seed=1)
+        new_k, new_v = k_pages[2, :, 3][None], v_pages[2, :, 3][None]
+        out, *_ = native.write_then_attend(q_LNH, new_k, new_v, k_pages, v_pages, seen_L, tables_LR)
+        k_SH, v_SH = (np.asarray(pages[1:, 0].reshape(32, 32)[:20], np.float64) for pages in (k_pages, v_pages))
+        scores = k_SH @ np.asarray(q_LNH[0, 0], np.float64) / 32**0.5
+        weights = np.exp(scores - scores.max())
+        np.testing.assert_allclose(out[0, 0], weights @ v_SH / weights.sum(), atol=2e-5)
+
+
+def test_lanes_may_be_neighbouring_positions_of_one_row():
+    """As prefill has them: each sees those before it that the same call writes."""
+    positions, tables_R = 20, jnp.array([2, 1], jnp.int32)
+    q_LNH, k_LKH, v_LKH = (normal(positions, 2, 32, seed=seed) for seed in range(3))
+    empty = jnp.full((3, 2, 16, 32), 9.0)
+    seen_L, tables_LR = 1 + jnp.arange(positions, dtype=jnp.int32), jnp.tile(tables_R, (positions, 1))
+    out_LNH, *_ = native.write_then_attend(q_LNH, k_LKH, v_LKH, empty, empty, seen_L, tables_LR)
+    scores = jnp.einsum("LKH,SKH->KLS", q_LNH, k_LKH) / 32**0.5
+    weights = jax.nn.softmax(jnp.where(jnp.tri(positions, dtype=bool)[None], scores, -jnp.inf), axis=-1)
+    np.testing.assert_allclose(out_LNH, jnp.einsum("KLS,SKH->LKH", weights, v_LKH), atol=2e-6)
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """As in a process that has not asked yet, with an empty folder for what is compiled."""
+    monkeypatch.setattr(native, "_folder", lambda: tmp_path / "native")
+    native.is_available.cache_clear()
+    yield tmp_path / "native"
+    native.is_available.cache_clear()
+
+
+def test_a_library_is_compiled_once(fresh, monkeypatch):
+    first = native._made()
+    assert [first] == list(fresh.iterdir())
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
+    assert native._made() == first
+
+
+@pytest.mark.parametrize("broken", ["no compiler", "no such header"])
+def test_without_kernels_xla_does_the_work_and_a_warning_says_so(fresh, broken, monkeypatch, caplog, tmp_path):
+    if broken == "no compiler":
+        monkeypatch.setattr(native.shutil, "which", lambda _: None)
+    else:
+        source = tmp_path / "broken.cc"
+        source.write_text("#include <no_such_header>\n")
+        monkeypatch.setattr(native, "_SOURCE", pathlib.Path(source))
+    with caplog.at_level(logging.WARNING):
+        assert choose_impl("auto", "cpu", "float32") == "packed"
+    assert choose_impl("paged", "cpu", "float32") == "xla"
+    said = "install one of c++, g++, clang++" if broken == "no compiler" else "no_such_header"
+    assert said in caplog.text
+    assert len(caplog.records) == 1
+    with pytest.raises(RuntimeError, match=r"ask native\.is_available\(\) first"):
+        native.product(normal(1, 4), native.to_panels(normal(4, 4)), 4)
