@@ -41,7 +41,7 @@ def is_available() -> bool:
         _log.warning("decoding without kernels for this CPU, at about half of the speed: %s", output.strip())
         return False
     for target in _TARGETS:
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")  # type: ignore[no-untyped-call]
     return True
 
 
