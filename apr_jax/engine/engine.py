@@ -351,19 +351,21 @@ class Engine:
         tables = np.zeros((*shape, self._steps.layout.pages_per_row), np.int32)
         used = [0] * limits.num_shards
         for chunk in chunks:
-            thread, end = chunk.thread, chunk.start + chunk.count
-            for first in range(chunk.start, end, width):
-                place = (thread.shard, used[thread.shard])
-                used[thread.shard] += 1
-                start[place], count[place] = first, min(width, end - first)
-                tokens[place][: count[place]] = thread.tokens[first : first + count[place]]
-                self._fill_table(tables[place], thread)
+            thread, needed = chunk.thread, -(-chunk.count // width)
+            place = thread.shard, slice(used[thread.shard], used[thread.shard] + needed)
+            used[thread.shard] += needed
+            written = np.zeros((needed * width,), np.int32)
+            written[: chunk.count] = thread.tokens[chunk.start : chunk.start + chunk.count]
+            tokens[place] = written.reshape(needed, width)
+            start[place] = chunk.start + width * np.arange(needed)
+            count[place] = np.minimum(width, chunk.start + chunk.count - start[place])
+            self._fill_table(tables[place], thread)
         return self._put(PrefillLanes(tokens, start, count, tables))  # type: ignore[arg-type]
 
-    def _fill_table(self, row: np.ndarray, thread: Thread) -> None:
+    def _fill_table(self, rows: np.ndarray, thread: Thread) -> None:
         assert thread.table is not None
         pages = self._scheduler.allocators[thread.shard].pages(thread.table)
-        row[: len(pages)] = pages
+        rows[..., : len(pages)] = pages
 
     def _policy(self, temperature: float) -> Policy:
         replicated = NamedSharding(self._mesh, partition_spec())
