@@ -29,9 +29,9 @@ constexpr int kTile = 16;  // rows of x that are multiplied at once: their sums 
 constexpr int kTile = 6;
 #endif
 constexpr int64_t kSmall = 1 << 20;  // multiplications that one thread does sooner than it has waked another
-constexpr int kChunks = 8;           // parts of the work for each thread, as a thread may come late
+constexpr int kChunks = 8;            // parts of the work for each thread, as a thread may come late
 constexpr int kAhead = 128 * kWidth;  // floats from what is read to what memory is asked for
-constexpr float kLowest = -1e30f;    // finite, so that a difference of two is no NaN
+constexpr float kLowest = -1e30f;     // finite, so that a difference of two is no NaN
 
 Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 
@@ -39,8 +39,8 @@ void prefetch(const float* from, int64_t count) {
   for (int64_t i = 0; i < count; i += kWidth) __builtin_prefetch(from + i, 0, 1);
 }
 
-// Calls task(0) ... task(count - 1), on this thread and on up to `threads - 1` of XLA's. Tasks are claimed one by one, so
-// a thread that comes late finds nothing to do, and none is waited for that has not begun.
+// Calls task(0) ... task(count - 1), on this thread and on up to `threads - 1` of XLA's. Tasks are claimed one by one,
+// so a thread that comes late finds nothing to do, and none is waited for that has not begun.
 template <typename Task>
 void parallel(ffi::ThreadPool& pool, int64_t threads, int64_t count, const Task& task) {
   struct Claims {
@@ -59,8 +59,8 @@ void parallel(ffi::ThreadPool& pool, int64_t threads, int64_t count, const Task&
   }
 }
 
-// kM rows of x times kP neighbouring panels: out[m][p * 16 + i] = sum over d of x[d][m] * panels[p][d][i], of which there
-// are `columns`.
+// kM rows of x times kP neighbouring panels: out[m][p * 16 + i] = sum over d of x[d][m] * panels[p][d][i], of which
+// there are `columns`.
 template <int kP, int kM>
 void multiply(const float* x, const float* panels, float* out, int64_t D, int64_t F, int64_t columns) {
   Vector sums[kP][kM] = {};
@@ -124,8 +124,9 @@ ffi::Error product(ffi::ThreadPool pool, int64_t threads, ffi::Buffer<ffi::F32> 
     for (int64_t panel = chunk * each; panel < end; panel += tiles > 1 ? 1 : each) {
       const int64_t f = panel * kWidth, last = tiles > 1 ? panel + 1 : end;
       for (int64_t t = 0; t < tiles; ++t) {
-        kernels[rows_of(t) - 1](turned + t * kTile * D, panels.typed_data() + f * D, out->typed_data() + t * kTile * F + f, D,
-                                F, std::min(last * kWidth, F) - f);
+        float* const to = out->typed_data() + t * kTile * F + f;
+        const int64_t columns = std::min(last * kWidth, F) - f;
+        kernels[rows_of(t) - 1](turned + t * kTile * D, panels.typed_data() + f * D, to, D, F, columns);
       }
     }
   });
@@ -172,8 +173,8 @@ inline float exp_negative(float x) {
 // One block of `count` positions of one key/value head, for its G queries: an online softmax's running maximum and sum
 // `[G]` and weighted values `[G, H]` go on. `ahead`: floats from here to what memory will be asked for next.
 template <int kH>
-void attend_block(const float* q, const float* k, const float* v, int64_t count, int64_t ahead, int64_t G, int64_t head_dim,
-                  float* weights, float* tops, float* sums, float* out) {
+void attend_block(const float* q, const float* k, const float* v, int64_t count, int64_t ahead, int64_t G,
+                  int64_t head_dim, float* weights, float* tops, float* sums, float* out) {
   const int64_t H = kH ? kH : head_dim;
   const float scale = 1 / std::sqrt(static_cast<float>(H));
   for (int64_t g = 0; g < G; ++g) {
@@ -204,17 +205,19 @@ void attend_block(const float* q, const float* k, const float* v, int64_t count,
   }
 }
 
-// For each lane with seen[l] > 0: its new key and value go to position seen[l] - 1 of its row, and then its queries attend
-// to the first seen[l], so lanes may be neighbouring positions of one row. Others write nothing and get zeros. Pages are
-// [P, K, C, H], and changed in place.
+// For each lane with seen[l] > 0: its new key and value go to position seen[l] - 1 of its row, and then its queries
+// attend to the first seen[l], so lanes may be neighbouring positions of one row. Others write nothing and get zeros.
+// Pages are [P, K, C, H], and changed in place.
 ffi::Error attend(ffi::ThreadPool pool, int64_t threads, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> new_k,
                   ffi::Buffer<ffi::F32> new_v, ffi::Buffer<ffi::F32>, ffi::Buffer<ffi::F32>, ffi::Buffer<ffi::S32> seen,
                   ffi::Buffer<ffi::S32> tables, ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> k_pages,
                   ffi::ResultBuffer<ffi::F32> v_pages) {
   const int64_t L = q.dimensions()[0], N = q.dimensions()[1], H = q.dimensions()[2], R = tables.dimensions()[1];
   const int64_t K = k_pages->dimensions()[1], C = k_pages->dimensions()[2], G = N / K;
-  constexpr decltype(&attend_block<0>) kernels[] = {attend_block<0>, attend_block<32>, attend_block<64>, attend_block<128>};
-  const auto kernel = kernels[H == 32 ? 1 : H == 64 ? 2 : H == 128 ? 3 : 0];
+  const auto kernel = H == 32    ? attend_block<32>
+                      : H == 64  ? attend_block<64>
+                      : H == 128 ? attend_block<128>
+                                 : attend_block<0>;
   if (std::accumulate(seen.typed_data(), seen.typed_data() + L, int64_t{0}) * N * H < kSmall / 8) threads = 1;
   const int32_t* const rows = tables.typed_data();
   for (int64_t lane = 0; lane < L; ++lane) {
