@@ -191,6 +191,7 @@ class Engine:
                     on_progress(Progress(run.finished, len(programs), self.stats.generated, elapsed))
         except BaseException:
             run.abandon()
+            self._scheduler.new_policy()  # pages may be published whose prefill was never launched
             raise
         self.stats.seconds = time.perf_counter() - begin
         self.stats.compilations = self._steps.num_compilations - compiled

@@ -108,6 +108,23 @@ def test_a_prefill_call_is_filled_from_one_thread_or_many(paged_engine):
         assert (paged_engine.stats.prefilled, paged_engine.stats.prefill_calls) == (80, 3)
 
 
+def test_nothing_is_reused_of_a_prefill_that_failed(paged_engine, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no device")
+
+    programs = [plain(1, length=40)]
+    expected = make_engine(decode_attention="paged").run(keyed(programs), seed=5, temperature=1.0)[0]
+    paged_engine.set_params(make_params())
+    with monkeypatch.context() as patched:
+        patched.setattr(paged_engine._steps, "prefill", fail)
+        with pytest.raises(RuntimeError, match="no device"):
+            paged_engine.run(keyed([plain(1, length=40)]), seed=5, temperature=1.0)
+    stale = jax.tree.map(lambda x: x * 0 + 7.0, paged_engine._pages)
+    paged_engine._pages = jax.device_put(stale, paged_engine._pages.keys[0].sharding)
+    assert_same_bits(paged_engine.run(keyed([plain(1, length=40)]), seed=5, temperature=1.0)[0], expected)
+    assert paged_engine.stats.reused == 0
+
+
 def test_idle_lanes_write_to_the_trash_page_only(paged_engine):
     paged_engine.set_params(make_params())  # no page is shared with an earlier run
     marked = jax.tree.map(lambda x: x * 0 + 7.0, paged_engine._pages)
