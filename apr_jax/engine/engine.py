@@ -191,7 +191,6 @@ class Engine:
                     on_progress(Progress(run.finished, len(programs), self.stats.generated, elapsed))
         except BaseException:
             run.abandon()
-            self._scheduler.new_policy()  # pages may be published whose prefill was never launched
             raise
         self.stats.seconds = time.perf_counter() - begin
         self.stats.compilations = self._steps.num_compilations - compiled
@@ -202,15 +201,8 @@ class Engine:
     def _visit(self, run: Programs, policy: Policy) -> None:
         stats = self.stats
         self._copy(self._scheduler.take_copies())
-        while True:
-            chunks = [c for shard in range(self.limits.num_shards) for c in self._take_chunks(shard)]
-            if not chunks:
-                break
-            prefill = self._prefill_lanes(chunks)
-            self._launched()
-            self._pages = self._steps.prefill(self._pages, self._params, prefill)
-            stats.prefill_calls += 1
-            stats.prefilled += sum(chunk.count for chunk in chunks)
+        while self._prefill_next():
+            pass
         held = [self._scheduler.waste()]  # when the chunk's pages are reserved, and when its tokens are there
         lanes, placed = self._decode_lanes()
         shared, workers = self._shared_lanes() if self.limits.max_workers else (None, [])
@@ -223,6 +215,21 @@ class Engine:
         stats.visits += 1
         stats.wasted_places += sum(waste for waste, _ in held)
         stats.page_places += sum(places for _, places in held)
+
+    def _prefill_next(self) -> bool:
+        """Launches the next prefill call; False where there is nothing to prefill."""
+        try:
+            chunks = [c for shard in range(self.limits.num_shards) for c in self._take_chunks(shard)]
+            if chunks:
+                prefill = self._prefill_lanes(chunks)
+                self._launched()
+                self._pages = self._steps.prefill(self._pages, self._params, prefill)
+        except BaseException:
+            self._scheduler.new_policy()  # what was taken counts as computed, and may be published
+            raise
+        self.stats.prefill_calls += bool(chunks)
+        self.stats.prefilled += sum(chunk.count for chunk in chunks)
+        return bool(chunks)
 
     def _take(self, run: Programs, written: Written, placed: Sequence[tuple[int, int, Thread]]) -> None:
         """Hands what a decode call wrote to the threads at `placed` (shard, lane)."""
