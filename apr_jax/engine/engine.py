@@ -341,13 +341,13 @@ class Engine:
                 lanes -= needed
                 scheduler.prefilled(chunk)
                 taken.append(chunk)
-            if not chunks or self._steps.prefill_width > 1:
+            if not chunks or not self._steps.prefills_in_place:
                 return taken
 
     @property
     def _num_prefill_lanes(self) -> int:
         """Lanes of a prefill call on one shard."""
-        if self._steps.prefill_width > 1:
+        if not self._steps.prefills_in_place:
             return self.limits.prefill_lanes
         return -(-self.limits.prefill_lanes * self.limits.page_size // PREFILL_BLOCK) * PREFILL_BLOCK
 

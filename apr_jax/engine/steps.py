@@ -238,7 +238,7 @@ class Steps:
 
     def __init__(self, config: ModelConfig, limits: Limits, mesh: Mesh, weights: WeightLayout, plan: DecodePlan):
         self.layout = layout = plan.layout
-        self.prefill_width, self._in_place = plan.prefill_width, plan.impl == "cpu"
+        self.prefill_width, self.prefills_in_place = plan.prefill_width, plan.prefills_in_place
         assert layout.block_size == limits.block_size
         structure = graphdef(config, weights)
 
@@ -289,7 +289,7 @@ class Steps:
 
     def prefill(self, pages: PagedKVCache, params: Any, lanes: PrefillLanes) -> PagedKVCache:
         """Computes the lanes' new positions and writes them into the pages, which are donated."""
-        if self._in_place:
+        if self.prefills_in_place:
             return self._prefill(pages, params, lanes)
         return self._write(pages, lanes, self._compute(pages, params, lanes))
 
@@ -309,7 +309,7 @@ class Steps:
         """
         shape: Callable[..., Any] = jax.ShapeDtypeStruct
         pairs = shape((*prefill.count.shape[:1], COPIES_PER_CALL), jnp.int32, sharding=self._sharded)
-        if self._in_place:
+        if self.prefills_in_place:
             prefills = [(self._prefill, (pages, params, prefill))]
         else:
             fresh = self._compute.eval_shape(pages, params, prefill)

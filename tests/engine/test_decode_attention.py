@@ -138,7 +138,7 @@ def test_idle_lanes_write_to_the_trash_page_only(paged_engine):
 
 def test_pages_are_never_copied(paged_engine):
     steps, texts = paged_engine._steps, [compiled_decode(paged_engine).as_text()]
-    if steps.prefill_width == 1:
+    if steps.prefills_in_place:
         arguments = paged_engine._pages, paged_engine._params, paged_engine._prefill_lanes([])
         texts.append(steps._prefill.lower(*arguments).compile().as_text())
     arrays = len(jax.tree.leaves(paged_engine._pages))
