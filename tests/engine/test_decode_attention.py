@@ -108,6 +108,12 @@ def test_a_prefill_call_is_filled_from_one_thread_or_many(paged_engine):
         assert (paged_engine.stats.prefilled, paged_engine.stats.prefill_calls) == (80, 3)
 
 
+def test_pages_of_one_position_are_prefilled_one_a_call(packed):
+    """Packed rows are written after a call, so no call may take a thread's next position as well."""
+    engine = make_engine(page_size=1, num_pages=8 * 96 + 1)
+    assert_agree(engine.run(keyed(programs()), seed=4, temperature=1.0), packed[1])
+
+
 def test_nothing_is_reused_of_a_prefill_that_failed(paged_engine, monkeypatch):
     def fail(*_):
         raise RuntimeError("no device")
