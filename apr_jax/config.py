@@ -35,7 +35,9 @@ class ModelConfig:
     rms_norm_eps: float
     tie_embeddings: bool
     compute_dtype: Literal["float32", "bfloat16"]  # weights stay float32
-    attention: Literal["auto", "windows", "xla", "splash", "cudnn"]  # training kernel; auto = the best of the backend
+    attention: Literal[
+        "auto", "cpu", "windows", "xla", "splash", "cudnn"
+    ]  # training kernel; auto = the best of the backend
     # What the backward pass of a layer recomputes: nothing, all but products and attention, or the whole layer.
     remat: Literal["none", "dots", "full"]
 

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from apr_jax.config import ConfigError
+from apr_jax.model import cpu_attention
 from apr_jax.model.window_attention import named, window_attention
 from apr_jax.parallel.mesh import BATCH_AXES, TENSOR_AXIS, partition_spec
 
@@ -80,7 +81,7 @@ def self_attention(
 def choose_impl(backend: str, dtype: jnp.dtype, head_dim: int) -> str:
     """What "auto" means on a backend: "windows" on CPU, "splash" on TPU, "cudnn" on GPU where it can, else "xla"."""
     if backend == "cpu":
-        return "windows"
+        return "cpu" if cpu_attention.is_possible(dtype, head_dim) else "windows"
     if backend == "tpu":
         return "splash"
     if backend == "gpu" and dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128:
@@ -201,12 +202,23 @@ def cudnn_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, seg
     return _over_mesh(attend)(*padded)[:, :T]
 
 
+def cpu(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """Our own kernels for CPUs. Raises ConfigError where they cannot be: another dtype or head size, no compiler."""
+    if not cpu_attention.is_possible(q_BTNH.dtype, q_BTNH.shape[-1]):
+        raise ConfigError(
+            f"model.attention='cpu' takes float32, heads that are a multiple of 16 and a C++ compiler; here are "
+            f"model.compute_dtype='{q_BTNH.dtype}' and model.head_dim={q_BTNH.shape[-1]}. Choose 'auto'"
+        )
+    return _over_mesh(cpu_attention.cpu_attention)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
 def windows(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
     """Each device loops over the windows of its own rows: the partitioner could not split such a loop."""
     return _over_mesh(window_attention)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
 _KERNELS: dict[str, Callable[..., jax.Array]] = {
+    "cpu": cpu,
     "windows": windows,
     "xla": xla_attention,
     "splash": splash_attention,

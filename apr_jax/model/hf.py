@@ -68,7 +68,7 @@ def load_hf(
     folder: str | pathlib.Path,
     *,
     compute_dtype: Literal["float32", "bfloat16"] = "float32",
-    attention: Literal["auto", "windows", "xla", "splash", "cudnn"] = "auto",
+    attention: Literal["auto", "cpu", "windows", "xla", "splash", "cudnn"] = "auto",
     remat: Literal["none", "dots", "full"] = "none",
 ) -> tuple[ModelConfig, Params]:
     """The model of a Hugging Face folder; the keywords are settings that Hugging Face has no word for.

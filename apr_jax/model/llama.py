@@ -23,6 +23,7 @@ from apr_jax.model import native
 from apr_jax.model.attention import self_attention
 from apr_jax.model.rope import apply_rope, rope_angles, rope_angles_once
 from apr_jax.model.shared_attention import Angles, SharedRows, shared_angles, shared_attention
+from apr_jax.model.training_kernels import product, swiglu
 from apr_jax.model.window_attention import ATTENTION_NAME
 from apr_jax.parallel.mesh import partition_spec, split_rows
 
@@ -97,9 +98,10 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param[
 
 
 def _matmul(x: jax.Array, weight: nnx.Param[Any], layout: WeightLayout, outputs: int, dtype: Any = None) -> jax.Array:
-    # As one two-dimensional product: the gradient of a product over several leading axes makes XLA's CPU backend fuse a
-    # transposing copy with what produced the cotangent, which cost a fifth of a training step.
-    x_MD, matrix = x.reshape(-1, x.shape[-1]), weight[...].astype(x.dtype)
+    matrix = weight[...].astype(x.dtype)
+    if layout.matrices == "plain" and dtype is None:
+        return product(x, matrix)
+    x_MD = x.reshape(-1, x.shape[-1])
     if layout.matrices == "panels":
         out_MF = native.product(x_MD, matrix, outputs)
     elif layout.matrices == "transposed":
@@ -173,7 +175,7 @@ class MLP(nnx.Module):
             gate, up = jnp.split(_matmul(x, self.gate_up, layout, 2 * config.mlp_dim), 2, axis=-1)
         else:
             gate, up = (_matmul(x, weight, layout, config.mlp_dim) for weight in (self.gate, self.up))
-        return _matmul(jax.nn.silu(gate) * up, self.down, layout, config.embed_dim)
+        return _matmul(swiglu(gate, up), self.down, layout, config.embed_dim)
 
 
 class Block(nnx.Module):

@@ -5,23 +5,16 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <numeric>
 #include <utility>
 #include <vector>
 
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "native.h"
 
 namespace {
-
-constexpr int kWidth = 16;  // floats of a vector; the compiler splits it where the CPU's are shorter
-typedef float Vector __attribute__((vector_size(kWidth * sizeof(float)), aligned(sizeof(float))));
 
 #ifdef __AVX512F__
 constexpr int kTile = 16;  // rows of x that are multiplied at once: their sums stay in registers
@@ -31,32 +24,9 @@ constexpr int kTile = 6;
 constexpr int64_t kSmall = 1 << 20;  // multiplications that one thread does sooner than it has waked another
 constexpr int kChunks = 8;            // parts of the work for each thread, as a thread may come late
 constexpr int kAhead = 128 * kWidth;  // floats from what is read to what memory is asked for
-constexpr float kLowest = -1e30f;     // finite, so that a difference of two is no NaN
-
-Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 
 void prefetch(const float* from, int64_t count) {
   for (int64_t i = 0; i < count; i += kWidth) __builtin_prefetch(from + i, 0, 1);
-}
-
-// Calls task(0) ... task(count - 1), on this thread and on up to `threads - 1` of XLA's. Tasks are claimed one by one,
-// so a thread that comes late finds nothing to do, and none is waited for that has not begun.
-template <typename Task>
-void parallel(ffi::ThreadPool& pool, int64_t threads, int64_t count, const Task& task) {
-  struct Claims {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  auto claims = std::make_shared<Claims>();
-  auto work = [claims, count, &task] {
-    for (int64_t index; (index = claims->next.fetch_add(1)) < count; claims->done.fetch_add(1)) task(index);
-  };
-  for (int64_t other = 1; other < std::min(threads, count); ++other) pool.Schedule([work] { work(); });
-  work();
-  while (claims->done.load() < count) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-  }
 }
 
 // kM rows of x times kP neighbouring panels: out[m][p * 16 + i] = sum over d of x[d][m] * panels[p][d][i], of which
@@ -97,7 +67,7 @@ constexpr auto by_rows(std::index_sequence<kM...>) {
 }
 
 // out[m][f] = sum over d of x[m][d] * matrix[d][f]; the matrix comes as panels of 16 columns, [F / 16, D, 16].
-ffi::Error product(ffi::ThreadPool pool, int64_t threads, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> panels,
+ffi::Error product(ffi::ThreadPool pool, int64_t threads, Floats x, Floats panels,
                    ffi::ResultBuffer<ffi::F32> out) {
   constexpr auto kernels = by_rows(std::make_index_sequence<kTile>());
   const int64_t D = x.dimensions().back(), M = x.element_count() / D, F = out->dimensions().back();
@@ -134,7 +104,7 @@ ffi::Error product(ffi::ThreadPool pool, int64_t threads, ffi::Buffer<ffi::F32> 
 }
 
 // The first `heads` heads of each row [W], rotated by the row's angles [H / 2]; the rest of it as it is.
-ffi::Error rotate(int64_t heads, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> cosines, ffi::Buffer<ffi::F32> sines,
+ffi::Error rotate(int64_t heads, Floats x, Floats cosines, Floats sines,
                   ffi::ResultBuffer<ffi::F32> out) {
   const int64_t W = x.dimensions().back(), half = cosines.dimensions().back(), rows = x.element_count() / W;
   for (int64_t row = 0; row < rows; ++row) {
@@ -152,22 +122,6 @@ ffi::Error rotate(int64_t heads, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> 
     std::copy(from + 2 * heads * half, from + W, to + 2 * heads * half);
   }
   return ffi::Error::Success();
-}
-
-// exp(x) for x <= 0, to 2 units in the last place; 0 below -87 (Cody and Waite's reduction, then a polynomial).
-inline float exp_negative(float x) {
-  const float n = std::nearbyint(std::max(x, -87.0f) * 1.44269504f);
-  const float r = (std::max(x, -87.0f) - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof(power));
-  return x < -87.0f ? 0.0f : (p * r * r + r + 1.0f) * power;
 }
 
 // One block of `count` positions of one key/value head, for its G queries: an online softmax's running maximum and sum
@@ -208,9 +162,9 @@ void attend_block(const float* q, const float* k, const float* v, int64_t count,
 // For each lane with seen[l] > 0: its new key and value go to position seen[l] - 1 of its row, and then its queries
 // attend to the first seen[l], so lanes may be neighbouring positions of one row. Others write nothing and get zeros.
 // Pages are [P, K, C, H], and changed in place.
-ffi::Error attend(ffi::ThreadPool pool, int64_t threads, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> new_k,
-                  ffi::Buffer<ffi::F32> new_v, ffi::Buffer<ffi::F32>, ffi::Buffer<ffi::F32>, ffi::Buffer<ffi::S32> seen,
-                  ffi::Buffer<ffi::S32> tables, ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> k_pages,
+ffi::Error attend(ffi::ThreadPool pool, int64_t threads, Floats q, Floats new_k,
+                  Floats new_v, Floats, Floats, Integers seen,
+                  Integers tables, ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> k_pages,
                   ffi::ResultBuffer<ffi::F32> v_pages) {
   const int64_t L = q.dimensions()[0], N = q.dimensions()[1], H = q.dimensions()[2], R = tables.dimensions()[1];
   const int64_t K = k_pages->dimensions()[1], C = k_pages->dimensions()[2], G = N / K;
@@ -263,9 +217,6 @@ ffi::Error attend(ffi::ThreadPool pool, int64_t threads, ffi::Buffer<ffi::F32> q
 }
 
 }  // namespace
-
-using Floats = ffi::Buffer<ffi::F32>;
-using Integers = ffi::Buffer<ffi::S32>;
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_product, product,
                               ffi::Ffi::Bind()

@@ -22,9 +22,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_SOURCE = pathlib.Path(__file__).with_name("native.cc")
+_SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("native.cc", "native_training.cc", "native.h"))
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-w")
-_TARGETS = ("apr_product", "apr_rotate", "apr_attend")
+_TARGETS = (
+    "apr_product",
+    "apr_rotate",
+    "apr_attend",
+    "apr_attention",
+    "apr_attention_backward",
+    "apr_outer",
+    "apr_swiglu",
+    "apr_swiglu_backward",
+)
 _PANEL = 16  # columns of a matrix that lie side by side
 _COMPILERS = ("c++", "g++", "clang++")
 
@@ -112,6 +121,66 @@ def write_then_attend(
     return out_LNH, k_pages, v_pages
 
 
+def attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, first_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention of each query to the tokens from its `first_BT` to itself; scores scaled by 1/sqrt(H).
+
+    Args:
+        q_BTNH, k_BTKH, v_BTKH: float32, T and H multiples of 16.
+        first_BT: int32, does not decrease along T.
+
+    Returns:
+        `[B, T, N, H]`, and the logarithm of each softmax's sum `[B, N, T]`, for `attention_backward`.
+    """
+    B, T, N, _ = q_BTNH.shape
+    shapes = [_float32(*q_BTNH.shape), _float32(B, N, T)]
+    call = _call("apr_attention", shapes, vmap_method="sequential")
+    out_BTNH, lse_BNT = call(q_BTNH, k_BTKH, v_BTKH, first_BT, threads=_threads())
+    return out_BTNH, lse_BNT
+
+
+def attention_backward(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    first_BT: jax.Array,
+    out_BTNH: jax.Array,
+    lse_BNT: jax.Array,
+    dout_BTNH: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of queries, keys and values, given that of the output (Dao et al. 2022, algorithm 4)."""
+    shapes = [_float32(*x.shape) for x in (q_BTNH, k_BTKH, v_BTKH)]
+    call = _call("apr_attention_backward", shapes, vmap_method="sequential")
+    dq, dk, dv = call(q_BTNH, k_BTKH, v_BTKH, first_BT, out_BTNH, lse_BNT, dout_BTNH, threads=_threads())
+    return dq, dk, dv
+
+
+def outer(x_MD: jax.Array, y_MF: jax.Array) -> jax.Array:
+    """`x^T y [D, F]`: the gradient of a matrix, given its product's inputs and that of its outputs.
+
+    Args:
+        x_MD, y_MF: float32, D and F multiples of 16.
+    """
+    shape = _float32(x_MD.shape[1], y_MF.shape[1])
+    out_DF: jax.Array = _call("apr_outer", shape, vmap_method="sequential")(x_MD, y_MF, threads=_threads())
+    return out_DF
+
+
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """`silu(gate) * up`, elementwise, float32."""
+    call = _call("apr_swiglu", _float32(*gate.shape), vmap_method="broadcast_all")
+    out: jax.Array = call(gate, up, threads=_threads())
+    return out
+
+
+def swiglu_backward(gate: jax.Array, up: jax.Array, dout: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The gradients of gate and up, given that of the output."""
+    shapes = [_float32(*x.shape) for x in (gate, up)]
+    dgate, dup = _call("apr_swiglu_backward", shapes, vmap_method="broadcast_all")(gate, up, dout, threads=_threads())
+    return dgate, dup
+
+
 def _call(target: str, *arguments: Any, **options: Any) -> Callable[..., Any]:
     if not is_available():
         raise RuntimeError(f"there are no kernels for this CPU, and {target} is one: ask native.is_available() first")
@@ -135,13 +204,15 @@ def _made() -> pathlib.Path:
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise OSError(f"no C++ compiler here; install one of {', '.join(_COMPILERS)}")
-    parts = (_SOURCE.read_text(), *_FLAGS, compiler, jax.__version__, platform.machine(), _cpu())
+    made_of = (*_FLAGS, compiler, jax.__version__, platform.machine(), _cpu())
+    parts = (*(source.read_text() for source in _SOURCES), *made_of)
     path = _folder() / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = pathlib.Path(folder, path.name)
-            command = [compiler, *_FLAGS, "-isystem", include, str(_SOURCE), "-o", str(made)]
+            sources = [str(source) for source in _SOURCES if source.suffix == ".cc"]
+            command = [compiler, *_FLAGS, "-isystem", include, *sources, "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True)
             made.replace(path)  # whole or not at all, should another process do the same
     return path

@@ -123,11 +123,17 @@ def window_lengths(T: int) -> tuple[int, ...]:
     return tuple(_BLOCK * n for n in sorted(steps | {count}))
 
 
+def segment_starts(segment_ids_BT: jax.Array) -> jax.Array:
+    """Of each token, the time of its segment's first: int32 `[B, T]`."""
+    times_1T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)[None]
+    begins_BT = jnp.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)))
+    starts_BT: jax.Array = jax.lax.cummax(jnp.where(begins_BT, times_1T, 0), axis=1)
+    return starts_BT
+
+
 def _order_windows(ids_BT: jax.Array) -> _Windows:
     T = ids_BT.shape[1]
-    begins_BT = jnp.pad(ids_BT[:, 1:] != ids_BT[:, :-1], ((0, 0), (1, 0)))
-    segment_start_BT = jax.lax.cummax(jnp.where(begins_BT, jnp.arange(T)[None], 0), axis=1)
-    needed = (jnp.arange(_BLOCK, T + 1, _BLOCK)[None] - segment_start_BT[:, ::_BLOCK]).reshape(-1)
+    needed = (jnp.arange(_BLOCK, T + 1, _BLOCK)[None] - segment_starts(ids_BT)[:, ::_BLOCK]).reshape(-1)
     longer = needed[None] > jnp.asarray(window_lengths(T))[:, None]
     order = jnp.argsort(jnp.sum(longer, axis=0)).astype(jnp.int32)
     return _Windows(order, jnp.sum(~longer, axis=1, dtype=jnp.int32))

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from apr_jax.config import ConfigError, MeshConfig
+from apr_jax.model import native
 from apr_jax.model.attention import (
     choose_impl,
+    cpu,
     cudnn_attention,
     self_attention,
     splash_attention,
@@ -19,6 +21,8 @@ from apr_jax.model.attention import (
 )
 from apr_jax.model.window_attention import window_attention, window_lengths
 from apr_jax.parallel.mesh import make_mesh
+
+compiled = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here")
 
 
 def plain_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
@@ -59,10 +63,47 @@ def test_equals_plain_attention(attend: Any, T: int, N: int, K: int) -> None:
     assert_all_close(out_and_grads(attend, *inputs), out_and_grads(plain_attention, *inputs))
 
 
-def test_a_row_of_one_segment_has_the_longest_windows() -> None:
-    *inputs, ids_BT = random_inputs(2, 160, 2, 1, 8)
+@compiled
+@pytest.mark.parametrize(
+    ("T", "N", "K", "H"), [(1, 2, 2, 16), (100, 4, 2, 32), (128, 3, 3, 64), (300, 4, 1, 80), (1100, 2, 1, 16)]
+)
+def test_the_cpus_kernels_equal_plain_attention(T: int, N: int, K: int, H: int) -> None:
+    inputs = random_inputs(2, T, N, K, H)
+    assert_all_close(out_and_grads(cpu, *inputs), out_and_grads(plain_attention, *inputs))
+
+
+@compiled
+def test_the_cpus_kernels_take_scores_of_any_size() -> None:
+    """Also where all but one weight vanish."""
+    q_BTNH, *others = random_inputs(2, 64, 2, 1, 16)
+    for scale in (0.0, 30.0, 1e4):
+        inputs = (scale * q_BTNH, *others)
+        out_BTNH, *grads = out_and_grads(cpu, *inputs)
+        np.testing.assert_allclose(out_BTNH, plain_attention(*inputs), atol=1e-4)
+        assert all(bool(jnp.isfinite(grad).all()) for grad in grads)
+
+
+@compiled
+def test_threads_and_other_rows_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = random_inputs(3, 80, 4, 2, 16)
+    results = set()
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(native, "_threads", lambda threads=threads: np.int64(threads))
+        results.add(b"".join(np.asarray(x[1]).tobytes() for x in out_and_grads(cpu, *inputs)))
+    results.add(b"".join(np.asarray(x[0]).tobytes() for x in out_and_grads(cpu, *(x[1:2] for x in inputs))))
+    assert len(results) == 1
+
+
+def test_the_cpus_kernels_say_what_they_take() -> None:
+    with pytest.raises(ConfigError, match=r"model\.head_dim=8\. Choose 'auto'"):
+        cpu(*random_inputs(1, 16, 1, 1, 8))
+
+
+@pytest.mark.parametrize("attend", [window_attention, pytest.param(cpu, marks=compiled)])
+def test_a_row_may_be_one_segment(attend: Any) -> None:
+    *inputs, ids_BT = random_inputs(2, 160, 2, 1, 16)
     ids_BT = jnp.ones_like(ids_BT).at[1].set(ids_BT[1])
-    assert_all_close(out_and_grads(window_attention, *inputs, ids_BT), out_and_grads(plain_attention, *inputs, ids_BT))
+    assert_all_close(out_and_grads(attend, *inputs, ids_BT), out_and_grads(plain_attention, *inputs, ids_BT))
 
 
 @pytest.mark.parametrize(("T", "lengths"), [(32, (32,)), (512, (32, 64, 96, 128, 192, 256, 384, 512))])
@@ -89,14 +130,15 @@ def test_no_segment_ids_is_one_segment() -> None:
     np.testing.assert_allclose(out_BTNH, plain_attention(q_BTNH, k_BTKH, v_BTKH, jnp.ones_like(ids_BT)), atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", ["xla", "windows", "splash"])
+@pytest.mark.parametrize("impl", ["xla", "windows", "splash", pytest.param("cpu", marks=compiled)])
 def test_gradients_flow_only_from_earlier_tokens_of_the_own_segment(impl: str) -> None:
-    q_BTNH, k_BTKH, v_BTKH, _ = random_inputs(1, 160, 2, 1, 8)
+    q_BTNH, k_BTKH, v_BTKH, _ = random_inputs(1, 160, 2, 1, 16)
     ids_BT = jnp.asarray([[1] * 40 + [2] * 100 + [0] * 20])  # the second segment crosses a block's border
     kernels: dict[str, Any] = {
         "xla": xla_attention,
         "windows": window_attention,
         "splash": functools.partial(splash_attention, interpret=True),
+        "cpu": cpu,
     }
     attend = kernels[impl]
 
@@ -116,7 +158,7 @@ def test_gradients_flow_only_from_earlier_tokens_of_the_own_segment(impl: str) -
         np.testing.assert_array_equal(np.asarray(influence(t)) > 0, visible)
 
 
-@pytest.mark.parametrize("attend", [xla_attention, window_attention])
+@pytest.mark.parametrize("attend", [xla_attention, window_attention, pytest.param(cpu, marks=compiled)])
 def test_memory_of_a_long_row_is_far_below_its_square(attend: Any) -> None:
     def temporary_bytes(T: int) -> int:
         inputs = [jax.ShapeDtypeStruct((1, T, 4, 16), jnp.float32)] * 3 + [jax.ShapeDtypeStruct((1, T), jnp.int32)]
@@ -134,7 +176,9 @@ def test_splash_in_interpret_mode_equals_xla(T: int, N: int, K: int) -> None:
     assert_all_close(ours, out_and_grads(xla_attention, *inputs))
 
 
-@pytest.mark.parametrize("attend", [functools.partial(splash_attention, interpret=True), windows])
+@pytest.mark.parametrize(
+    "attend", [functools.partial(splash_attention, interpret=True), windows, pytest.param(cpu, marks=compiled)]
+)
 def test_kernels_are_mapped_over_the_mesh(attend: Any) -> None:
     inputs = random_inputs(4, 128, 4, 2, 16)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
@@ -164,7 +208,8 @@ def test_cudnn_refuses_float32() -> None:
 
 def test_auto_picks_by_backend() -> None:
     bfloat16, float32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
-    assert choose_impl("cpu", bfloat16, 64) == "windows"
+    assert choose_impl("cpu", bfloat16, 64) == choose_impl("cpu", float32, 8) == "windows"
+    assert choose_impl("cpu", float32, 64) == ("cpu" if native.is_available() else "windows")
     assert choose_impl("tpu", float32, 64) == "splash"
     assert choose_impl("gpu", bfloat16, 64) == "cudnn"
     assert choose_impl("gpu", float32, 64) == choose_impl("gpu", bfloat16, 60) == "xla"

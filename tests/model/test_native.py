@@ -1,5 +1,6 @@
 """The CPU's own kernels equal what XLA computes, row by row and lane by lane, and their absence is no failure."""
 
+import functools
 import logging
 import pathlib
 import subprocess
@@ -119,9 +120,8 @@ def test_lanes_may_be_neighbouring_positions_of_one_row():
 def fresh(monkeypatch, tmp_path):
     """As in a process that has not asked yet, with an empty folder for what is compiled."""
     monkeypatch.setattr(native, "_folder", lambda: tmp_path / "native")
-    native.is_available.cache_clear()
-    yield tmp_path / "native"
-    native.is_available.cache_clear()
+    monkeypatch.setattr(native, "is_available", functools.cache(native.is_available.__wrapped__))
+    return tmp_path / "native"
 
 
 def test_a_library_is_compiled_once(fresh, monkeypatch):
@@ -138,7 +138,7 @@ def test_without_kernels_xla_does_the_work_and_a_warning_says_so(fresh, broken, 
     else:
         source = tmp_path / "broken.cc"
         source.write_text("#include <no_such_header>\n")
-        monkeypatch.setattr(native, "_SOURCE", pathlib.Path(source))
+        monkeypatch.setattr(native, "_SOURCES", (pathlib.Path(source),))
     with caplog.at_level(logging.WARNING):
         assert choose_impl("auto", "cpu", "float32") == "packed"
     assert choose_impl("paged", "cpu", "float32") == "xla"

@@ -1,0 +1,62 @@
+// What the CPU's kernels share: vectors, threads, exp. See native.cc and native_training.cc.
+
+#ifndef APR_JAX_MODEL_NATIVE_H_
+#define APR_JAX_MODEL_NATIVE_H_
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+using Floats = ffi::Buffer<ffi::F32>;
+using Integers = ffi::Buffer<ffi::S32>;
+
+constexpr int kWidth = 16;  // floats of a vector; the compiler splits it where the CPU's are shorter
+typedef float Vector __attribute__((vector_size(kWidth * sizeof(float)), aligned(sizeof(float))));
+constexpr float kLowest = -1e30f;  // finite, so that a difference of two is no NaN
+
+inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
+
+// Calls task(0) ... task(count - 1), on this thread and on up to `threads - 1` of XLA's. Tasks are claimed one by one,
+// so a thread that comes late finds nothing to do, and none is waited for that has not begun.
+template <typename Task>
+void parallel(ffi::ThreadPool& pool, int64_t threads, int64_t count, const Task& task) {
+  struct Claims {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto claims = std::make_shared<Claims>();
+  auto work = [claims, count, &task] {
+    for (int64_t index; (index = claims->next.fetch_add(1)) < count; claims->done.fetch_add(1)) task(index);
+  };
+  for (int64_t other = 1; other < std::min(threads, count); ++other) pool.Schedule([work] { work(); });
+  work();
+  while (claims->done.load() < count) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+}
+
+// exp(x) for x <= 0, to 2 units in the last place; 0 below -87 (Cody and Waite's reduction, then a polynomial).
+inline float exp_negative(float x) {
+  const float n = std::nearbyint(std::max(x, -87.0f) * 1.44269504f);
+  const float r = (std::max(x, -87.0f) - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return x < -87.0f ? 0.0f : (p * r * r + r + 1.0f) * power;
+}
+
+#endif  // APR_JAX_MODEL_NATIVE_H_

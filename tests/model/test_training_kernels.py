@@ -1,0 +1,118 @@
+"""Training's kernels equal what XLA computes, with their gradients, alone and over every kind of mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from apr_jax.config import MeshConfig
+from apr_jax.model import native
+from apr_jax.model.training_kernels import product, swiglu
+from apr_jax.parallel.mesh import make_mesh
+
+compiled = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here")
+
+
+def out_and_grads(gate, up):
+    out, pull_back = jax.vjp(swiglu, gate, up)
+    return out, *pull_back(jnp.ones_like(out))
+
+
+def expected(gate, up):
+    gate, up = (np.asarray(x, np.float64) for x in (gate, up))
+    sigmoid = 1 / (1 + np.exp(-np.maximum(gate, -80)))
+    return gate * sigmoid * up, up * sigmoid * (1 + gate * (1 - sigmoid)), gate * sigmoid
+
+
+def wide(*shape, seed=0):
+    """Of every size that a gate may have."""
+    return 30.0 * jax.random.normal(jax.random.key(seed), shape) ** 3
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (4, 128, 96), (5, 7)])
+def test_equals_silu_times_up(shape):
+    gate, up = wide(*shape), wide(*shape, seed=1)
+    for ours, exact in zip(jax.jit(out_and_grads)(gate, up), expected(gate, up), strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_is_split_as_the_batch_and_the_mlp_are():
+    gate, up = wide(4, 6, 8), wide(4, 6, 8, seed=1)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        split = jax.jit(out_and_grads)(gate, up)
+    for ours, exact in zip(split, expected(gate, up), strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-5)
+
+
+def product_and_grads(x, matrix):
+    out, pull_back = jax.vjp(product, x, matrix)
+    return out, *pull_back(jnp.sin(jnp.arange(out.size, dtype=out.dtype).reshape(out.shape)))
+
+
+def assert_product(made, x, matrix):
+    x, matrix = (np.asarray(value, np.float64) for value in (x, matrix))
+    out = x @ matrix
+    dout = np.sin(np.arange(out.size).reshape(out.shape))
+    exact = out, dout @ matrix.T, np.einsum("BTD,BTF->DF", x, dout)
+    for ours, value in zip(made, exact, strict=True):
+        np.testing.assert_allclose(ours, value, atol=2e-4)
+
+
+def normal(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 16), (3, 100), (2, 300)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(16, 16), (48, 160), (7, 16), (16, 9)])
+def test_a_product_and_its_gradients(shape, inputs, outputs):
+    x, matrix = normal(*shape, inputs), normal(inputs, outputs, seed=1)
+    assert_product(jax.jit(product_and_grads)(x, matrix), x, matrix)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshConfig(data=4, fsdp=1, tensor=1), MeshConfig(data=2, fsdp=2, tensor=1), MeshConfig(data=2, fsdp=1, tensor=2)],
+)
+def test_a_product_over_a_mesh(mesh):
+    x, matrix = normal(4, 6, 32), normal(32, 64, seed=1)
+    with jax.set_mesh(make_mesh(mesh)):
+        made = jax.jit(product_and_grads)(x, matrix)
+    assert_product(made, x, matrix)
+
+
+@compiled
+def test_lifted_over_sequences_they_are_the_same():
+    x_SBTD, matrix = normal(3, 2, 20, 32), 0.1 * normal(32, 32, seed=1)
+
+    def both(x):
+        out = product(x, matrix)
+        return jnp.sum(swiglu(out, 2 * out))
+
+    lifted = jax.vmap(jax.grad(both))(x_SBTD)
+    np.testing.assert_allclose(lifted, jnp.stack([jax.grad(both)(x_BTD) for x_BTD in x_SBTD]), atol=1e-4)
+
+
+@compiled
+def test_a_matrixs_gradient_is_the_same_with_any_number_of_threads(monkeypatch):
+    x_MD, y_MF = normal(300, 48), normal(300, 80, seed=1)
+    results = set()
+    for threads in (1, 2, 3, 8):
+        monkeypatch.setattr(native, "_threads", lambda threads=threads: np.int64(threads))
+        results.add(np.asarray(native.outer(x_MD, y_MF)).tobytes())
+    assert len(results) == 1
+
+
+@compiled
+def test_training_in_float32_takes_the_kernels_and_nothing_else_does():
+    def text(function, *shapes, dtype=jnp.float32):
+        arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+        return jax.jit(function).lower(*arguments).as_text()
+
+    assert "apr_swiglu" in text(swiglu, (2, 4, 16), (2, 4, 16))
+    assert "apr_outer" in text(product_and_grads, (2, 4, 16), (16, 32))
+    halves = text(swiglu, *[(2, 4, 16)] * 2, dtype=jnp.bfloat16) + text(
+        product_and_grads, (2, 4, 16), (16, 32), dtype=jnp.bfloat16
+    )
+    of_lanes = text(swiglu, (4, 16), (4, 16)) + text(product_and_grads, (4, 16), (16, 32))
+    odd = text(product_and_grads, (2, 4, 16), (16, 9))
+    assert "apr_" not in halves + of_lanes + odd
