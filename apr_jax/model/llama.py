@@ -21,9 +21,9 @@ from flax import nnx
 from apr_jax.config import ModelConfig
 from apr_jax.model import native
 from apr_jax.model.attention import self_attention
-from apr_jax.model.rope import apply_rope, rope_angles, rope_angles_once
+from apr_jax.model.rope import rope_angles, rope_angles_once
 from apr_jax.model.shared_attention import Angles, SharedRows, shared_angles, shared_attention
-from apr_jax.model.training_kernels import product, swiglu
+from apr_jax.model.training_kernels import product, rms_norm, rotate, swiglu
 from apr_jax.model.window_attention import ATTENTION_NAME
 from apr_jax.parallel.mesh import partition_spec, split_rows
 
@@ -87,10 +87,11 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x_f32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True)
-        scale = jnp.broadcast_to(self.scale[...], x.shape)
-        return (x_f32 * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(x.dtype)
+        return self.beside(x)[1]
+
+    def beside(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The input, for who goes on with it, too, and the normed one: see `rms_norm`."""
+        return rms_norm(x, self.scale[...], self.eps)
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param[Any]:
@@ -151,7 +152,7 @@ class Attention(nnx.Module):
         q_TNH, k_TKH, v_TKH = (flat.reshape(*x.shape[:-1], *heads) for flat in projected)
         if layout.fused and layout.matrices == "panels":
             return q_TNH, k_TKH, v_TKH
-        return apply_rope(q_TNH, angles), apply_rope(k_TKH, angles), v_TKH
+        return rotate(q_TNH, angles), rotate(k_TKH, angles), v_TKH
 
     def combine(self, out_TNH: jax.Array) -> jax.Array:
         return _matmul(out_TNH.reshape(*out_TNH.shape[:-2], -1), self.out, self.layout, self.config.embed_dim)
@@ -195,8 +196,8 @@ class Block(nnx.Module):
         segment_ids: jax.Array | None,
         shared: tuple[SharedRows, tuple[Angles, ...]] | None,
     ) -> jax.Array:
-        x = split_rows(x)
-        q_TNH, k_TKH, v_TKH = self.attention.project(self.attention_norm(x), angles)
+        x, normed = self.attention_norm.beside(split_rows(x))
+        q_TNH, k_TKH, v_TKH = self.attention.project(normed, angles)
         if shared is not None:
             return self._residuals(x, shared_attention(q_TNH, k_TKH, v_TKH, *shared))
         batched = [a.reshape(-1, *a.shape[-3:]) for a in (q_TNH, k_TKH, v_TKH)]
@@ -212,8 +213,8 @@ class Block(nnx.Module):
         return self._residuals(x, out_TNH), cache
 
     def _residuals(self, x: jax.Array, out_TNH: jax.Array) -> jax.Array:
-        x = x + self.attention.combine(out_TNH)
-        return x + self.mlp(self.mlp_norm(x))
+        x, normed = self.mlp_norm.beside(x + self.attention.combine(out_TNH))
+        return x + self.mlp(normed)
 
 
 class Llama(nnx.Module):

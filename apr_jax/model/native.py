@@ -33,6 +33,8 @@ _TARGETS = (
     "apr_outer",
     "apr_swiglu",
     "apr_swiglu_backward",
+    "apr_rms_norm",
+    "apr_rms_norm_backward",
 )
 _PANEL = 16  # columns of a matrix that lie side by side
 _COMPILERS = ("c++", "g++", "clang++")
@@ -179,6 +181,22 @@ def swiglu_backward(gate: jax.Array, up: jax.Array, dout: jax.Array) -> tuple[ja
     shapes = [_float32(*x.shape) for x in (gate, up)]
     dgate, dup = _call("apr_swiglu_backward", shapes, vmap_method="broadcast_all")(gate, up, dout, threads=_threads())
     return dgate, dup
+
+
+def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm of each row of `x [..., D]`, float32."""
+    call = _call("apr_rms_norm", _float32(*x.shape), vmap_method="sequential")
+    out: jax.Array = call(x, scale_D, threads=_threads(), eps=np.float32(eps))
+    return out
+
+
+def rms_norm_backward(
+    x: jax.Array, scale_D: jax.Array, dout: jax.Array, given: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of `x`, added to `given`, and of the scale, given that of the output."""
+    call = _call("apr_rms_norm_backward", [_float32(*v.shape) for v in (x, scale_D)], vmap_method="sequential")
+    dx, dscale_D = call(x, scale_D, dout, given, threads=_threads(), eps=np.float32(eps))
+    return dx, dscale_D
 
 
 def _call(target: str, *arguments: Any, **options: Any) -> Callable[..., Any]:

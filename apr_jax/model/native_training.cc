@@ -19,6 +19,7 @@ constexpr int kRows = 16;  // of a tile's sums that stay in registers
 constexpr int kRows = 4;
 #endif
 constexpr int64_t kDepth = 256;  // rows that a matrix's gradient takes at a time: what they hold stays in the caches
+constexpr int64_t kNormRows = 64;  // rows of RMSNorm that one thread takes at a time
 constexpr int64_t kGrain = 1 << 14;  // elements of SwiGLU that one thread takes at a time
 
 // 16 rows of 16 columns: out[m][i] = sum over d of a[m][d] * b[d][i], or that is added to what is there. kTurned: `a`
@@ -267,6 +268,60 @@ ffi::Error swiglu_backward(ffi::ThreadPool pool, int64_t threads, Floats gates, 
   return ffi::Error::Success();
 }
 
+// 1 / sqrt(mean(x^2) + eps)
+inline float inverse_norm(const float* x, int64_t D, float eps) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t d = 0; d < D; ++d) sum += x[d] * x[d];
+  return 1 / std::sqrt(sum / D + eps);
+}
+
+// RMSNorm of each row.
+ffi::Error rms_norm(ffi::ThreadPool pool, int64_t threads, float eps, Floats xs, Floats scales, ffi::Result<Floats> outs) {
+  const int64_t D = scales.element_count(), rows = xs.element_count() / D;
+  const float* const scale = scales.typed_data();
+  parallel(pool, threads, (rows + kNormRows - 1) / kNormRows, [&](int64_t part) {
+    for (int64_t row = part * kNormRows; row < std::min((part + 1) * kNormRows, rows); ++row) {
+      const float* const x = xs.typed_data() + row * D;
+      float* const out = outs->typed_data() + row * D;
+      const float inverse = inverse_norm(x, D, eps);
+      for (int64_t d = 0; d < D; ++d) out[d] = x[d] * inverse * scale[d];
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// Its gradients; that of the rows is added to `given`. The scale's is summed by parts of kNormRows rows, then over parts.
+ffi::Error rms_norm_backward(ffi::ThreadPool pool, int64_t threads, float eps, Floats xs, Floats scales, Floats douts,
+                             Floats given, ffi::Result<Floats> dxs, ffi::Result<Floats> dscales) {
+  const int64_t D = scales.element_count(), rows = xs.element_count() / D, parts = (rows + kNormRows - 1) / kNormRows;
+  const float* const scale = scales.typed_data();
+  std::vector<float> of_parts(parts * D, 0.0f);
+  parallel(pool, threads, parts, [&](int64_t part) {
+    float* const dscale = of_parts.data() + part * D;
+    for (int64_t row = part * kNormRows; row < std::min((part + 1) * kNormRows, rows); ++row) {
+      const float *const x = xs.typed_data() + row * D, *const dout = douts.typed_data() + row * D;
+      const float* const before = given.typed_data() + row * D;
+      float* const dx = dxs->typed_data() + row * D;
+      const float inverse = inverse_norm(x, D, eps);
+      float along = 0;
+#pragma omp simd reduction(+ : along)
+      for (int64_t d = 0; d < D; ++d) along += dout[d] * scale[d] * x[d];
+      along *= inverse * inverse / D;
+      for (int64_t d = 0; d < D; ++d) {
+        dx[d] = before[d] + inverse * (dout[d] * scale[d] - x[d] * along);
+        dscale[d] += dout[d] * x[d] * inverse;
+      }
+    }
+  });
+  float* const sum = dscales->typed_data();
+  std::fill_n(sum, D, 0.0f);
+  for (int64_t part = 0; part < parts; ++part) {
+    for (int64_t d = 0; d < D; ++d) sum[d] += of_parts[part * D + d];
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_attention, attention,
@@ -320,3 +375,24 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_swiglu_backward, swiglu_backward,
                                   .Arg<Floats>()    // dout
                                   .Ret<Floats>()    // dgate
                                   .Ret<Floats>());  // dup
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_rms_norm, rms_norm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("threads")
+                                  .Attr<float>("eps")
+                                  .Arg<Floats>()    // x
+                                  .Arg<Floats>()    // scale
+                                  .Ret<Floats>());  // out
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_rms_norm_backward, rms_norm_backward,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("threads")
+                                  .Attr<float>("eps")
+                                  .Arg<Floats>()    // x
+                                  .Arg<Floats>()    // scale
+                                  .Arg<Floats>()    // dout
+                                  .Arg<Floats>()    // what dx is added to
+                                  .Ret<Floats>()    // dx
+                                  .Ret<Floats>());  // dscale

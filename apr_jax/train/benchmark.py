@@ -61,7 +61,10 @@ class Session:
 
 
 def take_turns(contestants: Mapping[str, Contestant], turns: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Passes in turns; by name the seconds of a step in each counted turn, the last pass's losses, or an `error`."""
+    """Passes in turns; by name the seconds of a step in each counted turn, the last pass's losses, or an `error`.
+
+    A pass counts with the median of its steps: the first finds caches and memory as the last contestant left them.
+    """
     rows: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in contestants}
     for turn in range(turns + 1):
         for name, run in contestants.items():
@@ -74,7 +77,7 @@ def take_turns(contestants: Mapping[str, Contestant], turns: int, say: Callable[
                 rows[name]["error"] = str(error)
                 continue
             if turn:
-                rows[name]["seconds"].append(statistics.fmean(done["seconds"]))
+                rows[name]["seconds"].append(statistics.median(done["seconds"]))
             rows[name] |= {key: done[key] for key in ("losses", "contention") if key in done}
     return rows
 

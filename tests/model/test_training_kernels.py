@@ -1,5 +1,7 @@
 """Training's kernels equal what XLA computes, with their gradients, alone and over every kind of mesh."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 
 from apr_jax.config import MeshConfig
 from apr_jax.model import native
-from apr_jax.model.training_kernels import product, swiglu
+from apr_jax.model.rope import apply_rope, rope_angles
+from apr_jax.model.training_kernels import product, rms_norm, rotate, swiglu
 from apr_jax.parallel.mesh import make_mesh
 
 compiled = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here")
@@ -80,12 +83,61 @@ def test_a_product_over_a_mesh(mesh):
     assert_product(made, x, matrix)
 
 
+def norm_and_grads(x, scale, dthrough, dnormed):
+    out, pull_back = jax.vjp(lambda x, scale: rms_norm(x, scale, 1e-3), x, scale)
+    return *out, *pull_back((dthrough, dnormed))
+
+
+def plain_norm(x, scale):
+    return x, x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-3) * scale[None, None]
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=2, tensor=2)])
+@pytest.mark.parametrize("shape", [(4, 1, 1), (4, 70, 48), (4, 5, 7)])
+def test_a_norm_and_what_goes_past_it(shape, mesh):
+    x, dthrough, dnormed = (normal(*shape, seed=seed) for seed in range(3))
+    scale = 1 + 0.1 * normal(shape[-1], seed=3)
+    with contextlib.ExitStack() as stack:
+        if mesh:
+            stack.enter_context(jax.set_mesh(make_mesh(mesh)))
+        made = jax.jit(norm_and_grads)(x, scale, dthrough, dnormed)
+    out, pull_back = jax.vjp(plain_norm, x, scale)
+    for ours, exact in zip(made, (*out, *pull_back((dthrough, dnormed))), strict=True):
+        np.testing.assert_allclose(ours, exact, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=2, tensor=2)])
+def test_a_rotation_is_ropes(mesh):
+    x_BTNH, dout_BTNH = normal(4, 10, 2, 8), normal(4, 10, 2, 8, seed=1)
+    angles = rope_angles(3 * jnp.arange(40).reshape(4, 10), 8, 100.0)
+    with contextlib.ExitStack() as stack:
+        if mesh:
+            stack.enter_context(jax.set_mesh(make_mesh(mesh)))
+        made = jax.jit(lambda x, dout: (rotate(x, angles), jax.vjp(lambda x: rotate(x, angles), x)[1](dout)[0]))(
+            x_BTNH, dout_BTNH
+        )
+    exact, pull_back = jax.vjp(lambda x: apply_rope(x, angles), x_BTNH)
+    np.testing.assert_allclose(made[0], exact, atol=1e-5)
+    np.testing.assert_allclose(made[1], pull_back(dout_BTNH)[0], atol=1e-5)
+
+
+@compiled
+def test_a_scales_gradient_is_the_same_with_any_number_of_threads(monkeypatch):
+    x, dout, given = (normal(3, 100, 48, seed=seed) for seed in range(3))
+    results = set()
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(native, "_threads", lambda threads=threads: np.int64(threads))
+        made = native.rms_norm_backward(x, normal(48, seed=3), dout, given, 1e-6)
+        results.add(b"".join(np.asarray(value).tobytes() for value in made))
+    assert len(results) == 1
+
+
 @compiled
 def test_lifted_over_sequences_they_are_the_same():
     x_SBTD, matrix = normal(3, 2, 20, 32), 0.1 * normal(32, 32, seed=1)
 
     def both(x):
-        out = product(x, matrix)
+        out = product(rms_norm(x, jnp.ones(32), 1e-6)[1], matrix)
         return jnp.sum(swiglu(out, 2 * out))
 
     lifted = jax.vmap(jax.grad(both))(x_SBTD)
