@@ -67,9 +67,16 @@ def pasta() -> ConfigDict:
 
 
 def nested() -> ConfigDict:
-    """Adaptive Parallel Reasoning whose children spawn, too. That takes four numbers; these are small."""
+    """Adaptive Parallel Reasoning whose children spawn, too. That takes four numbers; these are small.
+
+    Goals are rare two levels down, and what is rare is learnt late: hence the heuristic, near targets, and twice the
+    steps (docs/reasoning.md).
+    """
     config = _laptop("nested")
-    config.task.update(num_numbers=4, max_number=10, child_beam_max=4, retry_probability=0.0, spawn_depth=2)
+    config.task.update(num_numbers=4, max_number=10, max_target=24, heuristic="mult", spawn_depth=2)
+    config.task.update(parent_beams=(3,), child_beam_max=4, retry_probability=0.0)
+    config.data.num_train = 12_000
+    config.sft.num_steps = 2_400
     config.rollout.max_depth = 2
     return config
 
