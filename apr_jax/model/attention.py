@@ -1,7 +1,7 @@
 """Causal self-attention within segments: one interface, a kernel per backend behind it.
 
-`windows` skips what segments and causality exclude (`window_attention.py`) and is for CPUs. `xla` runs anywhere, in
-blocks of queries, so that neither the scores of a whole row nor their gradient ever exist.
+`cpu` and `windows` skip what segments and causality exclude, on CPUs: by kernels of our own, float32 (`cpu_attention.py`),
+and as far as XLA makes it so (`window_attention.py`). `xla` runs anywhere, in blocks of queries, so that neither the scores of a whole row nor their gradient ever exist.
 Blocks of keys to the right of the diagonal are never computed. XLA runs unrolled blocks at once where it can, which
 costs memory; rows above 1,024 tokens are therefore loops over blocks, and their memory is O(block * T): forward and
 backward at T=4096, N=4, H=16 take 48 MB of temporaries, and 808 MB without blocks. `splash` is the Pallas kernel that
@@ -23,6 +23,7 @@ On packed rows of the laptop run (5 segments a row, B=8, two devices), CPU time 
 runs in ms: `xla` 85; `windows` with query blocks of 32 and windows rounded up to every 32 tokens 28, to 1, 2, 3, 4, 6,
 8, .. blocks (which compiles in half of the time) 32; blocks of 64: 33; of 128: 37 to 42; heads moved to the front once
 for the whole row 33; every product without a transposed operand, which costs transposed copies of whole rows, 34 to 37.
+One device's half of it, in turns in one process: `windows` 18, `cpu` 8.
 """
 
 import math
@@ -53,15 +54,15 @@ def self_attention(
         q_BTNH, k_BTKH, v_BTKH: RoPE applied; query head n reads key/value head n // G.
         segment_ids_BT: int32, tokens of a row with one id lie side by side and see each other. None: the row is one
             segment.
-        impl: "windows" (CPU), "xla", "splash" (TPU), "cudnn" (GPU, bfloat16) or "auto", the best that the default
-            backend has.
+        impl: "cpu" (float32, a C++ compiler), "windows" (CPU), "xla", "splash" (TPU), "cudnn" (GPU, bfloat16) or "auto",
+            the best that the default backend has.
 
     Returns:
         `[B, T, N, H]` in the dtype of the queries. Scores and softmax are float32.
 
     Raises:
         ValueError: shapes do not fit together, or `impl` is none of these.
-        ConfigError: "cudnn" was asked for with float32.
+        ConfigError: "cudnn" was asked for with float32, or "cpu" where it cannot be.
     """
     (B, T, N, H), K = q_BTNH.shape, k_BTKH.shape[2]
     if k_BTKH.shape != (B, T, K, H) or v_BTKH.shape != k_BTKH.shape or N % K:
@@ -79,7 +80,7 @@ def self_attention(
 
 
 def choose_impl(backend: str, dtype: jnp.dtype, head_dim: int) -> str:
-    """What "auto" means on a backend: "windows" on CPU, "splash" on TPU, "cudnn" on GPU where it can, else "xla"."""
+    """What "auto" means on a backend: "cpu" where it can be, else "windows"; "splash"; "cudnn" where it can, else "xla"."""
     if backend == "cpu":
         return "cpu" if cpu_attention.is_possible(dtype, head_dim) else "windows"
     if backend == "tpu":

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from apr_jax.model import native
 from apr_jax.model.rope import apply_rope
-from apr_jax.parallel.mesh import BATCH_AXES, FSDP_AXIS, TENSOR_AXIS, partition_spec
+from apr_jax.parallel.mesh import BATCH_AXES, FSDP_AXIS, TENSOR_AXIS, ambient_platform, partition_spec
 
 _BLOCK = 16  # of the kernels
 _ROWS, _WHOLE = partition_spec(BATCH_AXES), partition_spec()
@@ -61,7 +61,7 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> tuple[jax.Array, j
 
 
 def _has_kernel(x: jax.Array, rank: int) -> bool:
-    return jax.default_backend() == "cpu" and x.ndim == rank and x.dtype == jnp.float32 and native.is_available()
+    return ambient_platform() == "cpu" and x.ndim == rank and x.dtype == jnp.float32 and native.is_available()
 
 
 def _over_mesh(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:

@@ -141,6 +141,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(BATCH_AXES))
 
 
+def ambient_platform() -> str:
+    """What the ambient mesh's devices are, "cpu" or another: a program may be compiled for devices that are not here."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.default_backend() if device is None else str(device.platform)
+
+
 def num_row_shards() -> int:
     """Devices of the ambient mesh (`use_abstract_mesh`) that have rows of their own; 1 where there is none."""
     mesh = jax.sharding.get_abstract_mesh()

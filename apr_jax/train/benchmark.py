@@ -82,20 +82,22 @@ def take_turns(contestants: Mapping[str, Contestant], turns: int, say: Callable[
     return rows
 
 
-def compare(rows: Mapping[str, Mapping[str, Any]], ours: str, tokens: float) -> dict[str, Any]:
-    """Adds to each row its median step, tokens/s, and how many times as long as ours a step took (`ours_over`)."""
+def compare(rows: Mapping[str, Mapping[str, Any]], references: Sequence[str], tokens: float) -> dict[str, Any]:
+    """Adds to each row its median step, tokens/s, and how many times as long as each reference's a step took.
+
+    `over` has, by reference, the median over the turns and the least and the most.
+    """
     compared: dict[str, Any] = {}
     for name, row in rows.items():
         compared[name] = dict(row)
         if row["seconds"]:
             median = statistics.median(row["seconds"])
-            ratios = [theirs / mine for theirs, mine in zip(row["seconds"], rows[ours]["seconds"], strict=False)]
-            compared[name] |= {
-                "median_seconds": median,
-                "tokens_per_second": tokens / median,
-                "ours_over": statistics.median(ratios),
-                "ours_over_range": [min(ratios), max(ratios)],
-            }
+            over = {}
+            for reference in references:
+                pairs = zip(row["seconds"], rows[reference]["seconds"], strict=False)
+                ratios = [theirs / mine for theirs, mine in pairs]
+                over[reference] = [statistics.median(ratios), min(ratios), max(ratios)]
+            compared[name] |= {"median_seconds": median, "tokens_per_second": tokens / median, "over": over}
     return compared
 
 
@@ -163,7 +165,7 @@ def benchmark_sft(config: Config, mesh: Mesh, session: Session) -> dict[str, Any
         "optimizer": dataclasses.asdict(adamw),
     }
     tokens = statistics.fmean(int(np.count_nonzero(batch["segment_ids"])) for batch in batches)
-    figures = _measure(session, "hf", contestants, workload, (config, params), tokens)
+    figures = _measure(session, "hf", contestants, (OURS,), workload, (config, params), tokens)
     rows = figures["contestants"]
     for name, row in rows.items():
         if name.startswith("hf") and "losses" in row:
@@ -232,7 +234,7 @@ def benchmark_grpo(config: Config, mesh: Mesh, session: Session) -> dict[str, An
         "optimizer": dataclasses.asdict(config.grpo.optimizer),
     }
     tokens = float(sum(lengths) * group)
-    figures = _measure(session, "trl", contestants, workload, (one_thread, params), tokens)
+    figures = _measure(session, "trl", contestants, tuple(contestants), workload, (one_thread, params), tokens)
     return figures | {
         "rollouts": len(threads),
         "generated_tokens": tokens,
@@ -295,13 +297,15 @@ def _measure(
     session: Session,
     peer: str,
     contestants: Mapping[str, Contestant],
+    references: Sequence[str],
     workload: Mapping[str, Any],
     model: tuple[Config, Params],
     tokens: float,
 ) -> dict[str, Any]:
     """Takes turns, with every mode of the peer among them where it is asked for; a peer that cannot run says why.
 
-    `model` is what the peer is given, `tokens` how many a step has.
+    `references` are those of ours that everyone is compared with. `model` is what the peer is given, `tokens` how many a
+    step has.
     """
     entered, about, running = dict(contestants), {}, None
     with contextlib.ExitStack() as stack:
@@ -317,7 +321,7 @@ def _measure(
             else:
                 about |= {"version": running.version, "method": running.method}
                 entered |= {f"{peer} {mode}": functools.partial(running.run, mode) for mode in running.modes}
-        rows = compare(take_turns(entered, session.turns, session.say), OURS, tokens)
+        rows = compare(take_turns(entered, session.turns, session.say), references, tokens)
     measured = [name for name in entered if name not in contestants and "median_seconds" in rows[name]]
     if measured:
         about["fastest"] = min(measured, key=lambda name: rows[name]["median_seconds"])

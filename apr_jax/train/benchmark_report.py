@@ -47,7 +47,9 @@ def table(figures: dict[str, Any]) -> str:
                 f"GRPO: {part['rollouts']} rollouts of {part['tokens_per_rollout']['mean']:,.0f} tokens on average, "
                 f"{part['tokens_per_rollout']['max']:,} at most"
             )
-        lines.append(f"{'':<24}{'tokens/s':>10}{'ms a step':>12}{'FLOP limit':>12}{'ours is faster by':>26}")
+        references = next((tuple(row["over"]) for row in part["contestants"].values() if "over" in row), ())
+        than = "".join(f"{f'{reference} is faster by':>36}" for reference in references)
+        lines.append(f"{'':<24}{'tokens/s':>10}{'ms a step':>12}{'FLOP limit':>12}{than}")
         lines += [_line(name, row) for name, row in part["contestants"].items()]
         lines += [f"{name}: {part[name]['error']}" for name in ("hf", "trl") if "error" in part.get(name, {})]
     return "\n".join(lines)
@@ -74,10 +76,12 @@ def write_plot(path: str | pathlib.Path, figures: dict[str, Any]) -> None:
 def _line(name: str, row: dict[str, Any]) -> str:
     if "median_seconds" not in row:
         return f"{name:<24}{row.get('error', 'not measured')}"
-    low, high = row["ours_over_range"]
     share = f"{row['flops_share']:.0%}" if "flops_share" in row else ""
-    times = "" if name == OURS else f"{row['ours_over']:.2f}x ({low:.2f} to {high:.2f})"
+    times = "".join(
+        f"{'' if name == reference else f'{median:.2f}x ({low:.2f} to {high:.2f})':>36}"
+        for reference, (median, low, high) in row["over"].items()
+    )
     doubt = "  ANOTHER MODEL: its losses are not ours" if row.get("same_model") is False else ""
     error = f"  {row['error']}" if "error" in row else ""
     rate, milliseconds = row["tokens_per_second"], row["median_seconds"] * 1e3
-    return f"{name:<24}{rate:>10,.0f}{milliseconds:>12,.0f}{share:>12}{times:>26}{doubt}{error}"
+    return f"{name:<24}{rate:>10,.0f}{milliseconds:>12,.0f}{share:>12}{times}{doubt}{error}"

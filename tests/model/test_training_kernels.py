@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from apr_jax.config import MeshConfig
-from apr_jax.model import native
+from apr_jax.model import native, training_kernels
 from apr_jax.model.rope import apply_rope, rope_angles
 from apr_jax.model.training_kernels import product, rms_norm, rotate, swiglu
 from apr_jax.parallel.mesh import make_mesh
@@ -152,6 +152,15 @@ def test_a_matrixs_gradient_is_the_same_with_any_number_of_threads(monkeypatch):
         monkeypatch.setattr(native, "_threads", lambda threads=threads: np.int64(threads))
         results.add(np.asarray(native.outer(x_MD, y_MF)).tobytes())
     assert len(results) == 1
+
+
+@compiled
+def test_a_program_for_other_devices_has_no_kernel_of_the_cpus(monkeypatch):
+    x = jax.ShapeDtypeStruct((2, 4, 16), jnp.float32)
+    assert "apr_swiglu" in jax.jit(swiglu).lower(x, x).as_text()
+    jax.clear_caches()
+    monkeypatch.setattr(training_kernels, "ambient_platform", lambda: "tpu")
+    assert "apr_" not in jax.jit(swiglu).lower(x, x).as_text()
 
 
 @compiled

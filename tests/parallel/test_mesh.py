@@ -14,6 +14,7 @@ from apr_jax.config import ConfigError, MeshConfig, ModelConfig
 from apr_jax.model import llama
 from apr_jax.parallel.mesh import (
     Rules,
+    ambient_platform,
     batch_sharding,
     make_mesh,
     num_row_shards,
@@ -152,6 +153,17 @@ def test_activations_keep_their_rows_where_weights_are_split_over_fsdp():
         assert num_row_shards() == 4
         assert split_rows(threads_TD) is threads_TD
         assert jax.jit(split_rows)(x_BTD).sharding.is_equivalent_to(batch_sharding(mesh), 3)
+
+
+def test_the_platform_is_that_of_the_ambient_mesh() -> None:
+    here, kind = jax.default_backend(), jax.sharding.AbstractMesh
+    assert ambient_platform() == here
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=1)).abstract_mesh
+    device = dataclasses.replace(mesh.abstract_device, platform="tpu")
+    elsewhere = kind(mesh.axis_sizes, mesh.axis_names, axis_types=mesh.axis_types, abstract_device=device)
+    for given, platform in ((mesh, here), (elsewhere, "tpu")):
+        with jax.sharding.use_abstract_mesh(given):
+            assert ambient_platform() == platform
 
 
 def test_loss_and_gradients_are_the_same_under_an_ambient_mesh():
