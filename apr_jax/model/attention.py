@@ -1,11 +1,12 @@
 """Causal self-attention within segments: one interface, a kernel per backend behind it.
 
-`cpu` and `windows` skip what segments and causality exclude, on CPUs: by kernels of our own, float32 (`cpu_attention.py`),
-and as far as XLA makes it so (`window_attention.py`). `xla` runs anywhere, in blocks of queries, so that neither the scores of a whole row nor their gradient ever exist.
-Blocks of keys to the right of the diagonal are never computed. XLA runs unrolled blocks at once where it can, which
-costs memory; rows above 1,024 tokens are therefore loops over blocks, and their memory is O(block * T): forward and
-backward at T=4096, N=4, H=16 take 48 MB of temporaries, and 808 MB without blocks. `splash` is the Pallas kernel that
-JAX ships for TPU, `cudnn` NVIDIA's flash attention. The letters of shapes are in `llama.py`.
+`cpu` and `windows` skip what segments and causality exclude, on CPUs: by kernels of our own, float32
+(`cpu_attention.py`), and as far as XLA makes it so (`window_attention.py`). `xla` runs anywhere, in blocks of queries,
+so that neither the scores of a whole row nor their gradient ever exist. Blocks of keys to the right of the diagonal are
+never computed. XLA runs unrolled blocks at once where it can, which costs memory; rows above 1,024 tokens are therefore
+loops over blocks, and their memory is O(block * T): forward and backward at T=4096, N=4, H=16 take 48 MB of
+temporaries, and 808 MB without blocks. `splash` is the Pallas kernel that JAX ships for TPU, `cudnn` NVIDIA's flash
+attention. The letters of shapes are in `llama.py`.
 
 Measured, forward and backward of one layer in ms on two CPU cores (B=8, T=512, N=K=3, H=64, float32; minima of 8 to 12
 runs; in brackets with glibc's malloc told to keep its memory):
@@ -54,8 +55,8 @@ def self_attention(
         q_BTNH, k_BTKH, v_BTKH: RoPE applied; query head n reads key/value head n // G.
         segment_ids_BT: int32, tokens of a row with one id lie side by side and see each other. None: the row is one
             segment.
-        impl: "cpu" (float32, a C++ compiler), "windows" (CPU), "xla", "splash" (TPU), "cudnn" (GPU, bfloat16) or "auto",
-            the best that the default backend has.
+        impl: "cpu" (float32, a C++ compiler), "windows" (CPU), "xla", "splash" (TPU), "cudnn" (GPU, bfloat16) or
+            "auto", the best that the default backend has.
 
     Returns:
         `[B, T, N, H]` in the dtype of the queries. Scores and softmax are float32.
@@ -80,7 +81,9 @@ def self_attention(
 
 
 def choose_impl(backend: str, dtype: jnp.dtype, head_dim: int) -> str:
-    """What "auto" means on a backend: "cpu" where it can be, else "windows"; "splash"; "cudnn" where it can, else "xla"."""
+    """What "auto" means on a backend: on a CPU "cpu" where it can be, else "windows"; on a TPU "splash"; on a GPU
+    "cudnn" where it can be, else "xla".
+    """
     if backend == "cpu":
         return "cpu" if cpu_attention.is_possible(dtype, head_dim) else "windows"
     if backend == "tpu":

@@ -142,7 +142,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def ambient_platform() -> str:
-    """What the ambient mesh's devices are, "cpu" or another: a program may be compiled for devices that are not here."""
+    """What the ambient mesh's devices are: a program may be compiled for others than are here. "cpu", "tpu", .."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return jax.default_backend() if device is None else str(device.platform)
 

@@ -304,8 +304,8 @@ def _measure(
 ) -> dict[str, Any]:
     """Takes turns, with every mode of the peer among them where it is asked for; a peer that cannot run says why.
 
-    `references` are those of ours that everyone is compared with. `model` is what the peer is given, `tokens` how many a
-    step has.
+    `references` are those of ours that everyone is compared with. `model` is what the peer is given, `tokens` how many
+    a step has.
     """
     entered, about, running = dict(contestants), {}, None
     with contextlib.ExitStack() as stack:
