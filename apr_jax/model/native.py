@@ -1,7 +1,7 @@
-"""Kernels of our own for decoding on a CPU (`native.cc`), which the machine's C++ compiler makes at their first use.
+"""Kernels of our own for a CPU, in float32, which the machine's C++ compiler makes at their first use.
 
-XLA's CPU backend multiplies a few rows at half of the machine's speed, and its attention reads a copy of the pages
-(docs/decode.md). Where there is no compiler, or the kernels can't be made, everything runs as XLA compiles it, and a
+`native.cc` is for decoding: XLA's CPU backend multiplies a few rows at half of the machine's speed, and its attention
+reads a copy of the pages (docs/decode.md). `native_training.cc` is for training (docs/performance.md). Where there is no compiler, or the kernels can't be made, everything runs as XLA compiles it, and a
 warning says so.
 """
 
@@ -49,7 +49,7 @@ def is_available() -> bool:
         library = ctypes.CDLL(str(_made()))
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or str(error)
-        _log.warning("decoding without kernels for this CPU, at about half of the speed: %s", output.strip())
+        _log.warning("no kernels for this CPU: decoding takes about twice as long, and training a sixth longer: %s", output.strip())
         return False
     for target in _TARGETS:
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")  # type: ignore[no-untyped-call]
