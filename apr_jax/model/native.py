@@ -1,8 +1,8 @@
 """Kernels of our own for a CPU, in float32, which the machine's C++ compiler makes at their first use.
 
 `native.cc` is for decoding: XLA's CPU backend multiplies a few rows at half of the machine's speed, and its attention
-reads a copy of the pages (docs/decode.md). `native_training.cc` is for training (docs/performance.md). Where there is no compiler, or the kernels can't be made, everything runs as XLA compiles it, and a
-warning says so.
+reads a copy of the pages (docs/decode.md). `native_training.cc` is for training (docs/performance.md). Where there is
+no compiler, or the kernels can't be made, everything runs as XLA compiles it, and a warning says so.
 """
 
 import ctypes
