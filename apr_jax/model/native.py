@@ -49,7 +49,9 @@ def is_available() -> bool:
         library = ctypes.CDLL(str(_made()))
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or str(error)
-        _log.warning("no kernels for this CPU: decoding takes about twice as long, and training a sixth longer: %s", output.strip())
+        _log.warning(
+            "no kernels for this CPU, so decoding takes twice as long, training a sixth more: %s", output.strip()
+        )
         return False
     for target in _TARGETS:
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")  # type: ignore[no-untyped-call]
