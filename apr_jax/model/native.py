@@ -50,7 +50,7 @@ def is_available() -> bool:
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or str(error)
         _log.warning(
-            "no kernels for this CPU, so decoding takes twice as long, training a sixth more: %s", output.strip()
+            "no kernels for this CPU, so decoding takes twice the time, training 1.2 times: %s", output.strip()
         )
         return False
     for target in _TARGETS:
