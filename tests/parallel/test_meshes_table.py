@@ -81,7 +81,8 @@ def test_hidden_states():
 
     @jax.jit
     def hidden_BTD(params, rows):
-        return nnx.merge(structure, params)(rows["tokens"], rows["positions"], segment_ids=rows["segment_ids"])[0]
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # as train.batches.make_scorer
+            return nnx.merge(structure, params)(rows["tokens"], rows["positions"], segment_ids=rows["segment_ids"])[0]
 
     out = hidden_BTD(params, rows)
     assert bool(jnp.isfinite(out).all())
