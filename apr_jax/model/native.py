@@ -16,26 +16,28 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-_SOURCES = tuple(pathlib.Path(__file__).with_name(name) for name in ("native.cc", "native_training.cc", "native.h"))
+_FOLDER = pathlib.Path(__file__).parent
+_HEADER = _FOLDER / "native.h"
+_TARGETS = {
+    _FOLDER / "native.cc": ("apr_product", "apr_rotate", "apr_attend"),
+    _FOLDER / "native_training.cc": (
+        "apr_attention",
+        "apr_attention_backward",
+        "apr_outer",
+        "apr_swiglu",
+        "apr_swiglu_backward",
+        "apr_rms_norm",
+        "apr_rms_norm_backward",
+    ),
+}
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-w")
-_TARGETS = (
-    "apr_product",
-    "apr_rotate",
-    "apr_attend",
-    "apr_attention",
-    "apr_attention_backward",
-    "apr_outer",
-    "apr_swiglu",
-    "apr_swiglu_backward",
-    "apr_rms_norm",
-    "apr_rms_norm_backward",
-)
 _PANEL = 16  # columns of a matrix that lie side by side
 _COMPILERS = ("c++", "g++", "clang++")
 
@@ -46,15 +48,17 @@ _log = logging.getLogger(__name__)
 def is_available() -> bool:
     """Whether this process has the kernels; makes and registers them when it is first asked."""
     try:
-        library = ctypes.CDLL(str(_made()))
+        with futures.ThreadPoolExecutor() as pool:  # a compiler each
+            libraries = [ctypes.CDLL(str(path)) for path in pool.map(_made, _TARGETS)]
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or str(error)
         _log.warning(
             "no kernels for this CPU, so decoding takes twice the time, training 1.2 times: %s", output.strip()
         )
         return False
-    for target in _TARGETS:
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")  # type: ignore[no-untyped-call]
+    for library, targets in zip(libraries, _TARGETS.values(), strict=True):
+        for target in targets:
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")  # type: ignore[no-untyped-call]
     return True
 
 
@@ -218,21 +222,20 @@ def _threads() -> np.int64:
     return np.int64(max(1, cores // (1 if mesh.empty else mesh.size)))
 
 
-def _made() -> pathlib.Path:
-    """The shared library, compiled for this CPU unless an earlier process has done so."""
+def _made(source: pathlib.Path) -> pathlib.Path:
+    """The source's shared library, compiled for this CPU unless an earlier process has done so."""
     include = jax.ffi.include_dir()
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise OSError(f"no C++ compiler here; install one of {', '.join(_COMPILERS)}")
-    made_of = (*_FLAGS, compiler, jax.__version__, platform.machine(), _cpu())
-    parts = (*(source.read_text() for source in _SOURCES), *made_of)
+    texts = (source.read_text(), _HEADER.read_text())
+    parts = (*texts, *_FLAGS, compiler, jax.__version__, platform.machine(), _cpu())
     path = _folder() / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = pathlib.Path(folder, path.name)
-            sources = [str(source) for source in _SOURCES if source.suffix == ".cc"]
-            command = [compiler, *_FLAGS, "-isystem", include, *sources, "-o", str(made)]
+            command = [compiler, *_FLAGS, "-isystem", include, str(source), "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True)
             made.replace(path)  # whole or not at all, should another process do the same
     return path

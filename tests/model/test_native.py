@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from apr_jax.model import native
+from apr_jax.model import attention, native, training_kernels
 from apr_jax.model.paged_attention import PLAIN, choose_impl, write_then_attend
 from apr_jax.model.rope import apply_rope, rope_angles
 
@@ -124,11 +124,12 @@ def fresh(monkeypatch, tmp_path):
     return tmp_path / "native"
 
 
-def test_a_library_is_compiled_once(fresh, monkeypatch):
-    first = native._made()
+@pytest.mark.parametrize("source", native._TARGETS, ids=lambda source: source.name)
+def test_a_library_is_compiled_once(source, fresh, monkeypatch):
+    first = native._made(source)
     assert [first] == list(fresh.iterdir())
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
-    assert native._made() == first
+    assert native._made(source) == first
 
 
 @pytest.mark.parametrize("broken", ["no compiler", "no such header"])
@@ -138,10 +139,13 @@ def test_without_kernels_xla_does_the_work_and_a_warning_says_so(fresh, broken, 
     else:
         source = tmp_path / "broken.cc"
         source.write_text("#include <no_such_header>\n")
-        monkeypatch.setattr(native, "_SOURCES", (pathlib.Path(source),))
+        monkeypatch.setattr(native, "_TARGETS", {pathlib.Path(source): ()})
     with caplog.at_level(logging.WARNING):
         assert choose_impl("auto", "cpu", "float32") == "packed"
     assert choose_impl("paged", "cpu", "float32") == "xla"
+    assert attention.choose_impl("cpu", jnp.dtype("float32"), 64) == "windows"
+    gate = normal(2, 3, 16)
+    np.testing.assert_allclose(training_kernels.swiglu(gate, gate), jax.nn.silu(gate) * gate, atol=1e-6)
     said = "install one of c++, g++, clang++" if broken == "no compiler" else "no_such_header"
     assert said in caplog.text
     assert len(caplog.records) == 1
