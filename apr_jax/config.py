@@ -35,9 +35,8 @@ class ModelConfig:
     rms_norm_eps: float
     tie_embeddings: bool
     compute_dtype: Literal["float32", "bfloat16"]  # weights stay float32
-    attention: Literal[
-        "auto", "cpu", "windows", "xla", "splash", "cudnn"
-    ]  # training kernel; auto = the best of the backend
+    # The training kernel; auto = the best of the backend.
+    attention: Literal["auto", "cpu", "windows", "xla", "splash", "cudnn"]
     # What the backward pass of a layer recomputes: nothing, all but products and attention, or the whole layer.
     remat: Literal["none", "dots", "full"]
 

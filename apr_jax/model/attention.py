@@ -37,7 +37,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from apr_jax.config import ConfigError
 from apr_jax.model import cpu_attention
 from apr_jax.model.window_attention import named, window_attention
-from apr_jax.parallel.mesh import BATCH_AXES, TENSOR_AXIS, partition_spec
+from apr_jax.parallel.mesh import BATCH_AXES, TENSOR_AXIS, over_mesh, partition_spec
 
 _MASKED = -1e30  # finite: a masked score never makes a NaN
 _XLA_BLOCK = 128
@@ -232,11 +232,8 @@ _KERNELS: dict[str, Callable[..., jax.Array]] = {
 
 def _over_mesh(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Maps a kernel over the ambient mesh, if there is one: rows over the batch axes, heads over the tensor axis."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return attend
     heads, rows = partition_spec(BATCH_AXES, None, TENSOR_AXIS, None), partition_spec(BATCH_AXES, None)
-    return jax.shard_map(attend, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+    return over_mesh(attend, (heads, heads, heads, rows), heads)
 
 
 def _pad(x: jax.Array, length: int, axis: int = 1) -> jax.Array:

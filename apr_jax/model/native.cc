@@ -219,9 +219,7 @@ ffi::Error attend(ffi::ThreadPool pool, int64_t threads, Floats q, Floats new_k,
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_product, product,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<int64_t>("threads")
+                              bind_threaded()
                                   .Arg<Floats>()    // x
                                   .Arg<Floats>()    // panels
                                   .Ret<Floats>());  // out
@@ -235,9 +233,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_rotate, rotate,
                                   .Ret<Floats>());  // out
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_attend, attend,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<int64_t>("threads")
+                              bind_threaded()
                                   .Arg<Floats>()      // q
                                   .Arg<Floats>()      // new keys
                                   .Arg<Floats>()      // new values

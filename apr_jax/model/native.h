@@ -21,6 +21,9 @@ constexpr int kWidth = 16;  // floats of a vector; the compiler splits it where 
 typedef float Vector __attribute__((vector_size(kWidth * sizeof(float)), aligned(sizeof(float))));
 constexpr float kLowest = -1e30f;  // finite, so that a difference of two is no NaN
 
+// How XLA is told of a kernel that runs on several of its threads; its operands and results follow.
+inline auto bind_threaded() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("threads"); }
+
 inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 
 // Calls task(0) ... task(count - 1), on this thread and on up to `threads - 1` of XLA's. Tasks are claimed one by one,

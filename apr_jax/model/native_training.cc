@@ -325,9 +325,7 @@ ffi::Error rms_norm_backward(ffi::ThreadPool pool, int64_t threads, float eps, F
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_attention, attention,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<int64_t>("threads")
+                              bind_threaded()
                                   .Arg<Floats>()    // q
                                   .Arg<Floats>()    // k
                                   .Arg<Floats>()    // v
@@ -336,9 +334,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_attention, attention,
                                   .Ret<Floats>());  // logs
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_attention_backward, attention_backward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<int64_t>("threads")
+                              bind_threaded()
                                   .Arg<Floats>()    // q
                                   .Arg<Floats>()    // k
                                   .Arg<Floats>()    // v
@@ -351,25 +347,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_attention_backward, attention_backward,
                                   .Ret<Floats>());  // dv
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_outer, outer,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<int64_t>("threads")
+                              bind_threaded()
                                   .Arg<Floats>()    // x
                                   .Arg<Floats>()    // y
                                   .Ret<Floats>());  // out
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_swiglu, swiglu,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<int64_t>("threads")
+                              bind_threaded()
                                   .Arg<Floats>()    // gate
                                   .Arg<Floats>()    // up
                                   .Ret<Floats>());  // out
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_swiglu_backward, swiglu_backward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<int64_t>("threads")
+                              bind_threaded()
                                   .Arg<Floats>()    // gate
                                   .Arg<Floats>()    // up
                                   .Arg<Floats>()    // dout
@@ -377,18 +367,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_swiglu_backward, swiglu_backward,
                                   .Ret<Floats>());  // dup
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_rms_norm, rms_norm,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<int64_t>("threads")
+                              bind_threaded()
                                   .Attr<float>("eps")
                                   .Arg<Floats>()    // x
                                   .Arg<Floats>()    // scale
                                   .Ret<Floats>());  // out
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_rms_norm_backward, rms_norm_backward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<int64_t>("threads")
+                              bind_threaded()
                                   .Attr<float>("eps")
                                   .Arg<Floats>()    // x
                                   .Arg<Floats>()    // scale

@@ -7,7 +7,6 @@ shapes are in `llama.py`.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 
 from apr_jax.model import native
 from apr_jax.model.rope import apply_rope
-from apr_jax.parallel.mesh import BATCH_AXES, FSDP_AXIS, TENSOR_AXIS, ambient_platform, partition_spec
+from apr_jax.parallel.mesh import BATCH_AXES, FSDP_AXIS, TENSOR_AXIS, ambient_platform, over_mesh, partition_spec
 
 _BLOCK = 16  # of the kernels
 _ROWS, _WHOLE = partition_spec(BATCH_AXES), partition_spec()
@@ -29,21 +28,21 @@ def product(x: jax.Array, matrix_DF: jax.Array) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     whole = mesh.empty or mesh.shape[FSDP_AXIS] == mesh.shape[TENSOR_AXIS] == 1
     if whole and _has_kernel(x, 3) and not any(size % _BLOCK for size in matrix_DF.shape):
-        return _over_mesh(_multiplied, (_ROWS, _WHOLE), _ROWS)(x, matrix_DF)
+        return over_mesh(_multiplied, (_ROWS, _WHOLE), _ROWS)(x, matrix_DF)
     return _plain_product(x, matrix_DF)
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """`silu(gate) * up`, elementwise (Shazeer 2020, eq. 6). A kernel for `[B, T, F]`."""
     if _has_kernel(gate, 3):
-        return _over_mesh(_gated, (_MLP, _MLP), _MLP)(gate, up)
+        return over_mesh(_gated, (_MLP, _MLP), _MLP)(gate, up)
     return jax.nn.silu(gate) * up
 
 
 def rotate(x: jax.Array, angles: Angles) -> jax.Array:
     """RoPE, as `rope.apply_rope`. A kernel for `[B, T, N, H]`."""
     if _has_kernel(x, 4):
-        return _over_mesh(_rotated, (_HEADS, _ROWS, _ROWS), _HEADS)(x, *angles)
+        return over_mesh(_rotated, (_HEADS, _ROWS, _ROWS), _HEADS)(x, *angles)
     return apply_rope(x, angles)
 
 
@@ -53,7 +52,7 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> tuple[jax.Array, j
     Whoever goes on with both lets the backward pass add up their gradients at once. A kernel for `[B, T, D]`.
     """
     if _has_kernel(x, 3):
-        return _over_mesh(functools.partial(_normed, eps), (_ROWS, _WHOLE), (_ROWS, _ROWS))(x, scale_D)
+        return over_mesh(functools.partial(_normed, eps), (_ROWS, _WHOLE), (_ROWS, _ROWS))(x, scale_D)
     x_f32 = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True)
     scale = jnp.broadcast_to(scale_D, x.shape)
@@ -62,13 +61,6 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> tuple[jax.Array, j
 
 def _has_kernel(x: jax.Array, rank: int) -> bool:
     return ambient_platform() == "cpu" and x.ndim == rank and x.dtype == jnp.float32 and native.is_available()
-
-
-def _over_mesh(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return function
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def _plain_product(x: jax.Array, matrix_DF: jax.Array) -> jax.Array:

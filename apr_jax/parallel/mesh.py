@@ -9,7 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -145,6 +145,14 @@ def ambient_platform() -> str:
     """What the ambient mesh's devices are: a program may be compiled for others than are here. "cpu", "tpu", .."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return jax.default_backend() if device is None else str(device.platform)
+
+
+def over_mesh(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """Maps a function that is opaque to the partitioner over the ambient mesh, if there is one of several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def num_row_shards() -> int:
