@@ -25,6 +25,7 @@ from apr_jax.engine.decode_cache import DecodeCache, DecodePlan, View, open_cach
 from apr_jax.engine.sampling import log_probs, sample, uniforms
 from apr_jax.engine.scheduler import Limits
 from apr_jax.engine.shared_cache import SharedCache
+from apr_jax.model import native
 from apr_jax.model.kv_cache import (
     Block,
     PagedKVCache,
@@ -128,13 +129,19 @@ def decode_thread(
     logits_V: jax.Array = _constrain(model.logits(hidden_TD)[0], partition_spec(None))
     gate = policy.gate
     hold = None if held is None or gate is None else holding.hold(held, gate, policy.banned_mask, token, view.step)
-    logprobs_V = log_probs(logits_V, policy.temperature, policy.banned_mask if hold is None else hold.banned_mask)
-    drawn = sample(logprobs_V, uniform, policy.temperature)
+    after = None
+    if hold is None and model.layout.native:
+        drawn, logprob = native.draw(logits_V, policy.temperature, policy.banned_mask, uniform)
+    else:
+        logprobs_V = log_probs(logits_V, policy.temperature, policy.banned_mask if hold is None else hold.banned_mask)
+        drawn = sample(logprobs_V, uniform, policy.temperature)
+        logprob = logprobs_V[drawn]
+        after = None if hold is None else hold.after(logprobs_V, drawn)
     stopped = jnp.any(drawn == stop_tokens)
     if hold is not None:
         stopped |= hold.pauses(drawn)
-    logprob, left = logprobs_V[drawn], jnp.where(stopped, 0, jnp.maximum(remaining - 1, 0))
-    return successor.carried, drawn, logprob, left, None if hold is None else hold.after(logprobs_V, drawn)
+    left = jnp.where(stopped, 0, jnp.maximum(remaining - 1, 0))
+    return successor.carried, drawn, logprob, left, after
 
 
 def prefill_thread(

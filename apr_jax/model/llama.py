@@ -63,6 +63,11 @@ class WeightLayout:
     matrices: Literal["plain", "transposed", "panels"] = "plain"  # [in, out], [out, in], for `native.py`
     own_head: bool = False  # the output head is a matrix of its own even where it is tied to the embedding
 
+    @property
+    def native(self) -> bool:
+        """Whether a step goes through the kernels of `native.py`, in float32 on a CPU."""
+        return self.matrices == "panels"
+
 
 TRAINED = WeightLayout()
 
@@ -82,15 +87,17 @@ class ParamCount:
 class RMSNorm(nnx.Module):
     """`x / sqrt(mean(x^2) + eps) * scale`, float32 inside (Zhang and Sennrich 2019, eq. 4)."""
 
-    def __init__(self, dim: int, eps: float):
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
+    def __init__(self, config: ModelConfig, layout: WeightLayout):
+        self.eps, self.layout = config.rms_norm_eps, layout
+        self.scale = nnx.Param(jnp.ones((config.embed_dim,), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.beside(x)[1]
 
     def beside(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The input, for who goes on with it, too, and the normed one: see `rms_norm`."""
+        if self.layout.native:
+            return x, native.rms_norm(x, self.scale[...], self.eps)
         return rms_norm(x, self.scale[...], self.eps)
 
 
@@ -143,15 +150,15 @@ class Attention(nnx.Module):
         query_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         if layout.fused:
             together = _matmul(x, self.query_key_value, layout, query_dim + 2 * kv_dim)
-            if layout.matrices == "panels":
-                together = native.rotate(together, angles, config.num_heads + config.num_kv_heads)
+            if layout.native:
+                apart = native.rotate_apart(together, angles, query_dim, kv_dim)
+                q_TNH, k_TKH, v_TKH = (flat.reshape(*x.shape[:-1], *heads) for flat in apart)
+                return q_TNH, k_TKH, v_TKH
             projected = jnp.split(together, [query_dim, query_dim + kv_dim], axis=-1)
         else:
             of_each = (self.query, query_dim), (self.key, kv_dim), (self.value, kv_dim)
             projected = [_matmul(x, weight, layout, outputs) for weight, outputs in of_each]
         q_TNH, k_TKH, v_TKH = (flat.reshape(*x.shape[:-1], *heads) for flat in projected)
-        if layout.fused and layout.matrices == "panels":
-            return q_TNH, k_TKH, v_TKH
         return rotate(q_TNH, angles), rotate(k_TKH, angles), v_TKH
 
     def combine(self, out_TNH: jax.Array) -> jax.Array:
@@ -173,10 +180,11 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         config, layout = self.config, self.layout
         if layout.fused:
-            gate, up = jnp.split(_matmul(x, self.gate_up, layout, 2 * config.mlp_dim), 2, axis=-1)
+            together = _matmul(x, self.gate_up, layout, 2 * config.mlp_dim)
+            hidden = native.swiglu_joined(together) if layout.native else swiglu(*jnp.split(together, 2, axis=-1))
         else:
-            gate, up = (_matmul(x, weight, layout, config.mlp_dim) for weight in (self.gate, self.up))
-        return _matmul(swiglu(gate, up), self.down, layout, config.embed_dim)
+            hidden = swiglu(*(_matmul(x, weight, layout, config.mlp_dim) for weight in (self.gate, self.up)))
+        return _matmul(hidden, self.down, layout, config.embed_dim)
 
 
 class Block(nnx.Module):
@@ -184,9 +192,9 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, layout: WeightLayout, *, rngs: nnx.Rngs):
         self.config = config
-        self.attention_norm = RMSNorm(config.embed_dim, config.rms_norm_eps)
+        self.attention_norm = RMSNorm(config, layout)
         self.attention = Attention(config, layout, rngs=rngs)
-        self.mlp_norm = RMSNorm(config.embed_dim, config.rms_norm_eps)
+        self.mlp_norm = RMSNorm(config, layout)
         self.mlp = MLP(config, layout, rngs=rngs)
 
     def __call__(
@@ -224,7 +232,7 @@ class Llama(nnx.Module):
         self.config, self.layout = config, layout
         self.embedding = _normal(rngs, (config.vocab_size, config.embed_dim), INIT_STDDEV)
         self.blocks = nnx.List([Block(config, layout, rngs=rngs) for _ in range(config.num_layers)])
-        self.final_norm = RMSNorm(config.embed_dim, config.rms_norm_eps)
+        self.final_norm = RMSNorm(config, layout)
         tied = config.tie_embeddings and not layout.own_head
         self.head = None if tied else _matrix(rngs, config.embed_dim, config.vocab_size, layout)
 

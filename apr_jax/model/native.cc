@@ -23,6 +23,7 @@ constexpr int kTile = 6;
 #endif
 constexpr int64_t kSmall = 1 << 20;  // multiplications that one thread does sooner than it has waked another
 constexpr int kChunks = 8;            // parts of the work for each thread, as a thread may come late
+constexpr int64_t kPart = 256;        // tokens whose probabilities are added up first, as one sum
 constexpr int kAhead = 128 * kWidth;  // floats from what is read to what memory is asked for
 
 void prefetch(const float* from, int64_t count) {
@@ -103,24 +104,119 @@ ffi::Error product(ffi::ThreadPool pool, int64_t threads, Floats x, Floats panel
   return ffi::Error::Success();
 }
 
-// The first `heads` heads of each row [W], rotated by the row's angles [H / 2]; the rest of it as it is.
-ffi::Error rotate(int64_t heads, Floats x, Floats cosines, Floats sines,
-                  ffi::ResultBuffer<ffi::F32> out) {
+// Heads of a row, of two halves each, rotated by its angles [H / 2].
+void rotate_heads(const float* x, int64_t heads, const float* cosine, const float* sine, int64_t half, float* out) {
+  for (int64_t head = 0; head < heads; ++head, x += 2 * half, out += 2 * half) {
+    for (int64_t h = 0; h < half; ++h) {
+      out[h] = x[h] * cosine[h] - x[half + h] * sine[h];
+      out[half + h] = x[half + h] * cosine[h] + x[h] * sine[h];
+    }
+  }
+}
+
+ffi::Error rotate(Floats x, Floats cosines, Floats sines, ffi::ResultBuffer<ffi::F32> out) {
   const int64_t W = x.dimensions().back(), half = cosines.dimensions().back(), rows = x.element_count() / W;
   for (int64_t row = 0; row < rows; ++row) {
-    const float *const from = x.typed_data() + row * W;
-    const float *const cosine = cosines.typed_data() + row * half, *const sine = sines.typed_data() + row * half;
-    float* const to = out->typed_data() + row * W;
-    for (int64_t head = 0; head < heads; ++head) {
-      const float *const first = from + 2 * head * half, *const second = first + half;
-      float *const one = to + 2 * head * half, *const other = one + half;
-      for (int64_t h = 0; h < half; ++h) {
-        one[h] = first[h] * cosine[h] - second[h] * sine[h];
-        other[h] = second[h] * cosine[h] + first[h] * sine[h];
-      }
-    }
-    std::copy(from + 2 * heads * half, from + W, to + 2 * heads * half);
+    rotate_heads(x.typed_data() + row * W, W / (2 * half), cosines.typed_data() + row * half,
+                 sines.typed_data() + row * half, half, out->typed_data() + row * W);
   }
+  return ffi::Error::Success();
+}
+
+// Rows of queries, keys and values side by side as one array each, queries and keys rotated.
+ffi::Error rotate_apart(Floats x, Floats cosines, Floats sines, ffi::ResultBuffer<ffi::F32> q,
+                        ffi::ResultBuffer<ffi::F32> k, ffi::ResultBuffer<ffi::F32> v) {
+  const int64_t half = cosines.dimensions().back(), rows = cosines.element_count() / half;
+  const int64_t Q = q->dimensions().back(), K = k->dimensions().back(), W = Q + 2 * K;
+  for (int64_t row = 0; row < rows; ++row) {
+    const float *const from = x.typed_data() + row * W, *const cosine = cosines.typed_data() + row * half;
+    const float* const sine = sines.typed_data() + row * half;
+    rotate_heads(from, Q / (2 * half), cosine, sine, half, q->typed_data() + row * Q);
+    rotate_heads(from + Q, K / (2 * half), cosine, sine, half, k->typed_data() + row * K);
+    std::copy_n(from + Q + K, K, v->typed_data() + row * K);
+  }
+  return ffi::Error::Success();
+}
+
+// silu(gate) * up of rows that hold both, [2 F].
+ffi::Error swiglu_joined(ffi::ThreadPool pool, int64_t threads, Floats x, ffi::ResultBuffer<ffi::F32> out) {
+  const int64_t F = out->dimensions().back(), rows = out->element_count() / F;
+  parallel(pool, rows * F < kSmall / 16 ? 1 : threads, rows, [&](int64_t row) {
+    const float *const gate = x.typed_data() + 2 * row * F, *const up = gate + F;
+    float* const to = out->typed_data() + row * F;
+#pragma omp simd
+    for (int64_t f = 0; f < F; ++f) to[f] = gate[f] * sigmoid(gate[f]) * up[f];
+  });
+  return ffi::Error::Success();
+}
+
+// One token of a row [V]: the likeliest at temperature 0, else by inverse CDF at `uniform`, with its log-probability
+// (at temperature 0 that of temperature 1). Tokens that are banned or whose probability rounds to 0 are never drawn.
+struct Draw {
+  int64_t V;
+  float temperature;
+  const bool* banned;
+
+  void operator()(const float* logits, float uniform, int32_t* token, float* logprob) const {
+    static thread_local std::vector<float> scratch;
+    const int64_t parts = (V + kPart - 1) / kPart;
+    scratch.resize(2 * V + parts);
+    float *const scaled = scratch.data(), *const weights = scaled + V, *const sums = weights + V;
+    const float divisor = temperature > 0 ? temperature : 1;
+    float top = kLowest;
+#pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < V; ++i) {
+      scaled[i] = banned[i] ? kLowest : logits[i] / divisor;
+      top = std::max(top, scaled[i]);
+    }
+    float total = 0;
+    for (int64_t part = 0; part < parts; ++part) {
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = part * kPart; i < std::min((part + 1) * kPart, V); ++i) {
+        weights[i] = exp_negative(scaled[i] - top);
+        sum += weights[i];
+      }
+      sums[part] = sum;
+      total += sum;
+    }
+    const int64_t chosen = temperature > 0 ? by_inverse_cdf(weights, sums, parts, uniform * total)
+                                           : std::find(scaled, scaled + V, top) - scaled;
+    *token = static_cast<int32_t>(chosen);
+    *logprob = scaled[chosen] - top - std::log(total);
+  }
+
+  // The first token up to which there is more than `threshold`; where rounding leaves none, the last that adds some.
+  int64_t by_inverse_cdf(const float* weights, const float* sums, int64_t parts, float threshold) const {
+    int64_t part = -1;
+    float before = 0, cumulative = 0;
+    for (int64_t p = 0; p < parts && !(part >= 0 && cumulative > threshold); ++p) {
+      if (!(sums[p] > 0)) continue;
+      part = p;
+      before = cumulative;
+      cumulative += sums[p];
+    }
+    int64_t token = 0;
+    cumulative = before;
+    for (int64_t i = std::max<int64_t>(part, 0) * kPart, end = std::min(i + kPart, V); i < end; ++i) {
+      if (!(weights[i] > 0)) continue;
+      token = i;
+      cumulative += weights[i];
+      if (cumulative > threshold) break;
+    }
+    return token;
+  }
+};
+
+ffi::Error draw(ffi::ThreadPool pool, int64_t threads, Floats logits, Floats temperature,
+                ffi::Buffer<ffi::PRED> banned, Floats uniforms, ffi::ResultBuffer<ffi::S32> tokens,
+                ffi::ResultBuffer<ffi::F32> logprobs) {
+  const int64_t V = logits.dimensions().back(), rows = logits.element_count() / V;
+  const Draw one{V, temperature.typed_data()[0], banned.typed_data()};
+  parallel(pool, rows * V < kSmall / 16 ? 1 : threads, rows, [&](int64_t row) {
+    one(logits.typed_data() + row * V, uniforms.typed_data()[row], tokens->typed_data() + row,
+        logprobs->typed_data() + row);
+  });
   return ffi::Error::Success();
 }
 
@@ -226,11 +322,33 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_product, product,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_rotate, rotate,
                               ffi::Ffi::Bind()
-                                  .Attr<int64_t>("heads")
                                   .Arg<Floats>()    // x
                                   .Arg<Floats>()    // cosines
                                   .Arg<Floats>()    // sines
                                   .Ret<Floats>());  // out
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_rotate_apart, rotate_apart,
+                              ffi::Ffi::Bind()
+                                  .Arg<Floats>()    // x
+                                  .Arg<Floats>()    // cosines
+                                  .Arg<Floats>()    // sines
+                                  .Ret<Floats>()    // q
+                                  .Ret<Floats>()    // k
+                                  .Ret<Floats>());  // v
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_swiglu_joined, swiglu_joined,
+                              bind_threaded()
+                                  .Arg<Floats>()    // gate and up
+                                  .Ret<Floats>());  // out
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_draw, draw,
+                              bind_threaded()
+                                  .Arg<Floats>()                  // logits
+                                  .Arg<Floats>()                  // temperature
+                                  .Arg<ffi::Buffer<ffi::PRED>>()  // banned
+                                  .Arg<Floats>()                  // uniforms
+                                  .Ret<Integers>()                // tokens
+                                  .Ret<Floats>());                // log-probabilities
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_attend, attend,
                               bind_threaded()

@@ -62,4 +62,9 @@ inline float exp_negative(float x) {
   return x < -87.0f ? 0.0f : (p * r * r + r + 1.0f) * power;
 }
 
+inline float sigmoid(float x) {
+  const float e = exp_negative(-std::abs(x));
+  return (x < 0 ? e : 1.0f) / (1.0f + e);
+}
+
 #endif  // APR_JAX_MODEL_NATIVE_H_

@@ -26,7 +26,14 @@ import numpy as np
 _FOLDER = pathlib.Path(__file__).parent
 _HEADER = _FOLDER / "native.h"
 _TARGETS = {
-    _FOLDER / "native.cc": ("apr_product", "apr_rotate", "apr_attend"),
+    _FOLDER / "native.cc": (
+        "apr_product",
+        "apr_rotate",
+        "apr_rotate_apart",
+        "apr_swiglu_joined",
+        "apr_attend",
+        "apr_draw",
+    ),
     _FOLDER / "native_training.cc": (
         "apr_attention",
         "apr_attention_backward",
@@ -40,6 +47,8 @@ _TARGETS = {
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-w")
 _PANEL = 16  # columns of a matrix that lie side by side
 _COMPILERS = ("c++", "g++", "clang++")
+
+Angles = tuple[jax.Array, jax.Array]
 
 _log = logging.getLogger(__name__)
 
@@ -89,16 +98,51 @@ def product(x: jax.Array, panels: jax.Array, outputs: int) -> jax.Array:
     return _call("apr_product", out, vmap_method="expand_dims")(x, panels, threads=_threads())
 
 
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array], num_heads: int) -> jax.Array:
-    """RoPE of the first heads of `x [..., T, W]`, as `rope.apply_rope`; the rest of a row stays as it is.
+def rotate(x: jax.Array, angles: Angles) -> jax.Array:
+    """RoPE of whole heads `x [..., T, N H]`, as `rope.apply_rope`, float32; `angles` are `[..., T, 1, H/2]`."""
+    cos, sin = (jnp.squeeze(each, -2) for each in angles)
+    out: jax.Array = _call("apr_rotate", _float32(*x.shape), vmap_method="broadcast_all")(x, cos, sin)
+    return out
+
+
+def rotate_apart(x: jax.Array, angles: Angles, queries: int, keys: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values of rows that hold all three, float32; queries and keys with RoPE.
 
     Args:
-        x: float32; `num_heads` heads of H elements, then others.
+        x: `[..., T, queries + 2 keys]`.
         angles: cosines and sines `[..., T, 1, H/2]`. XLA would compute them anew for every layer's queries and keys.
     """
-    out = _float32(*x.shape)
+    shapes = [_float32(*x.shape[:-1], width) for width in (queries, keys, keys)]
     cos, sin = (jnp.squeeze(each, -2) for each in angles)
-    return _call("apr_rotate", out, vmap_method="broadcast_all")(x, cos, sin, heads=np.int64(num_heads))
+    q, k, v = _call("apr_rotate_apart", shapes, vmap_method="broadcast_all")(x, cos, sin)
+    return q, k, v
+
+
+def swiglu_joined(x: jax.Array) -> jax.Array:
+    """`silu(gate) * up` of rows `[..., 2 F]` that hold both, float32: `[..., F]`."""
+    call = _call("apr_swiglu_joined", _float32(*x.shape[:-1], x.shape[-1] // 2), vmap_method="broadcast_all")
+    out: jax.Array = call(x, threads=_threads())
+    return out
+
+
+def draw(
+    logits: jax.Array, temperature: jax.Array, banned_mask_V: jax.Array, uniform: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A token of each row and its log-probability: `sampling.log_probs` and `sampling.sample` in one.
+
+    Args:
+        logits: float32 `[..., V]`.
+        temperature: float32 scalar. Not a lane's own.
+        banned_mask_V: bool. Not a lane's own.
+        uniform: float32 `[...]` in [0, 1).
+
+    Returns:
+        int32 and float32 `[...]`.
+    """
+    shapes = [jax.ShapeDtypeStruct(uniform.shape, jnp.int32), _float32(*uniform.shape)]  # type: ignore[no-untyped-call]
+    call = _call("apr_draw", shapes, vmap_method="expand_dims")
+    token, logprob = call(logits, temperature, banned_mask_V, uniform, threads=_threads())
+    return token, logprob
 
 
 def write_then_attend(
@@ -190,8 +234,8 @@ def swiglu_backward(gate: jax.Array, up: jax.Array, dout: jax.Array) -> tuple[ja
 
 
 def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm of each row of `x [..., D]`, float32."""
-    call = _call("apr_rms_norm", _float32(*x.shape), vmap_method="sequential")
+    """RMSNorm of each row of `x [..., D]`, float32. Lifted over lanes the scale is one for all."""
+    call = _call("apr_rms_norm", _float32(*x.shape), vmap_method="expand_dims")
     out: jax.Array = call(x, scale_D, threads=_threads(), eps=np.float32(eps))
     return out
 

@@ -229,11 +229,6 @@ ffi::Error outer(ffi::ThreadPool pool, int64_t threads, Floats x, Floats y, ffi:
   return ffi::Error::Success();
 }
 
-inline float sigmoid(float x) {
-  const float e = exp_negative(-std::abs(x));
-  return (x < 0 ? e : 1.0f) / (1.0f + e);
-}
-
 // Calls task(begin, end) for parts of `count` elements.
 template <typename Task>
 void by_parts(ffi::ThreadPool& pool, int64_t threads, int64_t count, const Task& task) {

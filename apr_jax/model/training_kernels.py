@@ -107,7 +107,7 @@ _gated.defvjp(_gated_forward, _gated_backward)
 
 @jax.custom_vjp
 def _rotated(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    flat = native.rotate(x_BTNH.reshape(*x_BTNH.shape[:2], -1), (cos, sin), x_BTNH.shape[2])
+    flat = native.rotate(x_BTNH.reshape(*x_BTNH.shape[:2], -1), (cos, sin))
     return flat.reshape(x_BTNH.shape)
 
 

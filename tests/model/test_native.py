@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from apr_jax.engine.sampling import log_probs, sample
 from apr_jax.model import attention, native, training_kernels
 from apr_jax.model.paged_attention import PLAIN, choose_impl, write_then_attend
 from apr_jax.model.rope import apply_rope, rope_angles
@@ -63,13 +64,62 @@ def test_lifted_over_lanes_it_is_one_product():
     assert lifted.lower(x_LTD, panels, 18).as_text().count("apr_product") == 1
 
 
-def test_rotation_is_rope_of_the_first_heads():
-    x_LTW, positions_LT = normal(4, 2, 5 * 8), jnp.arange(8).reshape(4, 2) * 37
+def test_rotation_is_rope():
+    x_LTNH, positions_LT = normal(4, 2, 3, 8), jnp.arange(8).reshape(4, 2) * 37
     angles = rope_angles(positions_LT, 8, 1e4)
-    expected_LTNH = apply_rope(x_LTW.reshape(4, 2, 5, 8)[:, :, :3], angles)
-    for made in (native.rotate(x_LTW, angles, 3), jax.vmap(lambda x, a: native.rotate(x, a, 3))(x_LTW, angles)):
-        np.testing.assert_allclose(made[..., :24].reshape(4, 2, 3, 8), expected_LTNH, atol=1e-6)
-        np.testing.assert_array_equal(made[..., 24:], x_LTW[..., 24:])
+    made = native.rotate(x_LTNH.reshape(4, 2, 24), angles)
+    np.testing.assert_allclose(made.reshape(4, 2, 3, 8), apply_rope(x_LTNH, angles), atol=1e-6)
+
+
+def test_queries_keys_and_values_come_apart():
+    """Three heads of queries and two of keys are rotated, values stay; alone and lifted over lanes."""
+    x_LTW, positions_LT = normal(4, 2, 7 * 8), jnp.arange(8).reshape(4, 2) * 37
+    angles = rope_angles(positions_LT, 8, 1e4)
+    rotated_LTNH = apply_rope(x_LTW[..., :40].reshape(4, 2, 5, 8), angles)
+    for apart in (native.rotate_apart, jax.vmap(native.rotate_apart, in_axes=(0, 0, None, None))):
+        q, k, v = apart(x_LTW, angles, 24, 16)
+        np.testing.assert_allclose(q.reshape(4, 2, 3, 8), rotated_LTNH[:, :, :3], atol=1e-6)
+        np.testing.assert_allclose(k.reshape(4, 2, 2, 8), rotated_LTNH[:, :, 3:], atol=1e-6)
+        np.testing.assert_array_equal(v, x_LTW[..., 40:])
+
+
+def test_swiglu_and_norms_lifted_over_lanes():
+    x_LTW, scale_D = 8 * normal(5, 1, 2 * 18), normal(36, seed=1)
+    gate, up = jnp.split(x_LTW, 2, axis=-1)
+    np.testing.assert_allclose(jax.vmap(native.swiglu_joined)(x_LTW), jax.nn.silu(gate) * up, rtol=1e-5, atol=1e-5)
+    normed = jax.vmap(native.rms_norm, in_axes=(0, None, None))(x_LTW, scale_D, 1e-6)
+    expected = x_LTW / jnp.sqrt(jnp.mean(x_LTW**2, axis=-1, keepdims=True) + 1e-6) * scale_D[None, None]
+    np.testing.assert_allclose(normed, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 7, 256, 336, 1_000])
+@pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 2.0])
+def test_draws_are_those_of_the_sampling_policy(size, temperature):
+    """The same tokens but where the uniform number falls on a boundary, to rounding; the same log-probabilities."""
+    lanes = 500
+    logits_LV, uniforms_L = 3 * normal(lanes, size), jax.random.uniform(jax.random.key(1), (lanes,))
+    banned_V = (jnp.arange(size) % 3 == 1) & (size > 1)
+    logprobs_LV = log_probs(logits_LV, temperature, banned_V)
+    expected_L = jax.vmap(lambda x, u: sample(x, u, temperature))(logprobs_LV, uniforms_L)
+    lifted = jax.vmap(native.draw, in_axes=(0, None, None, 0))
+    token_L, logprob_L = lifted(logits_LV, jnp.float32(temperature), banned_V, uniforms_L)
+    np.testing.assert_allclose(logprob_L, logprobs_LV[jnp.arange(lanes), token_L], rtol=1e-5, atol=2e-6)
+    assert not banned_V[token_L].any()
+    cdf_LV = jnp.cumsum(jnp.exp(logprobs_LV), axis=1)
+    for lane in np.flatnonzero(token_L != expected_L):
+        assert temperature > 0
+        assert np.abs(cdf_LV[lane] - uniforms_L[lane]).min() < 1e-6
+    alone = native.draw(logits_LV[3], jnp.float32(temperature), banned_V, uniforms_L[3])
+    assert (alone[0], alone[1]) == (token_L[3], logprob_L[3])
+
+
+def test_the_ends_of_the_interval_are_tokens_that_can_be():
+    """Uniform numbers 0 and just below 1, where first and last tokens are banned or hardly ever drawn."""
+    logits_V = jnp.full((600,), -200.0).at[jnp.array([5, 300, 580])].set(jnp.array([0.0, 1.0, 2.0]))
+    banned_V = jnp.zeros((600,), bool).at[580].set(True)
+    for uniform, token in ((0.0, 5), (0.26, 5), (0.28, 300), (np.nextafter(np.float32(1), np.float32(0)), 300)):
+        assert native.draw(logits_V, jnp.float32(1), banned_V, jnp.float32(uniform))[0] == token
+    assert native.draw(logits_V, jnp.float32(0), banned_V, jnp.float32(0.9))[0] == 300
 
 
 @pytest.mark.parametrize("head_dim", [8, 32, 64, 80, 128])
