@@ -52,6 +52,7 @@ class KVCache(Protocol):
 
 
 C = TypeVar("C", bound=KVCache)
+Segments = tuple[jax.Array | None, jax.Array | None]  # segment ids, and how far tokens reach: see `Llama`
 Params = nnx.State[Any, Any]  # the weights as a pytree; its keys are the attributes of the modules
 
 
@@ -201,7 +202,7 @@ class Block(nnx.Module):
         self,
         x: jax.Array,
         angles: tuple[jax.Array, jax.Array],
-        segment_ids: jax.Array | None,
+        segments: Segments,
         shared: tuple[SharedRows, tuple[Angles, ...]] | None,
     ) -> jax.Array:
         x, normed = self.attention_norm.beside(split_rows(x))
@@ -209,8 +210,8 @@ class Block(nnx.Module):
         if shared is not None:
             return self._residuals(x, shared_attention(q_TNH, k_TKH, v_TKH, *shared))
         batched = [a.reshape(-1, *a.shape[-3:]) for a in (q_TNH, k_TKH, v_TKH)]
-        segment_ids_BT = None if segment_ids is None else segment_ids.reshape(-1, segment_ids.shape[-1])
-        out_BTNH = self_attention(*batched, segment_ids_BT=segment_ids_BT, impl=self.config.attention)
+        ids_BT, reach_BT = (None if x is None else x.reshape(-1, x.shape[-1]) for x in segments)
+        out_BTNH = self_attention(*batched, segment_ids_BT=ids_BT, reach_BT=reach_BT, impl=self.config.attention)
         return self._residuals(x, out_BTNH.reshape(q_TNH.shape))
 
     def cached(
@@ -242,6 +243,7 @@ class Llama(nnx.Module):
         positions: jax.Array,
         *,
         segment_ids: jax.Array | None = None,
+        reach: jax.Array | None = None,
         cache: C | None = None,
         shared: SharedRows | None = None,
     ) -> tuple[jax.Array, C | None]:
@@ -251,6 +253,8 @@ class Llama(nnx.Module):
             tokens: int32 `[..., T]`.
             positions: int32 `[..., T]`, the tokens' positions in their own sequence (they restart at each segment).
             segment_ids: int32 `[..., T]`; a token sees earlier tokens of the row with its own id. None = one segment.
+            reach: int32 `[..., T]`, how many tokens of its segment see this one, from itself on: segments may have
+                branches (`data/prefixes.py`). None: all later ones.
             cache: holds the keys and values of earlier positions; segment ids have no meaning with it.
             shared: of a batch `[B, T]` whose sequences hold several workers, instead of segment ids; positions then
                 count in each worker's own row (`shared_view.py`).
@@ -263,6 +267,8 @@ class Llama(nnx.Module):
                 f"tokens {tokens.shape}, positions {positions.shape} and segment_ids "
                 f"{None if segment_ids is None else segment_ids.shape} must have one shape"
             )
+        if reach is not None and (segment_ids is None or reach.shape != tokens.shape):
+            raise ValueError(f"reach {reach.shape} is of tokens {tokens.shape} with segment ids")
         if cache is not None and segment_ids is not None:
             raise ValueError("segment_ids and cache exclude each other: a cache holds one sequence")
         if shared is not None and (cache is not None or segment_ids is not None):
@@ -276,9 +282,9 @@ class Llama(nnx.Module):
             if cache is not None:
                 x, cache = block.cached(x, angles, positions, layer, cache)
             elif config.remat in _KEPT:
-                x = nnx.remat(Block.__call__, policy=_KEPT[config.remat])(block, x, angles, segment_ids, more)
+                x = nnx.remat(Block.__call__, policy=_KEPT[config.remat])(block, x, angles, (segment_ids, reach), more)
             else:
-                x = block(x, angles, segment_ids, more)
+                x = block(x, angles, (segment_ids, reach), more)
         return self.final_norm(x if cache is not None else split_rows(x)), cache
 
     def head_weight(self) -> jax.Array:

@@ -174,13 +174,14 @@ def write_then_attend(
 
 
 def attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, first_BT: jax.Array
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, first_BT: jax.Array, ends_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention of each query to the tokens from its `first_BT` to itself; scores scaled by 1/sqrt(H).
+    """Softmax attention of each query to tokens from its `first_BT` to itself; scores scaled by 1/sqrt(H).
 
     Args:
         q_BTNH, k_BTKH, v_BTKH: float32, T and H multiples of 16.
         first_BT: int32, does not decrease along T.
+        ends_BT: int32, the first time from which on a token is not seen.
 
     Returns:
         `[B, T, N, H]`, and the logarithm of each softmax's sum `[B, N, T]`, for `attention_backward`.
@@ -188,7 +189,7 @@ def attention(
     B, T, N, _ = q_BTNH.shape
     shapes = [_float32(*q_BTNH.shape), _float32(B, N, T)]
     call = _call("apr_attention", shapes, vmap_method="sequential")
-    out_BTNH, lse_BNT = call(q_BTNH, k_BTKH, v_BTKH, first_BT, threads=_threads())
+    out_BTNH, lse_BNT = call(q_BTNH, k_BTKH, v_BTKH, first_BT, ends_BT, threads=_threads())
     return out_BTNH, lse_BNT
 
 
@@ -197,6 +198,7 @@ def attention_backward(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     first_BT: jax.Array,
+    ends_BT: jax.Array,
     out_BTNH: jax.Array,
     lse_BNT: jax.Array,
     dout_BTNH: jax.Array,
@@ -204,7 +206,7 @@ def attention_backward(
     """The gradients of queries, keys and values, given that of the output (Dao et al. 2022, algorithm 4)."""
     shapes = [_float32(*x.shape) for x in (q_BTNH, k_BTKH, v_BTKH)]
     call = _call("apr_attention_backward", shapes, vmap_method="sequential")
-    dq, dk, dv = call(q_BTNH, k_BTKH, v_BTKH, first_BT, out_BTNH, lse_BNT, dout_BTNH, threads=_threads())
+    dq, dk, dv = call(q_BTNH, k_BTKH, v_BTKH, first_BT, ends_BT, out_BTNH, lse_BNT, dout_BTNH, threads=_threads())
     return dq, dk, dv
 
 

@@ -52,17 +52,29 @@ struct Rows {
   int64_t T, H, G, query_stride, key_stride;  // floats from one token to the next
   float scale;
   const int32_t* first;  // of each token, the first that it sees
+  const int32_t* ends;   // of each token, the first later one that does not see it
 
   int64_t begin(int64_t block) const { return first[block] / kBlock * kBlock; }
+
+  // Whether no query of a block sees any of 16 keys: they are of branches that have ended.
+  bool hidden(int64_t key, int64_t block) const {
+    return *std::max_element(ends + key, ends + key + kBlock) <= block;
+  }
 
   // Keys `begin` .. of a block of queries, turned, times the block's queries, turned; those out of sight get `kLowest`.
   void scores(const float* turned_keys, const float* turned_queries, int64_t block, float* out) const {
     for (int64_t key = begin(block); key <= block; key += kBlock, out += kBlock * kBlock) {
+      if (hidden(key, block)) {
+        std::fill_n(out, kBlock * kBlock, kLowest);
+        continue;
+      }
       multiply<true, false>(turned_keys + key * H, kBlock, turned_queries, kBlock, H, out, kBlock);
-      if (key < block && key >= first[block + kBlock - 1]) continue;
+      const bool all_reach = *std::min_element(ends + key, ends + key + kBlock) >= block + kBlock;
+      if (key < block && key >= first[block + kBlock - 1] && all_reach) continue;
       for (int64_t j = 0; j < kBlock; ++j) {
         for (int64_t i = 0; i < kBlock; ++i) {
-          const bool seen = key + j <= block + i && key + j >= first[block + i];
+          const int64_t time = block + i;
+          const bool seen = key + j <= time && key + j >= first[time] && time < ends[key + j];
           out[j * kBlock + i] = seen ? out[j * kBlock + i] : kLowest;
         }
       }
@@ -135,6 +147,10 @@ void attend_backward(const Rows& rows, const float* q, const float* k, const flo
       }
       for (int64_t j = 0; j < length; j += kBlock) {
         float* const tile = dscores + j * kBlock;
+        if (rows.hidden(begin + j, block)) {
+          std::fill_n(tile, kBlock * kBlock, 0.0f);
+          continue;
+        }
         multiply<true, false>(values + (begin + j) * H, kBlock, douts, kBlock, H, tile, kBlock);
       }
       const float* const log = logs + head * T + block;
@@ -149,6 +165,7 @@ void attend_backward(const Rows& rows, const float* q, const float* k, const flo
       for (int64_t h = 0; h < H; h += kWidth) {
         multiply<true, false>(dscores, kBlock, k + begin * rows.key_stride + h, rows.key_stride, length, dq + at + h, stride);
         for (int64_t j = 0; j < length; j += kBlock) {
+          if (rows.hidden(begin + j, block)) continue;
           const int64_t to = (begin + j) * rows.key_stride + h;
           multiply<false, true>(dscores + j * kBlock, kBlock, q + at + h, stride, kBlock, dk + to, rows.key_stride);
           multiply<false, true>(weights + j * kBlock, kBlock, dout + at + h, stride, kBlock, dv + to, rows.key_stride);
@@ -162,7 +179,7 @@ void attend_backward(const Rows& rows, const float* q, const float* k, const flo
 // head.
 template <typename Task>
 ffi::Error for_each_head(ffi::ThreadPool& pool, int64_t threads, const Floats& q, const Floats& k, const Integers& first,
-                         const Task& task) {
+                         const Integers& ends, const Task& task) {
   const int64_t B = q.dimensions()[0], T = q.dimensions()[1], N = q.dimensions()[2], H = q.dimensions()[3];
   const int64_t K = k.dimensions()[2], G = N / K;
   if (T % kBlock || H % kWidth) return ffi::Error::InvalidArgument("T and H must be multiples of 16");
@@ -171,15 +188,15 @@ ffi::Error for_each_head(ffi::ThreadPool& pool, int64_t threads, const Floats& q
     static thread_local std::vector<float> scratch;
     scratch.resize(2 * T * (H + kBlock) + 2 * H * kBlock);
     const float scale = 1 / std::sqrt(static_cast<float>(H));
-    const Rows rows{T, H, G, N * H, K * H, scale, first.typed_data() + row * T};
+    const Rows rows{T, H, G, N * H, K * H, scale, first.typed_data() + row * T, ends.typed_data() + row * T};
     task(rows, row * T * N * H + head * G * H, row * T * K * H + head * H, (row * N + head * G) * T, scratch.data());
   });
   return ffi::Error::Success();
 }
 
 ffi::Error attention(ffi::ThreadPool pool, int64_t threads, Floats q, Floats k, Floats v, Integers first,
-                     ffi::Result<Floats> out, ffi::Result<Floats> logs) {
-  return for_each_head(pool, threads, q, k, first, [&](const Rows& rows, int64_t query, int64_t key, int64_t log,
+                     Integers ends, ffi::Result<Floats> out, ffi::Result<Floats> logs) {
+  return for_each_head(pool, threads, q, k, first, ends, [&](const Rows& rows, int64_t query, int64_t key, int64_t log,
                                                        float* scratch) {
     attend(rows, q.typed_data() + query, k.typed_data() + key, v.typed_data() + key, out->typed_data() + query,
            logs->typed_data() + log, scratch);
@@ -187,9 +204,9 @@ ffi::Error attention(ffi::ThreadPool pool, int64_t threads, Floats q, Floats k, 
 }
 
 ffi::Error attention_backward(ffi::ThreadPool pool, int64_t threads, Floats q, Floats k, Floats v, Integers first,
-                              Floats out, Floats logs, Floats dout, ffi::Result<Floats> dq, ffi::Result<Floats> dk,
+                              Integers ends, Floats out, Floats logs, Floats dout, ffi::Result<Floats> dq, ffi::Result<Floats> dk,
                               ffi::Result<Floats> dv) {
-  return for_each_head(pool, threads, q, k, first, [&](const Rows& rows, int64_t query, int64_t key, int64_t log,
+  return for_each_head(pool, threads, q, k, first, ends, [&](const Rows& rows, int64_t query, int64_t key, int64_t log,
                                                        float* scratch) {
     attend_backward(rows, q.typed_data() + query, k.typed_data() + key, v.typed_data() + key, out.typed_data() + query,
                     logs.typed_data() + log, dout.typed_data() + query, dq->typed_data() + query,
@@ -325,6 +342,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_attention, attention,
                                   .Arg<Floats>()    // k
                                   .Arg<Floats>()    // v
                                   .Arg<Integers>()  // the first token that each sees
+                                  .Arg<Integers>()  // the first that sees each no more
                                   .Ret<Floats>()    // out
                                   .Ret<Floats>());  // logs
 
@@ -334,6 +352,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_attention_backward, attention_backward,
                                   .Arg<Floats>()    // k
                                   .Arg<Floats>()    // v
                                   .Arg<Integers>()  // the first token that each sees
+                                  .Arg<Integers>()  // the first that sees each no more
                                   .Arg<Floats>()    // out
                                   .Arg<Floats>()    // logs
                                   .Arg<Floats>()    // dout

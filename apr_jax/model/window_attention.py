@@ -22,6 +22,8 @@ ATTENTION_NAME = "attention"  # of what a policy may keep, so that the backward 
 _MASKED = -1e30  # finite: a masked score never makes a NaN
 _BLOCK = 32  # queries of a block, and the unit of the windows' lengths
 
+_Seen = tuple[jax.Array, jax.Array | None]  # of tokens: segment ids, and the first later time that does not see each
+
 
 def named(outputs: Any) -> Any:
     """Marks what attention gave, so that a policy of `jax.checkpoint` can keep it."""
@@ -43,31 +45,40 @@ class _Place(NamedTuple):
     key: jax.Array
 
 
-def window_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+def window_attention(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BT: jax.Array,
+    ends_BT: jax.Array | None = None,
+) -> jax.Array:
     """Softmax attention to the earlier tokens of a query's own segment; scores scaled by 1/sqrt(H), float32 inside.
 
     The tokens of a segment lie side by side. Rows are padded to a multiple of the block.
+
+    Args:
+        ends_BT: int32, the first later time that does not see a token, if it comes before the segment's end.
     """
     T, H = q_BTNH.shape[1], q_BTNH.shape[-1]
     pad = [(0, 0), (0, -T % _BLOCK)]
-    inputs = (q_BTNH * (1 / math.sqrt(H)), k_BTKH, v_BTKH, segment_ids_BT)
-    return _attend(*(jnp.pad(x, pad + [(0, 0)] * (x.ndim - 2)) for x in inputs))[:, :T]
+    inputs = (q_BTNH * (1 / math.sqrt(H)), k_BTKH, v_BTKH, (segment_ids_BT, ends_BT))
+    return _attend(*jax.tree.map(lambda x: jnp.pad(x, pad + [(0, 0)] * (x.ndim - 2)), inputs))[:, :T]
 
 
 @jax.custom_vjp
-def _attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BT: jax.Array) -> jax.Array:
-    return _forward(q_BTNH, k_BTKH, v_BTKH, ids_BT)[0]
+def _attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, seen: _Seen) -> jax.Array:
+    return _forward(q_BTNH, k_BTKH, v_BTKH, seen)[0]
 
 
-def _forward(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array, Any]:
+def _forward(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, seen: _Seen) -> tuple[jax.Array, Any]:
     (B, T, N, _), K = q_BTNH.shape, k_BTKH.shape[2]
-    windows = _order_windows(ids_BT)
+    windows = _order_windows(seen[0])
     out_BTNH, lse_BKM = jnp.zeros_like(q_BTNH), jnp.zeros((B, K, N // K * T), jnp.float32)
 
     def attend(place: _Place, length: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         out_BTNH, lse_BKM = state
         q_KMH, k_KSH = _queries(q_BTNH, place, K), _keys(k_BTKH, place, length)
-        scores_KMS = _scores(q_KMH, k_KSH, _visible(ids_BT, place, length))
+        scores_KMS = _scores(q_KMH, k_KSH, _visible(seen, place, length))
         top_KM1 = jnp.max(scores_KMS, axis=-1, keepdims=True)
         weights_KMS = jnp.exp(scores_KMS - top_KM1)
         total_KM1 = jnp.sum(weights_KMS, axis=-1, keepdims=True)
@@ -80,11 +91,11 @@ def _forward(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BT: ja
 
     state = _over_windows(attend, windows, T, (out_BTNH, lse_BKM))
     out_BTNH, lse_BKM = named(state)
-    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, ids_BT, out_BTNH, lse_BKM, windows)
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, seen, out_BTNH, lse_BKM, windows)
 
 
 def _backward(saved: Any, dout_BTNH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q_BTNH, k_BTKH, v_BTKH, ids_BT, out_BTNH, lse_BKM, windows = saved
+    q_BTNH, k_BTKH, v_BTKH, seen, out_BTNH, lse_BKM, windows = saved
     (_, T, N, _), K = q_BTNH.shape, k_BTKH.shape[2]
     delta_BTN = jnp.sum(dout_BTNH.astype(jnp.float32) * out_BTNH, axis=-1)
     zeros = (jnp.zeros_like(q_BTNH), *(jnp.zeros(x.shape, jnp.float32) for x in (k_BTKH, v_BTKH)))
@@ -93,7 +104,7 @@ def _backward(saved: Any, dout_BTNH: jax.Array) -> tuple[jax.Array, jax.Array, j
         dq_BTNH, dk_BTKH, dv_BTKH = state
         q_KMH, dout_KMH = _queries(q_BTNH, place, K), _queries(dout_BTNH, place, K)
         k_KSH, v_KSH = _keys(k_BTKH, place, length), _keys(v_BTKH, place, length)
-        scores_KMS = _scores(q_KMH, k_KSH, _visible(ids_BT, place, length))
+        scores_KMS = _scores(q_KMH, k_KSH, _visible(seen, place, length))
         M = q_KMH.shape[1]
         lse_1KM = jax.lax.dynamic_slice(lse_BKM, (place.row, 0, place.query * (N // K)), (1, K, M))
         delta_KM1 = _queries(delta_BTN[..., None], place, K)
@@ -154,12 +165,16 @@ def _over_windows(attend: Any, windows: _Windows, T: int, state: Any) -> Any:
     return state
 
 
-def _visible(ids_BT: jax.Array, place: _Place, length: int) -> jax.Array:
+def _visible(seen: _Seen, place: _Place, length: int) -> jax.Array:
     """`[T, S]`: which key of the window each query of the block sees."""
+    ids_BT, ends_BT = seen
     ids_1T = jax.lax.dynamic_slice(ids_BT, (place.row, place.query), (1, _BLOCK))
     ids_1S = jax.lax.dynamic_slice(ids_BT, (place.row, place.key), (1, length))
-    causal_TS = place.key + jnp.arange(length)[None, :] <= place.query + jnp.arange(_BLOCK)[:, None]
-    return causal_TS & (ids_1T[0][:, None] == ids_1S)
+    times_T1 = place.query + jnp.arange(_BLOCK)[:, None]
+    visible_TS = (place.key + jnp.arange(length)[None, :] <= times_T1) & (ids_1T[0][:, None] == ids_1S)
+    if ends_BT is not None:
+        visible_TS &= times_T1 < jax.lax.dynamic_slice(ends_BT, (place.row, place.key), (1, length))
+    return visible_TS
 
 
 def _scores(q_KMH: jax.Array, k_KSH: jax.Array, visible_TS: jax.Array) -> jax.Array:

@@ -34,7 +34,7 @@ from apr_jax.parallel.mesh import BATCH_AXES, make_mesh, partition_spec
 from apr_jax.parallel.peaks import Cost, Estimate, Peaks
 from apr_jax.train.grpo import Updater
 from apr_jax.train.optimizer import make_optimizer, schedule
-from apr_jax.train.rollouts import Scored, training_sequences
+from apr_jax.train.rollouts import Scored
 from apr_jax.train.sft import make_sft_step
 from apr_jax.train.state import abstract_params_on, abstract_state
 
@@ -146,7 +146,7 @@ def grpo_batch(config: Config, updater: Updater, mesh: Mesh) -> tuple[dict[str, 
     call = Call((), _INTS[:1], _INTS[1:], _FLOATS[1:], Stop(StopReason.LENGTH, None), 0, 0.0, 0.0)
     rollout = Rollout(RolloutKey(0, 0), None, (call,), 1, 0.0, Work())
     scored = Scored((rollout,), (1.0,), np.ones(1), (True,))
-    row = pack(training_sequences(scored, config.grpo.kl_coef, updater.gate), config.grpo.row_len).rows
+    row = pack(updater.sequences(scored), config.grpo.row_len).rows
     rows, spec = config.grpo.rows_per_microbatch, partition_spec(BATCH_AXES)
     batch = {name: _on(_shape((rows, *x.shape[1:]), x.dtype), mesh, spec) for name, x in row.items()}
     return batch, _on(_shape((rows, config.grpo.row_len), jnp.float32), mesh, spec)

@@ -23,8 +23,9 @@ def make_scorer(model: ModelConfig, mesh: Mesh, log_probs: LogProbs, given: Sequ
     """A function (params, batch of packed rows) -> scores of the batch's targets.
 
     The batch's arrays named in `given` go to `log_probs`, after the logits. Attention kernels are mapped over the mesh,
-    activations keep their rows on it, and the loss counts its chunks per device. A batch with `seen` is one of workers
-    on shared caches (`data/shared_sequences.py`).
+    activations keep their rows on it, and the loss counts its chunks per device. A batch with `reach` has
+    segments with branches (`data/prefixes.py`), one with `seen` is of workers on shared caches
+    (`data/shared_sequences.py`).
     """
     structure = graphdef(model)
 
@@ -32,7 +33,7 @@ def make_scorer(model: ModelConfig, mesh: Mesh, log_probs: LogProbs, given: Sequ
         llama = nnx.merge(structure, params)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             ids_BT = batch["segment_ids"]
-            how: dict[str, Any] = {"segment_ids": ids_BT}
+            how: dict[str, Any] = {"segment_ids": ids_BT, "reach": batch.get("reach")}
             if "seen" in batch:
                 how = {"shared": SharedRows(ids_BT, batch["workers"], batch["places"], batch["seen"])}
             hidden_BTD, _ = llama(batch["tokens"], batch["positions"], **how)

@@ -35,7 +35,7 @@ from apr_jax.train.grpo import Updater
 from apr_jax.train.losses import group_advantages, normalise
 from apr_jax.train.optimizer import make_optimizer, schedule
 from apr_jax.train.peers import Peer, PeerError
-from apr_jax.train.rollouts import Scored, training_sequences
+from apr_jax.train.rollouts import Scored
 from apr_jax.train.sft import make_sft_step
 from apr_jax.train.state import create_state
 
@@ -283,9 +283,7 @@ def _grpo_pass(
         rollouts = engine.run(
             [(key, program()) for key, program in zip(keys, programs, strict=True)], seed=config.seed, temperature=1.0
         )
-        sequences = training_sequences(
-            Scored(tuple(rollouts), rewards, advantages, tuple(map(bool, rewards))), config.grpo.kl_coef
-        )
+        sequences = updater.sequences(Scored(tuple(rollouts), rewards, advantages, tuple(map(bool, rewards))))
         state, metrics, _ = updater.update(state, updater.microbatches(sequences), None)
         _wait(state)
         return {"seconds": [time.perf_counter() - start], "losses": [float(metrics["loss"])]}

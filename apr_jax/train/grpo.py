@@ -16,6 +16,7 @@ from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine import holding, sampling
 from apr_jax.engine.constraints import Gate
 from apr_jax.engine.threads import RolloutKey
+from apr_jax.model.attention import takes_branches
 from apr_jax.model.llama import Params
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import replicated
@@ -75,6 +76,15 @@ class Updater:
         self._zeros = jax.jit(
             lambda params: (jax.tree.map(jnp.zeros_like, params), _zero_terms()),
             out_shardings=(model_shardings(mesh, config.model), replicated(mesh)),
+        )
+
+    def sequences(self, scored: Scored) -> list[dict[str, np.ndarray]]:
+        """What the update learns from: the calls, with what a thread's calls have in common once where that can be."""
+        grpo, model = self._config.grpo, self._config.model
+        platform = self._mesh.devices.flat[0].platform
+        share = takes_branches(model.attention, platform, jnp.dtype(model.compute_dtype), model.head_dim)
+        return training_sequences(
+            scored, grpo.kl_coef, self.gate, self.objective.weigh, share=grpo.row_len if share else 0
         )
 
     def microbatches(self, sequences: Sequence[dict[str, np.ndarray]]) -> list[Batch]:
@@ -137,7 +147,7 @@ class Updater:
                 clip_ratio=grpo.clip_ratio,
                 clip_ratio_high=grpo.clip_ratio_high,
                 importance_cap=grpo.importance_cap,
-                surrogate=self.objective.surrogate(batch["segment_ids"]),
+                surrogate=self.objective.surrogate(_call_ids(batch)),
             )
             return loss, (terms, logprob_BT)
 
@@ -214,7 +224,7 @@ def train_grpo(
                 checkpoints.save_if_new(step - 1, state, {}, skipped.in_a_row)
                 raise
             rolled_out = time.perf_counter()
-            sequences = training_sequences(sample.learnt, grpo.kl_coef, updater.gate, updater.objective.weigh)
+            sequences = updater.sequences(sample.learnt)
             microbatches = updater.microbatches(sequences)
             state, device_metrics, old = updater.update(state, microbatches, reference)
             metrics = {
@@ -293,6 +303,15 @@ def sample_step(
 
 def _rows(sequences: Sequence[dict[str, np.ndarray]], row_len: int) -> dict[str, np.ndarray]:
     return pack(sequences, row_len).rows
+
+
+def _call_ids(batch: Batch) -> jax.Array:
+    """Ids in [0, T] that tell the calls of a row apart, `[B, T]`: segments, or their branches."""
+    ids_BT = batch["segment_ids"]
+    if "call" not in batch:
+        return ids_BT
+    begins = [jnp.pad(x[:, 1:] != x[:, :-1], ((0, 0), (1, 0))) for x in (ids_BT, batch["call"])]
+    return jnp.cumsum(begins[0] | begins[1], axis=1, dtype=jnp.int32)
 
 
 def _gap(microbatches: Sequence[Batch], old: Sequence[jax.Array], importance_cap: float) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from apr_jax.config import Config, GRPOConfig
+from apr_jax.data.prefixes import share_prefixes
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.constraints import BANS_NOTHING, Gate
 from apr_jax.engine.threads import Call, Rollout
@@ -85,7 +86,7 @@ def score(
 
 
 def training_sequences(
-    scored: Scored, kl_coef: float, gate: Gate | None = None, weigh: Weigh = call_weights
+    scored: Scored, kl_coef: float, gate: Gate | None = None, weigh: Weigh = call_weights, share: int = 0
 ) -> list[dict[str, np.ndarray]]:
     """One sequence a call: context and generated tokens, with the objective's weights on the generated ones.
 
@@ -95,6 +96,8 @@ def training_sequences(
 
     With the `gate` of the engine that drew them each holds what its grammar allowed, too: `bans` (int32) and `allowed`
     (int32 `[T, gate.num_choices]`, an id plus 1, or 0), as `engine.holding.banned_mask` takes them.
+
+    With `share` calls of a thread that begin alike become one sequence of up to so many tokens (`data/prefixes.py`).
     """
     calls = [
         (index, call, float(scored.advantages[index] * (scored.shares[index][number] if scored.shares else 1.0)))
@@ -102,11 +105,16 @@ def training_sequences(
         for number, call in enumerate(rollout.calls)
     ]
     weights = weigh([index for index, _, _ in calls], [len(call.tokens) for _, call, _ in calls], kl_coef)
-    return [
-        _sequence(call, advantage, weight.policy, weight.kl) | _constraints(call, gate)
-        for (_, call, advantage), weight in zip(calls, weights, strict=True)
+    learnt = [
+        (index, call, _sequence(call, advantage, weight.policy, weight.kl) | _constraints(call, gate))
+        for (index, call, advantage), weight in zip(calls, weights, strict=True)
         if len(call.tokens) and (kl_coef > 0 or advantage != 0)
     ]
+    sequences = [sequence for _, _, sequence in learnt]
+    if not share:
+        return sequences
+    families, first_targets = [index for index, _, _ in learnt], [len(call.context) - 1 for _, call, _ in learnt]
+    return share_prefixes(sequences, families, first_targets, share)
 
 
 def _sequence(call: Call, advantage: float, policy_weight: float, kl_weight: float) -> dict[str, np.ndarray]:

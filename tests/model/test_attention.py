@@ -16,6 +16,7 @@ from apr_jax.model.attention import (
     cudnn_attention,
     self_attention,
     splash_attention,
+    takes_branches,
     windows,
     xla_attention,
 )
@@ -25,11 +26,18 @@ from apr_jax.parallel.mesh import make_mesh
 compiled = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here")
 
 
-def plain_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+def plain_attention(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BT: jax.Array,
+    seen_BTS: jax.Array | None = None,
+) -> jax.Array:
     groups, T = q_BTNH.shape[2] // k_BTKH.shape[2], q_BTNH.shape[1]
     k_BSNH, v_BSNH = jnp.repeat(k_BTKH, groups, axis=2), jnp.repeat(v_BTKH, groups, axis=2)
     scores = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) / q_BTNH.shape[-1] ** 0.5
     visible = jnp.tril(jnp.ones((T, T), bool))[None] & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+    visible = visible if seen_BTS is None else visible & seen_BTS
     weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
     return jnp.einsum("BNTS,BSNH->BTNH", weights, v_BSNH)
 
@@ -51,9 +59,9 @@ def out_and_grads(attend: Any, *inputs: jax.Array) -> Any:
     return out_BTNH, *grads
 
 
-def assert_all_close(ours: Any, theirs: Any, atol: float = 2e-5) -> None:
+def assert_all_close(ours: Any, theirs: Any, atol: float = 2e-5, rtol: float = 1e-7) -> None:
     for one, other in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(one, other, atol=atol)
+        np.testing.assert_allclose(one, other, atol=atol, rtol=rtol)
 
 
 @pytest.mark.parametrize("attend", [xla_attention, window_attention])
@@ -70,6 +78,43 @@ def test_equals_plain_attention(attend: Any, T: int, N: int, K: int) -> None:
 def test_the_cpus_kernels_equal_plain_attention(T: int, N: int, K: int, H: int) -> None:
     inputs = random_inputs(2, T, N, K, H)
     assert_all_close(out_and_grads(cpu, *inputs), out_and_grads(plain_attention, *inputs))
+
+
+@pytest.mark.parametrize("impl", ["xla", "windows", pytest.param("cpu", marks=compiled)])
+@pytest.mark.parametrize("T", [90, 300, 1100])
+def test_branches_that_have_ended_are_not_seen(impl: str, T: int) -> None:
+    """Each token reaches some way, not beyond those before it that are seen: as branches of a tree do."""
+    q_BTNH, k_BTKH, v_BTKH, ids_BT = random_inputs(2, T, 4, 2, 16)
+    ids_BT = jnp.where(jnp.arange(T)[None] < 200, ids_BT, 1_000)  # the last segment is a long one
+    rng = np.random.default_rng(T)
+    ends_BT = np.full((2, T), T)
+    for row in range(2):
+        for begin in range(0, T, 70):  # branches of branches: whatever begins in one ends with it at the latest
+            for start in sorted(rng.integers(begin, min(begin + 70, T), 4)):
+                end = min(start + int(rng.integers(1, 60)), *ends_BT[row, start : start + 1])
+                ends_BT[row, start:end] = np.minimum(ends_BT[row, start:end], end)
+    reach_BT = jnp.asarray(ends_BT - np.arange(T), jnp.int32)
+
+    def plain(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BT: jax.Array) -> jax.Array:
+        seen_BTS = jnp.arange(T)[None, :, None] < jnp.asarray(ends_BT)[:, None, :]
+        return plain_attention(q_BTNH, k_BTKH, v_BTKH, ids_BT, seen_BTS)
+
+    ours = functools.partial(_with_reach, reach_BT, impl)
+    inputs = (q_BTNH, k_BTKH, v_BTKH, ids_BT)
+    assert_all_close(out_and_grads(ours, *inputs), out_and_grads(plain, *inputs), rtol=1e-5)
+    assert not np.allclose(ours(*inputs), plain_attention(*inputs), atol=1e-2)
+
+
+def _with_reach(reach_BT: jax.Array, impl: str, *inputs: jax.Array) -> jax.Array:
+    return self_attention(*inputs[:3], segment_ids_BT=inputs[3], reach_BT=reach_BT, impl=impl)
+
+
+def test_splash_has_no_branches() -> None:
+    *inputs, ids_BT = random_inputs(1, 128, 2, 2, 16)
+    assert not takes_branches("auto", "tpu", jnp.dtype("bfloat16"), 64)
+    assert takes_branches("auto", "cpu", jnp.dtype("float32"), 64)
+    with pytest.raises(ConfigError, match="not their branches"):
+        _with_reach(jnp.ones_like(ids_BT), "splash", *inputs, ids_BT)
 
 
 @compiled

@@ -14,6 +14,7 @@ from apr_jax.engine import sampling
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import Call, Decode, Open, Rollout, RolloutKey, Stop, StopReason
 from apr_jax.engine.work import Work
+from apr_jax.model import native
 from apr_jax.model.llama import graphdef, init_params
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.reasoning.outcome import Outcome, banned_tokens
@@ -44,24 +45,34 @@ CONFIG = small_config(
 BANNED = banned_tokens(TOKENIZER, CONFIG.model.vocab_size)
 
 
-def made_up_rollouts(seed=0):
-    """Two groups of made-up rollouts; the second group has no signal."""
+def made_up_rollouts(seed=0, chained=False):
+    """Two groups of made-up rollouts; the second group has no signal.
+
+    `chained`: each has a thread of three calls, the second from within the first one's text, the third from the
+    second's end, and then a call of a child.
+    """
     rng = np.random.default_rng(seed)
     allowed = np.setdiff1d(np.arange(CONFIG.model.vocab_size), BANNED)
 
-    def call(path):
-        context = rng.choice(allowed, rng.integers(1, 20)).astype(np.int32)
-        tokens = rng.choice(allowed, rng.integers(1, 30)).astype(np.int32)
+    def draw(count):
+        return rng.choice(allowed, count).astype(np.int32)
+
+    def call(path, context=None, count=None):
+        context = draw(rng.integers(1, 20)) if context is None else context
+        tokens = draw(rng.integers(1, 30) if count is None else count)
         logprobs = rng.normal(-5, 1, len(tokens)).astype(np.float32)
         return Call(path, context, tokens, logprobs, Stop(StopReason.MAX_STEPS, None), 0, 0.0, 0.0)
 
+    def calls():
+        if not chained:
+            return tuple(call((0, c)) for c in range(rng.integers(1, 4)))
+        first = call((), draw(34), 8)
+        second = call((), np.concatenate([first.context, first.tokens[:4], draw(5)]), 6)
+        third = call((), np.concatenate([second.context, second.tokens, draw(3)]), 5)
+        return first, second, third, call((0, 0))
+
     outcome = Outcome(answer=None, status="no_solution", reason="no_solution")
-    made = [
-        Rollout(
-            RolloutKey(i // 4, i % 4), outcome, tuple(call((0, c)) for c in range(rng.integers(1, 4))), 0, 0.0, Work()
-        )
-        for i in range(8)
-    ]
+    made = [Rollout(RolloutKey(i // 4, i % 4), outcome, calls(), 0, 0.0, Work()) for i in range(8)]
     rewards = (1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0)
     advantages = np.asarray([1.0, -1.0, -1.0, 1.0, 0, 0, 0, 0])
     return rollouts.Scored(tuple(made), rewards, advantages, tuple(reward > 0 for reward in rewards))
@@ -171,6 +182,41 @@ def test_every_objective_updates_alike_however_the_batch_is_cut(name):
         np.testing.assert_allclose(metrics[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
     for name, grad in expected_grads.items():
         np.testing.assert_allclose(grads[name], grad, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+@pytest.mark.parametrize("impl", ["cpu", "windows", "xla"])
+def test_what_calls_have_in_common_is_computed_once(name, impl):
+    """The same gradient, metrics and old log-probabilities of every generated token as with each call on its own."""
+    if impl == "cpu" and not native.is_available():
+        pytest.skip("no C++ compiler here")
+    changes = {"objective": name, "inner_updates": 2, "importance_cap": 1.5}
+    model = dataclasses.replace(CONFIG.model, attention=impl, head_dim=16)
+    config = dataclasses.replace(CONFIG, model=model, grpo=dataclasses.replace(CONFIG.grpo, **changes))
+    scored = made_up_rollouts(chained=True)
+    apart = rollouts.training_sequences(scored, config.grpo.kl_coef, weigh=make_objective(config.grpo).weigh)
+    together = grpo.Updater(config, make_mesh(config.mesh), TOKENIZER).sequences(scored)
+    assert (len(apart), len(together)) == (32, 16)
+    assert sum(len(s["tokens"]) for s in together) < 0.6 * sum(len(s["tokens"]) for s in apart)
+    expected, expected_grads, batches, old = _update(config, apart)
+    metrics, grads, shared_batches, shared_old = _update(config, together)
+    for field, value in expected.items():
+        np.testing.assert_allclose(metrics[field], value, rtol=1e-4, atol=1e-5, err_msg=field)
+    for field, grad in expected_grads.items():
+        np.testing.assert_allclose(grads[field], grad, rtol=1e-3, atol=1e-5, err_msg=field)
+
+    def scores(batches, old):
+        """Of each generated token, which its logged log-probability tells from all others, the trainer's."""
+        pairs = {}
+        for batch, old_BT in zip(batches, old, strict=True):
+            drawn_BT = np.asarray(batch["policy_weight"]) > 0
+            logged, trained = np.asarray(batch["rollout_logprob"])[drawn_BT], np.asarray(old_BT)[drawn_BT]
+            pairs |= dict(zip(logged.tolist(), trained.tolist(), strict=True))
+        return [pairs[logged] for logged in sorted(pairs)]
+
+    mine, alone = scores(shared_batches, shared_old), scores(batches, old)
+    assert len(mine) == sum(len(call.tokens) for rollout in scored.rollouts for call in rollout.calls)
+    np.testing.assert_allclose(mine, alone, atol=1e-5)
 
 
 def test_leaving_out_calls_without_signal_changes_no_gradient():

@@ -11,7 +11,7 @@ import pytest
 
 from apr_jax.model.llama import init_params
 from apr_jax.parallel.mesh import make_mesh
-from apr_jax.train import grpo, rollouts
+from apr_jax.train import grpo
 from apr_jax.train.batches import to_mesh
 from apr_jax.train.losses import normalise
 from apr_jax.train.optimizer import make_optimizer, schedule
@@ -78,15 +78,18 @@ def _sft(shape, microbatches, muon=False):
 
 @functools.cache
 def _grpo(shape):
-    """Losses of two steps of two updates each, several microbatches of packed calls, and the weights after them."""
+    """Losses of two steps of two updates each, and the weights after them.
+
+    Several microbatches of packed calls; in the second step they have branches.
+    """
     config = _on(CONFIG, shape)
     mesh = make_mesh(config.mesh)
     updater = grpo.Updater(config, mesh, TOKENIZER)
     state = create_state(mesh, config.model, updater.optimizer)
     reference, losses = create_state(mesh, config.model, updater.optimizer, seed=1).params, []
     for seed in range(2):
-        scored = made_up_rollouts(seed)
-        batches = updater.microbatches(rollouts.training_sequences(scored, config.grpo.kl_coef))
+        scored = made_up_rollouts(seed, chained=seed == 1)
+        batches = updater.microbatches(updater.sequences(scored))
         state, metrics, _ = updater.update(state, batches, reference)
         losses.append([float(metrics[name]) for name in ("policy_loss", "kl_loss", "grad_norm")])
     return np.asarray(losses), _whole(state.params)
