@@ -20,7 +20,7 @@ def get_config(variant: str = "laptop") -> ConfigDict:
     config.rollout.max_steps = config.model.max_seq_len
     if variant == "laptop":
         # Short visits and small pages: hardly a lane idles and hardly a place is empty, at the same speed.
-        config.rollout.update(steps_per_visit=7, page_size=16, num_pages=2_560)
+        config.rollout.update(steps_per_visit=7)
     if variant == "paper":
         config.model.compute_dtype = "float32"
     return config

@@ -97,8 +97,8 @@ def laptop() -> ConfigDict:
     )
     config.rollout = dict(
         num_lanes=64,
-        page_size=32,
-        num_pages=1_280,
+        page_size=16,
+        num_pages=2_560,
         steps_per_visit=16,
         prefill_lanes=8,
         decode_attention="auto",
