@@ -79,7 +79,7 @@ def test_every_method_has_a_variant():
         ({"mesh__tensor": 2}, r"num_kv_heads=3 must be a multiple of mesh\.tensor=2"),
         ({"mesh__fsdp": 5, **LANES_BY_30}, r"embed_dim=192 must be a multiple of mesh\.fsdp=5"),
         ({"mesh__fsdp": 3, **LANES_BY_30}, r"=8 must be a multiple of mesh\.data \* mesh\.fsdp = 6"),
-        ({"rollout__num_pages": 20}, r"num_pages=20 leaves 9 usable pages .* tokens needs 16"),
+        ({"rollout__num_pages": 20}, r"num_pages=20 leaves 9 usable pages .* tokens needs 32"),
         ({"sft__row_len": 256}, r"sft\.row_len=256 is shorter than model\.max_seq_len=512"),
         ({"sft__microbatches": 3}, r"rows_per_step=8 must be a multiple of sft\.microbatches=3"),
         ({"grpo__group_size": 1}, r"group_size=1: an advantage needs at least 2"),
