@@ -100,7 +100,7 @@ def laptop() -> ConfigDict:
         page_size=16,
         num_pages=2_560,
         steps_per_visit=16,
-        prefill_lanes=8,
+        prefill_lanes=16,
         decode_attention="auto",
         max_steps=512,
         context_window=0,
