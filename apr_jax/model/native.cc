@@ -18,12 +18,8 @@ namespace {
 
 #ifdef __AVX512F__
 constexpr int kTile = 16;  // rows of x that are multiplied at once: their sums stay in registers
-constexpr int kHigh = 8;   // of them, where there are more than kTile, by kPanels at once
-constexpr int kPanels = 2;
 #else
 constexpr int kTile = 6;
-constexpr int kHigh = 6;
-constexpr int kPanels = 1;
 #endif
 constexpr int64_t kSmall = 1 << 20;  // multiplications that one thread does sooner than it has waked another
 constexpr int kChunks = 8;            // parts of the work for each thread, as a thread may come late
@@ -34,16 +30,16 @@ void prefetch(const float* from, int64_t count) {
   for (int64_t i = 0; i < count; i += kWidth) __builtin_prefetch(from + i, 0, 1);
 }
 
-// kM rows of x times kP neighbouring panels: out[m][p * 16 + i] = sum over d of x[m][d] * panels[p][d][i], of which
-// there are `columns`. kTurned: x comes as [d][m].
-template <int kP, int kM, bool kTurned>
+// kM rows of x times kP neighbouring panels: out[m][p * 16 + i] = sum over d of x[d][m] * panels[p][d][i], of which
+// there are `columns`.
+template <int kP, int kM>
 void multiply(const float* x, const float* panels, float* out, int64_t D, int64_t F, int64_t columns) {
   Vector sums[kP][kM] = {};
   for (int64_t d = 0; d < D; ++d) {
     for (int p = 0; p < kP; ++p) {
       const float* const from = panels + (p * D + d) * kWidth;
       __builtin_prefetch(from + kAhead, 0, 1);
-      for (int m = 0; m < kM; ++m) sums[p][m] += load(from) * x[kTurned ? d * kM + m : m * D + d];
+      for (int m = 0; m < kM; ++m) sums[p][m] += load(from) * x[d * kM + m];
     }
   }
   for (int m = 0; m < kM; ++m) {
@@ -55,60 +51,53 @@ void multiply(const float* x, const float* panels, float* out, int64_t D, int64_
 }
 
 // The same for all panels of `columns` columns, kP at once while there are so many.
-template <int kP, int kM, bool kTurned>
+template <int kP, int kM>
 void multiply_all(const float* x, const float* panels, float* out, int64_t D, int64_t F, int64_t columns) {
   int64_t f = 0;
   for (; f + (kP - 1) * kWidth < columns; f += kP * kWidth) {
-    multiply<kP, kM, kTurned>(x, panels + f * D, out + f, D, F, columns - f);
+    multiply<kP, kM>(x, panels + f * D, out + f, D, F, columns - f);
   }
   if constexpr (kP > 1) {
-    if (f < columns) multiply_all<kP / 2, kM, kTurned>(x, panels + f * D, out + f, D, F, columns - f);
+    if (f < columns) multiply_all<kP / 2, kM>(x, panels + f * D, out + f, D, F, columns - f);
   }
 }
 
 template <size_t... kM>
-constexpr auto few_rows(std::index_sequence<kM...>) {
-  return std::array{&multiply_all<std::clamp<int>(kTile / (kM + 1), 1, 8), kM + 1, true>...};
-}
-
-template <size_t... kM>
-constexpr auto many_rows(std::index_sequence<kM...>) {
-  return std::array{&multiply_all<kPanels, kM + 1, false>...};
+constexpr auto by_rows(std::index_sequence<kM...>) {
+  return std::array{&multiply_all<std::clamp<int>(kTile / (kM + 1), 1, 8), kM + 1>...};
 }
 
 // out[m][f] = sum over d of x[m][d] * matrix[d][f]; the matrix comes as panels of 16 columns, [F / 16, D, 16].
 ffi::Error product(ffi::ThreadPool pool, int64_t threads, Floats x, Floats panels,
                    ffi::ResultBuffer<ffi::F32> out) {
-  constexpr auto few = few_rows(std::make_index_sequence<kTile>());
-  constexpr auto many = many_rows(std::make_index_sequence<kHigh>());
+  constexpr auto kernels = by_rows(std::make_index_sequence<kTile>());
   const int64_t D = x.dimensions().back(), M = x.element_count() / D, F = out->dimensions().back();
-  const int64_t num_panels = (F + kWidth - 1) / kWidth;
+  const int64_t num_panels = (F + kWidth - 1) / kWidth, tiles = (M + kTile - 1) / kTile;
   if (static_cast<int64_t>(panels.element_count()) != num_panels * kWidth * D) {
     return ffi::Error::InvalidArgument("the matrix must be [ceil(F / 16), D, 16]");
   }
   if (D * F * (M + 4) < kSmall) threads = 1;
-  static thread_local std::vector<float> scratch;  // few rows, [d][row]
-  if (M <= kTile) {
-    scratch.resize(M * D);
-    for (int64_t m = 0; m < M; ++m) {
-      for (int64_t d = 0; d < D; ++d) scratch[d * M + m] = x.typed_data()[m * D + d];
+  static thread_local std::vector<float> scratch;  // x by tiles, [tile][d][row]
+  scratch.resize(M * D);
+  float* const turned = scratch.data();
+  auto rows_of = [&](int64_t t) { return std::min<int64_t>(kTile, M - t * kTile); };
+  parallel(pool, M * D < kSmall / 64 ? 1 : threads, tiles, [&](int64_t t) {
+    const float* const from = x.typed_data() + t * kTile * D;
+    float* const to = turned + t * kTile * D;
+    for (int64_t m = 0, rows = rows_of(t); m < rows; ++m) {
+      for (int64_t d = 0; d < D; ++d) to[d * rows + m] = from[m * D + d];
     }
-  }
-  const float* const turned = scratch.data();
-  // Few rows take all panels of a chunk; of many all take a few panels, and then the next, which stay in the cache.
-  const int64_t each = (num_panels - 1) / (kChunks * threads) + 1, step = M <= kTile ? each : kPanels;
+  });
+  const int64_t each = (num_panels - 1) / (kChunks * threads) + 1;
   parallel(pool, threads, (num_panels + each - 1) / each, [&](int64_t chunk) {
     const int64_t end = std::min((chunk + 1) * each, num_panels);
-    for (int64_t panel = chunk * each; panel < end; panel += step) {
-      const int64_t f = panel * kWidth, columns = std::min(std::min(panel + step, end) * kWidth, F) - f;
-      const float* const matrix = panels.typed_data() + f * D;
-      if (M <= kTile) {
-        few[M - 1](turned, matrix, out->typed_data() + f, D, F, columns);
-        continue;
-      }
-      for (int64_t m = 0; m < M; m += kHigh) {
-        const float* const rows = x.typed_data() + m * D;
-        many[std::min<int64_t>(kHigh, M - m) - 1](rows, matrix, out->typed_data() + m * F + f, D, F, columns);
+    // A few panels for all rows, then the next: they stay in the cache.
+    for (int64_t panel = chunk * each; panel < end; panel += tiles > 1 ? 1 : each) {
+      const int64_t f = panel * kWidth, last = tiles > 1 ? panel + 1 : end;
+      for (int64_t t = 0; t < tiles; ++t) {
+        float* const to = out->typed_data() + t * kTile * F + f;
+        const int64_t columns = std::min(last * kWidth, F) - f;
+        kernels[rows_of(t) - 1](turned + t * kTile * D, panels.typed_data() + f * D, to, D, F, columns);
       }
     }
   });
