@@ -56,7 +56,7 @@ Sums = tuple[Params, GRPOTerms]
 
 
 class Updater:
-    """The jitted parts of a GRPO update. Compiled once, whatever the number of microbatches."""
+    """The jitted parts of a GRPO update. Compiled once for each size of a microbatch, whatever their number."""
 
     def __init__(self, config: Config, mesh: Mesh, tokenizer: Tokenizer) -> None:
         self._config, self._mesh = config, mesh
@@ -88,15 +88,20 @@ class Updater:
         )
 
     def microbatches(self, sequences: Sequence[dict[str, np.ndarray]]) -> list[Batch]:
-        """Packs sequences into rows, and rows into microbatches on the mesh; the last is filled with empty rows."""
+        """Packs sequences into rows, and rows into microbatches on the mesh.
+
+        What remains after the last full one goes into halves, quarters, .. of one: an empty row fills it up only where
+        the mesh's rows would not divide otherwise.
+        """
         if not sequences:
             return []
-        size = self._config.grpo.rows_per_microbatch
-        rows = pad_rows(_rows(sequences, self._config.grpo.row_len), size)
-        count = len(rows["tokens"])
+        shards = self._config.mesh.data * self._config.mesh.fsdp
+        rows = pad_rows(_rows(sequences, self._config.grpo.row_len), shards)
+        sizes = _microbatch_sizes(len(rows["tokens"]), self._config.grpo.rows_per_microbatch, shards)
+        ends = np.cumsum(sizes)
         return [
-            to_mesh({name: rows_BT[first : first + size] for name, rows_BT in rows.items()}, self._mesh)
-            for first in range(0, count, size)
+            to_mesh({name: rows_BT[end - size : end] for name, rows_BT in rows.items()}, self._mesh)
+            for end, size in zip(ends.tolist(), sizes, strict=True)
         ]
 
     def update(
@@ -305,6 +310,17 @@ def _rows(sequences: Sequence[dict[str, np.ndarray]], row_len: int) -> dict[str,
     return pack(sequences, row_len).rows
 
 
+def _microbatch_sizes(rows: int, full: int, shards: int) -> list[int]:
+    """Sizes that add up to `rows`, a multiple of `shards`: full ones, then halves of halves for what remains."""
+    sizes, size = [], full
+    while rows:
+        while size > rows:
+            size = max(shards, size // 2 // shards * shards)
+        sizes.append(size)
+        rows -= size
+    return sizes
+
+
 def _call_ids(batch: Batch) -> jax.Array:
     """Ids in [0, T] that tell the calls of a row apart, `[B, T]`: segments, or their branches."""
     ids_BT = batch["segment_ids"]
@@ -325,7 +341,7 @@ def _gap(microbatches: Sequence[Batch], old: Sequence[jax.Array], importance_cap
 
 
 def _packing(sequences: Sequence[Mapping[str, np.ndarray]], microbatches: Sequence[Batch]) -> float:
-    """The share of the batch that is not padding, rows that only fill the last microbatch included; 1 for no batch."""
+    """The share of the batch that is not padding, rows that only fill a microbatch included; 1 for no batch."""
     tokens = sum(len(sequence["tokens"]) for sequence in sequences)
     return tokens / sum(batch["tokens"].size for batch in microbatches) if microbatches else 1.0
 

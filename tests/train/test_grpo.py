@@ -149,6 +149,23 @@ def test_update_follows_the_definition():
     assert metrics["kl"] > 0
 
 
+@pytest.mark.parametrize(
+    ("rows", "full", "shards", "sizes"),
+    [
+        (24, 8, 2, [8, 8, 8]),
+        (22, 8, 2, [8, 8, 4, 2]),
+        (2, 8, 2, [2]),
+        (5, 8, 1, [4, 1]),
+        (10, 6, 2, [6, 2, 2]),
+        (7, 1, 1, [1] * 7),
+        (12, 12, 4, [12]),
+        (8, 12, 4, [4, 4]),
+    ],
+)
+def test_what_remains_goes_into_halves(rows, full, shards, sizes):
+    assert grpo._microbatch_sizes(rows, full, shards) == sizes
+
+
 @pytest.mark.parametrize("change", ["rows", "order"])
 def test_same_update_however_the_batch_is_cut(change):
     sequences = rollouts.training_sequences(made_up_rollouts(), CONFIG.grpo.kl_coef)
