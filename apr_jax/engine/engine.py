@@ -31,6 +31,7 @@ from apr_jax.engine.steps import (
     Written,
 )
 from apr_jax.engine.threads import MAX_STOP_TOKENS, Observer, Program, Progress, Rollout, RolloutKey, Thread
+from apr_jax.engine.transfer import Packed, pack
 from apr_jax.model.decode_weights import layout_shardings, to_layout
 from apr_jax.model.llama import logical_axes
 from apr_jax.parallel.mesh import RULES, param_shardings, partition_spec
@@ -251,12 +252,12 @@ class Engine:
             self.stats.host_seconds += time.perf_counter() - self._idle_since
             self._idle_since = None
 
-    def _decode(self, lanes: DecodeLanes, policy: Policy) -> Written:
+    def _decode(self, lanes: Packed, policy: Policy) -> Written:
         self._launched()
         self._pages, self._rows, written = self._steps.decode(self._pages, self._rows, self._params, lanes, policy)
         return written
 
-    def _decode_shared(self, shared: SharedLanes, policy: Policy) -> Written:
+    def _decode_shared(self, shared: Packed, policy: Policy) -> Written:
         self._launched()
         self._pages, written = self._steps.decode_shared(self._pages, self._params, shared, policy)
         return written
@@ -273,7 +274,7 @@ class Engine:
             self._launched()
             self._pages = self._steps.copy_pages(self._pages, sources, targets)
 
-    def _decode_lanes(self) -> tuple[DecodeLanes, list[tuple[int, int, Thread]]]:
+    def _decode_lanes(self) -> tuple[Packed, list[tuple[int, int, Thread]]]:
         """The arrays of the threads that can decode now, each on its own cache, and where each stands."""
         shape = (self.limits.num_shards, self.limits.lanes)
         placed = [
@@ -284,9 +285,10 @@ class Engine:
         ]
         lanes = self._lanes_of(shape, placed)
         held = None if self._gate is None else held_lanes(self._gate, shape, placed)
-        return self._put(dataclasses.replace(lanes, held=held)), placed
+        packed: Packed = self._put(pack(dataclasses.replace(lanes, held=held)))
+        return packed, placed
 
-    def _shared_lanes(self) -> tuple[SharedLanes, list[tuple[int, int, Thread]]]:
+    def _shared_lanes(self) -> tuple[Packed, list[tuple[int, int, Thread]]]:
         """The arrays of the groups' workers, those that have stopped among them, and where those who go on stand."""
         limits = self.limits
         shape = (limits.num_shards, limits.max_groups * limits.max_workers)
@@ -306,7 +308,8 @@ class Engine:
                 lanes.remaining[shard, lane] = 0
             else:
                 living.append((shard, lane, worker))
-        return self._put(SharedLanes(lanes, prompt)), living  # type: ignore[arg-type]
+        packed: Packed = self._put(pack(SharedLanes(lanes, prompt)))  # type: ignore[arg-type]
+        return packed, living
 
     def _lanes_of(self, shape: tuple[int, int], placed: Sequence[tuple[int, int, Thread]]) -> DecodeLanes:
         """What decode needs of the threads at `placed` (shard, lane), as arrays (NumPy) of `shape` shards x lanes."""
@@ -351,7 +354,7 @@ class Engine:
             return self.limits.prefill_lanes
         return -(-self.limits.prefill_lanes * self.limits.page_size // PREFILL_BLOCK) * PREFILL_BLOCK
 
-    def _prefill_lanes(self, chunks: Sequence[PrefillChunk]) -> PrefillLanes:
+    def _prefill_lanes(self, chunks: Sequence[PrefillChunk]) -> Packed:
         limits, width = self.limits, self._steps.prefill_width
         shape = (limits.num_shards, self._num_prefill_lanes)
         tokens = np.zeros((*shape, width), np.int32)
@@ -368,7 +371,8 @@ class Engine:
             start[place] = chunk.start + width * np.arange(needed)
             count[place] = np.minimum(width, chunk.start + chunk.count - start[place])
             self._fill_table(tables[place], thread)
-        return self._put(PrefillLanes(tokens, start, count, tables))  # type: ignore[arg-type]
+        packed: Packed = self._put(pack(PrefillLanes(tokens, start, count, tables)))  # type: ignore[arg-type]
+        return packed
 
     def _fill_table(self, rows: np.ndarray, thread: Thread) -> None:
         assert thread.table is not None

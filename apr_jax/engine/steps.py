@@ -25,6 +25,7 @@ from apr_jax.engine.decode_cache import DecodeCache, DecodePlan, View, open_cach
 from apr_jax.engine.sampling import log_probs, sample, uniforms
 from apr_jax.engine.scheduler import Limits
 from apr_jax.engine.shared_cache import SharedCache
+from apr_jax.engine.transfer import Packed, unpack
 from apr_jax.model import native
 from apr_jax.model.kv_cache import (
     Block,
@@ -241,7 +242,7 @@ def prefill_shard(model: Llama, layout: RowLayout, pages: PagedKVCache, lanes: P
 
 
 class Steps:
-    """The jitted steps of one engine. Each donates the cache and returns the successor."""
+    """The jitted steps of one engine. Each donates the cache and returns the successor. Lanes may come packed."""
 
     def __init__(self, config: ModelConfig, limits: Limits, mesh: Mesh, weights: WeightLayout, plan: DecodePlan):
         self.layout = layout = plan.layout
@@ -250,29 +251,30 @@ class Steps:
         structure = graphdef(config, weights)
 
         def decode(
-            pages: PagedKVCache, buffers: RowBuffers, params: Any, lanes: DecodeLanes, policy: Policy
+            pages: PagedKVCache, buffers: RowBuffers, params: Any, lanes: DecodeLanes | Packed, policy: Policy
         ) -> tuple[PagedKVCache, RowBuffers, Written]:
-            model = nnx.merge(structure, params)
-            cache = open_cache(plan, limits.steps_per_visit, pages, buffers, lanes)
-            return decode_shard(model, limits.steps_per_visit, cache, lanes, policy)
+            model, each = nnx.merge(structure, params), unpack(lanes)
+            cache = open_cache(plan, limits.steps_per_visit, pages, buffers, each)
+            return decode_shard(model, limits.steps_per_visit, cache, each, policy)
 
-        def prefill(pages: PagedKVCache, params: Any, lanes: PrefillLanes) -> PagedKVCache:
-            return prefill_in_place(nnx.merge(structure, params), plan, pages, lanes)
+        def prefill(pages: PagedKVCache, params: Any, lanes: PrefillLanes | Packed) -> PagedKVCache:
+            return prefill_in_place(nnx.merge(structure, params), plan, pages, unpack(lanes))
 
-        def compute(pages: PagedKVCache, params: Any, lanes: PrefillLanes) -> tuple[Block, ...]:
-            return prefill_shard(nnx.merge(structure, params), layout, pages, lanes)
+        def compute(pages: PagedKVCache, params: Any, lanes: PrefillLanes | Packed) -> tuple[Block, ...]:
+            return prefill_shard(nnx.merge(structure, params), layout, pages, unpack(lanes))
 
-        def write(pages: PagedKVCache, lanes: PrefillLanes, fresh: tuple[Block, ...]) -> PagedKVCache:
-            fresh = jax.tree.map(layout.tile.pack, fresh)
-            return write_rows(pages, lanes.tables, lanes.start, lanes.count, fresh, 1)
+        def write(pages: PagedKVCache, lanes: PrefillLanes | Packed, fresh: tuple[Block, ...]) -> PagedKVCache:
+            fresh, each = jax.tree.map(layout.tile.pack, fresh), unpack(lanes)
+            return write_rows(pages, each.tables, each.start, each.count, fresh, 1)
 
         def decode_shared(
-            pages: PagedKVCache, params: Any, shared: SharedLanes, policy: Policy
+            pages: PagedKVCache, params: Any, shared: SharedLanes | Packed, policy: Policy
         ) -> tuple[PagedKVCache, Written]:
-            model, lanes = nnx.merge(structure, params), shared.lanes
+            model, group = nnx.merge(structure, params), unpack(shared)
+            lanes = group.lanes
             how = {"steps": limits.steps_per_visit, "workers": limits.max_workers}
             cache = SharedCache.open(
-                pages, layout, lanes.tables, lanes.length, shared.prompt, rope_theta=config.rope_theta, **how
+                pages, layout, lanes.tables, lanes.length, group.prompt, rope_theta=config.rope_theta, **how
             )
             pages, _, written = decode_shard(model, limits.steps_per_visit, cache, lanes, policy)
             return pages, written
@@ -294,7 +296,7 @@ class Steps:
         self._write = _lift(write, mesh, (SHARDED, SHARDED, SHARDED), pages_out)
         self.copy_pages = _lift(copy_pages, mesh, (SHARDED, SHARDED, SHARDED), pages_out)
 
-    def prefill(self, pages: PagedKVCache, params: Any, lanes: PrefillLanes) -> PagedKVCache:
+    def prefill(self, pages: PagedKVCache, params: Any, lanes: PrefillLanes | Packed) -> PagedKVCache:
         """Computes the lanes' new positions and writes them into the pages, which are donated."""
         if self.prefills_in_place:
             return self._prefill(pages, params, lanes)
@@ -305,17 +307,17 @@ class Steps:
         pages: PagedKVCache,
         buffers: RowBuffers,
         params: Any,
-        lanes: DecodeLanes,
+        lanes: DecodeLanes | Packed,
         policy: Policy,
         prefill: Any,
-        shared: SharedLanes | None = None,
+        shared: SharedLanes | Packed | None = None,
     ) -> None:
         """Compiles all steps at once, on as many threads, for arguments like these; none of them is used up.
 
         `shared` None: an engine without groups.
         """
         shape: Callable[..., Any] = jax.ShapeDtypeStruct
-        pairs = shape((*prefill.count.shape[:1], COPIES_PER_CALL), jnp.int32, sharding=self._sharded)
+        pairs = shape((pages.keys[0].shape[0], COPIES_PER_CALL), jnp.int32, sharding=self._sharded)
         if self.prefills_in_place:
             prefills = [(self._prefill, (pages, params, prefill))]
         else:
