@@ -250,7 +250,9 @@ def cudnn_attention(
 
     # Where weights are split over "fsdp" the partitioner splits queries and keys in different ways, and cuDNN refuses.
     padded = [_pad(x, length) for x in (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)]
-    return _over_mesh(attend)(*padded, None if ends_BT is None else _pad(ends_BT, length))[:, :T]
+    if ends_BT is not None:
+        ends_BT = _pad(ends_BT - length, length) + length  # padding sees itself: a row without a key is NaN
+    return _over_mesh(attend)(*padded, ends_BT)[:, :T]
 
 
 def cpu(
