@@ -39,7 +39,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from apr_jax.config import ConfigError
 from apr_jax.model import cpu_attention
-from apr_jax.model.window_attention import named, window_attention
+from apr_jax.model.window_attention import Seen, named, window_attention
 from apr_jax.parallel.mesh import BATCH_AXES, TENSOR_AXIS, over_mesh, partition_spec
 
 _MASKED = -1e30  # finite: a masked score never makes a NaN
@@ -47,8 +47,6 @@ _XLA_BLOCK = 128
 _XLA_UNROLLED = 1024  # up to this length every block is unrolled
 _XLA_SPANS = 8  # a longer row is that many spans of queries, each a loop over its blocks
 _SPLASH_LANES = 128
-
-Seen = tuple[jax.Array, jax.Array | None]  # of keys: segment ids, and the first later time that does not see each
 
 
 def self_attention(

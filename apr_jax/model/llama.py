@@ -21,8 +21,8 @@ from flax import nnx
 from apr_jax.config import ModelConfig
 from apr_jax.model import native
 from apr_jax.model.attention import self_attention
-from apr_jax.model.rope import rope_angles, rope_angles_once
-from apr_jax.model.shared_attention import Angles, SharedRows, shared_angles, shared_attention
+from apr_jax.model.rope import Angles, rope_angles, rope_angles_once
+from apr_jax.model.shared_attention import SharedRows, shared_angles, shared_attention
 from apr_jax.model.training_kernels import product, rms_norm, rotate, swiglu
 from apr_jax.model.window_attention import ATTENTION_NAME
 from apr_jax.parallel.mesh import partition_spec, split_rows

@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from apr_jax.model.rope import Angles
+
 _FOLDER = pathlib.Path(__file__).parent
 _HEADER = _FOLDER / "native.h"
 _TARGETS = {
@@ -47,8 +49,6 @@ _TARGETS = {
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-w")
 _PANEL = 16  # columns of a matrix that lie side by side
 _COMPILERS = ("c++", "g++", "clang++")
-
-Angles = tuple[jax.Array, jax.Array]
 
 _log = logging.getLogger(__name__)
 

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 
 _ANGLE_CHUNKS = 4
 
+Angles = tuple[jax.Array, jax.Array]  # cosines and sines
 
-def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+
+def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> Angles:
     """Cosines and sines of RoPE (Su et al. 2021, eq. 15): `positions [..., T]` to `[..., T, 1, H/2]`."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     frequencies = frequencies.reshape((1,) * (positions.ndim + 1) + (-1,))
@@ -19,7 +21,7 @@ def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rope_angles_once(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rope_angles_once(positions: jax.Array, head_dim: int, theta: float) -> Angles:
     """The same, computed in a loop over stretches of time, which XLA does not fuse with what reads the result.
 
     Else its CPU backend computes them anew for every head of every layer, forward and backward: a tenth of a step.
@@ -33,7 +35,7 @@ def rope_angles_once(positions: jax.Array, head_dim: int, theta: float) -> tuple
     return jax.tree.map(lambda x_C: jnp.moveaxis(x_C, 0, time).reshape(*positions.shape, 1, head_dim // 2), angles_C)
 
 
-def apply_rope(x_TNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+def apply_rope(x_TNH: jax.Array, angles: Angles) -> jax.Array:
     """Rotates pairs (i, i + H/2) by the angles: the Hugging Face order of pairs, so its weights load unchanged."""
     cos, sin = angles
     first, second = jnp.split(x_TNH.astype(jnp.float32), 2, axis=-1)

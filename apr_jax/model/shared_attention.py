@@ -17,12 +17,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from apr_jax.model.rope import apply_rope, rope_angles_once
+from apr_jax.model.rope import Angles, apply_rope, rope_angles_once
 
 _MASKED = -1e30
 _BLOCK = 128
-
-Angles = tuple[jax.Array, jax.Array]
 
 
 @jax.tree_util.register_dataclass

@@ -13,14 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from apr_jax.model import native
-from apr_jax.model.rope import apply_rope
+from apr_jax.model.rope import Angles, apply_rope
 from apr_jax.parallel.mesh import BATCH_AXES, FSDP_AXIS, TENSOR_AXIS, ambient_platform, over_mesh, partition_spec
 
 _BLOCK = 16  # of the kernels
 _ROWS, _WHOLE = partition_spec(BATCH_AXES), partition_spec()
 _MLP, _HEADS = partition_spec(BATCH_AXES, None, TENSOR_AXIS), partition_spec(BATCH_AXES, None, TENSOR_AXIS, None)
-
-Angles = tuple[jax.Array, jax.Array]
 
 
 def product(x: jax.Array, matrix_DF: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ ATTENTION_NAME = "attention"  # of what a policy may keep, so that the backward 
 _MASKED = -1e30  # finite: a masked score never makes a NaN
 _BLOCK = 32  # queries of a block, and the unit of the windows' lengths
 
-_Seen = tuple[jax.Array, jax.Array | None]  # of tokens: segment ids, and the first later time that does not see each
+Seen = tuple[jax.Array, jax.Array | None]  # of tokens: segment ids, and the first later time that does not see each
 
 
 def named(outputs: Any) -> Any:
@@ -66,11 +66,11 @@ def window_attention(
 
 
 @jax.custom_vjp
-def _attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, seen: _Seen) -> jax.Array:
+def _attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, seen: Seen) -> jax.Array:
     return _forward(q_BTNH, k_BTKH, v_BTKH, seen)[0]
 
 
-def _forward(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, seen: _Seen) -> tuple[jax.Array, Any]:
+def _forward(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, seen: Seen) -> tuple[jax.Array, Any]:
     (B, T, N, _), K = q_BTNH.shape, k_BTKH.shape[2]
     windows = _order_windows(seen[0])
     out_BTNH, lse_BKM = jnp.zeros_like(q_BTNH), jnp.zeros((B, K, N // K * T), jnp.float32)
@@ -165,7 +165,7 @@ def _over_windows(attend: Any, windows: _Windows, T: int, state: Any) -> Any:
     return state
 
 
-def _visible(seen: _Seen, place: _Place, length: int) -> jax.Array:
+def _visible(seen: Seen, place: _Place, length: int) -> jax.Array:
     """`[T, S]`: which key of the window each query of the block sees."""
     ids_BT, ends_BT = seen
     ids_1T = jax.lax.dynamic_slice(ids_BT, (place.row, place.query), (1, _BLOCK))
