@@ -6,9 +6,10 @@ read the float32 ones), query, key and value are one product, and so are gate an
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apr_jax.config import ModelConfig
 from apr_jax.model import native
-from apr_jax.model.llama import Params, WeightLayout, abstract_params, logical_axes
+from apr_jax.model.llama import Matrices, Params, WeightLayout, abstract_params, logical_axes
 from apr_jax.parallel.mesh import RULES, TENSOR_AXIS
 
 # From this width on XLA's CPU backend multiplies `[out, in] x [in, lanes]` faster than `[lanes, in] x [in, out]`.
@@ -26,6 +27,7 @@ _ARRANGED: dict[str, Callable[[jax.Array], jax.Array]] = {
     "plain": lambda matrix_DF: matrix_DF,
     "transposed": jnp.transpose,
     "panels": native.to_panels,
+    "paired_panels": functools.partial(native.to_panels, paired=True),
 }
 _FUSED = {"query_key_value": ("query", "key", "value"), "gate_up": ("gate", "up")}
 
@@ -37,9 +39,9 @@ def choose_layout(config: ModelConfig, mesh: Mesh, with_kernels: bool = False) -
     split a kernel. `with_kernels`: the mesh is of CPUs, and the kernels of `native.py` are wanted.
     """
     on_cpu, whole = mesh.devices.flat[0].platform == "cpu", mesh.shape[TENSOR_AXIS] == 1
-    matrices: Literal["plain", "transposed", "panels"] = "plain"
+    matrices: Matrices = "plain"
     if with_kernels and whole:
-        matrices = "panels"
+        matrices = "panels" if config.compute_dtype == "float32" else "paired_panels"
     elif on_cpu and config.embed_dim >= MIN_TRANSPOSED_DIM:
         matrices = "transposed"
     return WeightLayout(fused=whole, matrices=matrices, own_head=on_cpu)

@@ -56,18 +56,23 @@ Segments = tuple[jax.Array | None, jax.Array | None]  # segment ids, and how far
 Params = nnx.State[Any, Any]  # the weights as a pytree; its keys are the attributes of the modules
 
 
+# How a matrix lies: [in, out], [out, in], or for the products of `native.py`, in float32 and in bfloat16.
+Matrices = Literal["plain", "transposed", "panels", "paired_panels"]
+_PANELS = ("panels", "paired_panels")
+
+
 @dataclasses.dataclass(frozen=True)
 class WeightLayout:
     """How the matrices are held: as they are trained, or as a decode step wants them (`decode_weights.py`)."""
 
     fused: bool = False  # query, key and value in one matrix, and gate and up
-    matrices: Literal["plain", "transposed", "panels"] = "plain"  # [in, out], [out, in], for `native.py`
+    matrices: Matrices = "plain"
     own_head: bool = False  # the output head is a matrix of its own even where it is tied to the embedding
 
     @property
     def native(self) -> bool:
-        """Whether a step goes through the kernels of `native.py`, in float32 on a CPU."""
-        return self.matrices == "panels"
+        """Whether a step goes through the kernels of `native.py`, on a CPU."""
+        return self.matrices in _PANELS
 
 
 TRAINED = WeightLayout()
@@ -111,8 +116,8 @@ def _matmul(x: jax.Array, weight: nnx.Param[Any], layout: WeightLayout, outputs:
     if layout.matrices == "plain" and dtype is None:
         return product(x, matrix)
     x_MD = x.reshape(-1, x.shape[-1])
-    if layout.matrices == "panels":
-        out_MF = native.product(x_MD, matrix, outputs)
+    if layout.native:
+        out_MF = native.product(x_MD, matrix, outputs, dtype)
     elif layout.matrices == "transposed":
         out_MF = jnp.einsum("FD,MD->FM", matrix, x_MD, preferred_element_type=dtype).T
     else:
@@ -127,6 +132,7 @@ def _matrix(
         "plain": (inputs, outputs),
         "transposed": (outputs, inputs),
         "panels": native.panels_shape(inputs, outputs),
+        "paired_panels": native.panels_shape(inputs, outputs, paired=True),
     }
     return _normal(rngs, shapes[layout.matrices], stddev)
 
@@ -291,8 +297,8 @@ class Llama(nnx.Module):
         """The output head `[D, V]` (tied: the embedding, transposed), for losses that chunk over tokens."""
         if self.head is None:
             return self.embedding[...].T
-        if self.layout.matrices == "panels":
-            return native.from_panels(self.head[...], self.config.vocab_size)
+        if self.layout.native:
+            return native.from_panels(self.head[...], self.config.embed_dim, self.config.vocab_size)
         return self.head[...].T if self.layout.matrices == "transposed" else self.head[...]
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -24,68 +24,107 @@ constexpr int kTile = 6;
 constexpr int64_t kSmall = 1 << 20;  // multiplications that one thread does sooner than it has waked another
 constexpr int kChunks = 8;            // parts of the work for each thread, as a thread may come late
 constexpr int64_t kPart = 256;        // tokens whose probabilities are added up first, as one sum
-constexpr int kAhead = 128 * kWidth;  // floats from what is read to what memory is asked for
+constexpr int64_t kLine = 64;         // bytes that memory is asked for at once
+constexpr int64_t kAhead = 128;       // vectors from what is read to what memory is asked for
 
-void prefetch(const float* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += kWidth) __builtin_prefetch(from + i, 0, 1);
+template <typename T>
+void prefetch(const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLine / sizeof(T)) __builtin_prefetch(from + i, 0, 1);
 }
 
-// kM rows of x times kP neighbouring panels: out[m][p * 16 + i] = sum over d of x[d][m] * panels[p][d][i], of which
-// there are `columns`.
-template <int kP, int kM>
-void multiply(const float* x, const float* panels, float* out, int64_t D, int64_t F, int64_t columns) {
+// How a panel of 16 columns is gone through: a step multiplies one row of it, or in bfloat16 two, which lie as 16 pairs.
+template <typename T>
+struct Step {
+  static constexpr int64_t kRows = 1;
+  using Factor = float;
+
+  static Factor factor(const float* x, int64_t) { return *x; }
+  static Vector add(Vector sum, const float* panel, Factor x) { return sum + load(panel) * x; }
+};
+
+template <>
+struct Step<Bfloat16> {
+  static constexpr int64_t kRows = 2;
+  using Factor = uint32_t;
+
+  static Factor factor(const Bfloat16* x, int64_t rest) {
+    return x[0].bits | (rest > 1 ? static_cast<uint32_t>(x[1].bits) << 16 : 0);
+  }
+  static Vector add(Vector sum, const Bfloat16* panel, Factor x) {
+#ifdef __AVX512BF16__
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(panel), (__m512bh)_mm512_set1_epi32(x));
+#else
+    typedef uint32_t Bits __attribute__((vector_size(kWidth * sizeof(uint32_t)), aligned(sizeof(Bfloat16))));
+    const Bits pairs = *reinterpret_cast<const Bits*>(panel);
+    const float first = number(Bfloat16{static_cast<uint16_t>(x)}), second = number(Bfloat16{static_cast<uint16_t>(x >> 16)});
+    return sum + (Vector)(pairs & 0xffff0000u) * second + (Vector)(pairs << 16) * first;
+#endif
+  }
+};
+
+// kM rows of x times kP neighbouring panels of some steps, of which there are `columns` columns.
+template <int kP, int kM, typename T, typename Out>
+void multiply(const typename Step<T>::Factor* x, const T* panels, Out* out, int64_t steps, int64_t F, int64_t columns) {
+  constexpr int64_t kVector = kWidth * Step<T>::kRows;
   Vector sums[kP][kM] = {};
-  for (int64_t d = 0; d < D; ++d) {
+  for (int64_t step = 0; step < steps; ++step) {
     for (int p = 0; p < kP; ++p) {
-      const float* const from = panels + (p * D + d) * kWidth;
-      __builtin_prefetch(from + kAhead, 0, 1);
-      for (int m = 0; m < kM; ++m) sums[p][m] += load(from) * x[d * kM + m];
+      const T* const from = panels + (p * steps + step) * kVector;
+      __builtin_prefetch(from + kAhead * kVector, 0, 1);
+      for (int m = 0; m < kM; ++m) sums[p][m] = Step<T>::add(sums[p][m], from, x[step * kM + m]);
     }
   }
   for (int m = 0; m < kM; ++m) {
     for (int p = 0; p < kP; ++p) {
       const int64_t count = std::min<int64_t>(kWidth, columns - p * kWidth);
-      std::memcpy(out + m * F + p * kWidth, &sums[p][m], count * sizeof(float));
+      for (int64_t i = 0; i < count; ++i) out[m * F + p * kWidth + i] = rounded<Out>(sums[p][m][i]);
     }
   }
 }
 
 // The same for all panels of `columns` columns, kP at once while there are so many.
-template <int kP, int kM>
-void multiply_all(const float* x, const float* panels, float* out, int64_t D, int64_t F, int64_t columns) {
+template <int kP, int kM, typename T, typename Out>
+void multiply_all(const typename Step<T>::Factor* x, const T* panels, Out* out, int64_t steps, int64_t F,
+                  int64_t columns) {
+  const int64_t rows = steps * Step<T>::kRows;
   int64_t f = 0;
   for (; f + (kP - 1) * kWidth < columns; f += kP * kWidth) {
-    multiply<kP, kM>(x, panels + f * D, out + f, D, F, columns - f);
+    multiply<kP, kM>(x, panels + f * rows, out + f, steps, F, columns - f);
   }
   if constexpr (kP > 1) {
-    if (f < columns) multiply_all<kP / 2, kM>(x, panels + f * D, out + f, D, F, columns - f);
+    if (f < columns) multiply_all<kP / 2, kM>(x, panels + f * rows, out + f, steps, F, columns - f);
   }
 }
 
-template <size_t... kM>
+template <typename T, typename Out, size_t... kM>
 constexpr auto by_rows(std::index_sequence<kM...>) {
-  return std::array{&multiply_all<std::clamp<int>(kTile / (kM + 1), 1, 8), kM + 1>...};
+  return std::array{&multiply_all<std::clamp<int>(kTile / (kM + 1), 1, 8), kM + 1, T, Out>...};
 }
 
-// out[m][f] = sum over d of x[m][d] * matrix[d][f]; the matrix comes as panels of 16 columns, [F / 16, D, 16].
-ffi::Error product(ffi::ThreadPool pool, int64_t threads, Floats x, Floats panels,
-                   ffi::ResultBuffer<ffi::F32> out) {
-  constexpr auto kernels = by_rows(std::make_index_sequence<kTile>());
-  const int64_t D = x.dimensions().back(), M = x.element_count() / D, F = out->dimensions().back();
-  const int64_t num_panels = (F + kWidth - 1) / kWidth, tiles = (M + kTile - 1) / kTile;
-  if (static_cast<int64_t>(panels.element_count()) != num_panels * kWidth * D) {
-    return ffi::Error::InvalidArgument("the matrix must be [ceil(F / 16), D, 16]");
+// out[m][f] = sum over d of x[m][d] * matrix[d][f]; the matrix comes as panels of 16 columns, [F / 16, D, 16], in
+// bfloat16 [F / 16, D / 2, 32] with pairs of rows.
+template <typename T, typename Out>
+ffi::Error product(ffi::ThreadPool& pool, int64_t threads, const ffi::AnyBuffer& xs, const ffi::AnyBuffer& matrix,
+                   const ffi::AnyBuffer& outs) {
+  using Factor = typename Step<T>::Factor;
+  constexpr auto kernels = by_rows<T, Out>(std::make_index_sequence<kTile>());
+  constexpr int64_t kRows = Step<T>::kRows;
+  const int64_t D = xs.dimensions().back(), M = xs.element_count() / D, F = outs.dimensions().back();
+  const int64_t num_panels = (F + kWidth - 1) / kWidth, tiles = (M + kTile - 1) / kTile, steps = (D - 1) / kRows + 1;
+  if (static_cast<int64_t>(matrix.element_count()) != num_panels * kWidth * steps * kRows) {
+    return ffi::Error::InvalidArgument("the matrix must be [ceil(F / 16), D, 16], in bfloat16 [ceil(F / 16), ceil(D / 2), 32]");
   }
+  const T *const x = data<T>(xs), *const panels = data<T>(matrix);
   if (D * F * (M + 4) < kSmall) threads = 1;
-  static thread_local std::vector<float> scratch;  // x by tiles, [tile][d][row]
-  scratch.resize(M * D);
-  float* const turned = scratch.data();
+  static thread_local std::vector<Factor> scratch;  // x by tiles, [tile][step][row]
+  scratch.resize(M * steps);
+  Factor* const turned = scratch.data();
   auto rows_of = [&](int64_t t) { return std::min<int64_t>(kTile, M - t * kTile); };
   parallel(pool, M * D < kSmall / 64 ? 1 : threads, tiles, [&](int64_t t) {
-    const float* const from = x.typed_data() + t * kTile * D;
-    float* const to = turned + t * kTile * D;
+    const T* const from = x + t * kTile * D;
+    Factor* const to = turned + t * kTile * steps;
     for (int64_t m = 0, rows = rows_of(t); m < rows; ++m) {
-      for (int64_t d = 0; d < D; ++d) to[d * rows + m] = from[m * D + d];
+      for (int64_t s = 0; s < steps; ++s) to[s * rows + m] = Step<T>::factor(from + m * D + s * kRows, D - s * kRows);
     }
   });
   const int64_t each = (num_panels - 1) / (kChunks * threads) + 1;
@@ -95,21 +134,30 @@ ffi::Error product(ffi::ThreadPool pool, int64_t threads, Floats x, Floats panel
     for (int64_t panel = chunk * each; panel < end; panel += tiles > 1 ? 1 : each) {
       const int64_t f = panel * kWidth, last = tiles > 1 ? panel + 1 : end;
       for (int64_t t = 0; t < tiles; ++t) {
-        float* const to = out->typed_data() + t * kTile * F + f;
+        Out* const to = data<Out>(outs) + t * kTile * F + f;
         const int64_t columns = std::min(last * kWidth, F) - f;
-        kernels[rows_of(t) - 1](turned + t * kTile * D, panels.typed_data() + f * D, to, D, F, columns);
+        kernels[rows_of(t) - 1](turned + t * kTile * steps, panels + f * steps * kRows, to, steps, F, columns);
       }
     }
   });
   return ffi::Error::Success();
 }
 
+ffi::Error product_of_any(ffi::ThreadPool pool, int64_t threads, ffi::AnyBuffer x, ffi::AnyBuffer panels,
+                          ffi::Result<ffi::AnyBuffer> out) {
+  return by_type(x, [&](auto in) {
+    return by_type(*out, [&](auto to) { return product<decltype(in), decltype(to)>(pool, threads, x, panels, *out); });
+  });
+}
+
 // Heads of a row, of two halves each, rotated by its angles [H / 2].
-void rotate_heads(const float* x, int64_t heads, const float* cosine, const float* sine, int64_t half, float* out) {
+template <typename T>
+void rotate_heads(const T* x, int64_t heads, const float* cosine, const float* sine, int64_t half, T* out) {
   for (int64_t head = 0; head < heads; ++head, x += 2 * half, out += 2 * half) {
     for (int64_t h = 0; h < half; ++h) {
-      out[h] = x[h] * cosine[h] - x[half + h] * sine[h];
-      out[half + h] = x[half + h] * cosine[h] + x[h] * sine[h];
+      const float first = number(x[h]), second = number(x[half + h]);
+      out[h] = rounded<T>(first * cosine[h] - second * sine[h]);
+      out[half + h] = rounded<T>(second * cosine[h] + first * sine[h]);
     }
   }
 }
@@ -124,30 +172,39 @@ ffi::Error rotate(Floats x, Floats cosines, Floats sines, ffi::ResultBuffer<ffi:
 }
 
 // Rows of queries, keys and values side by side as one array each, queries and keys rotated.
-ffi::Error rotate_apart(Floats x, Floats cosines, Floats sines, ffi::ResultBuffer<ffi::F32> q,
-                        ffi::ResultBuffer<ffi::F32> k, ffi::ResultBuffer<ffi::F32> v) {
+ffi::Error rotate_apart(ffi::AnyBuffer x, Floats cosines, Floats sines, ffi::Result<ffi::AnyBuffer> q,
+                        ffi::Result<ffi::AnyBuffer> k, ffi::Result<ffi::AnyBuffer> v) {
   const int64_t half = cosines.dimensions().back(), rows = cosines.element_count() / half;
   const int64_t Q = q->dimensions().back(), K = k->dimensions().back(), W = Q + 2 * K;
-  for (int64_t row = 0; row < rows; ++row) {
-    const float *const from = x.typed_data() + row * W, *const cosine = cosines.typed_data() + row * half;
-    const float* const sine = sines.typed_data() + row * half;
-    rotate_heads(from, Q / (2 * half), cosine, sine, half, q->typed_data() + row * Q);
-    rotate_heads(from + Q, K / (2 * half), cosine, sine, half, k->typed_data() + row * K);
-    std::copy_n(from + Q + K, K, v->typed_data() + row * K);
-  }
-  return ffi::Error::Success();
+  return by_type(x, [&](auto type) {
+    using T = decltype(type);
+    for (int64_t row = 0; row < rows; ++row) {
+      const T* const from = data<T>(x) + row * W;
+      const float *const cosine = cosines.typed_data() + row * half, *const sine = sines.typed_data() + row * half;
+      rotate_heads(from, Q / (2 * half), cosine, sine, half, data<T>(*q) + row * Q);
+      rotate_heads(from + Q, K / (2 * half), cosine, sine, half, data<T>(*k) + row * K);
+      std::copy_n(from + Q + K, K, data<T>(*v) + row * K);
+    }
+    return ffi::Error::Success();
+  });
 }
 
 // silu(gate) * up of rows that hold both, [2 F].
-ffi::Error swiglu_joined(ffi::ThreadPool pool, int64_t threads, Floats x, ffi::ResultBuffer<ffi::F32> out) {
+ffi::Error swiglu_joined(ffi::ThreadPool pool, int64_t threads, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> out) {
   const int64_t F = out->dimensions().back(), rows = out->element_count() / F;
-  parallel(pool, rows * F < kSmall / 16 ? 1 : threads, rows, [&](int64_t row) {
-    const float *const gate = x.typed_data() + 2 * row * F, *const up = gate + F;
-    float* const to = out->typed_data() + row * F;
+  return by_type(x, [&](auto type) {
+    using T = decltype(type);
+    parallel(pool, rows * F < kSmall / 16 ? 1 : threads, rows, [&](int64_t row) {
+      const T *const gates = data<T>(x) + 2 * row * F, *const ups = gates + F;
+      T* const to = data<T>(*out) + row * F;
 #pragma omp simd
-    for (int64_t f = 0; f < F; ++f) to[f] = gate[f] * sigmoid(gate[f]) * up[f];
+      for (int64_t f = 0; f < F; ++f) {
+        const float gate = number(gates[f]);
+        to[f] = rounded<T>(gate * sigmoid(gate) * number(ups[f]));
+      }
+    });
+    return ffi::Error::Success();
   });
-  return ffi::Error::Success();
 }
 
 // One token of a row [V]: the likeliest at temperature 0, else by inverse CDF at `uniform`, with its log-probability
@@ -220,10 +277,10 @@ ffi::Error draw(ffi::ThreadPool pool, int64_t threads, Floats logits, Floats tem
 }
 
 // One block of `count` positions of one key/value head, for its G queries: an online softmax's running maximum and sum
-// `[G]` and weighted values `[G, H]` go on. `ahead`: floats from here to what memory will be asked for next.
-template <int kH>
-void attend_block(const float* q, const float* k, const float* v, int64_t count, int64_t ahead, int64_t G,
-                  int64_t head_dim, float* weights, float* tops, float* sums, float* out) {
+// `[G]` and weighted values `[G, H]` go on. `ahead`: elements from here to what memory will be asked for next.
+template <int kH, typename T>
+void attend_block(const float* q, const T* k, const T* v, int64_t count, int64_t ahead, int64_t G, int64_t head_dim,
+                  float* weights, float* tops, float* sums, float* out) {
   const int64_t H = kH ? kH : head_dim;
   const float scale = 1 / std::sqrt(static_cast<float>(H));
   for (int64_t g = 0; g < G; ++g) {
@@ -232,7 +289,7 @@ void attend_block(const float* q, const float* k, const float* v, int64_t count,
       if (g == 0) prefetch(k + s * H + ahead, H);
       float score = 0;
 #pragma omp simd reduction(+ : score)
-      for (int64_t h = 0; h < H; ++h) score += q[g * H + h] * k[s * H + h];
+      for (int64_t h = 0; h < H; ++h) score += q[g * H + h] * number(k[s * H + h]);
       weights[s] = score * scale;
       top = std::max(top, weights[s]);
     }
@@ -249,7 +306,7 @@ void attend_block(const float* q, const float* k, const float* v, int64_t count,
     for (int64_t h = 0; h < H; ++h) o[h] *= shrink;
     for (int64_t s = 0; s < count; ++s) {
       if (g == 0) prefetch(v + s * H + ahead, H);
-      for (int64_t h = 0; h < H; ++h) o[h] += weights[s] * v[s * H + h];
+      for (int64_t h = 0; h < H; ++h) o[h] += weights[s] * number(v[s * H + h]);
     }
   }
 }
@@ -257,16 +314,17 @@ void attend_block(const float* q, const float* k, const float* v, int64_t count,
 // For each lane with seen[l] > 0: its new key and value go to position seen[l] - 1 of its row, and then its queries
 // attend to the first seen[l], so lanes may be neighbouring positions of one row. Others write nothing and get zeros.
 // Pages are [P, K, C, H], and changed in place.
-ffi::Error attend(ffi::ThreadPool pool, int64_t threads, Floats q, Floats new_k,
-                  Floats new_v, Floats, Floats, Integers seen,
-                  Integers tables, ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> k_pages,
-                  ffi::ResultBuffer<ffi::F32> v_pages) {
-  const int64_t L = q.dimensions()[0], N = q.dimensions()[1], H = q.dimensions()[2], R = tables.dimensions()[1];
-  const int64_t K = k_pages->dimensions()[1], C = k_pages->dimensions()[2], G = N / K;
-  const auto kernel = H == 32    ? attend_block<32>
-                      : H == 64  ? attend_block<64>
-                      : H == 128 ? attend_block<128>
-                                 : attend_block<0>;
+template <typename T>
+ffi::Error attend(ffi::ThreadPool& pool, int64_t threads, const T* q, const T* new_k, const T* new_v,
+                  const Integers& seen, const Integers& tables, const ffi::AnyBuffer& out, const ffi::AnyBuffer& k_out,
+                  const ffi::AnyBuffer& v_out) {
+  const int64_t L = out.dimensions()[0], N = out.dimensions()[1], H = out.dimensions()[2], R = tables.dimensions()[1];
+  const int64_t K = k_out.dimensions()[1], C = k_out.dimensions()[2], G = N / K;
+  T *const k_pages = data<T>(k_out), *const v_pages = data<T>(v_out);
+  const auto kernel = H == 32    ? attend_block<32, T>
+                      : H == 64  ? attend_block<64, T>
+                      : H == 128 ? attend_block<128, T>
+                                 : attend_block<0, T>;
   if (std::accumulate(seen.typed_data(), seen.typed_data() + L, int64_t{0}) * N * H < kSmall / 8) threads = 1;
   const int32_t* const rows = tables.typed_data();
   for (int64_t lane = 0; lane < L; ++lane) {
@@ -274,8 +332,8 @@ ffi::Error attend(ffi::ThreadPool pool, int64_t threads, Floats q, Floats new_k,
     if (last < 0) continue;
     const int64_t place = (rows[lane * R + last / C] * K * C + last % C) * H;
     for (int64_t head = 0; head < K; ++head) {
-      std::copy_n(new_k.typed_data() + (lane * K + head) * H, H, k_pages->typed_data() + place + head * C * H);
-      std::copy_n(new_v.typed_data() + (lane * K + head) * H, H, v_pages->typed_data() + place + head * C * H);
+      std::copy_n(new_k + (lane * K + head) * H, H, k_pages + place + head * C * H);
+      std::copy_n(new_v + (lane * K + head) * H, H, v_pages + place + head * C * H);
     }
   }
   // The heads of a page lie side by side, so a thread takes all of a lane's, unless there are hardly lanes enough.
@@ -284,40 +342,51 @@ ffi::Error attend(ffi::ThreadPool pool, int64_t threads, Floats q, Floats new_k,
     const int64_t lane = index / parts, begin = index % parts * heads, end = std::min(begin + heads, K);
     const int64_t length = seen.typed_data()[lane], queries = (end - begin) * G;
     if (queries <= 0) return;
-    const float* const qs = q.typed_data() + (lane * N + begin * G) * H;
-    float* const outs = out->typed_data() + (lane * N + begin * G) * H;
-    std::fill(outs, outs + queries * H, 0.0f);
-    if (length <= 0) return;
-    const int32_t* const table = rows + lane * R;
+    const T* const from = q + (lane * N + begin * G) * H;
+    T* const to = data<T>(out) + (lane * N + begin * G) * H;
     static thread_local std::vector<float> scratch;
-    scratch.resize(C + 2 * queries);
+    scratch.resize(C + 2 * queries * (1 + H));
     float *const weights = scratch.data(), *const tops = weights + C, *const sums = tops + queries;
+    float *const qs = sums + queries, *const outs = qs + queries * H;
+    std::fill(outs, outs + queries * H, 0.0f);
     std::fill(tops, tops + queries, kLowest);
-    std::fill(sums, sums + queries, 0.0f);
+    std::fill(sums, sums + queries, length > 0 ? 0.0f : 1.0f);
+    for (int64_t i = 0; i < queries * H; ++i) qs[i] = number(from[i]);
+    const int32_t* const table = rows + lane * R;
     for (int64_t first = 0; first < length; first += C) {
       const int64_t page = table[first / C] * K, count = std::min(C, length - first);
       const int64_t next = first + C < length ? (table[first / C + 1] * K + begin) * C * H : 0;
       for (int64_t head = begin; head < end; ++head) {
         const int64_t at = (page + head) * C * H, ahead = head + 1 < end || !next ? C * H : next - at;
-        const float *const k = k_pages->typed_data() + at, *const v = v_pages->typed_data() + at;
         const int64_t own = (head - begin) * G;
-        kernel(qs + own * H, k, v, count, ahead, G, H, weights, tops + own, sums + own, outs + own * H);
+        kernel(qs + own * H, k_pages + at, v_pages + at, count, ahead, G, H, weights, tops + own, sums + own,
+               outs + own * H);
       }
     }
     for (int64_t n = 0; n < queries; ++n) {
-      for (int64_t h = 0; h < H; ++h) outs[n * H + h] /= sums[n];
+      for (int64_t h = 0; h < H; ++h) to[n * H + h] = rounded<T>(outs[n * H + h] / sums[n]);
     }
   });
   return ffi::Error::Success();
 }
 
+ffi::Error attend_of_any(ffi::ThreadPool pool, int64_t threads, ffi::AnyBuffer q, ffi::AnyBuffer new_k,
+                         ffi::AnyBuffer new_v, ffi::AnyBuffer, ffi::AnyBuffer, Integers seen, Integers tables,
+                         ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> k_pages,
+                         ffi::Result<ffi::AnyBuffer> v_pages) {
+  return by_type(q, [&](auto type) {
+    using T = decltype(type);
+    return attend<T>(pool, threads, data<T>(q), data<T>(new_k), data<T>(new_v), seen, tables, *out, *k_pages, *v_pages);
+  });
+}
+
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_product, product,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_product, product_of_any,
                               bind_threaded()
-                                  .Arg<Floats>()    // x
-                                  .Arg<Floats>()    // panels
-                                  .Ret<Floats>());  // out
+                                  .Arg<ffi::AnyBuffer>()    // x
+                                  .Arg<ffi::AnyBuffer>()    // panels
+                                  .Ret<ffi::AnyBuffer>());  // out
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_rotate, rotate,
                               ffi::Ffi::Bind()
@@ -328,17 +397,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_rotate, rotate,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_rotate_apart, rotate_apart,
                               ffi::Ffi::Bind()
-                                  .Arg<Floats>()    // x
+                                  .Arg<ffi::AnyBuffer>()    // x
                                   .Arg<Floats>()    // cosines
                                   .Arg<Floats>()    // sines
-                                  .Ret<Floats>()    // q
-                                  .Ret<Floats>()    // k
-                                  .Ret<Floats>());  // v
+                                  .Ret<ffi::AnyBuffer>()    // q
+                                  .Ret<ffi::AnyBuffer>()    // k
+                                  .Ret<ffi::AnyBuffer>());  // v
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_swiglu_joined, swiglu_joined,
                               bind_threaded()
-                                  .Arg<Floats>()    // gate and up
-                                  .Ret<Floats>());  // out
+                                  .Arg<ffi::AnyBuffer>()    // gate and up
+                                  .Ret<ffi::AnyBuffer>());  // out
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_draw, draw,
                               bind_threaded()
@@ -349,15 +418,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_draw, draw,
                                   .Ret<Integers>()                // tokens
                                   .Ret<Floats>());                // log-probabilities
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_attend, attend,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_attend, attend_of_any,
                               bind_threaded()
-                                  .Arg<Floats>()      // q
-                                  .Arg<Floats>()      // new keys
-                                  .Arg<Floats>()      // new values
-                                  .Arg<Floats>()      // pages of keys
-                                  .Arg<Floats>()      // pages of values
+                                  .Arg<ffi::AnyBuffer>()      // q
+                                  .Arg<ffi::AnyBuffer>()      // new keys
+                                  .Arg<ffi::AnyBuffer>()      // new values
+                                  .Arg<ffi::AnyBuffer>()      // pages of keys
+                                  .Arg<ffi::AnyBuffer>()      // pages of values
                                   .Arg<Integers>()    // seen
                                   .Arg<Integers>()    // tables
-                                  .Ret<Floats>()      // out
-                                  .Ret<Floats>()      // pages of keys
-                                  .Ret<Floats>());    // pages of values
+                                  .Ret<ffi::AnyBuffer>()      // out
+                                  .Ret<ffi::AnyBuffer>()      // pages of keys
+                                  .Ret<ffi::AnyBuffer>());    // pages of values

@@ -10,6 +10,10 @@
 #include <cstring>
 #include <memory>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -25,6 +29,50 @@ constexpr float kLowest = -1e30f;  // finite, so that a difference of two is no 
 inline auto bind_threaded() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("threads"); }
 
 inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+inline float number(float x) { return x; }
+
+inline float number(Bfloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+
+// The nearest of a type's numbers, of two as near the even one.
+template <typename T>
+T rounded(float x) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return x;
+  } else {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    const uint32_t near = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return {static_cast<uint16_t>(x == x ? near : 0x7fc0)};
+  }
+}
+
+template <typename T>
+T* data(const ffi::AnyBuffer& buffer) {
+  return static_cast<T*>(buffer.untyped_data());
+}
+
+// kernel(T()) for the type T of a buffer's elements.
+template <typename Kernel>
+ffi::Error by_type(const ffi::AnyBuffer& buffer, const Kernel& kernel) {
+  switch (buffer.element_type()) {
+    case ffi::F32:
+      return kernel(float());
+    case ffi::BF16:
+      return kernel(Bfloat16());
+    default:
+      return ffi::Error::InvalidArgument("kernels are for float32 and bfloat16");
+  }
+}
 
 // Calls task(0) ... task(count - 1), on this thread and on up to `threads - 1` of XLA's. Tasks are claimed one by one,
 // so a thread that comes late finds nothing to do, and none is waited for that has not begun.

@@ -1,8 +1,11 @@
-"""Kernels of our own for a CPU, in float32, which the machine's C++ compiler makes at their first use.
+"""Kernels of our own for a CPU, which the machine's C++ compiler makes at their first use.
 
-`native.cc` is for decoding: XLA's CPU backend multiplies a few rows at half of the machine's speed, and its attention
-reads a copy of the pages (docs/decode.md). `native_training.cc` is for training (docs/performance.md). Where there is
-no compiler, or the kernels can't be made, everything runs as XLA compiles it, and a warning says so.
+`native.cc` is for decoding, in float32 and bfloat16: XLA's CPU backend multiplies a few rows at half of the machine's
+speed, and its attention reads a copy of the pages (docs/decode.md). `native_training.cc` is for training, in float32
+(docs/performance.md). Where there is no compiler, or the kernels can't be made, everything runs as XLA compiles it, and
+a warning says so.
+
+Of two dtypes or not, kernels compute in float32 (products of bfloat16 add up in it) and round what they return.
 """
 
 import ctypes
@@ -71,30 +74,40 @@ def is_available() -> bool:
     return True
 
 
-def panels_shape(inputs: int, outputs: int) -> tuple[int, int, int]:
+def panels_shape(inputs: int, outputs: int, paired: bool = False) -> tuple[int, int, int]:
     """The shape of a matrix's panels."""
-    return -(-outputs // _PANEL), inputs, _PANEL
+    depth = 1 + paired
+    return -(-outputs // _PANEL), -(-inputs // depth), depth * _PANEL
 
 
-def to_panels(matrix_DF: jax.Array) -> jax.Array:
-    """A matrix as `product` reads it: 16 columns side by side, then the next 16, filled up with zeros."""
-    D, F = matrix_DF.shape
-    panels = panels_shape(D, F)[0]
-    return jnp.pad(matrix_DF, ((0, 0), (0, panels * _PANEL - F))).reshape(D, panels, _PANEL).transpose(1, 0, 2)
+def to_panels(matrix_DF: jax.Array, paired: bool = False) -> jax.Array:
+    """A matrix as `product` reads it: 16 columns side by side, then the next 16, filled up with zeros.
+
+    `paired`, for bfloat16: two rows lie as 16 pairs, since the CPU multiplies a pair by a pair and adds up.
+    """
+    (D, F), depth = matrix_DF.shape, 1 + paired
+    panels, steps, _ = panels_shape(D, F, paired)
+    filled = jnp.pad(matrix_DF, ((0, steps * depth - D), (0, panels * _PANEL - F)))
+    return filled.reshape(steps, depth, panels, _PANEL).transpose(2, 0, 3, 1).reshape(panels, steps, -1)
 
 
-def from_panels(panels: jax.Array, outputs: int) -> jax.Array:
-    """The matrix `[D, outputs]` of which these are the panels."""
-    return panels.transpose(1, 0, 2).reshape(panels.shape[1], -1)[:, :outputs]
+def from_panels(panels: jax.Array, inputs: int, outputs: int) -> jax.Array:
+    """The matrix `[inputs, outputs]` of which these are the panels."""
+    steps, depth = panels.shape[1], panels.shape[2] // _PANEL
+    split = panels.reshape(-1, steps, _PANEL, depth)
+    return split.transpose(1, 3, 0, 2).reshape(steps * depth, -1)[:inputs, :outputs]
 
 
-def product(x: jax.Array, panels: jax.Array, outputs: int) -> jax.Array:
-    """`x [..., D]` times a matrix `[D, outputs]` that is given as panels, both float32: `[..., outputs]`.
+def product(x: jax.Array, panels: jax.Array, outputs: int, dtype: Any = None) -> jax.Array:
+    """`x [..., D]` times a matrix `[D, outputs]`: `[..., outputs]`, float32 or bfloat16 [the dtype of x].
 
     Each sum is taken along D from first to last, whatever the number of rows. Lifted over lanes it is one product of
     all of them.
+
+    Args:
+        panels: the matrix by `to_panels`, in the dtype of x; paired in bfloat16.
     """
-    out = _float32(*x.shape[:-1], outputs)
+    out = _array((*x.shape[:-1], outputs), dtype or x.dtype)
     return _call("apr_product", out, vmap_method="expand_dims")(x, panels, threads=_threads())
 
 
@@ -106,21 +119,22 @@ def rotate(x: jax.Array, angles: Angles) -> jax.Array:
 
 
 def rotate_apart(x: jax.Array, angles: Angles, queries: int, keys: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries, keys and values of rows that hold all three, float32; queries and keys with RoPE.
+    """Queries, keys and values of rows that hold all three, float32 or bfloat16; queries and keys with RoPE.
 
     Args:
         x: `[..., T, queries + 2 keys]`.
         angles: cosines and sines `[..., T, 1, H/2]`. XLA would compute them anew for every layer's queries and keys.
     """
-    shapes = [_float32(*x.shape[:-1], width) for width in (queries, keys, keys)]
+    shapes = [_array((*x.shape[:-1], width), x.dtype) for width in (queries, keys, keys)]
     cos, sin = (jnp.squeeze(each, -2) for each in angles)
     q, k, v = _call("apr_rotate_apart", shapes, vmap_method="broadcast_all")(x, cos, sin)
     return q, k, v
 
 
 def swiglu_joined(x: jax.Array) -> jax.Array:
-    """`silu(gate) * up` of rows `[..., 2 F]` that hold both, float32: `[..., F]`."""
-    call = _call("apr_swiglu_joined", _float32(*x.shape[:-1], x.shape[-1] // 2), vmap_method="broadcast_all")
+    """`silu(gate) * up` of rows `[..., 2 F]` that hold both, float32 or bfloat16: `[..., F]`."""
+    shape = _array((*x.shape[:-1], x.shape[-1] // 2), x.dtype)
+    call = _call("apr_swiglu_joined", shape, vmap_method="broadcast_all")
     out: jax.Array = call(x, threads=_threads())
     return out
 
@@ -139,7 +153,7 @@ def draw(
     Returns:
         int32 and float32 `[...]`.
     """
-    shapes = [jax.ShapeDtypeStruct(uniform.shape, jnp.int32), _float32(*uniform.shape)]  # type: ignore[no-untyped-call]
+    shapes = [_array(uniform.shape, dtype) for dtype in (jnp.int32, jnp.float32)]
     call = _call("apr_draw", shapes, vmap_method="expand_dims")
     token, logprob = call(logits, temperature, banned_mask_V, uniform, threads=_threads())
     return token, logprob
@@ -159,15 +173,15 @@ def write_then_attend(
     All lanes write before any attends, so lanes may be neighbouring positions of one row.
 
     Args:
-        q_LNH, k_LKH, v_LKH: float32, RoPE applied; scores are scaled by 1/sqrt(H).
-        k_pages, v_pages: float32 `[P, K, C, H]`; donate them, or they are copied.
+        q_LNH, k_LKH, v_LKH: float32 or bfloat16, RoPE applied; scores are scaled by 1/sqrt(H).
+        k_pages, v_pages: `[P, K, C, H]` of the same dtype; donate them, or they are copied.
         seen_L: int32; 0 for a lane that writes nothing and gets zeros.
         tables_LR: int32, the pages of each row in order.
 
     Returns:
         `[L, N, H]`, and both kinds of pages.
     """
-    shapes = [_float32(*x.shape) for x in (q_LNH, k_pages, v_pages)]
+    shapes = [_array(x.shape, x.dtype) for x in (q_LNH, k_pages, v_pages)]
     call = _call("apr_attend", shapes, input_output_aliases={3: 1, 4: 2})
     out_LNH, k_pages, v_pages = call(q_LNH, k_LKH, v_LKH, k_pages, v_pages, seen_L, tables_LR, threads=_threads())
     return out_LNH, k_pages, v_pages
@@ -236,8 +250,8 @@ def swiglu_backward(gate: jax.Array, up: jax.Array, dout: jax.Array) -> tuple[ja
 
 
 def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm of each row of `x [..., D]`, float32. Lifted over lanes the scale is one for all."""
-    call = _call("apr_rms_norm", _float32(*x.shape), vmap_method="expand_dims")
+    """RMSNorm of each row of `x [..., D]`, float32 or bfloat16. Lifted over lanes the float32 scale is one for all."""
+    call = _call("apr_rms_norm", _array(x.shape, x.dtype), vmap_method="expand_dims")
     out: jax.Array = call(x, scale_D, threads=_threads(), eps=np.float32(eps))
     return out
 
@@ -257,8 +271,12 @@ def _call(target: str, *arguments: Any, **options: Any) -> Callable[..., Any]:
     return jax.ffi.ffi_call(target, *arguments, **options)
 
 
+def _array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
+
+
 def _float32(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)  # type: ignore[no-untyped-call]
+    return _array(shape, jnp.float32)
 
 
 def _threads() -> np.int64:

@@ -281,26 +281,31 @@ ffi::Error swiglu_backward(ffi::ThreadPool pool, int64_t threads, Floats gates, 
 }
 
 // 1 / sqrt(mean(x^2) + eps)
-inline float inverse_norm(const float* x, int64_t D, float eps) {
+template <typename T>
+inline float inverse_norm(const T* x, int64_t D, float eps) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t d = 0; d < D; ++d) sum += x[d] * x[d];
+  for (int64_t d = 0; d < D; ++d) sum += number(x[d]) * number(x[d]);
   return 1 / std::sqrt(sum / D + eps);
 }
 
 // RMSNorm of each row.
-ffi::Error rms_norm(ffi::ThreadPool pool, int64_t threads, float eps, Floats xs, Floats scales, ffi::Result<Floats> outs) {
+ffi::Error rms_norm(ffi::ThreadPool pool, int64_t threads, float eps, ffi::AnyBuffer xs, Floats scales,
+                    ffi::Result<ffi::AnyBuffer> outs) {
   const int64_t D = scales.element_count(), rows = xs.element_count() / D;
   const float* const scale = scales.typed_data();
-  parallel(pool, threads, (rows + kNormRows - 1) / kNormRows, [&](int64_t part) {
-    for (int64_t row = part * kNormRows; row < std::min((part + 1) * kNormRows, rows); ++row) {
-      const float* const x = xs.typed_data() + row * D;
-      float* const out = outs->typed_data() + row * D;
-      const float inverse = inverse_norm(x, D, eps);
-      for (int64_t d = 0; d < D; ++d) out[d] = x[d] * inverse * scale[d];
-    }
+  return by_type(xs, [&](auto type) {
+    using T = decltype(type);
+    parallel(pool, threads, (rows + kNormRows - 1) / kNormRows, [&](int64_t part) {
+      for (int64_t row = part * kNormRows; row < std::min((part + 1) * kNormRows, rows); ++row) {
+        const T* const x = data<T>(xs) + row * D;
+        T* const out = data<T>(*outs) + row * D;
+        const float inverse = inverse_norm(x, D, eps);
+        for (int64_t d = 0; d < D; ++d) out[d] = rounded<T>(number(x[d]) * inverse * scale[d]);
+      }
+    });
+    return ffi::Error::Success();
   });
-  return ffi::Error::Success();
 }
 
 // Its gradients; that of the rows is added to `given`. The scale's is summed by parts of kNormRows rows, then over parts.
@@ -383,9 +388,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_swiglu_backward, swiglu_backward,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_rms_norm, rms_norm,
                               bind_threaded()
                                   .Attr<float>("eps")
-                                  .Arg<Floats>()    // x
-                                  .Arg<Floats>()    // scale
-                                  .Ret<Floats>());  // out
+                                  .Arg<ffi::AnyBuffer>()    // x
+                                  .Arg<Floats>()            // scale
+                                  .Ret<ffi::AnyBuffer>());  // out
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_rms_norm_backward, rms_norm_backward,
                               bind_threaded()

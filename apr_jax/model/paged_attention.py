@@ -12,7 +12,7 @@ groups as their batch, and tables of pairs: a reshape, no copy.
   neighbouring heads side by side, and a query is zero in its neighbours' place: neither memory nor bandwidth is lost.
   It computes with bfloat16 keys and values whatever it is given.
 * "gpu": `jax.experimental.pallas.ops.gpu.paged_attention`, in Triton.
-* "cpu": `native.py`, float32, which writes the new position as well.
+* "cpu": `native.py`, which writes the new position as well.
 * "xla": gathers each row. Exact in float32, and what the kernels are tested against.
 
 cuDNN's paged attention (`jax._src.cudnn`) is no option: it takes pools of exactly lanes times R pages, so no page may
@@ -100,13 +100,13 @@ PLAIN = HeadTile()
 def choose_impl(requested: str, platform: str, dtype: str) -> Literal["packed"] | Impl:
     """What `rollout.decode_attention` means on a platform ("cpu", "tpu", "gpu" or "cuda").
 
-    Accelerators' kernels compute in bfloat16 and the CPU's in float32. Where there is none, "auto" is "packed", and
+    Accelerators' kernels compute in bfloat16, the CPU's also in float32. Where there is none, "auto" is "packed", and
     "paged" the exact "xla".
     """
     if requested == "packed":
         return "packed"
     kernel: Impl = "tpu" if platform == "tpu" else "gpu" if platform in ("gpu", "cuda", "rocm") else "cpu"
-    if dtype != ("float32" if kernel == "cpu" else "bfloat16") or (kernel == "cpu" and not native.is_available()):
+    if not (native.is_available() if kernel == "cpu" else dtype == "bfloat16"):
         kernel = "xla"
     if requested == "auto" and kernel == "xla":
         return "packed"
