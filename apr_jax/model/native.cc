@@ -1,5 +1,5 @@
-// What a decode step spends its time with, for CPUs: products of a few rows with large matrices, and attention to pages
-// where they lie. `native.py` compiles this file and calls it; docs/decode.md says why XLA's own programs do not do.
+// What a decode step spends its time with, for CPUs: products of a few rows with large matrices, and what lies between
+// them. `native.py` compiles this file and calls it; docs/decode.md says why XLA's own programs do not do.
 //
 // Every sum is taken in an order that depends on its own row alone: not on other rows, nor on threads.
 
@@ -8,7 +8,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -21,16 +20,9 @@ constexpr int kTile = 16;  // rows of x that are multiplied at once: their sums 
 #else
 constexpr int kTile = 6;
 #endif
-constexpr int64_t kSmall = 1 << 20;  // multiplications that one thread does sooner than it has waked another
 constexpr int kChunks = 8;            // parts of the work for each thread, as a thread may come late
 constexpr int64_t kPart = 256;        // tokens whose probabilities are added up first, as one sum
-constexpr int64_t kLine = 64;         // bytes that memory is asked for at once
 constexpr int64_t kAhead = 128;       // vectors from what is read to what memory is asked for
-
-template <typename T>
-void prefetch(const T* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLine / sizeof(T)) __builtin_prefetch(from + i, 0, 1);
-}
 
 // How a panel of 16 columns is gone through: a step multiplies one row of it, or in bfloat16 two, which lie as 16 pairs.
 template <typename T>
@@ -276,110 +268,6 @@ ffi::Error draw(ffi::ThreadPool pool, int64_t threads, Floats logits, Floats tem
   return ffi::Error::Success();
 }
 
-// One block of `count` positions of one key/value head, for its G queries: an online softmax's running maximum and sum
-// `[G]` and weighted values `[G, H]` go on. `ahead`: elements from here to what memory will be asked for next.
-template <int kH, typename T>
-void attend_block(const float* q, const T* k, const T* v, int64_t count, int64_t ahead, int64_t G, int64_t head_dim,
-                  float* weights, float* tops, float* sums, float* out) {
-  const int64_t H = kH ? kH : head_dim;
-  const float scale = 1 / std::sqrt(static_cast<float>(H));
-  for (int64_t g = 0; g < G; ++g) {
-    float top = tops[g];
-    for (int64_t s = 0; s < count; ++s) {
-      if (g == 0) prefetch(k + s * H + ahead, H);
-      float score = 0;
-#pragma omp simd reduction(+ : score)
-      for (int64_t h = 0; h < H; ++h) score += q[g * H + h] * number(k[s * H + h]);
-      weights[s] = score * scale;
-      top = std::max(top, weights[s]);
-    }
-    const float shrink = exp_negative(tops[g] - top);
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t s = 0; s < count; ++s) {
-      weights[s] = exp_negative(weights[s] - top);
-      sum += weights[s];
-    }
-    tops[g] = top;
-    sums[g] = sums[g] * shrink + sum;
-    float* const o = out + g * H;
-    for (int64_t h = 0; h < H; ++h) o[h] *= shrink;
-    for (int64_t s = 0; s < count; ++s) {
-      if (g == 0) prefetch(v + s * H + ahead, H);
-      for (int64_t h = 0; h < H; ++h) o[h] += weights[s] * number(v[s * H + h]);
-    }
-  }
-}
-
-// For each lane with seen[l] > 0: its new key and value go to position seen[l] - 1 of its row, and then its queries
-// attend to the first seen[l], so lanes may be neighbouring positions of one row. Others write nothing and get zeros.
-// Pages are [P, K, C, H], and changed in place.
-template <typename T>
-ffi::Error attend(ffi::ThreadPool& pool, int64_t threads, const T* q, const T* new_k, const T* new_v,
-                  const Integers& seen, const Integers& tables, const ffi::AnyBuffer& out, const ffi::AnyBuffer& k_out,
-                  const ffi::AnyBuffer& v_out) {
-  const int64_t L = out.dimensions()[0], N = out.dimensions()[1], H = out.dimensions()[2], R = tables.dimensions()[1];
-  const int64_t K = k_out.dimensions()[1], C = k_out.dimensions()[2], G = N / K;
-  T *const k_pages = data<T>(k_out), *const v_pages = data<T>(v_out);
-  const auto kernel = H == 32    ? attend_block<32, T>
-                      : H == 64  ? attend_block<64, T>
-                      : H == 128 ? attend_block<128, T>
-                                 : attend_block<0, T>;
-  if (std::accumulate(seen.typed_data(), seen.typed_data() + L, int64_t{0}) * N * H < kSmall / 8) threads = 1;
-  const int32_t* const rows = tables.typed_data();
-  for (int64_t lane = 0; lane < L; ++lane) {
-    const int64_t last = seen.typed_data()[lane] - 1;
-    if (last < 0) continue;
-    const int64_t place = (rows[lane * R + last / C] * K * C + last % C) * H;
-    for (int64_t head = 0; head < K; ++head) {
-      std::copy_n(new_k + (lane * K + head) * H, H, k_pages + place + head * C * H);
-      std::copy_n(new_v + (lane * K + head) * H, H, v_pages + place + head * C * H);
-    }
-  }
-  // The heads of a page lie side by side, so a thread takes all of a lane's, unless there are hardly lanes enough.
-  const int64_t parts = L >= 4 * threads ? 1 : std::min(K, threads), heads = (K + parts - 1) / parts;
-  parallel(pool, threads, L * parts, [&](int64_t index) {
-    const int64_t lane = index / parts, begin = index % parts * heads, end = std::min(begin + heads, K);
-    const int64_t length = seen.typed_data()[lane], queries = (end - begin) * G;
-    if (queries <= 0) return;
-    const T* const from = q + (lane * N + begin * G) * H;
-    T* const to = data<T>(out) + (lane * N + begin * G) * H;
-    static thread_local std::vector<float> scratch;
-    scratch.resize(C + 2 * queries * (1 + H));
-    float *const weights = scratch.data(), *const tops = weights + C, *const sums = tops + queries;
-    float *const qs = sums + queries, *const outs = qs + queries * H;
-    std::fill(outs, outs + queries * H, 0.0f);
-    std::fill(tops, tops + queries, kLowest);
-    std::fill(sums, sums + queries, length > 0 ? 0.0f : 1.0f);
-    for (int64_t i = 0; i < queries * H; ++i) qs[i] = number(from[i]);
-    const int32_t* const table = rows + lane * R;
-    for (int64_t first = 0; first < length; first += C) {
-      const int64_t page = table[first / C] * K, count = std::min(C, length - first);
-      const int64_t next = first + C < length ? (table[first / C + 1] * K + begin) * C * H : 0;
-      for (int64_t head = begin; head < end; ++head) {
-        const int64_t at = (page + head) * C * H, ahead = head + 1 < end || !next ? C * H : next - at;
-        const int64_t own = (head - begin) * G;
-        kernel(qs + own * H, k_pages + at, v_pages + at, count, ahead, G, H, weights, tops + own, sums + own,
-               outs + own * H);
-      }
-    }
-    for (int64_t n = 0; n < queries; ++n) {
-      for (int64_t h = 0; h < H; ++h) to[n * H + h] = rounded<T>(outs[n * H + h] / sums[n]);
-    }
-  });
-  return ffi::Error::Success();
-}
-
-ffi::Error attend_of_any(ffi::ThreadPool pool, int64_t threads, ffi::AnyBuffer q, ffi::AnyBuffer new_k,
-                         ffi::AnyBuffer new_v, ffi::AnyBuffer, ffi::AnyBuffer, Integers seen, Integers tables,
-                         ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> k_pages,
-                         ffi::Result<ffi::AnyBuffer> v_pages) {
-  return by_type(q, [&](auto type) {
-    using T = decltype(type);
-    return attend<T>(pool, threads, data<T>(q), data<T>(new_k), data<T>(new_v), seen, tables, *out, *k_pages, *v_pages);
-  });
-}
-
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_product, product_of_any,
@@ -417,16 +305,3 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_draw, draw,
                                   .Arg<Floats>()                  // uniforms
                                   .Ret<Integers>()                // tokens
                                   .Ret<Floats>());                // log-probabilities
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_attend, attend_of_any,
-                              bind_threaded()
-                                  .Arg<ffi::AnyBuffer>()      // q
-                                  .Arg<ffi::AnyBuffer>()      // new keys
-                                  .Arg<ffi::AnyBuffer>()      // new values
-                                  .Arg<ffi::AnyBuffer>()      // pages of keys
-                                  .Arg<ffi::AnyBuffer>()      // pages of values
-                                  .Arg<Integers>()    // seen
-                                  .Arg<Integers>()    // tables
-                                  .Ret<ffi::AnyBuffer>()      // out
-                                  .Ret<ffi::AnyBuffer>()      // pages of keys
-                                  .Ret<ffi::AnyBuffer>());    // pages of values

@@ -10,7 +10,7 @@
 #include <cstring>
 #include <memory>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -23,6 +23,8 @@ using Integers = ffi::Buffer<ffi::S32>;
 
 constexpr int kWidth = 16;  // floats of a vector; the compiler splits it where the CPU's are shorter
 typedef float Vector __attribute__((vector_size(kWidth * sizeof(float)), aligned(sizeof(float))));
+constexpr int64_t kSmall = 1 << 20;  // multiplications that one thread does sooner than it has waked another
+constexpr int64_t kLine = 64;         // bytes that memory is asked for at once
 constexpr float kLowest = -1e30f;  // finite, so that a difference of two is no NaN
 
 // How XLA is told of a kernel that runs on several of its threads; its operands and results follow.

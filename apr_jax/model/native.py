@@ -1,7 +1,7 @@
 """Kernels of our own for a CPU, which the machine's C++ compiler makes at their first use.
 
-`native.cc` is for decoding, in float32 and bfloat16: XLA's CPU backend multiplies a few rows at half of the machine's
-speed, and its attention reads a copy of the pages (docs/decode.md). `native_training.cc` is for training, in float32
+`native.cc` and `native_pages.cc` are for decoding, in float32 and bfloat16: XLA's CPU backend multiplies a few rows at
+half of the machine's speed, and its attention reads a copy of the pages (docs/decode.md). `native_training.cc` is for training, in float32
 (docs/performance.md). Where there is no compiler, or the kernels can't be made, everything runs as XLA compiles it, and
 a warning says so.
 
@@ -36,9 +36,9 @@ _TARGETS = {
         "apr_rotate",
         "apr_rotate_apart",
         "apr_swiglu_joined",
-        "apr_attend",
         "apr_draw",
     ),
+    _FOLDER / "native_pages.cc": ("apr_attend",),
     _FOLDER / "native_training.cc": (
         "apr_attention",
         "apr_attention_backward",

@@ -37,7 +37,7 @@ def test_panels_and_back():
     assert panels.shape == native.panels_shape(5, 37) == (3, 5, 16)
     np.testing.assert_array_equal(panels[1, 2], matrix_DF[2, 16:32])
     np.testing.assert_array_equal(panels[2, :, 5:], 0)
-    np.testing.assert_array_equal(native.from_panels(panels, 37), matrix_DF)
+    np.testing.assert_array_equal(native.from_panels(panels, 5, 37), matrix_DF)
 
 
 def test_a_row_of_a_product_depends_on_no_other_and_not_on_their_number():
