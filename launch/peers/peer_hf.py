@@ -33,7 +33,7 @@ def modes(workload: protocol.Workload) -> dict[str, Callable[[], protocol.Decode
     torch.set_num_threads(workload.threads)
     torch.set_grad_enabled(False)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        workload.model, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+        workload.model, dtype=getattr(torch, workload.precision), attn_implementation="sdpa", local_files_only=True
     ).eval()
 
     def dynamic() -> protocol.Decode:

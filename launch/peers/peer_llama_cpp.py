@@ -1,6 +1,7 @@
 """llama.cpp through llama-cpp-python's low-level API: all lanes in one batch, a sequence each, greedy.
 
-The weights are converted to GGUF in float32, and the cache holds float32 too (llama.cpp's own choice is float16).
+The weights are converted to GGUF in the workload's precision, which the cache holds too (llama.cpp's own choice is
+float16).
 pip builds llama.cpp for this processor (GGML_NATIVE) with its fast float32 products (GGML_LLAMAFILE) and OpenMP, which
 are its defaults. Each lane count has a context of its own, of the length that is needed. Two ways are measured, and
 the faster one of each lane count is reported:
@@ -25,6 +26,7 @@ import protocol
 from safetensors import safe_open
 
 METHOD = "the calls of llama_decode are timed one by one, with the choice of tokens; the first one holds the prompts"
+_TYPES = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16}
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
 _TENSORS = {
     "input_layernorm": "attn_norm",
@@ -51,7 +53,7 @@ def modes(workload: protocol.Workload) -> dict[str, Callable[[], protocol.Decode
     llama_cpp.llama_backend_init()
     with tempfile.TemporaryDirectory(prefix="gguf-") as folder:
         path = pathlib.Path(folder) / "model.gguf"
-        _convert(pathlib.Path(workload.model), path)
+        _convert(pathlib.Path(workload.model), path, workload.precision)
         settings = llama_cpp.llama_model_default_params()
         settings.use_mmap = False  # the file goes away
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
@@ -107,7 +109,7 @@ def _context(model: Any, workload: protocol.Workload, prompts: list[list[int]], 
     settings.n_ctx = len(prompts) * (max(map(len, prompts)) + workload.new_tokens)
     settings.n_batch = sum(map(len, prompts))
     settings.n_threads = settings.n_threads_batch = workload.threads
-    settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32
+    settings.type_k = settings.type_v = int(_TYPES[workload.precision])
     settings.flash_attn_type = flash_attention
     context = llama_cpp.llama_init_from_model(model, settings)
     if not context:
@@ -129,8 +131,8 @@ def _fill(batch: Any, rows: list[list[int]], positions: list[int]) -> None:
     batch.n_tokens = index
 
 
-def _convert(folder: pathlib.Path, path: pathlib.Path) -> None:
-    """Writes a Hugging Face Llama as GGUF, float32, without a tokenizer."""
+def _convert(folder: pathlib.Path, path: pathlib.Path, precision: str) -> None:
+    """Writes a Hugging Face Llama as GGUF, without a tokenizer; norms stay in float32."""
     values = json.loads((folder / "config.json").read_text())
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(values["max_position_embeddings"])
@@ -145,7 +147,8 @@ def _convert(folder: pathlib.Path, path: pathlib.Path) -> None:
     writer.add_rope_freq_base(values["rope_theta"])
     writer.add_layer_norm_rms_eps(values["rms_norm_eps"])
     writer.add_vocab_size(values["vocab_size"])
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    types = {"float32": gguf.LlamaFileType.ALL_F32, "bfloat16": gguf.LlamaFileType.MOSTLY_BF16}
+    writer.add_file_type(types[precision])
     writer.add_tokenizer_model("none")
     heads = {"q_proj": values["num_attention_heads"], "k_proj": values["num_key_value_heads"]}
     with safe_open(folder / "model.safetensors", framework="np") as tensors:
@@ -154,7 +157,8 @@ def _convert(folder: pathlib.Path, path: pathlib.Path) -> None:
             projection = name.split(".")[-2]
             if projection in heads:
                 array = _interleave(array, heads[projection])
-            writer.add_tensor(_gguf_name(name), array)
+            kept = _TYPES[precision] if array.ndim > 1 else gguf.GGMLQuantizationType.F32
+            writer.add_tensor(_gguf_name(name), gguf.quants.quantize(array, kept), raw_dtype=kept)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

