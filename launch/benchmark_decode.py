@@ -8,6 +8,7 @@ Weights are random: speed depends on shapes only. `make peers` makes the peers' 
 Exit codes: 0 done, 1 failed, 2 bad arguments or config.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -97,16 +98,17 @@ def _replays(config: Config, params: Any) -> dict[str, Any]:
 
 
 def _peers(config: Config, params: Any, lanes: tuple[int, ...], lengths: Any) -> dict[str, Any]:
-    from apr_jax.engine import benchmark
+    from apr_jax.engine import agreement, benchmark
     from apr_jax.engine.peers import Workload, run_peers
     from apr_jax.model.hf import save_hf
 
-    expected = benchmark.greedy_tokens(config, params, lengths)
+    prompts = benchmark.make_prompts(config, max(lanes), lengths)
+    regret = functools.partial(agreement.regret, prompts[0], model=config.model, params=params)
     with tempfile.TemporaryDirectory(prefix="apr_jax-") as folder:
         save_hf(folder, config.model, params)
         workload = Workload(
             model=folder,
-            prompts=benchmark.make_prompts(config, max(lanes), lengths),
+            prompts=prompts,
             lanes=lanes,
             new_tokens=lengths.new,
             precision=config.model.compute_dtype,
@@ -116,7 +118,7 @@ def _peers(config: Config, params: Any, lanes: tuple[int, ...], lengths: Any) ->
         reports: dict[str, Any] = {}
         for name in _PEERS.value:
             _say(name)
-            reports |= run_peers([name], workload, expected)
+            reports |= run_peers([name], workload, regret)
     return {"peers": reports, "workload": {"lanes": lanes, "precision": config.model.compute_dtype}}
 
 

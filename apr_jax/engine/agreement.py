@@ -75,7 +75,16 @@ def agreement(calls: Sequence[Call], model: ModelConfig, params: Params) -> Agre
     """Compares all that greedy calls wrote with the reference on the CPU."""
     tokens = np.concatenate([call.tokens for call in calls])
     logprobs = np.concatenate([call.logprobs for call in calls])
-    return compare(tokens, logprobs, np.concatenate(_reference(model, params, calls)))
+    reference = _reference(model, params, [(call.context, call.tokens) for call in calls])
+    return compare(tokens, logprobs, np.concatenate(reference))
+
+
+def regret(context: Sequence[int], tokens: Sequence[int], model: ModelConfig, params: Params) -> float:
+    """How much less likely the tokens are than the likeliest ones, nats a token, by the reference."""
+    written_T = np.asarray(tokens)
+    (reference_TV,) = _reference(model, params, [(context, written_T)])
+    own_T = np.take_along_axis(reference_TV, written_T[:, None], axis=1)[:, 0]
+    return float(np.mean(reference_TV.max(axis=1) - own_T))
 
 
 def _programs(model: ModelConfig, rollout: RolloutConfig, rng: np.random.Generator) -> list[Program]:
@@ -97,10 +106,12 @@ def _programs(model: ModelConfig, rollout: RolloutConfig, rng: np.random.Generat
     return [program(draw(length), draw(5)) for length in lengths]
 
 
-def _reference(model: ModelConfig, params: Params, calls: Sequence[Call]) -> list[np.ndarray]:
-    """Log-probabilities `[tokens written, V]` of each call, by full forwards in float32 on the CPU."""
+def _reference(
+    model: ModelConfig, params: Params, texts: Sequence[tuple[Sequence[int], Sequence[int] | np.ndarray]]
+) -> list[np.ndarray]:
+    """Log-probabilities `[tokens written, V]` of each context and its tokens, by full float32 forwards on the CPU."""
     model = dataclasses.replace(model, compute_dtype="float32", attention="xla", remat="none")
-    width = max(len(call.context) + len(call.tokens) for call in calls)
+    width = max(len(context) + len(tokens) for context, tokens in texts)
     cpu = jax.devices("cpu")[0]
 
     @jax.jit
@@ -111,10 +122,10 @@ def _reference(model: ModelConfig, params: Params, calls: Sequence[Call]) -> lis
 
     params = jax.device_put(params, cpu)
     scored = []
-    for call in calls:
+    for context, tokens in texts:
         tokens_T = np.zeros((width,), np.int32)
-        tokens_T[: len(call.context) + len(call.tokens)] = [*call.context, *call.tokens]
+        tokens_T[: len(context) + len(tokens)] = [*context, *tokens]
         reference_TV = np.asarray(forward(params, jax.device_put(tokens_T, cpu)))
-        first = len(call.context) - 1
-        scored.append(reference_TV[first : first + len(call.tokens)])
+        first = len(context) - 1
+        scored.append(reference_TV[first : first + len(tokens)])
     return scored

@@ -105,14 +105,6 @@ def device_name() -> str:
     return f"{jax.devices()[0].device_kind} ({machine})"
 
 
-def greedy_tokens(config: Config, params: Any, lengths: Lengths) -> list[int]:
-    """What our engine writes greedily after the first lane's prompt: peers must write the same."""
-    engine = _engine(config, 1, lengths, make_mesh(mesh_for(config, 1)), params)
-    programs = [(RolloutKey(0, 0), _decode(make_prompts(config, 1, lengths)[0], lengths.new))]
-    (rollout,) = engine.run(programs, seed=config.seed, temperature=0.0)
-    return [int(token) for token in rollout.calls[0].tokens]
-
-
 def make_prompts(config: Config, lanes: int, lengths: Lengths) -> list[list[int]]:
     """Random prompts; those of fewer lanes are the first of those of more."""
     rng = np.random.default_rng(config.seed)

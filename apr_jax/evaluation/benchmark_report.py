@@ -3,6 +3,8 @@
 import pathlib
 from typing import Any
 
+from apr_jax.engine.peers import doubt
+
 
 def peers_table(figures: dict[str, Any]) -> str:
     """Tokens per second of ours and of every peer's every mode by lane count, and ours over theirs.
@@ -25,8 +27,8 @@ def peers_table(figures: dict[str, Any]) -> str:
                 theirs = rows[count]["tokens_per_second"] if count in rows else None
                 ratio = "-" if theirs is None else f"{theirs:,.1f} ({ours[count]['tokens_per_second'] / theirs:.2f}x)"
                 cells.append(f"{ratio:>20}")
-            doubt = _doubt(report) if number == len(modes) - 1 else ""
-            lines.append(f"{f'{name} {mode}':<20}" + "".join(cells) + doubt)
+            said = doubt(report) if number == len(modes) - 1 else ""
+            lines.append((f"{f'{name} {mode}':<20}" + "".join(cells) + f"  {said}").rstrip())
     return "\n".join(lines)
 
 
@@ -54,13 +56,3 @@ def write_plot(path: str | pathlib.Path, figures: dict[str, Any]) -> None:
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(path)
-
-
-def _doubt(report: dict[str, Any]) -> str:
-    """What casts doubt on a peer's figures, or why there are none."""
-    parts = []
-    if report.get("same_model") is False:
-        parts.append(f"another model: only its first {report['equal_tokens']} greedy tokens are ours")
-    if "error" in report:
-        parts.append(str(report["error"]))
-    return f"  {'; '.join(parts)}" if parts else ""

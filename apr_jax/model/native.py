@@ -1,11 +1,11 @@
 """Kernels of our own for a CPU, which the machine's C++ compiler makes at their first use.
 
 `native.cc` and `native_pages.cc` are for decoding, in float32 and bfloat16: XLA's CPU backend multiplies a few rows at
-half of the machine's speed, and its attention reads a copy of the pages (docs/decode.md). `native_training.cc` is for training, in float32
-(docs/performance.md). Where there is no compiler, or the kernels can't be made, everything runs as XLA compiles it, and
-a warning says so.
+half of the machine's speed, and its attention reads a copy of the pages (docs/decode.md). `native_training.cc` is for
+training, in float32 (docs/performance.md). Where there is no compiler, or the kernels can't be made, everything runs as
+XLA compiles it, and a warning says so.
 
-Of two dtypes or not, kernels compute in float32 (products of bfloat16 add up in it) and round what they return.
+Sums, softmax and norms are taken in float32, and a result in bfloat16 is rounded once.
 """
 
 import ctypes

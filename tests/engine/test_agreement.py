@@ -2,10 +2,13 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from apr_jax.engine.agreement import agreement, compare, decode_greedily, sharp_params
+from apr_jax.engine.agreement import agreement, compare, decode_greedily, regret, sharp_params
+from apr_jax.model.llama import graphdef
 from tests.engine.helpers import MODEL, ROLLOUT, make_mesh
 
 REFERENCE_TV = np.log(np.asarray([[0.5, 0.3, 0.2], [0.4, 0.39999, 0.20001], [0.1, 0.1, 0.8]]))
@@ -61,3 +64,15 @@ def test_this_engine_agrees(calls):
 def test_wrong_positions_do_not_agree(calls):
     other = dataclasses.replace(MODEL, rope_theta=10.0)
     assert not agreement(calls, other, sharp_params(MODEL, 0)).within(0.8)
+
+
+def test_regret_is_what_the_best_tokens_have_on_those_written(calls):
+    """Nothing for the argmax of plain forwards, whatever was fed before; all of it for the least likely token."""
+    params = sharp_params(MODEL, 0)
+    call = calls[-1]
+    assert regret(call.context, call.tokens, MODEL, params) == pytest.approx(0, abs=1e-4)
+    llama = nnx.merge(graphdef(MODEL), params)
+    context_T = jnp.asarray(call.context)
+    hidden, _ = llama(context_T, jnp.arange(len(context_T)))
+    logits_V = llama.logits(hidden)[-1]
+    assert regret(call.context, [int(logits_V.argmin())], MODEL, params) == pytest.approx(np.ptp(logits_V), rel=1e-4)

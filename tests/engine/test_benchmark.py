@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import jax
 import pytest
 
 from apr_jax.config import ConfigError, from_config_dict
@@ -70,22 +69,6 @@ def test_lengths_that_cannot_be_measured_are_refused(config):
         benchmark.Lengths(prompt=5, new=63).check(config)
 
 
-def test_greedy_tokens_are_the_models(config):
-    """Those that peers are held to: the argmax of plain forwards."""
-    from flax import nnx
-
-    from apr_jax.engine.agreement import sharp_params
-    from apr_jax.model.llama import graphdef
-
-    lengths, params = benchmark.Lengths(prompt=7, new=64), sharp_params(config.model, 1)
-    tokens = benchmark.greedy_tokens(config, params, lengths)
-    model = nnx.merge(graphdef(config.model), params)
-    text = jax.numpy.asarray([*benchmark.make_prompts(config, 1, lengths)[0], *tokens])
-    hidden, _ = model(text[:-1], jax.numpy.arange(len(text) - 1))
-    assert len(tokens) == 64
-    assert tokens == model.logits(hidden).argmax(-1)[6:].tolist()
-
-
 def test_table_and_picture_show_every_peer(figures, tmp_path):
     peers = {
         "hf": {
@@ -93,13 +76,13 @@ def test_table_and_picture_show_every_peer(figures, tmp_path):
             "lanes": {"4": {"tokens_per_second": 100.0}},
             "modes": {"dynamic": {"4": {"tokens_per_second": 20.0}}, "static": {"4": {"tokens_per_second": 100.0}}},
             "same_model": True,
-            "equal_tokens": 9,
+            "regret": {"dynamic": 0.0, "static": 0.0},
         },
         "tunix": {
             "lanes": {"1": {"tokens_per_second": 5.0}},
             "modes": {"sampler": {"1": {"tokens_per_second": 5.0}}},
             "same_model": False,
-            "equal_tokens": 2,
+            "regret": {"sampler": 2.0},
         },
         "vllm": {"error": "not installed: no wheel"},
     }
@@ -110,7 +93,9 @@ def test_table_and_picture_show_every_peer(figures, tmp_path):
     assert f"100.0 ({ours / 100:.2f}x)" in lines["hf static"]
     assert f"20.0 ({ours / 20:.2f}x)" in lines["hf dynamic"]
     assert lines["apr_jax, after peers"].split()[-2:] == ["11.0", "44.0"]
-    assert "another model: only its first 2" in lines["tunix sampler"]
+    assert (
+        "another model: its tokens are less likely than the best of ours by (nats) sampler 2" in lines["tunix sampler"]
+    )
     assert "not installed: no wheel" in lines["vllm"]
     write_plot(tmp_path / "decode.svg", all_figures)
     picture = (tmp_path / "decode.svg").read_text()

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 
 import pytest
 
@@ -52,17 +54,22 @@ def root(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path
 
 
+def regret(tokens: Sequence[int]) -> float:
+    """As if our model were sure of EXPECTED."""
+    return float(sum(token != wanted for token, wanted in zip(tokens, EXPECTED, strict=True)))
+
+
 def write(root: pathlib.Path, *, before: str = "pass", after: str = "pass", new_tokens: int = 4) -> None:
     script = FAKE.format(before=before, after=after, new_tokens=new_tokens)
     (root / "launch" / "peers" / "peer_hf.py").write_text(script)
 
 
 def test_report_of_a_peer(root: pathlib.Path):
-    report = run_peers(["hf"], WORKLOAD, EXPECTED, root)["hf"]
+    report = run_peers(["hf"], WORKLOAD, regret, root)["hf"]
     assert "error" not in report
     assert (report["name"], report["version"], report["method"]) == ("hf", "fake 1", "it is told")
-    assert report["greedy_tokens"] == EXPECTED
-    assert (report["equal_tokens"], report["same_model"]) == (4, True)
+    assert report["greedy_tokens"] == {"slow": EXPECTED, "fast": EXPECTED}
+    assert (report["regret"], report["same_model"]) == ({"slow": 0.0, "fast": 0.0}, True)
     for lanes in (1, 3):
         row = report["lanes"][str(lanes)]
         assert row["mode"] == "fast"
@@ -77,18 +84,18 @@ def test_a_peer_sees_neither_our_modules_nor_our_flags(root: pathlib.Path, monke
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     monkeypatch.setenv("PYTHONPATH", str(root))
     write(root, before="import os; assert not {'XLA_FLAGS', 'PYTHONPATH'} & set(os.environ)")
-    assert "error" not in run_peers(["hf"], WORKLOAD, EXPECTED, root)["hf"]
+    assert "error" not in run_peers(["hf"], WORKLOAD, regret, root)["hf"]
 
 
 def test_unknown_peers_are_refused_before_anything_runs(root: pathlib.Path):
     with pytest.raises(ConfigError, match="no peer 'sglang'; choose of hf, tunix, vllm, llama_cpp"):
-        run_peers(["hf", "sglang"], WORKLOAD, EXPECTED, root)
+        run_peers(["hf", "sglang"], WORKLOAD, regret, root)
 
 
 def test_peers_that_are_not_installed_say_why(root: pathlib.Path):
     (root / ".venv-peers" / "vllm.failed").write_text("Collecting torch\n\nERROR: No matching distribution\n")
     (root / ".venv-peers" / "llama_cpp" / "bin").mkdir(parents=True)  # an installation that was interrupted
-    reports = run_peers(["vllm", "tunix", "llama_cpp", "hf"], WORKLOAD, EXPECTED, root)
+    reports = run_peers(["vllm", "tunix", "llama_cpp", "hf"], WORKLOAD, regret, root)
     assert list(reports) == ["vllm", "tunix", "llama_cpp", "hf"]
     assert reports["vllm"] == {"error": "not installed: Collecting torch | ERROR: No matching distribution"}
     assert reports["tunix"] == reports["llama_cpp"] == {"error": "not installed: run `make peers`"}
@@ -98,7 +105,7 @@ def test_peers_that_are_not_installed_say_why(root: pathlib.Path):
 
 def test_a_crash_is_reported_with_its_last_lines(root: pathlib.Path):
     write(root, before="raise RuntimeError('no such weights')")
-    report = run_peers(["hf"], WORKLOAD, EXPECTED, root)["hf"]
+    report = run_peers(["hf"], WORKLOAD, regret, root)["hf"]
     assert report["error"].startswith("exit code 1: ")
     assert report["error"].endswith("RuntimeError: no such weights")
     assert "lanes" not in report
@@ -106,7 +113,7 @@ def test_a_crash_is_reported_with_its_last_lines(root: pathlib.Path):
 
 def test_a_crash_at_the_end_keeps_what_was_measured(root: pathlib.Path):
     write(root, after="raise RuntimeError('late')")
-    report = run_peers(["hf"], WORKLOAD, EXPECTED, root)["hf"]
+    report = run_peers(["hf"], WORKLOAD, regret, root)["hf"]
     assert report["error"].startswith("exit code 1: ")
     assert report["lanes"]["3"]["tokens_per_second"] == pytest.approx(3000)
     assert report["same_model"]
@@ -116,7 +123,7 @@ def test_a_peer_over_its_time_is_ended_with_its_children(root: pathlib.Path):
     child = root / "child"
     spawn = f"import subprocess, time; print(subprocess.Popen(['sleep', '600']).pid, file=open({str(child)!r}, 'w'))"
     write(root, after=f"{spawn}; time.sleep(600)")
-    report = run_peers(["hf"], dataclasses.replace(WORKLOAD, seconds_limit=3.0), EXPECTED, root)["hf"]
+    report = run_peers(["hf"], dataclasses.replace(WORKLOAD, seconds_limit=3.0), regret, root)["hf"]
     assert report["error"].startswith("stopped after 3 s")
     assert set(report["lanes"]) == {"1", "3"}  # it had measured, then hung
     state = pathlib.Path(f"/proc/{child.read_text().strip()}/status")
@@ -128,36 +135,35 @@ def test_a_peer_over_its_time_is_ended_with_its_children(root: pathlib.Path):
 
 
 def test_another_model_is_called_so(root: pathlib.Path):
-    report = run_peers(["hf"], WORKLOAD, [8, 9, 1, 1], root)["hf"]
-    assert (report["equal_tokens"], report["same_model"]) == (2, False)
-    assert "ANOTHER MODEL: only the first 2 greedy tokens are ours" in peers.summary("hf", report)
+    report = run_peers(["hf"], WORKLOAD, lambda tokens: 2.5, root)["hf"]
+    assert (report["regret"], report["same_model"]) == ({"slow": 2.5, "fast": 2.5}, False)
+    assert "another model: its tokens are less likely than the best of ours by (nats) slow 2.5" in peers.summary(
+        "hf", report
+    )
 
 
-@pytest.mark.parametrize(
-    ("equal", "length", "same"), [(8, 100, True), (7, 100, False), (100, 100, True), (3, 3, True), (0, 0, False)]
-)
-def test_near_ties_late_in_a_text_are_no_other_model(equal: int, length: int, same: bool):
-    expected = list(range(length))
-    tokens = expected[:equal] + [-1] * (length - equal)
-    assert peers.compare(tokens, expected) == {"equal_tokens": equal, "same_model": same}
+@pytest.mark.parametrize(("values", "same"), [((0.0, 0.04), True), ((0.0, 0.06), False), ((math.nan, 0.0), False)])
+def test_every_mode_is_judged(values: tuple[float, float], same: bool):
+    judged = peers.judge({"a": [0], "b": [1]}, lambda tokens: values[tokens[0]])
+    assert judged["same_model"] is same
 
 
 def test_a_peer_that_writes_too_few_tokens_is_not_timed(root: pathlib.Path):
     write(root, new_tokens=3)
-    report = run_peers(["hf"], WORKLOAD, EXPECTED, root)["hf"]
+    report = run_peers(["hf"], WORKLOAD, regret, root)["hf"]
     assert report["error"] == "exit code 1: lanes wrote [3] tokens instead of 4"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"precision": "bfloat16"}, "precision 'bfloat16'"),
+        ({"precision": "float16"}, "precision 'float16': the peers are run in float32 or bfloat16"),
         ({"new_tokens": 1}, "two new tokens"),
         ({"lanes": (4,)}, "prompt for every lane"),
     ],
 )
 def test_a_workload_that_cannot_be_run_is_refused(root: pathlib.Path, change: dict[str, object], message: str):
-    report = run_peers(["hf"], dataclasses.replace(WORKLOAD, **change), EXPECTED, root)["hf"]
+    report = run_peers(["hf"], dataclasses.replace(WORKLOAD, **change), regret, root)["hf"]
     assert report["error"].startswith("exit code 1: ")
     assert message in report["error"]
 
@@ -165,9 +171,9 @@ def test_a_workload_that_cannot_be_run_is_refused(root: pathlib.Path, change: di
 def test_no_report_and_a_broken_one_are_failures(root: pathlib.Path):
     script = root / "launch" / "peers" / "peer_hf.py"
     script.write_text("")
-    assert run_peers(["hf"], WORKLOAD, EXPECTED, root)["hf"] == {"error": "it wrote no report"}
+    assert run_peers(["hf"], WORKLOAD, regret, root)["hf"] == {"error": "it wrote no report"}
     script.write_text("import sys; open(sys.argv[2].removeprefix('--out='), 'w').write('{')")
-    assert "its report is no JSON" in run_peers(["hf"], WORKLOAD, EXPECTED, root)["hf"]["error"]
+    assert "its report is no JSON" in run_peers(["hf"], WORKLOAD, regret, root)["hf"]["error"]
 
 
 @pytest.mark.parametrize("name", peers.PEERS)
