@@ -82,7 +82,7 @@ def agreement(calls: Sequence[Call], model: ModelConfig, params: Params) -> Agre
 def regret(context: Sequence[int], tokens: Sequence[int], model: ModelConfig, params: Params) -> float:
     """How much less likely the tokens are than the likeliest ones, nats a token, by the reference."""
     written_T = np.asarray(tokens)
-    (reference_TV,) = _reference(model, params, [(context, written_T)])
+    (reference_TV,) = _reference(model, params, [(np.asarray(context), written_T)])
     own_T = np.take_along_axis(reference_TV, written_T[:, None], axis=1)[:, 0]
     return float(np.mean(reference_TV.max(axis=1) - own_T))
 
@@ -106,9 +106,7 @@ def _programs(model: ModelConfig, rollout: RolloutConfig, rng: np.random.Generat
     return [program(draw(length), draw(5)) for length in lengths]
 
 
-def _reference(
-    model: ModelConfig, params: Params, texts: Sequence[tuple[Sequence[int], Sequence[int] | np.ndarray]]
-) -> list[np.ndarray]:
+def _reference(model: ModelConfig, params: Params, texts: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
     """Log-probabilities `[tokens written, V]` of each context and its tokens, by full float32 forwards on the CPU."""
     model = dataclasses.replace(model, compute_dtype="float32", attention="xla", remat="none")
     width = max(len(context) + len(tokens) for context, tokens in texts)
