@@ -1,13 +1,18 @@
 """rollout.decode_attention: pages where they lie give what packed rows give, on one device and on a mesh."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from apr_jax.config import ConfigError
+from apr_jax.engine.agreement import agreement, decode_greedily, sharp_params
 from apr_jax.model import native
 from apr_jax.model.paged_attention import HeadTile
 from tests.engine.helpers import (
+    MODEL,
+    ROLLOUT,
     all_calls,
     assert_equals_naive,
     assert_same_bits,
@@ -21,6 +26,9 @@ from tests.engine.helpers import (
 from tests.engine.hlo import aliases, collectives, collectives_over_data, copies_of, local_sizes
 
 needs_kernels = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here")
+
+
+HALF = dataclasses.replace(MODEL, compute_dtype="bfloat16")
 
 
 def programs():
@@ -86,10 +94,12 @@ def test_bits_do_not_depend_on_neighbours(paged_engine):
 
 
 @needs_kernels
-def test_with_the_cpus_kernels_bits_do_not_depend_on_lanes_and_shards(paged_engine):
-    wide = paged_engine.run(keyed(programs()), seed=5, temperature=1.0)
-    narrow = make_engine(decode_attention="paged", num_lanes=3, prefill_lanes=1)
-    sharded = make_engine(make_mesh(data=8), decode_attention="paged", num_pages=8 * 97, prefill_lanes=8)
+@pytest.mark.parametrize("model", [MODEL, HALF], ids=lambda model: model.compute_dtype)
+def test_with_the_cpus_kernels_bits_do_not_depend_on_lanes_and_shards(model):
+    wide = make_engine(model=model, decode_attention="paged", num_pages=333)
+    wide = wide.run(keyed(programs()), seed=5, temperature=1.0)
+    narrow = make_engine(model=model, decode_attention="paged", num_lanes=3, prefill_lanes=1)
+    sharded = make_engine(make_mesh(data=8), model, decode_attention="paged", num_pages=8 * 97, prefill_lanes=8)
     for engine in (narrow, sharded):
         for ours, theirs in zip(engine.run(keyed(programs()), seed=5, temperature=1.0), wide, strict=True):
             for a, b in zip(ours.calls, theirs.calls, strict=True):
@@ -142,7 +152,9 @@ def test_idle_lanes_write_to_the_trash_page_only(paged_engine):
         assert changed.sum() == computed
 
 
-def test_pages_are_never_copied(paged_engine):
+@pytest.mark.parametrize("model", [MODEL, HALF], ids=lambda model: model.compute_dtype)
+def test_pages_are_never_copied(model):
+    paged_engine = make_engine(model=model, decode_attention="paged", num_pages=333)
     steps, texts = paged_engine._steps, [compiled_decode(paged_engine).as_text()]
     if steps.prefills_in_place:
         arguments = paged_engine._pages, paged_engine._params, paged_engine._prefill_lanes([])
@@ -157,3 +169,15 @@ def test_a_page_that_a_kernel_cannot_take_is_refused(monkeypatch):
     monkeypatch.setattr("apr_jax.engine.decode_cache.choose_impl", lambda *_: "gpu")
     with pytest.raises(ConfigError, match=r"rollout\.page_size=8 must be a power of two and at least 16"):
         make_engine(decode_attention="paged")
+
+
+@needs_kernels
+def test_in_bfloat16_the_cpus_kernels_are_as_near_to_float32_as_xla():
+    """Greedy tokens are the float32 forward's but for ties, log-probabilities equal to bfloat16's rounding."""
+    params, found = sharp_params(MODEL, 0), {}
+    for impl in ("paged", "packed"):
+        rollout = dataclasses.replace(ROLLOUT, decode_attention=impl, max_steps=24)
+        found[impl] = agreement(decode_greedily(HALF, rollout, make_mesh(), params, seed=0), MODEL, params)
+    assert found["paged"].num_tokens > 100
+    assert found["paged"].within(0.15)
+    assert found["paged"].mean_difference < 1.3 * found["packed"].mean_difference

@@ -1,5 +1,6 @@
 """The CPU's own kernels equal what XLA computes, row by row and lane by lane, and their absence is no failure."""
 
+import ctypes
 import functools
 import logging
 import pathlib
@@ -18,17 +19,65 @@ from apr_jax.model.rope import apply_rope, rope_angles
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here")
 
 
-def normal(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
+DTYPES = ("float32", "bfloat16")
+
+
+def normal(*shape, seed=0, dtype="float32"):
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def to_panels(matrix_DF):
+    return native.to_panels(matrix_DF, paired=matrix_DF.dtype == jnp.bfloat16)
+
+
+def in_float64(*arrays):
+    return [np.asarray(array.astype("float32"), np.float64) for array in arrays]
+
+
+def assert_close(made, expected, atol):
+    """To the tolerance, and in bfloat16 to the rounding of the result."""
+    rounding = 2.0**-8 if made.dtype == jnp.bfloat16 else 0.0
+    np.testing.assert_allclose(*in_float64(made, jnp.asarray(expected)), atol=atol, rtol=rounding)
+
+
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory):
+    """The decode kernels as they are on a CPU without AVX, under names of their own."""
+    folder, targets = tmp_path_factory.mktemp("portable"), set()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(native, "_folder", lambda: folder)
+        patched.setattr(native, "_FLAGS", tuple(flag for flag in native._FLAGS if flag != "-march=native"))
+        for source, names in native._TARGETS.items():
+            if source.name in ("native.cc", "native_pages.cc"):
+                library = ctypes.CDLL(str(native._made(source)))
+                for name in names:
+                    target = jax.ffi.pycapsule(getattr(library, name))
+                    jax.ffi.register_ffi_target(f"portable_{name}", target, platform="cpu")
+                    targets.add(name)
+    return targets
+
+
+@pytest.fixture(params=["this CPU's", "any CPU's"])
+def kernels(request, monkeypatch):
+    """Both ways to compile them: what is written for AVX-512 has a plain way beside it."""
+    if request.param == "any CPU's":
+        targets, call = request.getfixturevalue("portable"), native._call
+        monkeypatch.setattr(
+            native,
+            "_call",
+            lambda name, *more, **how: call(f"portable_{name}" if name in targets else name, *more, **how),
+        )
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 15, 16, 17, 33, 64, 130])
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (7, 16), (33, 40), (192, 100), (1024, 192)])
-def test_a_product_is_a_product(rows, inputs, outputs):
-    x_MD, matrix_DF = normal(rows, inputs), normal(inputs, outputs, seed=1)
-    made = native.product(x_MD, native.to_panels(matrix_DF), outputs)
-    expected = np.asarray(x_MD, np.float64) @ np.asarray(matrix_DF, np.float64)
-    np.testing.assert_allclose(made, expected, atol=1e-6 * inputs + 1e-6, rtol=0)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_product_is_a_product(kernels, rows, inputs, outputs, dtype):
+    """In bfloat16 as well, since sums are taken in float32 and rounded once."""
+    x_MD, matrix_DF = normal(rows, inputs, dtype=dtype), normal(inputs, outputs, seed=1, dtype=dtype)
+    made = native.product(x_MD, to_panels(matrix_DF), outputs, jnp.float32)
+    np.testing.assert_allclose(made, np.matmul(*in_float64(x_MD, matrix_DF)), atol=1e-6 * inputs + 1e-6, rtol=0)
+    np.testing.assert_array_equal(native.product(x_MD, to_panels(matrix_DF), outputs), made.astype(dtype))
 
 
 def test_panels_and_back():
@@ -38,17 +87,24 @@ def test_panels_and_back():
     np.testing.assert_array_equal(panels[1, 2], matrix_DF[2, 16:32])
     np.testing.assert_array_equal(panels[2, :, 5:], 0)
     np.testing.assert_array_equal(native.from_panels(panels, 5, 37), matrix_DF)
+    paired = native.to_panels(matrix_DF, paired=True)
+    assert paired.shape == native.panels_shape(5, 37, paired=True) == (3, 3, 32)
+    np.testing.assert_array_equal(paired[1, 1].reshape(16, 2), matrix_DF[2:4, 16:32].T)
+    np.testing.assert_array_equal(paired[:, 2, 1::2], 0)
+    np.testing.assert_array_equal(native.from_panels(paired, 5, 37), matrix_DF)
 
 
-def test_a_row_of_a_product_depends_on_no_other_and_not_on_their_number():
-    x_MD, panels = normal(40, 100), native.to_panels(normal(100, 50, seed=1))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_a_product_depends_on_no_other_and_not_on_their_number(kernels, dtype):
+    x_MD, panels = normal(40, 100, dtype=dtype), to_panels(normal(100, 50, seed=1, dtype=dtype))
     together = np.asarray(native.product(x_MD, panels, 50))
     for rows in (1, 2, 7, 16, 23):
         assert np.asarray(native.product(x_MD[:rows], panels, 50)).tobytes() == together[:rows].tobytes()
 
 
-def test_threads_change_no_bit(monkeypatch):
-    x_MD, panels = normal(70, 300), native.to_panels(normal(300, 500, seed=1))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_change_no_bit(monkeypatch, dtype):
+    x_MD, panels = normal(70, 300, dtype=dtype), to_panels(normal(300, 500, seed=1, dtype=dtype))
     results = set()
     for threads in (1, 2, 5):
         monkeypatch.setattr(native, "_threads", lambda threads=threads: np.int64(threads))
@@ -71,25 +127,39 @@ def test_rotation_is_rope():
     np.testing.assert_allclose(made.reshape(4, 2, 3, 8), apply_rope(x_LTNH, angles), atol=1e-6)
 
 
-def test_queries_keys_and_values_come_apart():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_queries_keys_and_values_come_apart(kernels, dtype):
     """Three heads of queries and two of keys are rotated, values stay; alone and lifted over lanes."""
-    x_LTW, positions_LT = normal(4, 2, 7 * 8), jnp.arange(8).reshape(4, 2) * 37
+    x_LTW, positions_LT = normal(4, 2, 7 * 8, dtype=dtype), jnp.arange(8).reshape(4, 2) * 37
     angles = rope_angles(positions_LT, 8, 1e4)
-    rotated_LTNH = apply_rope(x_LTW[..., :40].reshape(4, 2, 5, 8), angles)
+    rotated_LTNH = apply_rope(x_LTW[..., :40].reshape(4, 2, 5, 8).astype("float32"), angles)
     for apart in (native.rotate_apart, jax.vmap(native.rotate_apart, in_axes=(0, 0, None, None))):
         q, k, v = apart(x_LTW, angles, 24, 16)
-        np.testing.assert_allclose(q.reshape(4, 2, 3, 8), rotated_LTNH[:, :, :3], atol=1e-6)
-        np.testing.assert_allclose(k.reshape(4, 2, 2, 8), rotated_LTNH[:, :, 3:], atol=1e-6)
+        assert {array.dtype.name for array in (q, k, v)} == {dtype}
+        assert_close(q.reshape(4, 2, 3, 8), rotated_LTNH[:, :, :3], atol=1e-6)
+        assert_close(k.reshape(4, 2, 2, 8), rotated_LTNH[:, :, 3:], atol=1e-6)
         np.testing.assert_array_equal(v, x_LTW[..., 40:])
 
 
-def test_swiglu_and_norms_lifted_over_lanes():
-    x_LTW, scale_D = 8 * normal(5, 1, 2 * 18), normal(36, seed=1)
-    gate, up = jnp.split(x_LTW, 2, axis=-1)
-    np.testing.assert_allclose(jax.vmap(native.swiglu_joined)(x_LTW), jax.nn.silu(gate) * up, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_and_norms_lifted_over_lanes(kernels, dtype):
+    x_LTW, scale_D = (8 * normal(5, 1, 2 * 18)).astype(dtype), normal(36, seed=1)
+    x_f32 = x_LTW.astype("float32")
+    gate, up = jnp.split(x_f32, 2, axis=-1)
+    assert_close(jax.vmap(native.swiglu_joined)(x_LTW), jax.nn.silu(gate) * up, atol=1e-3)
     normed = jax.vmap(native.rms_norm, in_axes=(0, None, None))(x_LTW, scale_D, 1e-6)
-    expected = x_LTW / jnp.sqrt(jnp.mean(x_LTW**2, axis=-1, keepdims=True) + 1e-6) * scale_D[None, None]
-    np.testing.assert_allclose(normed, expected, rtol=1e-5, atol=1e-5)
+    mean_square = jnp.mean(x_f32**2, axis=-1, keepdims=True)
+    assert_close(normed, x_f32 / jnp.sqrt(mean_square + 1e-6) * scale_D[None, None], atol=1e-5)
+
+
+def test_what_is_no_number_stays_none(kernels):
+    """Also where the rounding to bfloat16 would carry into the sign."""
+    bits = jnp.array([0x7FFFFFFF, 0x7F800001, 0xFFFFFFFF, 0x7F800000], jnp.uint32)
+    panels = to_panels(jnp.ones((1, 16), "bfloat16"))
+    values = jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)[:, None]
+    made = native.product(values, panels, 16)
+    assert np.isnan(made[:3].astype("float32")).all()
+    assert np.isinf(made[3].astype("float32")).all()
 
 
 @pytest.mark.parametrize("size", [1, 7, 256, 336, 1_000])
@@ -124,18 +194,20 @@ def test_the_ends_of_the_interval_are_tokens_that_can_be():
 
 @pytest.mark.parametrize("head_dim", [8, 32, 64, 80, 128])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_attention_to_pages_is_xlas(head_dim, groups):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_to_pages_is_xlas(kernels, head_dim, groups, dtype):
     """Rows of 0, 1, 16, 17 and 63 positions before the new one, over shuffled pages; one lane is not live."""
     kv_heads, page, row = 2, 16, 4
     lengths_L, live_L = jnp.array([0, 1, 16, 17, 63, 5]), jnp.array([True] * 5 + [False])
     tables_LR = 1 + jnp.asarray(np.random.default_rng(0).permutation(6 * row).reshape(6, row), jnp.int32)
-    q_LNH, k_LKH, v_LKH = (normal(6, n, head_dim, seed=n) for n in (kv_heads * groups, kv_heads, kv_heads))
-    pages = [normal(6 * row + 1, kv_heads, page, head_dim, seed=seed) for seed in (7, 8)]
+    arrays = [normal(6, n, head_dim, seed=n, dtype=dtype) for n in (kv_heads * groups, kv_heads, kv_heads)]
+    arrays += [normal(6 * row + 1, kv_heads, page, head_dim, seed=seed, dtype=dtype) for seed in (7, 8)]
     made, expected = (
-        write_then_attend(q_LNH, k_LKH, v_LKH, *pages, lengths_L, live_L, tables_LR, impl=impl, tile=PLAIN)
-        for impl in ("cpu", "xla")
+        write_then_attend(*arrays, lengths_L, live_L, tables_LR, impl=impl, tile=PLAIN)
+        for impl, arrays in (("cpu", arrays), ("xla", [array.astype("float32") for array in arrays]))
     )
-    np.testing.assert_allclose(made[0], expected[0], atol=2e-6)
+    assert {array.dtype.name for array in made} == {dtype}
+    assert_close(made[0], expected[0], atol=2e-6)
     for ours, theirs in zip(made[1:], expected[1:], strict=True):
         np.testing.assert_array_equal(ours[1:], theirs[1:])  # page 0 is trash
     np.testing.assert_array_equal(made[0][5], 0)
@@ -172,6 +244,22 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "_folder", lambda: tmp_path / "native")
     monkeypatch.setattr(native, "is_available", functools.cache(native.is_available.__wrapped__))
     return tmp_path / "native"
+
+
+@pytest.mark.parametrize("page", [1, 5, 16, 48])
+def test_pages_of_any_size_hold_the_same_row(kernels, page):
+    """A row of 61 positions in pages that whole vectors of positions fill, or don't."""
+    length, head_dim = 61, 64
+    q_LNH, *new = (normal(1, 1, head_dim, seed=seed) for seed in range(3))
+    count = -(-length // page)
+    rows = [normal(length, head_dim, seed=seed).at[-1].set(last[0, 0]) for seed, last in zip((3, 4), new, strict=True)]
+    pages = [
+        jnp.pad(row, ((0, count * page - length), (0, 0)), constant_values=1e30).reshape(count, 1, page, head_dim)
+        for row in rows
+    ]
+    out, *_ = native.write_then_attend(q_LNH, *new, *pages, jnp.array([length]), jnp.arange(count)[None])
+    weights = jax.nn.softmax(rows[0] @ q_LNH[0, 0] / head_dim**0.5)
+    np.testing.assert_allclose(out[0, 0], weights @ rows[1], atol=2e-6)
 
 
 @pytest.mark.parametrize("source", native._TARGETS, ids=lambda source: source.name)
