@@ -55,8 +55,9 @@ struct Step<Bfloat16> {
 };
 
 // kM rows of x times kP neighbouring panels of some steps, of which there are `columns` columns.
-template <int kP, int kM, typename T, typename Out>
-void multiply(const typename Step<T>::Factor* x, const T* panels, Out* out, int64_t steps, int64_t F, int64_t columns) {
+template <int kP, int kM, typename T>
+void multiply(const typename Step<T>::Factor* x, const T* panels, float* out, int64_t steps, int64_t F,
+              int64_t columns) {
   constexpr int64_t kVector = kWidth * Step<T>::kRows;
   Vector sums[kP][kM] = {};
   for (int64_t step = 0; step < steps; ++step) {
@@ -69,14 +70,14 @@ void multiply(const typename Step<T>::Factor* x, const T* panels, Out* out, int6
   for (int m = 0; m < kM; ++m) {
     for (int p = 0; p < kP; ++p) {
       const int64_t count = std::min<int64_t>(kWidth, columns - p * kWidth);
-      for (int64_t i = 0; i < count; ++i) out[m * F + p * kWidth + i] = rounded<Out>(sums[p][m][i]);
+      std::memcpy(out + m * F + p * kWidth, &sums[p][m], count * sizeof(float));
     }
   }
 }
 
 // The same for all panels of `columns` columns, kP at once while there are so many.
-template <int kP, int kM, typename T, typename Out>
-void multiply_all(const typename Step<T>::Factor* x, const T* panels, Out* out, int64_t steps, int64_t F,
+template <int kP, int kM, typename T>
+void multiply_all(const typename Step<T>::Factor* x, const T* panels, float* out, int64_t steps, int64_t F,
                   int64_t columns) {
   const int64_t rows = steps * Step<T>::kRows;
   int64_t f = 0;
@@ -88,9 +89,9 @@ void multiply_all(const typename Step<T>::Factor* x, const T* panels, Out* out, 
   }
 }
 
-template <typename T, typename Out, size_t... kM>
+template <typename T, size_t... kM>
 constexpr auto by_rows(std::index_sequence<kM...>) {
-  return std::array{&multiply_all<std::clamp<int>(kTile / (kM + 1), 1, 8), kM + 1, T, Out>...};
+  return std::array{&multiply_all<std::clamp<int>(kTile / (kM + 1), 1, 8), kM + 1, T>...};
 }
 
 // out[m][f] = sum over d of x[m][d] * matrix[d][f]; the matrix comes as panels of 16 columns, [F / 16, D, 16], in
@@ -99,7 +100,7 @@ template <typename T, typename Out>
 ffi::Error product(ffi::ThreadPool& pool, int64_t threads, const ffi::AnyBuffer& xs, const ffi::AnyBuffer& matrix,
                    const ffi::AnyBuffer& outs) {
   using Factor = typename Step<T>::Factor;
-  constexpr auto kernels = by_rows<T, Out>(std::make_index_sequence<kTile>());
+  constexpr auto kernels = by_rows<T>(std::make_index_sequence<kTile>());
   constexpr int64_t kRows = Step<T>::kRows;
   const int64_t D = xs.dimensions().back(), M = xs.element_count() / D, F = outs.dimensions().back();
   const int64_t num_panels = (F + kWidth - 1) / kWidth, tiles = (M + kTile - 1) / kTile, steps = (D - 1) / kRows + 1;
@@ -127,8 +128,20 @@ ffi::Error product(ffi::ThreadPool& pool, int64_t threads, const ffi::AnyBuffer&
       const int64_t f = panel * kWidth, last = tiles > 1 ? panel + 1 : end;
       for (int64_t t = 0; t < tiles; ++t) {
         Out* const to = data<Out>(outs) + t * kTile * F + f;
-        const int64_t columns = std::min(last * kWidth, F) - f;
-        kernels[rows_of(t) - 1](turned + t * kTile * steps, panels + f * steps * kRows, to, steps, F, columns);
+        const int64_t columns = std::min(last * kWidth, F) - f, rows = rows_of(t);
+        auto multiplied = [&](float* sums, int64_t stride) {
+          kernels[rows - 1](turned + t * kTile * steps, panels + f * steps * kRows, sums, steps, stride, columns);
+        };
+        if constexpr (sizeof(Out) == sizeof(float)) {
+          multiplied(to, F);
+        } else {
+          static thread_local std::vector<float> sums;
+          sums.resize(rows * columns);
+          multiplied(sums.data(), columns);
+          for (int64_t m = 0; m < rows; ++m) {
+            for (int64_t i = 0; i < columns; ++i) to[m * F + i] = rounded<Out>(sums[m * columns + i]);
+          }
+        }
       }
     }
   });
@@ -137,8 +150,10 @@ ffi::Error product(ffi::ThreadPool& pool, int64_t threads, const ffi::AnyBuffer&
 
 ffi::Error product_of_any(ffi::ThreadPool pool, int64_t threads, ffi::AnyBuffer x, ffi::AnyBuffer panels,
                           ffi::Result<ffi::AnyBuffer> out) {
-  return by_type(x, [&](auto in) {
-    return by_type(*out, [&](auto to) { return product<decltype(in), decltype(to)>(pool, threads, x, panels, *out); });
+  return by_type(x, [&](auto type) {
+    using T = decltype(type);
+    const auto kernel = out->element_type() == ffi::F32 ? product<T, float> : product<T, T>;
+    return kernel(pool, threads, x, panels, *out);
   });
 }
 

@@ -62,11 +62,11 @@ def kernels(request, monkeypatch):
     """Both ways to compile them: what is written for AVX-512 has a plain way beside it."""
     if request.param == "any CPU's":
         targets, call = request.getfixturevalue("portable"), native._call
-        monkeypatch.setattr(
-            native,
-            "_call",
-            lambda name, *more, **how: call(f"portable_{name}" if name in targets else name, *more, **how),
-        )
+
+        def call_portable(name, *more, **how):
+            return call(f"portable_{name}" if name in targets else name, *more, **how)
+
+        monkeypatch.setattr(native, "_call", call_portable)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 15, 16, 17, 33, 64, 130])

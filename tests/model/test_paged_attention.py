@@ -13,6 +13,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from apr_jax.config import ConfigError, MeshConfig
+from apr_jax.model import native
 from apr_jax.model import paged_attention as module
 from apr_jax.model.kv_cache import PagedKVCache
 from apr_jax.model.paged_attention import HeadTile, check_page_size, choose_impl, paged_attention, write_then_attend
