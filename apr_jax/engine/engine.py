@@ -235,13 +235,14 @@ class Engine:
     def _take(self, run: Programs, written: Written, placed: Sequence[tuple[int, int, Thread]]) -> None:
         """Hands what a decode call wrote to the threads at `placed` (shard, lane)."""
         stats, self._idle_since = self.stats, time.perf_counter()
+        counts = written.counts.tolist()
+        tokens, logprobs = _by_lane(written.tokens), _by_lane(written.logprobs)
+        shut_logprobs = None if written.shut_logprobs is None else _by_lane(written.shut_logprobs)
         for shard, lane, thread in placed:
-            count = written.counts[shard, lane]
-            tokens = written.tokens[shard, :count, lane].tolist()
-            logprobs = written.logprobs[shard, :count, lane].tolist()
-            stats.generated += len(tokens)
-            shut = () if written.shut_logprobs is None else written.shut_logprobs[shard, :count, lane].tolist()
-            run.decoded(thread, tokens, logprobs, shut)
+            count = counts[shard][lane]
+            stats.generated += count
+            shut = () if shut_logprobs is None else shut_logprobs[shard][lane][:count]
+            run.decoded(thread, tokens[shard][lane][:count], logprobs[shard][lane][:count], shut)
         steps = int(written.steps.max())
         stats.decode_steps += steps
         stats.lane_steps += steps * written.counts.size
@@ -362,15 +363,13 @@ class Engine:
         tables = np.zeros((*shape, self._steps.layout.pages_per_row), np.int32)
         used = [0] * limits.num_shards
         for chunk in chunks:
-            thread, needed = chunk.thread, -(-chunk.count // width)
-            place = thread.shard, slice(used[thread.shard], used[thread.shard] + needed)
-            used[thread.shard] += needed
-            written = np.zeros((needed * width,), np.int32)
-            written[: chunk.count] = thread.tokens[chunk.start : chunk.start + chunk.count]
-            tokens[place] = written.reshape(needed, width)
-            start[place] = chunk.start + width * np.arange(needed)
-            count[place] = np.minimum(width, chunk.start + chunk.count - start[place])
-            self._fill_table(tables[place], thread)
+            thread, shard, end = chunk.thread, chunk.thread.shard, chunk.start + chunk.count
+            starts = range(chunk.start, end, width)
+            first, used[shard] = used[shard], used[shard] + len(starts)
+            start[shard, first : used[shard]] = starts
+            count[shard, first : used[shard]] = [min(width, end - start) for start in starts]
+            tokens[shard, first : used[shard]].reshape(-1)[: chunk.count] = thread.tokens[chunk.start : end]
+            self._fill_table(tables[shard, first : used[shard]], thread)
         packed: Packed = self._put(pack(PrefillLanes(tokens, start, count, tables)))  # type: ignore[arg-type]
         return packed
 
@@ -394,3 +393,9 @@ class Engine:
             rules = dataclasses.replace(RULES, embed=None)
             params = jax.device_put(params, param_shardings(self._mesh, params, logical_axes(params), rules))
         return self._to_layout(params)
+
+
+def _by_lane(written: Any) -> list[list[list[Any]]]:
+    """An array `[shards, steps, L]` as lists of lists, `[shards][L][steps]`: one call, where lanes' slices are many."""
+    by_lane: list[list[list[Any]]] = np.swapaxes(written, 1, 2).tolist()
+    return by_lane

@@ -97,7 +97,7 @@ class Programs:
             self._scheduler.leave_lane(thread, Status.IDLE)
             self._queue.append((node, None))
             return
-        thread.work += Work.decode(len(thread.tokens) - 1, len(tokens))
+        thread.work = thread.work.with_decode(len(thread.tokens) - 1, len(tokens))
         if thread.constraint is not None:
             drawn = len(tokens)
             tokens, logprobs = thread.constraint.take(thread.tokens, tokens, logprobs, shut_logprobs)

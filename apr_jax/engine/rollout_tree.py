@@ -10,7 +10,7 @@ from apr_jax.engine.groups import Group
 from apr_jax.engine.threads import Call, Join, Path, Program, RolloutKey, Stop, StopReason, Thread
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class OpenCall:
     """A Decode under way."""
 
@@ -22,7 +22,7 @@ class OpenCall:
     logprobs: list[float] = dataclasses.field(default_factory=list)
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class Node:
     """A program in its rollout's tree."""
 
@@ -59,7 +59,7 @@ class Node:
                 yield from child.subtree()
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class RolloutState:
     """Which rollout a tree is."""
 

@@ -18,7 +18,6 @@ from apr_jax.config import ConfigError
 from apr_jax.engine.groups import Group
 from apr_jax.engine.pages import OutOfPagesError, PageAllocator, PageCopy, block_key, root_key
 from apr_jax.engine.threads import Path, Status, Thread
-from apr_jax.engine.work import Work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Limits:
         return -(-(len(thread.tokens) - 1) // self.block_size)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class PrefillChunk:
     """Tokens `[start, start + count)` of a thread, within one page, whose keys and values are to be computed."""
 
@@ -216,6 +215,8 @@ class Scheduler:
         chunks: list[PrefillChunk] = []
         in_flight: set[bytes] = set()
         for thread in self.running(shard):
+            if self.can_decode(thread):
+                continue
             if len(chunks) == self.limits.prefill_lanes:
                 break
             chunk = self._next_chunk(thread)
@@ -230,7 +231,7 @@ class Scheduler:
         """The chunk's keys and values are in its page (or will be before anything that is sent to the device later)."""
         thread = chunk.thread
         thread.computed += chunk.count
-        thread.work += Work.prefill(chunk.start, chunk.count)
+        thread.work = thread.work.with_prefill(chunk.start, chunk.count)
         if chunk.publish_as is not None and thread.table is not None:
             thread.block_keys.append(chunk.publish_as)
             index = chunk.start // self.limits.page_size

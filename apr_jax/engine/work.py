@@ -5,7 +5,7 @@ import dataclasses
 from apr_jax.config import ModelConfig
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Work:
     """Tokens that went through the model, and the keys that they attended to.
 
@@ -17,15 +17,13 @@ class Work:
     decoded: int = 0  # tokens computed by decode; each gives one distribution over the vocabulary, and one draw
     attended: int = 0  # keys, summed over all these tokens; a token at position p attends to p + 1, its own included
 
-    @classmethod
-    def prefill(cls, start: int, count: int) -> "Work":
-        """Of the positions `[start, start + count)`."""
-        return cls(prefilled=count, attended=_attended(start, count))
+    def with_prefill(self, start: int, count: int) -> "Work":
+        """And that of the positions `[start, start + count)`."""
+        return Work(self.prefilled + count, self.decoded, self.attended + _attended(start, count))
 
-    @classmethod
-    def decode(cls, start: int, count: int) -> "Work":
-        """Of `count` draws; the first has the token at position `start` as its input."""
-        return cls(decoded=count, attended=_attended(start, count))
+    def with_decode(self, start: int, count: int) -> "Work":
+        """And that of `count` draws; the first has the token at position `start` as its input."""
+        return Work(self.prefilled, self.decoded + count, self.attended + _attended(start, count))
 
     def __add__(self, other: "Work") -> "Work":
         return Work(self.prefilled + other.prefilled, self.decoded + other.decoded, self.attended + other.attended)

@@ -16,11 +16,11 @@ MODEL = dataclasses.replace(small_config().model, attention="xla", num_layers=2,
 
 
 def test_a_token_attends_to_itself_and_all_before_it():
-    assert Work.prefill(0, 4) == Work(prefilled=4, attended=1 + 2 + 3 + 4)
-    assert Work.decode(4, 3) == Work(decoded=3, attended=5 + 6 + 7)
-    assert Work.prefill(9, 0) == Work()
-    total = Work.prefill(0, 4) + Work.decode(4, 3)
-    assert total == Work(prefilled=4, decoded=3, attended=28)
+    assert Work().with_prefill(0, 4) == Work(prefilled=4, attended=1 + 2 + 3 + 4)
+    assert Work().with_decode(4, 3) == Work(decoded=3, attended=5 + 6 + 7)
+    assert Work().with_prefill(9, 0) == Work()
+    total = Work().with_prefill(0, 4).with_decode(4, 3)
+    assert total == Work(prefilled=4, decoded=3, attended=28) == Work().with_prefill(0, 4) + Work().with_decode(4, 3)
     assert total.computed == 7
 
 

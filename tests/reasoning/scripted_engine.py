@@ -164,7 +164,7 @@ class ScriptedEngine:
         end = clock + len(written)
         if written:
             self._prefill(thread)
-            thread.work += Work.decode(thread.computed, len(written))
+            thread.work = thread.work.with_decode(thread.computed, len(written))
             thread.computed += len(written)
             thread.logprob += len(written) * self._logprob(thread.path)
             logprobs = np.full(len(written), self._logprob(thread.path), np.float32)
@@ -177,5 +177,5 @@ class ScriptedEngine:
 
     def _prefill(self, thread: Thread) -> None:
         missing = len(thread.tokens) - 1 - thread.computed
-        thread.work += Work.prefill(thread.computed, missing)
+        thread.work = thread.work.with_prefill(thread.computed, missing)
         thread.computed += missing
