@@ -4,8 +4,8 @@ python launch/benchmark_decode.py --config=configs/benchmark_decode.py          
 python launch/benchmark_decode.py --config=configs/benchmark_decode.py:paper    # the 228M model, context 4,096
 
 The small model is trained and measured in float32, the large one in bfloat16; --config.model.compute_dtype= asks for
-the other. The settings are for a CPU of two cores: the small model's lanes are split over both, the large one's products
-share them. For an accelerator add --config.mesh.data=1.
+the other. The settings are for a CPU of two cores: the small model's lanes are split over both, the large one's
+products share them. For an accelerator add --config.mesh.data=1.
 """
 
 import pathlib
