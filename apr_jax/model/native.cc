@@ -61,9 +61,10 @@ void multiply(const typename Step<T>::Factor* x, const T* panels, float* out, in
   constexpr int64_t kVector = kWidth * Step<T>::kRows;
   Vector sums[kP][kM] = {};
   for (int64_t step = 0; step < steps; ++step) {
+    const int64_t ahead = kAhead + (step + kAhead < steps ? 0 : (kP - 1) * steps);  // behind a panel: in the kP next ones
     for (int p = 0; p < kP; ++p) {
       const T* const from = panels + (p * steps + step) * kVector;
-      __builtin_prefetch(from + kAhead * kVector, 0, 1);
+      __builtin_prefetch(from + ahead * kVector, 0, 1);
       for (int m = 0; m < kM; ++m) sums[p][m] = Step<T>::add(sums[p][m], from, x[step * kM + m]);
     }
   }

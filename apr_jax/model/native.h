@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -77,18 +78,25 @@ ffi::Error by_type(const ffi::AnyBuffer& buffer, const Kernel& kernel) {
 }
 
 // Calls task(0) ... task(count - 1), on this thread and on up to `threads - 1` of XLA's. Tasks are claimed one by one,
-// so a thread that comes late finds nothing to do, and none is waited for that has not begun.
+// so a thread that comes late finds nothing to do, and none is waited for that has not begun. Each thread has a range of
+// its own, which it begins with: what it asks memory for ahead of a task is what it reads in the next one.
 template <typename Task>
 void parallel(ffi::ThreadPool& pool, int64_t threads, int64_t count, const Task& task) {
+  threads = std::max<int64_t>(1, std::min(threads, count));
   struct Claims {
-    std::atomic<int64_t> next{0}, done{0};
+    explicit Claims(int64_t threads) : next(threads) {}
+    std::vector<std::atomic<int64_t>> next;
+    std::atomic<int64_t> done{0};
   };
-  auto claims = std::make_shared<Claims>();
-  auto work = [claims, count, &task] {
-    for (int64_t index; (index = claims->next.fetch_add(1)) < count; claims->done.fetch_add(1)) task(index);
+  auto claims = std::make_shared<Claims>(threads);
+  auto work = [claims, threads, count, &task](int64_t own) {
+    for (int64_t turn = 0; turn < threads; ++turn) {
+      const int64_t range = (own + turn) % threads, begin = range * count / threads, end = (range + 1) * count / threads;
+      for (int64_t index; (index = begin + claims->next[range].fetch_add(1)) < end; claims->done.fetch_add(1)) task(index);
+    }
   };
-  for (int64_t other = 1; other < std::min(threads, count); ++other) pool.Schedule([work] { work(); });
-  work();
+  for (int64_t other = 1; other < threads; ++other) pool.Schedule([work, other] { work(other); });
+  work(0);
   while (claims->done.load() < count) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
