@@ -20,7 +20,7 @@ constexpr int kTile = 16;  // rows of x that are multiplied at once: their sums 
 #else
 constexpr int kTile = 6;
 #endif
-constexpr int kChunks = 8;            // parts of the work for each thread, as a thread may come late
+constexpr int kChunks = 32;           // parts of the work for each thread, as a thread may come late
 constexpr int64_t kPart = 256;        // tokens whose probabilities are added up first, as one sum
 constexpr int64_t kAhead = 128;       // vectors from what is read to what memory is asked for
 
@@ -90,9 +90,11 @@ void multiply_all(const typename Step<T>::Factor* x, const T* panels, float* out
   }
 }
 
+constexpr int panels_at_once(int64_t rows) { return std::clamp<int64_t>(kTile / rows, 1, 8); }
+
 template <typename T, size_t... kM>
 constexpr auto by_rows(std::index_sequence<kM...>) {
-  return std::array{&multiply_all<std::clamp<int>(kTile / (kM + 1), 1, 8), kM + 1, T>...};
+  return std::array{&multiply_all<panels_at_once(kM + 1), kM + 1, T>...};
 }
 
 // out[m][f] = sum over d of x[m][d] * matrix[d][f]; the matrix comes as panels of 16 columns, [F / 16, D, 16], in
@@ -121,7 +123,7 @@ ffi::Error product(ffi::ThreadPool& pool, int64_t threads, const ffi::AnyBuffer&
       for (int64_t s = 0; s < steps; ++s) to[s * rows + m] = Step<T>::factor(from + m * D + s * kRows, D - s * kRows);
     }
   });
-  const int64_t each = (num_panels - 1) / (kChunks * threads) + 1;
+  const int64_t at_once = panels_at_once(M), each = ((num_panels - 1) / (kChunks * threads) / at_once + 1) * at_once;
   parallel(pool, threads, (num_panels + each - 1) / each, [&](int64_t chunk) {
     const int64_t end = std::min((chunk + 1) * each, num_panels);
     // A few panels for all rows, then the next: they stay in the cache.
