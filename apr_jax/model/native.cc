@@ -20,11 +20,11 @@ constexpr int kTile = 16;  // rows of x that are multiplied at once: their sums 
 #else
 constexpr int kTile = 6;
 #endif
-constexpr int kChunks = 32;           // parts of the work for each thread, as a thread may come late
-constexpr int64_t kPart = 256;        // tokens whose probabilities are added up first, as one sum
-constexpr int64_t kAhead = 128;       // vectors from what is read to what memory is asked for
+constexpr int kChunks = 32;      // parts of the work for each thread, as a thread may come late
+constexpr int64_t kPart = 256;   // tokens whose probabilities are added up first, as one sum
+constexpr int64_t kAhead = 128;  // vectors from what is read to what memory is asked for
 
-// How a panel of 16 columns is gone through: a step multiplies one row of it, or in bfloat16 two, which lie as 16 pairs.
+// How a panel of 16 columns is gone through: a step multiplies one row of it, in bfloat16 two, which lie as 16 pairs.
 template <typename T>
 struct Step {
   static constexpr int64_t kRows = 1;
@@ -48,7 +48,8 @@ struct Step<Bfloat16> {
 #else
     typedef uint32_t Bits __attribute__((vector_size(kWidth * sizeof(uint32_t)), aligned(sizeof(Bfloat16))));
     const Bits pairs = *reinterpret_cast<const Bits*>(panel);
-    const float first = number(Bfloat16{static_cast<uint16_t>(x)}), second = number(Bfloat16{static_cast<uint16_t>(x >> 16)});
+    const float first = number(Bfloat16{static_cast<uint16_t>(x)});
+    const float second = number(Bfloat16{static_cast<uint16_t>(x >> 16)});
     return sum + (Vector)(pairs & 0xffff0000u) * second + (Vector)(pairs << 16) * first;
 #endif
   }
@@ -61,7 +62,8 @@ void multiply(const typename Step<T>::Factor* x, const T* panels, float* out, in
   constexpr int64_t kVector = kWidth * Step<T>::kRows;
   Vector sums[kP][kM] = {};
   for (int64_t step = 0; step < steps; ++step) {
-    const int64_t ahead = kAhead + (step + kAhead < steps ? 0 : (kP - 1) * steps);  // behind a panel: in the kP next ones
+    // Behind the end of these panels: in the kP next ones.
+    const int64_t ahead = kAhead + (step + kAhead < steps ? 0 : (kP - 1) * steps);
     for (int p = 0; p < kP; ++p) {
       const T* const from = panels + (p * steps + step) * kVector;
       __builtin_prefetch(from + ahead * kVector, 0, 1);
@@ -108,7 +110,8 @@ ffi::Error product(ffi::ThreadPool& pool, int64_t threads, const ffi::AnyBuffer&
   const int64_t D = xs.dimensions().back(), M = xs.element_count() / D, F = outs.dimensions().back();
   const int64_t num_panels = (F + kWidth - 1) / kWidth, tiles = (M + kTile - 1) / kTile, steps = (D - 1) / kRows + 1;
   if (static_cast<int64_t>(matrix.element_count()) != num_panels * kWidth * steps * kRows) {
-    return ffi::Error::InvalidArgument("the matrix must be [ceil(F / 16), D, 16], in bfloat16 [ceil(F / 16), ceil(D / 2), 32]");
+    return ffi::Error::InvalidArgument(
+        "the matrix must be [ceil(F / 16), D, 16], in bfloat16 [ceil(F / 16), ceil(D / 2), 32]");
   }
   const T *const x = data<T>(xs), *const panels = data<T>(matrix);
   if (D * F * (M + 4) < kSmall) threads = 1;
@@ -304,8 +307,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_rotate, rotate,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_rotate_apart, rotate_apart,
                               ffi::Ffi::Bind()
                                   .Arg<ffi::AnyBuffer>()    // x
-                                  .Arg<Floats>()    // cosines
-                                  .Arg<Floats>()    // sines
+                                  .Arg<Floats>()            // cosines
+                                  .Arg<Floats>()            // sines
                                   .Ret<ffi::AnyBuffer>()    // q
                                   .Ret<ffi::AnyBuffer>()    // k
                                   .Ret<ffi::AnyBuffer>());  // v

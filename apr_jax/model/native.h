@@ -1,4 +1,4 @@
-// What the CPU's kernels share: vectors, threads, exp. See native.cc and native_training.cc.
+// What the kernels of CPUs share: vectors, numbers, threads, exp. See native.cc, native_pages.cc, native_training.cc.
 
 #ifndef APR_JAX_MODEL_NATIVE_H_
 #define APR_JAX_MODEL_NATIVE_H_
@@ -24,9 +24,9 @@ using Integers = ffi::Buffer<ffi::S32>;
 
 constexpr int kWidth = 16;  // floats of a vector; the compiler splits it where the CPU's are shorter
 typedef float Vector __attribute__((vector_size(kWidth * sizeof(float)), aligned(sizeof(float))));
+constexpr int64_t kLine = 64;        // bytes that memory is asked for at once
 constexpr int64_t kSmall = 1 << 20;  // multiplications that one thread does sooner than it has waked another
-constexpr int64_t kLine = 64;         // bytes that memory is asked for at once
-constexpr float kLowest = -1e30f;  // finite, so that a difference of two is no NaN
+constexpr float kLowest = -1e30f;    // finite, so that a difference of two is no NaN
 
 // How XLA is told of a kernel that runs on several of its threads; its operands and results follow.
 inline auto bind_threaded() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("threads"); }
@@ -78,8 +78,8 @@ ffi::Error by_type(const ffi::AnyBuffer& buffer, const Kernel& kernel) {
 }
 
 // Calls task(0) ... task(count - 1), on this thread and on up to `threads - 1` of XLA's. Tasks are claimed one by one,
-// so a thread that comes late finds nothing to do, and none is waited for that has not begun. Each thread has a range of
-// its own, which it begins with: what it asks memory for ahead of a task is what it reads in the next one.
+// so a thread that comes late finds nothing to do, and none is waited for that has not begun. Each thread begins with a
+// range of its own: what it asks memory for ahead of a task is what it reads in the next one.
 template <typename Task>
 void parallel(ffi::ThreadPool& pool, int64_t threads, int64_t count, const Task& task) {
   threads = std::max<int64_t>(1, std::min(threads, count));
@@ -91,8 +91,11 @@ void parallel(ffi::ThreadPool& pool, int64_t threads, int64_t count, const Task&
   auto claims = std::make_shared<Claims>(threads);
   auto work = [claims, threads, count, &task](int64_t own) {
     for (int64_t turn = 0; turn < threads; ++turn) {
-      const int64_t range = (own + turn) % threads, begin = range * count / threads, end = (range + 1) * count / threads;
-      for (int64_t index; (index = begin + claims->next[range].fetch_add(1)) < end; claims->done.fetch_add(1)) task(index);
+      const int64_t range = (own + turn) % threads, begin = range * count / threads;
+      const int64_t end = (range + 1) * count / threads;
+      for (int64_t index; (index = begin + claims->next[range].fetch_add(1)) < end; claims->done.fetch_add(1)) {
+        task(index);
+      }
     }
   };
   for (int64_t other = 1; other < threads; ++other) pool.Schedule([work, other] { work(other); });

@@ -13,7 +13,7 @@
 
 namespace {
 
-// A row of a page as vectors of floats, `kVectors` of each line of memory: of bfloat16 the even numbers and the odd ones.
+// A row of a page as vectors of floats, kVectors of each line of memory: of bfloat16 the even numbers and the odd ones.
 template <typename T>
 struct Line {
   static constexpr int kNumbers = kLine / sizeof(T), kVectors = kNumbers / kWidth;
@@ -83,7 +83,7 @@ Vector sums_of(const Vector (&of)[kWidth]) {
 #endif
 }
 
-// scores[s] = q . k[s] of `count` positions, of which there is room for 16 at a time; asks memory for as many from `next`.
+// scores[s] = q . k[s] of `count` positions, with room for whole vectors; asks memory for as many from `next`.
 template <int kH, typename T>
 void score(const float* q, const T* k, int64_t count, int64_t H, const T* next, float* scores) {
   if constexpr (kH > 0) {
@@ -196,13 +196,15 @@ void attend(ffi::ThreadPool& pool, int64_t threads, const ffi::AnyBuffer& q, con
         }
       }
     };
-    each_block(k_pages, v_pages + table[0] * K * C * H, [&](int64_t n, const T* k, int64_t count, const T* next, int64_t first) {
+    const T* const values = v_pages + table[0] * K * C * H;
+    each_block(k_pages, values, [&](int64_t n, const T* k, int64_t count, const T* next, int64_t first) {
       score<kH>(qs + n * H, k, count, H, next, scores + n * width + first);
     });
     static thread_local std::vector<float> sums;
     sums.resize(queries);
     for (int64_t n = 0; n < queries; ++n) sums[n] = softmax(scores + n * width, length, scale);
-    each_block(v_pages, k_pages + table_after[0] * K * C * H, [&](int64_t n, const T* v, int64_t count, const T* next, int64_t first) {
+    const T* const keys_after = k_pages + table_after[0] * K * C * H;
+    each_block(v_pages, keys_after, [&](int64_t n, const T* v, int64_t count, const T* next, int64_t first) {
       add_values<kH>(scores + n * width + first, v, count, H, next, outs + n * H);
     });
     for (int64_t n = 0; n < queries; ++n) collect<kH>(outs + n * H, H, sums[n], to + n * H);
@@ -226,13 +228,13 @@ ffi::Error attend_of_any(ffi::ThreadPool pool, int64_t threads, ffi::AnyBuffer q
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_attend, attend_of_any,
                               bind_threaded()
-                                  .Arg<ffi::AnyBuffer>()      // q
-                                  .Arg<ffi::AnyBuffer>()      // new keys
-                                  .Arg<ffi::AnyBuffer>()      // new values
-                                  .Arg<ffi::AnyBuffer>()      // pages of keys
-                                  .Arg<ffi::AnyBuffer>()      // pages of values
-                                  .Arg<Integers>()    // seen
-                                  .Arg<Integers>()    // tables
-                                  .Ret<ffi::AnyBuffer>()      // out
-                                  .Ret<ffi::AnyBuffer>()      // pages of keys
-                                  .Ret<ffi::AnyBuffer>());    // pages of values
+                                  .Arg<ffi::AnyBuffer>()    // q
+                                  .Arg<ffi::AnyBuffer>()    // new keys
+                                  .Arg<ffi::AnyBuffer>()    // new values
+                                  .Arg<ffi::AnyBuffer>()    // pages of keys
+                                  .Arg<ffi::AnyBuffer>()    // pages of values
+                                  .Arg<Integers>()          // seen
+                                  .Arg<Integers>()          // tables
+                                  .Ret<ffi::AnyBuffer>()    // out
+                                  .Ret<ffi::AnyBuffer>()    // pages of keys
+                                  .Ret<ffi::AnyBuffer>());  // pages of values

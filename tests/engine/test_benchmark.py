@@ -40,8 +40,9 @@ def test_a_step_costs_its_weights_and_its_caches():
     assert cost.seconds(Limits(1e30, 1.0)) == cost.flops
 
 
-def test_limits_are_rates_of_this_machine():
-    limits = measure_limits(make_mesh(2), "float32")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_limits_are_rates_of_this_machine(dtype):
+    limits = measure_limits(make_mesh(2), dtype)
     assert 1e8 < limits.bytes_per_second < 1e14
     assert 1e9 < limits.flops_per_second < 1e16
     assert limits.better(Limits(1.0, 1e30)) == Limits(limits.bytes_per_second, 1e30)
