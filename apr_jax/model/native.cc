@@ -156,6 +156,9 @@ ffi::Error product(ffi::ThreadPool& pool, int64_t threads, const ffi::AnyBuffer&
 
 ffi::Error product_of_any(ffi::ThreadPool pool, int64_t threads, ffi::AnyBuffer x, ffi::AnyBuffer panels,
                           ffi::Result<ffi::AnyBuffer> out) {
+  if (panels.element_type() != x.element_type()) {
+    return ffi::Error::InvalidArgument("x and the matrix must have one dtype");
+  }
   return by_type(x, [&](auto type) {
     using T = decltype(type);
     const auto kernel = out->element_type() == ffi::F32 ? product<T, float> : product<T, T>;

@@ -215,6 +215,11 @@ ffi::Error attend_of_any(ffi::ThreadPool pool, int64_t threads, ffi::AnyBuffer q
                          ffi::AnyBuffer new_v, ffi::AnyBuffer, ffi::AnyBuffer, Integers seen, Integers tables,
                          ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> k_pages,
                          ffi::Result<ffi::AnyBuffer> v_pages) {
+  for (const auto& other : {new_k, new_v, *k_pages, *v_pages}) {
+    if (other.element_type() != q.element_type()) {
+      return ffi::Error::InvalidArgument("queries, keys, values and pages must have one dtype");
+    }
+  }
   return by_type(q, [&](auto type) {
     using T = decltype(type);
     const int64_t H = q.dimensions()[2];

@@ -94,6 +94,15 @@ def test_panels_and_back():
     np.testing.assert_array_equal(native.from_panels(paired, 5, 37), matrix_DF)
 
 
+def test_dtypes_that_differ_are_refused():
+    x_MD, panels = normal(2, 4, dtype="bfloat16"), native.to_panels(normal(4, 16))
+    with pytest.raises(Exception, match="x and the matrix must have one dtype"):
+        native.product(x_MD, panels, 16)
+    q_LNH, pages = normal(1, 1, 32, dtype="bfloat16"), normal(2, 1, 16, 32)
+    with pytest.raises(Exception, match="must have one dtype"):
+        native.write_then_attend(q_LNH, q_LNH, q_LNH, pages, pages, jnp.array([1]), jnp.array([[1]]))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_of_a_product_depends_on_no_other_and_not_on_their_number(kernels, dtype):
     x_MD, panels = normal(40, 100, dtype=dtype), to_panels(normal(100, 50, seed=1, dtype=dtype))
