@@ -42,8 +42,7 @@ class Agreement:
 
 def compare(written_T: np.ndarray, logprobs_T: np.ndarray, reference_TV: np.ndarray) -> Agreement:
     """Compares greedy tokens and their log-probabilities with the reference's of the whole vocabulary."""
-    own_T = np.take_along_axis(reference_TV, written_T[:, None], axis=1)[:, 0]
-    regret_T = reference_TV.max(axis=1) - own_T
+    own_T, regret_T = _own_and_regret(written_T, reference_TV)
     difference_T = np.abs(own_T - logprobs_T)
     return Agreement(
         len(written_T),
@@ -83,8 +82,13 @@ def regret(context: Sequence[int], tokens: Sequence[int], model: ModelConfig, pa
     """How much less likely the tokens are than the likeliest ones, nats a token, by the reference."""
     written_T = np.asarray(tokens)
     (reference_TV,) = _reference(model, params, [(np.asarray(context), written_T)])
+    return float(_own_and_regret(written_T, reference_TV)[1].mean())
+
+
+def _own_and_regret(written_T: np.ndarray, reference_TV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The reference's log-probability of each token written, and how much less that is than its best one."""
     own_T = np.take_along_axis(reference_TV, written_T[:, None], axis=1)[:, 0]
-    return float(np.mean(reference_TV.max(axis=1) - own_T))
+    return own_T, reference_TV.max(axis=1) - own_T
 
 
 def _programs(model: ModelConfig, rollout: RolloutConfig, rng: np.random.Generator) -> list[Program]:

@@ -95,9 +95,8 @@ class PageAllocator:
     def grow(self, table: int, length: int) -> None:
         """Makes room for `length` tokens. Raises OutOfPagesError, and then takes nothing."""
         missing = self.missing(table, length)
-        if missing:
-            self._require(missing)
-            self._tables[table].extend(self._take() for _ in range(missing))
+        self._require(missing)
+        self._tables[table].extend(self._take() for _ in range(missing))
 
     def truncate(self, table: int, length: int) -> None:
         """Drops the pages that hold only positions >= `length`."""

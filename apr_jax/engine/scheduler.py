@@ -215,8 +215,6 @@ class Scheduler:
         chunks: list[PrefillChunk] = []
         in_flight: set[bytes] = set()
         for thread in self.running(shard):
-            if self.can_decode(thread):
-                continue
             if len(chunks) == self.limits.prefill_lanes:
                 break
             chunk = self._next_chunk(thread)

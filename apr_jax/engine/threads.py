@@ -76,11 +76,11 @@ class Thread:
     constraint: Constraint | None = None  # what its Decode holds it to
     rejected: int = 0  # draws in its life that its grammar refused; like `generated` they count as random numbers used
     group: "Group | None" = None  # the workers whose cache it shares
-    # Smaller goes first: earlier rollouts, then deeper threads (children let parents finish), then path order.
-    priority: tuple[int, int, Path] = dataclasses.field(init=False)
 
-    def __post_init__(self) -> None:
-        self.priority = (self.rollout, -len(self.path), self.path)
+    @property
+    def priority(self) -> tuple[int, int, Path]:
+        """Smaller goes first: earlier rollouts, then deeper threads (children let parents finish), then path order."""
+        return (self.rollout, -len(self.path), self.path)
 
 
 @dataclasses.dataclass(frozen=True)
