@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from apr_jax.library import Policy, Solution, load
-    from apr_jax.tasks.countdown import Problem
+    from apr_jax.tasks.countdown.rules import Problem
 
 __all__ = ["Policy", "Problem", "Solution", "load"]
 
-_HOMES = {"Problem": "apr_jax.tasks.countdown"}
+_HOMES = {"Problem": "apr_jax.tasks.countdown.rules"}
 
 
 def __getattr__(name: str) -> Any:

@@ -212,7 +212,7 @@ class TreeOfThoughtsConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """What a rollout earns (train/rewards.py): 1 where its answer is right, less the prices of what it took."""
+    """What a rollout earns (train/rl/rewards.py): 1 where its answer is right, less the prices of what it took."""
 
     sequential_token_price: float  # of a token on the longest causal chain, the engine's measured critical path
     token_price: float  # of a token of any thread
@@ -229,7 +229,7 @@ class RewardConfig:
 class GRPOConfig:
     """Group-relative policy optimisation (paper section 4.3; RECIPE section 5) and its relatives."""
 
-    objective: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"]  # train/objectives.py has their equations
+    objective: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"]  # train/rl/objectives.py has their equations
     num_steps: int
     prompts_per_step: int
     group_size: int  # rollouts a prompt; advantages are relative to their mean
@@ -241,7 +241,7 @@ class GRPOConfig:
     advantage_eps: float  # added to a group's standard deviation
     length_normaliser: int  # Dr. GRPO's constant: tokens that a rollout's summed loss is divided by
     importance_cap: float  # truncated importance weight for the rollout/trainer gap; 0 = off
-    credit: Literal["rollout", "used"]  # who has the rollout's advantage: every call, or see train/credit.py
+    credit: Literal["rollout", "used"]  # who has the rollout's advantage: every call, or see train/rl/credit.py
     reward: RewardConfig
     row_len: int
     rows_per_microbatch: int

@@ -17,6 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from apr_jax.checkpoints.manager import load_policy
 from apr_jax.config import Config
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.engine import Engine
@@ -28,9 +29,8 @@ from apr_jax.parallel.mesh import make_mesh, offer_cpu_devices
 from apr_jax.reasoning.outcome import Outcome, Settings, make_settings
 from apr_jax.reasoning.policy_engine import policy_engine
 from apr_jax.reasoning.programs import check_method, make_program
-from apr_jax.tasks.countdown import Problem, express
-from apr_jax.tasks.demonstrations import SHARED_METHODS, innermost
-from apr_jax.train.checkpoint import load_policy
+from apr_jax.tasks.countdown.demonstrations import SHARED_METHODS, innermost
+from apr_jax.tasks.countdown.rules import Problem, express
 
 Method = str | Callable[[Problem, Settings], Generator[Any, Any, Outcome]]
 

@@ -41,13 +41,13 @@ def main() -> None:
         raise ConfigError(f"--peer_lanes={','.join(map(str, peer_lanes))} must be among --lanes")
     if _PLOT.value and not lanes:
         raise ConfigError("--plot draws the figures of --lanes, and there are none")
-    from apr_jax.engine.peers import PEERS
+    from apr_jax.bench.peers import PEERS
 
     if unknown := [name for name in _PEERS.value if name not in PEERS]:
         raise ConfigError(f"--peers: there is no peer {unknown[0]!r}; choose of {', '.join(PEERS)}")
     figures = _measure(config, lanes, peer_lanes)
     if _PLOT.value:
-        from apr_jax.evaluation.benchmark_report import write_plot
+        from apr_jax.bench.decode_report import write_plot
 
         write_plot(_PLOT.value, figures)
     if _JSON.value:
@@ -56,34 +56,34 @@ def main() -> None:
 
 def _measure(config: Config, lanes: tuple[int, ...], peer_lanes: tuple[int, ...]) -> dict[str, Any]:
     """All that was asked for; prints each part when it is done."""
-    from apr_jax.engine import benchmark
-    from apr_jax.engine.agreement import sharp_params
+    from apr_jax.bench import decode
+    from apr_jax.bench.agreement import sharp_params
     from apr_jax.parallel.mesh import make_mesh
 
     make_mesh(config.mesh)  # before the weights start JAX: a CPU is split into as many devices as it needs
     params = sharp_params(config.model, config.seed)
-    lengths = benchmark.Lengths(prompt=_PROMPT.value, new=_NEW.value)
-    figures = benchmark.about(config)
+    lengths = decode.Lengths(prompt=_PROMPT.value, new=_NEW.value)
+    figures = decode.about(config)
     if lanes:
-        figures = benchmark.benchmark_decode(config, params, lanes, lengths, _say)
-        print(benchmark.table(figures), flush=True)
+        figures = decode.benchmark_decode(config, params, lanes, lengths, _say)
+        print(decode.table(figures), flush=True)
     if _PROBLEMS.value != 0:
         figures["workload_of_problems"] = _replays(config, params)
     if _PEERS.value:
         figures |= _peers(config, params, peer_lanes, lengths)
         if any(report.get("lanes") for report in figures["peers"].values()):
-            again = benchmark.benchmark_decode(config, params, peer_lanes, lengths, _say)
+            again = decode.benchmark_decode(config, params, peer_lanes, lengths, _say)
             figures["lanes_after_peers"] = again["lanes"]
-        from apr_jax.evaluation.benchmark_report import peers_table
+        from apr_jax.bench.decode_report import peers_table
 
         print(peers_table(figures), flush=True)
     return figures
 
 
 def _replays(config: Config, params: Any) -> dict[str, Any]:
+    from apr_jax.bench.replay import benchmark_replays, make_replays, show
     from apr_jax.data.tokenizer import load_tokenizer
     from apr_jax.engine.engine import Engine
-    from apr_jax.evaluation.replay import benchmark_replays, make_replays, show
     from apr_jax.evaluation.run import ShownProgress
     from apr_jax.parallel.mesh import make_mesh
 
@@ -98,11 +98,11 @@ def _replays(config: Config, params: Any) -> dict[str, Any]:
 
 
 def _peers(config: Config, params: Any, lanes: tuple[int, ...], lengths: Any) -> dict[str, Any]:
-    from apr_jax.engine import agreement, benchmark
-    from apr_jax.engine.peers import Workload, run_peers
+    from apr_jax.bench import agreement, decode
+    from apr_jax.bench.peers import Workload, run_peers
     from apr_jax.model.hf import save_hf
 
-    prompts = benchmark.make_prompts(config, max(lanes), lengths)
+    prompts = decode.make_prompts(config, max(lanes), lengths)
     regret = functools.partial(agreement.regret, prompts[0], model=config.model, params=params)
     with tempfile.TemporaryDirectory(prefix="apr_jax-") as folder:
         save_hf(folder, config.model, params)

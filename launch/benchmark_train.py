@@ -27,9 +27,9 @@ _PLOT = flags.DEFINE_string("plot", None, "Draw tokens/s here (.svg, .png).")
 
 def main() -> None:
     config = _CONFIG.config()
-    from apr_jax.train import benchmark_report
-    from apr_jax.train.benchmark import Session
-    from apr_jax.train.peers import PEERS
+    from apr_jax.bench import training_report
+    from apr_jax.bench.training import Session
+    from apr_jax.bench.training_peers import PEERS
 
     for flag, given, known in (("peers", _PEERS.value, tuple(PEERS)), ("phases", _PHASES.value, ("sft", "grpo"))):
         if unknown := [name for name in given if name not in known]:
@@ -40,10 +40,10 @@ def main() -> None:
         seconds_limit=_PEER_SECONDS.value,
         say=lambda text: print(text, file=sys.stderr),
     )
-    figures = benchmark_report.measure(config, _PHASES.value, session)
-    print(benchmark_report.table(figures))
+    figures = training_report.measure(config, _PHASES.value, session)
+    print(training_report.table(figures))
     if _PLOT.value:
-        benchmark_report.write_plot(_PLOT.value, figures)
+        training_report.write_plot(_PLOT.value, figures)
     if _JSON.value:
         pathlib.Path(_JSON.value).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 

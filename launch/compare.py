@@ -27,13 +27,13 @@ from absl import flags
 
 from apr_jax import entry
 from apr_jax.config import ConfigError
-from apr_jax.evaluation.compare_grid import Cell, make_cells, read_policies, read_rows
-from apr_jax.evaluation.sources import check_policy_folder, choose_split, newest_run, read_problems
-from apr_jax.tasks.countdown import Problem
-from apr_jax.tasks.generation import SPLITS
+from apr_jax.evaluation.compare.grid import Cell, make_cells, read_policies, read_rows
+from apr_jax.evaluation.rollout_sources import check_policy_folder, choose_split, newest_run, read_problems
+from apr_jax.tasks.countdown.generation import SPLITS
+from apr_jax.tasks.countdown.rules import Problem
 
 if TYPE_CHECKING:
-    from apr_jax.evaluation.compare_run import Asked, Policy
+    from apr_jax.evaluation.compare.cells import Asked, Policy
 
 _RUNS = "runs"
 _CONFIG = entry.define_config("grpo.py")
@@ -73,9 +73,9 @@ def main() -> int:
         folders = folders or {(newest := newest_run(_RUNS)).name: newest}
     except FileNotFoundError as error:
         raise entry.FailedError(f"{error} (--policies=NAME=FOLDER)") from error
-    from apr_jax.evaluation.compare import draw_runs
+    from apr_jax.checkpoints.integrity import CheckpointError
+    from apr_jax.evaluation.report.paired_report import draw_runs
     from apr_jax.model.hf import HuggingFaceError
-    from apr_jax.train.integrity import CheckpointError
     from apr_jax.train.signals import StoppedError, StopSignal
 
     if _FIGURE.value:
@@ -95,8 +95,8 @@ def main() -> int:
 
 
 def _compare(folders: dict[str, pathlib.Path], own: list[Problem] | None) -> None:
-    from apr_jax.evaluation.compare_run import check_programs, run_cells
-    from apr_jax.evaluation.compare_store import Results
+    from apr_jax.evaluation.compare.cells import check_programs, run_cells
+    from apr_jax.evaluation.compare.store import Results
 
     policies = _load(folders)
     cells = _cells(policies)
@@ -116,9 +116,9 @@ def _compare(folders: dict[str, pathlib.Path], own: list[Problem] | None) -> Non
 
 
 def _load(folders: dict[str, pathlib.Path]) -> "dict[str, Policy]":
-    from apr_jax.evaluation.compare_run import make_policy
+    from apr_jax.checkpoints.manager import load_policy
+    from apr_jax.evaluation.compare.cells import make_policy
     from apr_jax.parallel.mesh import offer_cpu_devices
-    from apr_jax.train.checkpoint import load_policy
 
     offer_cpu_devices()  # before the weights start JAX; how many the mesh needs, they will tell
     policies: dict[str, Policy] = {}
@@ -142,7 +142,7 @@ def _cells(policies: "dict[str, Policy]") -> list[Cell]:
 
 def _asked(policies: "list[Policy]", own: list[Problem] | None) -> "Asked":
     """The user's problems, or those of a split."""
-    from apr_jax.evaluation.compare_run import Asked, held_out
+    from apr_jax.evaluation.compare.cells import Asked, held_out
 
     config = policies[0].config
     if own is not None and _PROBLEMS.value:
@@ -163,8 +163,8 @@ def _temperatures(default: float) -> list[float]:
 
 def _show(workdir: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     """The rows as a table, and each against the first."""
-    from apr_jax.evaluation.compare import cell_name, compare, show_differences, show_rows
-    from apr_jax.evaluation.compare_store import read_records
+    from apr_jax.evaluation.compare.store import read_records
+    from apr_jax.evaluation.report.paired_report import cell_name, compare, show_differences, show_rows
 
     first, *others = rows
     print(f"{first['num_problems']:,} problems ({first['problems']}), {first['lanes']} lanes, {first['machine']}")

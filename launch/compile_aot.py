@@ -29,14 +29,14 @@ _HLO = flags.DEFINE_string("hlo", None, "Write the optimised programs into this 
 
 def main() -> None:
     config = _CONFIG.config()
-    from apr_jax.parallel.topology import EXAMPLES, compile_only_devices, parse_topology, prepare_process
+    from apr_jax.aot.topology import EXAMPLES, compile_only_devices, parse_topology, prepare_process
 
     if not _TOPOLOGY.value:
         raise ConfigError(f"--topology says what to compile for: {', '.join(EXAMPLES)}")
     topology = parse_topology(_TOPOLOGY.value)
     prepare_process(topology)
-    from apr_jax.train.aot_report import Survey, tables
-    from apr_jax.train.mesh_search import parse_mesh
+    from apr_jax.aot.mesh_search import parse_mesh
+    from apr_jax.aot.survey import Survey, tables
 
     mesh = parse_mesh(_MESH.value, topology.num_devices) if _MESH.value else None
     folder = pathlib.Path(_HLO.value) if _HLO.value else None

@@ -19,15 +19,15 @@ from absl import flags
 
 from apr_jax import entry
 from apr_jax.config import Config
-from apr_jax.evaluation.sources import (
+from apr_jax.evaluation.rollout_sources import (
     check_method_flag,
     check_policy_folder,
     choose_split,
     newest_run,
     read_problems,
 )
-from apr_jax.tasks.countdown import Problem
-from apr_jax.tasks.generation import SPLITS
+from apr_jax.tasks.countdown.generation import SPLITS
+from apr_jax.tasks.countdown.rules import Problem
 
 _RUNS = "runs"
 _CONFIG = entry.define_config("grpo.py")
@@ -59,9 +59,9 @@ def main() -> None:
         checkpoint = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else newest_run(_RUNS)
     except FileNotFoundError as error:
         raise entry.FailedError(str(error)) from error
+    from apr_jax.checkpoints.integrity import CheckpointError
     from apr_jax.data.countdown_builder import DatasetError
     from apr_jax.model.hf import HuggingFaceError
-    from apr_jax.train.integrity import CheckpointError
 
     try:
         _evaluate(checkpoint, own_problems)

@@ -20,8 +20,8 @@ from apr_jax import entry
 from apr_jax.config import Config
 from apr_jax.data.tokenizer import load_tokenizer
 from apr_jax.progress import progress
-from apr_jax.tasks import generation
-from apr_jax.tasks.trace import Demonstration, demonstrated_tokens
+from apr_jax.tasks.countdown import generation
+from apr_jax.tasks.countdown.trace import Demonstration, demonstrated_tokens
 
 _CONFIG = entry.define_config("sft.py")
 _NUM_PROBLEMS = flags.DEFINE_integer("num_problems", 2_000, "Problems to sample and search.", lower_bound=1)

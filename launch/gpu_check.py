@@ -50,7 +50,7 @@ def main() -> int:
 
 def check(config: Config) -> dict[str, dict[str, Any]]:
     """Every decode attention in every dtype against the reference; prints a line each."""
-    from apr_jax.engine.agreement import agreement, decode_greedily, sharp_params
+    from apr_jax.bench.agreement import agreement, decode_greedily, sharp_params
     from apr_jax.parallel.mesh import make_mesh
 
     params = sharp_params(config.model, config.seed)
@@ -74,14 +74,14 @@ def check(config: Config) -> dict[str, dict[str, Any]]:
 
 def measure(config: Config, lanes: tuple[int, ...]) -> dict[str, Any]:
     """Decode throughput by lane count, with either attention."""
-    from apr_jax.engine import benchmark
-    from apr_jax.engine.agreement import sharp_params
+    from apr_jax.bench import decode
+    from apr_jax.bench.agreement import sharp_params
 
     speed, params = {}, sharp_params(config.model, config.seed)
     for attention in ("packed", "paged") if lanes else ():
         rollout = dataclasses.replace(config.rollout, decode_attention=attention)
-        figures = benchmark.benchmark_decode(dataclasses.replace(config, rollout=rollout), params, lanes)
-        print(f"\n{attention}: {benchmark.table(figures)}")
+        figures = decode.benchmark_decode(dataclasses.replace(config, rollout=rollout), params, lanes)
+        print(f"\n{attention}: {decode.table(figures)}")
         speed[attention] = figures
     return speed
 

@@ -28,9 +28,9 @@ def main() -> None:
     run = pathlib.Path(_RUN.value) if _RUN.value else None
     if run is not None and not run.is_dir():
         raise ConfigError(f"--run={run}: no such folder")
-    from apr_jax.evaluation.browser import NoBrowserError, chromium, take_pictures
-    from apr_jax.evaluation.compare_report import write_comparison
-    from apr_jax.evaluation.report import write_report
+    from apr_jax.evaluation.report.browser import NoBrowserError, chromium, take_pictures
+    from apr_jax.evaluation.report.comparison_report import write_comparison
+    from apr_jax.evaluation.report.run_report import write_report
 
     try:
         if run is not None and _COMPARISON.value is None:

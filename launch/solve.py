@@ -21,9 +21,9 @@ from absl import flags
 
 from apr_jax import entry
 from apr_jax.config import ConfigError
-from apr_jax.evaluation.sources import check_method_flag, check_policy_folder, newest_run, read_problem_words
-from apr_jax.tasks.countdown import Problem, departures, is_solvable
-from apr_jax.tasks.demonstrations import innermost
+from apr_jax.evaluation.rollout_sources import check_method_flag, check_policy_folder, newest_run, read_problem_words
+from apr_jax.tasks.countdown.demonstrations import innermost
+from apr_jax.tasks.countdown.rules import Problem, departures, is_solvable
 
 if TYPE_CHECKING:
     from apr_jax.library import Policy, Solution
@@ -55,8 +55,8 @@ def main(words: Sequence[str]) -> None:
     except FileNotFoundError as error:
         raise entry.FailedError(str(error)) from error
     from apr_jax import library
+    from apr_jax.checkpoints.integrity import CheckpointError
     from apr_jax.model.hf import HuggingFaceError
-    from apr_jax.train.integrity import CheckpointError
 
     given = _CONFIG.config_dict()
     try:

@@ -18,7 +18,7 @@ from absl import flags
 
 from apr_jax import entry
 from apr_jax.config import ConfigError
-from apr_jax.evaluation.sources import check_policy_folder
+from apr_jax.evaluation.rollout_sources import check_policy_folder
 
 _CONFIG = entry.define_config("grpo.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder [runs/NAME, with the config's name].")
@@ -39,9 +39,9 @@ def main() -> int:
         check_policy_folder(folder, flag)
     if len(folders) > 1:
         raise ConfigError("--checkpoint leaves SFT out, and --start is where SFT starts: name one of them")
+    from apr_jax.checkpoints.integrity import CheckpointError
     from apr_jax.data.countdown_builder import DatasetError
     from apr_jax.parallel import hosts
-    from apr_jax.train.integrity import CheckpointError
     from apr_jax.train.run import train
     from apr_jax.train.signals import StoppedError
 

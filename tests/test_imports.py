@@ -6,18 +6,32 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-LAYERS = ["config", "parallel", "model", "engine", "reasoning", "evaluation", "train", "library", "launch"]
+LAYERS = [
+    "config",
+    "parallel",
+    "model",
+    "engine",
+    "reasoning",
+    "evaluation",
+    "checkpoints",
+    "train",
+    "library",
+    "bench",
+    "aot",
+    "launch",
+]
 # Leaves: what they may import of apr_jax themselves.
 LEAVES = {
     "tasks": {"tasks", "config"},
     "data": {"data", "tasks", "config"},
     "progress": set(),
+    "files": set(),
     "config": set(),
     "entry": {"config"},
 }
-MAY_USE_LEAVES = {"reasoning", "evaluation", "train", "library", "launch"}
+MAY_USE_LEAVES = {"reasoning", "evaluation", "checkpoints", "train", "library", "bench", "aot", "launch"}
 NO_JAX = ["apr_jax/tasks", "apr_jax/data", "apr_jax/engine/pages.py", "apr_jax/engine/threads.py"]
-NO_JAX += ["apr_jax/engine/scheduler.py", "apr_jax/engine/constraints.py", "apr_jax/engine/peers.py"]
+NO_JAX += ["apr_jax/engine/scheduler.py", "apr_jax/engine/constraints.py", "apr_jax/bench/peers.py"]
 NO_JAX += ["apr_jax/engine/programs.py", "apr_jax/engine/rollout_tree.py", "apr_jax/engine/groups.py"]
 NO_JAX += ["apr_jax/config.py"]
 

@@ -7,6 +7,8 @@ import sys
 import pytest
 
 import apr_jax
+from apr_jax.checkpoints.manager import Checkpoints
+from apr_jax.checkpoints.state import create_state
 from apr_jax.config import ConfigError
 from apr_jax.data.tokenizer import load_tokenizer
 from apr_jax.evaluation.run import evaluate
@@ -15,10 +17,8 @@ from apr_jax.model.hf import save_hf
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.reasoning.outcome import make_settings
 from apr_jax.reasoning.serial import serial
-from apr_jax.tasks.countdown import Problem
-from apr_jax.train.checkpoint import Checkpoints
+from apr_jax.tasks.countdown.rules import Problem
 from apr_jax.train.optimizer import make_optimizer
-from apr_jax.train.state import create_state
 from configs.grpo import get_config
 from tests.reasoning.fixtures import SMALL, TOKENIZER, Replay, demonstrations
 from tests.reasoning.scripted_engine import ScriptedEngine

@@ -23,10 +23,10 @@ import tensorflow_datasets as tfds
 
 from apr_jax.config import Config, DataConfig, TaskConfig
 from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
-from apr_jax.tasks.countdown import Problem
-from apr_jax.tasks.demonstrations import SHARED_METHODS
-from apr_jax.tasks.generation import SPLITS, Split, draw_splits, generate_split, split_size
-from apr_jax.tasks.trace import Call, Demonstration
+from apr_jax.tasks.countdown.demonstrations import SHARED_METHODS
+from apr_jax.tasks.countdown.generation import SPLITS, Split, draw_splits, generate_split, split_size
+from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.countdown.trace import Call, Demonstration
 
 OnProgress = Callable[[str, int, int], None]  # split, demonstrations done, demonstrations in all
 # Fields of DataConfig that say where the data lie or how they are used later, not what they are.

@@ -20,8 +20,8 @@ from apr_jax.data.packing import Packing, pack, pad_rows
 from apr_jax.data.shared_sequences import SharedCalls, tokenize_shared
 from apr_jax.data.tokenized import LossWeights, Sequence1D, TokenizedCalls, tokenize_calls
 from apr_jax.data.tokenizer import Tokenizer
-from apr_jax.tasks.demonstrations import SHARED_METHODS
-from apr_jax.tasks.trace import Demonstrated
+from apr_jax.tasks.countdown.demonstrations import SHARED_METHODS
+from apr_jax.tasks.countdown.trace import Demonstrated
 
 PackedBatch = dict[str, NDArray[np.generic]]
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from apr_jax.data.tokenized import LossWeights, Sequence1D
 from apr_jax.data.tokenizer import Tokenizer
-from apr_jax.tasks.trace import Call, Demonstrated
+from apr_jax.tasks.countdown.trace import Call, Demonstrated
 
 _logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apr_jax.data.tokenizer import Tokenizer
-from apr_jax.tasks.trace import Call, Demonstrated
+from apr_jax.tasks.countdown.trace import Call, Demonstrated
 
 _logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from apr_jax.tasks.pasta_traces import SYNC
-from apr_jax.tasks.thought_traces import VALUES
-from apr_jax.tasks.trace import CALL_BEGIN, CALL_END, JOIN_BEGIN, JOIN_END
+from apr_jax.tasks.countdown.pasta_traces import SYNC
+from apr_jax.tasks.countdown.thought_traces import VALUES
+from apr_jax.tasks.countdown.trace import CALL_BEGIN, CALL_END, JOIN_BEGIN, JOIN_END
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 LARGEST_NUMBER = 255  # the largest number that is one token; larger ones are spelt in digit tokens

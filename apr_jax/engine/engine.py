@@ -15,8 +15,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ConfigError, ModelConfig, RolloutConfig
 from apr_jax.engine.constraints import Gate
-from apr_jax.engine.holding import gate_masks, held_lanes
+from apr_jax.engine.pack_arrays import Packed, pack
 from apr_jax.engine.plan import EnginePlan
+from apr_jax.engine.policy_masks import gate_masks, held_lanes
 from apr_jax.engine.programs import Programs
 from apr_jax.engine.scheduler import PrefillChunk, Scheduler
 from apr_jax.engine.steps import (
@@ -31,7 +32,6 @@ from apr_jax.engine.steps import (
     Written,
 )
 from apr_jax.engine.threads import MAX_STOP_TOKENS, Observer, Program, Progress, Rollout, RolloutKey, Thread
-from apr_jax.engine.transfer import Packed, pack
 from apr_jax.model.decode_weights import layout_shardings, to_layout
 from apr_jax.model.llama import logical_axes
 from apr_jax.parallel.mesh import RULES, param_shardings, partition_spec

@@ -90,6 +90,6 @@ def _device_bytes(mesh: Mesh) -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // mesh.size
     try:
         stats = device.memory_stats()
-    except jax.errors.JaxRuntimeError:  # a device that is only compiled for (parallel/topology.py)
+    except jax.errors.JaxRuntimeError:  # a device that is only compiled for (aot/topology.py)
         return None
     return None if stats is None else stats.get("bytes_limit")

@@ -39,7 +39,7 @@ from apr_jax.engine.threads import (
     Truncate,
     thread_key,
 )
-from apr_jax.engine.work import Work
+from apr_jax.engine.work_counters import Work
 
 
 class Programs:

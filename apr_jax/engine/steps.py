@@ -20,12 +20,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apr_jax.config import ModelConfig
-from apr_jax.engine import holding
+from apr_jax.engine import policy_masks
 from apr_jax.engine.decode_cache import DecodeCache, DecodePlan, View, open_cache
+from apr_jax.engine.pack_arrays import Packed, unpack
 from apr_jax.engine.sampling import log_probs, sample, uniforms
 from apr_jax.engine.scheduler import Limits
 from apr_jax.engine.shared_cache import SharedCache
-from apr_jax.engine.transfer import Packed, unpack
 from apr_jax.model import native
 from apr_jax.model.kv_cache import (
     Block,
@@ -62,7 +62,7 @@ class DecodeLanes:
     key_data: jax.Array  # uint32 [.., 2]
     generated: jax.Array  # int32: tokens that the thread has generated before
     tables: jax.Array  # int32 [.., pages of a row]
-    held: holding.Held | None = None  # None: the engine has no gate
+    held: policy_masks.Held | None = None  # None: the engine has no gate
 
 
 @jax.tree_util.register_dataclass
@@ -92,7 +92,7 @@ class Policy:
 
     temperature: jax.Array  # float32 scalar
     banned_mask: jax.Array  # bool [V]
-    gate: holding.GateMasks | None = None
+    gate: policy_masks.GateMasks | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -115,8 +115,8 @@ def decode_thread(
     stop_tokens: jax.Array,
     uniform: jax.Array,
     policy: Policy,
-    held: holding.Held | None,
-) -> tuple[tuple[Any, ...], jax.Array, jax.Array, jax.Array, tuple[holding.LaneRegisters, jax.Array] | None]:
+    held: policy_masks.Held | None,
+) -> tuple[tuple[Any, ...], jax.Array, jax.Array, jax.Array, tuple[policy_masks.LaneRegisters, jax.Array] | None]:
     """One token of one thread: attention over its pages, logits, a draw, stop matching.
 
     Returns what the loop carries of the cache, the next token, its log-probability, how many tokens may still follow
@@ -129,7 +129,7 @@ def decode_thread(
     # Gathered over "tensor" before the draw: sampling on split logits would take a dozen small collectives.
     logits_V: jax.Array = _constrain(model.logits(hidden_TD)[0], partition_spec(None))
     gate = policy.gate
-    hold = None if held is None or gate is None else holding.hold(held, gate, policy.banned_mask, token, view.step)
+    hold = None if held is None or gate is None else policy_masks.hold(held, gate, policy.banned_mask, token, view.step)
     after = None
     if hold is None and model.layout.native:
         drawn, logprob = native.draw(logits_V, policy.temperature, policy.banned_mask, uniform)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from apr_jax.engine.constraints import Constraint, Grammar, Masks
-from apr_jax.engine.work import Work
+from apr_jax.engine.work_counters import Work
 
 if TYPE_CHECKING:
     from apr_jax.engine.groups import Group

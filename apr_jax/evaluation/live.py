@@ -11,7 +11,7 @@ from rich.text import Text
 
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.threads import Happening, Path, RolloutKey, Thread
-from apr_jax.tasks.countdown import claims_goal
+from apr_jax.tasks.countdown.rules import claims_goal
 
 _REDRAW_SECONDS = 0.05
 _LAST_TOKENS = 96  # that a thread's last line is looked for in

@@ -14,7 +14,7 @@ from apr_jax.progress import progress
 from apr_jax.reasoning.outcome import Settings
 from apr_jax.reasoning.programs import check_method, make_program
 from apr_jax.reasoning.task import COUNTDOWN, OnProgress, Task
-from apr_jax.tasks.generation import Split
+from apr_jax.tasks.countdown.generation import Split
 
 Record = dict[str, Any]
 

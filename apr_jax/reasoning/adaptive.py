@@ -21,8 +21,8 @@ from apr_jax.reasoning.outcome import (
     truncated_reason,
 )
 from apr_jax.reasoning.spawn_grammar import ThreadGrammar
-from apr_jax.tasks import trace
-from apr_jax.tasks.countdown import Problem
+from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.rules import Problem
 
 
 @dataclasses.dataclass

@@ -10,8 +10,8 @@ from typing import Any
 
 from apr_jax.engine.threads import Decode, Open, StopReason
 from apr_jax.reasoning.outcome import Outcome, Settings, prompt_tokens, thread_text, truncated_reason
-from apr_jax.tasks import trace
-from apr_jax.tasks.countdown import Problem
+from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.rules import Problem
 
 
 def direct(problem: Problem, settings: Settings) -> Generator[Any, Any, Outcome]:

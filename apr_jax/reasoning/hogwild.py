@@ -11,8 +11,8 @@ there is no shared history of finished paragraphs (the combined layout), and no 
 is redundant.
 
 Any policy runs so (zero-shot: each worker gets an adaptive thread's prompt and a line that names it). One that was
-trained for it has learnt from `tasks/hogwild_traces.py` to share out the operations, and to leave when another has
-reached the goal.
+trained for it has learnt from `tasks/countdown/hogwild_traces.py` to share out the operations, and to leave when
+another has reached the goal.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ from apr_jax.reasoning.outcome import (
     thread_text,
     truncated_reason,
 )
-from apr_jax.tasks import hogwild_traces
-from apr_jax.tasks.countdown import Problem, claims_goal
+from apr_jax.tasks.countdown import hogwild_traces
+from apr_jax.tasks.countdown.rules import Problem, claims_goal
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,10 @@ from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.constraints import Gate
 from apr_jax.engine.threads import Stop, StopReason, Thread
 from apr_jax.reasoning.spawn_grammar import SpawnGrammar, spawn_grammar
-from apr_jax.tasks import trace
-from apr_jax.tasks.countdown import claims_goal
-from apr_jax.tasks.demonstrations import innermost
-from apr_jax.tasks.solver import token_budget
+from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.demonstrations import innermost
+from apr_jax.tasks.countdown.rules import claims_goal
+from apr_jax.tasks.countdown.solver import token_budget
 
 _TRUNCATED = {
     StopReason.LENGTH: "context_full",

@@ -2,7 +2,7 @@
 
 Jin et al., "Learning to Keep a Promise", arXiv 2502.11517, sections 3 and 4. A spawn starts children and stays in the
 parent's text, and the parent decodes on while they run. At its sync marker it waits for all children that are still
-out, and their full text, prompt and all, is appended to its context. `tasks/pasta_traces.py` has the grammar.
+out, and their full text, prompt and all, is appended to its context. `tasks/countdown/pasta_traces.py` has the grammar.
 
 What differs. The paper's children continue the parent's own context and their keys and values are taken over as they
 are, at positions that were set aside for them. Here a child sees its own prompt alone, so its keys and values belong to
@@ -29,9 +29,9 @@ from apr_jax.reasoning.outcome import (
     thread_text,
     truncated_reason,
 )
-from apr_jax.tasks import pasta_traces, trace
-from apr_jax.tasks.countdown import Problem
-from apr_jax.tasks.trace import ChildResult, Malformed, SpawnCall
+from apr_jax.tasks.countdown import pasta_traces, trace
+from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.countdown.trace import ChildResult, Malformed, SpawnCall
 
 
 class _Child(NamedTuple):

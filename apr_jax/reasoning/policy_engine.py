@@ -7,8 +7,8 @@ from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.engine import Engine
 from apr_jax.model.llama import Params
 from apr_jax.reasoning.outcome import banned_tokens, spawn_gate
-from apr_jax.tasks.demonstrations import SHARED_METHODS
-from apr_jax.tasks.hogwild_traces import NUM_WORKERS
+from apr_jax.tasks.countdown.demonstrations import SHARED_METHODS
+from apr_jax.tasks.countdown.hogwild_traces import NUM_WORKERS
 
 
 def policy_engine(

@@ -16,7 +16,7 @@ from apr_jax.reasoning.pasta import pasta
 from apr_jax.reasoning.sampling import most_likely, read_wrapper, sampled
 from apr_jax.reasoning.serial import serial
 from apr_jax.reasoning.tree_of_thoughts import tree_of_thoughts
-from apr_jax.tasks.demonstrations import innermost
+from apr_jax.tasks.countdown.demonstrations import innermost
 
 Programs = Mapping[str, Callable[[Any, Settings], Generator[Any, Any, Outcome]]]
 

@@ -6,7 +6,7 @@
 
 * `cons`: Wang et al. 2022 (arXiv 2203.11171, section 2), as Pan et al. 2025 (arXiv 2504.15466, section 5) count it:
   samples without a valid answer are dropped, the others vote with their final path. Two paths are one where they
-  consist of the same operations, whatever the order of steps and of operands that commute (`countdown.canonical_path`).
+  consist of the same operations, whatever the order of steps and of operands that commute (`rules.canonical_path`).
   Of answers with equally many votes, the one that was given first wins.
 * `best`: sample and rank, by the mean log-probability of the tokens that the sample's root thread generated in its
   life, spawn texts included. The mean and not the sum: Chen et al. 2021 (arXiv 2107.03374, section 3.3 and figure 7)
@@ -33,8 +33,8 @@ from typing import Any
 
 from apr_jax.engine.threads import Join, Open, Prefill, Program, Spawn, Thread
 from apr_jax.reasoning.outcome import Outcome, Sample
-from apr_jax.tasks import countdown
-from apr_jax.tasks.countdown import Problem
+from apr_jax.tasks.countdown import rules
+from apr_jax.tasks.countdown.rules import Problem
 
 Choose = Callable[[Sequence[Sample], Problem], int]
 
@@ -52,14 +52,14 @@ def most_likely(samples: Sequence[Sample], problem: Problem) -> int:
 def majority(samples: Sequence[Sample], problem: Problem) -> int:
     """The index of the first sample that gives the answer which most samples give, the first of equals; 0 if none."""
     del problem
-    paths = [countdown.canonical_path(sample.answer) for sample in samples]
+    paths = [rules.canonical_path(sample.answer) for sample in samples]
     votes = Counter(path for path in paths if path is not None)
     return paths.index(max(votes, key=lambda path: votes[path])) if votes else 0  # Counter keeps the order
 
 
 def verified(samples: Sequence[Sample], problem: Problem) -> int:
     """The index of the first sample that is right, else of the first with an answer; 0 if none has one."""
-    right = (index for index, s in enumerate(samples) if countdown.verify(s.answer, problem).correct)
+    right = (index for index, s in enumerate(samples) if rules.verify(s.answer, problem).correct)
     answered = (index for index, s in enumerate(samples) if s.answer is not None)
     return next(right, next(answered, 0))
 

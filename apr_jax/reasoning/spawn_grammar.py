@@ -16,7 +16,7 @@ from typing import Any
 
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.constraints import START, Automaton, Edge, Gate
-from apr_jax.tasks import trace
+from apr_jax.tasks.countdown import trace
 
 Lines = tuple[tuple[int, ...], ...]
 _Residual = tuple[tuple[int, tuple[int, ...]], ...]  # (leaf, tokens still to come) of each line that is possible

@@ -12,10 +12,10 @@ from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
 from apr_jax.engine.threads import Program
 from apr_jax.reasoning.outcome import Settings
 from apr_jax.reasoning.programs import PROGRAMS
-from apr_jax.tasks import countdown, judging
-from apr_jax.tasks.countdown import Problem, Verdict
-from apr_jax.tasks.generation import Split
-from apr_jax.tasks.trace import Demonstrated
+from apr_jax.tasks.countdown import judging, rules
+from apr_jax.tasks.countdown.generation import Split
+from apr_jax.tasks.countdown.rules import Problem, Verdict
+from apr_jax.tasks.countdown.trace import Demonstrated
 
 OnProgress = Callable[[str, int, int], None]  # split, demonstrations done, demonstrations in all
 
@@ -56,7 +56,7 @@ COUNTDOWN = Task(
     tokenizer=lambda config: load_tokenizer(config.data.tokenizer),
     demonstrations=_countdown_demonstrations,
     programs=PROGRAMS,
-    verify=countdown.verify,
+    verify=rules.verify,
     describe=_describe,
     count_operations=judging.count_operations,
     path_solves=judging.path_solves,

@@ -4,10 +4,10 @@ Yao et al., arXiv 2305.10601, section 3: Algorithm 1 (breadth first) and Algorit
 Game of 24. Each proposer and evaluator call is a child thread with a short prompt of its own; all those of a level (in
 depth-first search: of a state) are decoded at the same time. The root only keeps the tree and writes nothing.
 
-What differs: proposer and evaluator are learnt from solver traces (`tasks/thought_traces.py`) instead of being prompts
-for a large model. The states of a level are told apart by their numbers, so that each is judged once, where the
-released code values a repeated one at 0. One answer is given, the path to the best leaf. A depth-first search ends at
-its first leaf.
+What differs: proposer and evaluator are learnt from solver traces (`tasks/countdown/thought_traces.py`) instead of
+being prompts for a large model. The states of a level are told apart by their numbers, so that each is judged once,
+where the released code values a repeated one at 0. One answer is given, the path to the best leaf. A depth-first search
+ends at its first leaf.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from typing import Any
 
 from apr_jax.engine.threads import Decode, Join, Open, Spawn, StopReason
 from apr_jax.reasoning.outcome import Outcome, Settings, Status, prompt_tokens, truncated_reason
-from apr_jax.tasks import thought_traces
-from apr_jax.tasks.countdown import Problem
-from apr_jax.tasks.thought_traces import Numbers
+from apr_jax.tasks.countdown import thought_traces
+from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.countdown.thought_traces import Numbers
 
 
 @dataclasses.dataclass(frozen=True)

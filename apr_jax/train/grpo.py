@@ -10,10 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from apr_jax.checkpoints.manager import Checkpoints
+from apr_jax.checkpoints.state import (
+    TrainState,
+    abstract_state,
+    apply_gradients,
+    create_state,
+    model_shardings,
+    state_shardings,
+)
 from apr_jax.config import Config
 from apr_jax.data.packing import pack, pad_rows
 from apr_jax.data.tokenizer import Tokenizer
-from apr_jax.engine import holding, sampling
+from apr_jax.engine import policy_masks, sampling
 from apr_jax.engine.constraints import Gate
 from apr_jax.engine.threads import RolloutKey
 from apr_jax.model.attention import takes_branches
@@ -24,15 +33,13 @@ from apr_jax.progress import progress
 from apr_jax.reasoning.outcome import banned_tokens, make_settings, spawn_gate
 from apr_jax.reasoning.programs import make_program
 from apr_jax.reasoning.task import COUNTDOWN, Task
-from apr_jax.train.batches import Batch, fetch, make_scorer, to_mesh
-from apr_jax.train.checkpoint import Checkpoints
-from apr_jax.train.dynamic_sampling import Sample, draw
-from apr_jax.train.hosted_engine import RolloutEngine
 from apr_jax.train.losses import GRPOTerms, GRPOTokens, LogProbs, grpo_loss
 from apr_jax.train.metrics import MetricsWriter
-from apr_jax.train.objectives import make_objective
 from apr_jax.train.optimizer import make_optimizer
-from apr_jax.train.rollouts import (
+from apr_jax.train.rl.dynamic_sampling import Sample, draw
+from apr_jax.train.rl.hosted_engine import RolloutEngine
+from apr_jax.train.rl.objectives import make_objective
+from apr_jax.train.rl.rollouts import (
     Scored,
     gap_metrics,
     rollout_metrics,
@@ -41,16 +48,9 @@ from apr_jax.train.rollouts import (
     training_sequences,
     truncated_share,
 )
+from apr_jax.train.scorer import Batch, fetch, make_scorer, to_mesh
 from apr_jax.train.signals import StoppedError, StopSignal
 from apr_jax.train.skipping import SkippedSteps
-from apr_jax.train.state import (
-    TrainState,
-    abstract_state,
-    apply_gradients,
-    create_state,
-    model_shardings,
-    state_shardings,
-)
 
 Sums = tuple[Params, GRPOTerms]
 
@@ -168,8 +168,8 @@ def _sampling_policy(config: Config, tokenizer: Tokenizer, gate: Gate | None) ->
     log_probs = functools.partial(sampling.log_probs, temperature=config.rollout.temperature)
     if gate is None:
         return functools.partial(log_probs, banned_mask=banned_V)
-    masks = jax.tree.map(jnp.asarray, holding.gate_masks(gate, config.model.vocab_size))
-    of_row = jax.vmap(holding.banned_mask, (None, None, 0, 0))
+    masks = jax.tree.map(jnp.asarray, policy_masks.gate_masks(gate, config.model.vocab_size))
+    of_row = jax.vmap(policy_masks.banned_mask, (None, None, 0, 0))
 
     def held(logits_BTV: jax.Array, bans_BT: jax.Array, allowed_BTD: jax.Array) -> jax.Array:
         banned_BTV = jax.vmap(of_row, (None, None, 0, 0))(banned_V, masks, bans_BT, allowed_BTD - 1)

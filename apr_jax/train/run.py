@@ -17,21 +17,7 @@ from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from apr_jax.config import Config, ConfigError, to_dict
-from apr_jax.data.pipeline import train_iterator, validation_batches
-from apr_jax.data.tokenizer import Tokenizer
-from apr_jax.evaluation.policy import check_vocabulary
-from apr_jax.evaluation.report import write_figure, write_report
-from apr_jax.evaluation.run import ShownProgress, evaluate, load_problems, save_rollouts
-from apr_jax.model.llama import Params
-from apr_jax.parallel import hosts
-from apr_jax.parallel.mesh import make_mesh
-from apr_jax.progress import Progress, progress
-from apr_jax.reasoning.outcome import make_settings
-from apr_jax.reasoning.task import COUNTDOWN, Task
-from apr_jax.tasks.demonstrations import SHARED_METHODS
-from apr_jax.tasks.trace import Demonstrated
-from apr_jax.train.checkpoint import (
+from apr_jax.checkpoints.manager import (
     Checkpoints,
     forget_reference,
     has_reference,
@@ -39,18 +25,32 @@ from apr_jax.train.checkpoint import (
     load_reference,
     save_reference,
 )
-from apr_jax.train.dynamic_sampling import Sample
-from apr_jax.train.files import write_json
+from apr_jax.checkpoints.phases import PHASES
+from apr_jax.checkpoints.resume_check import fields_that_matter
+from apr_jax.checkpoints.state import abstract_params_on, place_params
+from apr_jax.config import Config, ConfigError, to_dict
+from apr_jax.data.pipeline import train_iterator, validation_batches
+from apr_jax.data.tokenizer import Tokenizer
+from apr_jax.evaluation.policy import check_vocabulary
+from apr_jax.evaluation.report.run_report import write_figure, write_report
+from apr_jax.evaluation.run import ShownProgress, evaluate, load_problems, save_rollouts
+from apr_jax.files import write_json
+from apr_jax.model.llama import Params
+from apr_jax.parallel import hosts
+from apr_jax.parallel.mesh import make_mesh
+from apr_jax.progress import Progress, progress
+from apr_jax.reasoning.outcome import make_settings
+from apr_jax.reasoning.task import COUNTDOWN, Task
+from apr_jax.tasks.countdown.demonstrations import SHARED_METHODS
+from apr_jax.tasks.countdown.trace import Demonstrated
 from apr_jax.train.grpo import train_grpo
-from apr_jax.train.hosted_engine import RolloutEngine, make_engine, plan_engine
-from apr_jax.train.kept_rollouts import keep_rollouts
 from apr_jax.train.metrics import MetricsWriter
-from apr_jax.train.phases import PHASES
-from apr_jax.train.same_run import fields_that_matter
+from apr_jax.train.rl.dynamic_sampling import Sample
+from apr_jax.train.rl.hosted_engine import RolloutEngine, make_engine, plan_engine
+from apr_jax.train.rl.kept_rollouts import keep_rollouts
 from apr_jax.train.sft import train_sft
 from apr_jax.train.signals import StopSignal, stop_signal
 from apr_jax.train.skipping import SkippedSteps
-from apr_jax.train.state import abstract_params_on, place_params
 
 Stage = Literal["before", "after"]
 

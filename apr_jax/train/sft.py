@@ -12,19 +12,19 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from apr_jax.checkpoints.manager import Checkpoints
+from apr_jax.checkpoints.state import TrainState, abstract_state, apply_gradients, create_state, state_shardings
 from apr_jax.config import ModelConfig, SFTConfig
 from apr_jax.data.packing import pad_rows
 from apr_jax.model.llama import Params
 from apr_jax.parallel import hosts
 from apr_jax.progress import progress
-from apr_jax.train.batches import Batch, Scorer, fetch, make_scorer, to_mesh
-from apr_jax.train.checkpoint import Checkpoints
 from apr_jax.train.losses import normalise, weighted_nll
 from apr_jax.train.metrics import MetricsWriter
 from apr_jax.train.optimizer import make_optimizer, schedule
+from apr_jax.train.scorer import Batch, Scorer, fetch, make_scorer, to_mesh
 from apr_jax.train.signals import StopSignal
 from apr_jax.train.skipping import SkippedSteps
-from apr_jax.train.state import TrainState, abstract_state, apply_gradients, create_state, state_shardings
 
 Rows = Mapping[str, np.ndarray]
 Metrics = dict[str, jax.Array]

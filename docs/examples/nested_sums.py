@@ -30,9 +30,9 @@ from apr_jax.data.tokenizer import load_tokenizer
 from apr_jax.engine.threads import Append, Decode, Join, Open, Spawn, StopReason, Truncate
 from apr_jax.reasoning.outcome import Outcome, Settings, prompt_tokens, thread_text, token_index, truncated_reason
 from apr_jax.reasoning.task import OnProgress, Task
-from apr_jax.tasks.countdown import Verdict
-from apr_jax.tasks.generation import SPLITS, Split, split_size
-from apr_jax.tasks.trace import CALL_BEGIN, CALL_END, JOIN_BEGIN, JOIN_END, Call
+from apr_jax.tasks.countdown.generation import SPLITS, Split, split_size
+from apr_jax.tasks.countdown.rules import Verdict
+from apr_jax.tasks.countdown.trace import CALL_BEGIN, CALL_END, JOIN_BEGIN, JOIN_END, Call
 
 DEPTH = 3  # brackets lie at most so deep, and so do threads below the root
 _LONGEST = 256  # characters of an expression that is read

@@ -3,7 +3,7 @@
     .venv-peers/NAME/bin/python launch/peers/peer_NAME.py --workload=workload.json --out=report.json
 
 Only the standard library is used, since every peer has an environment of its own, without apr_jax.
-The report (`apr_jax/engine/peers.py` reads it) is written anew after each measurement, so that a run which is stopped
+The report (`apr_jax/bench/peers.py` reads it) is written anew after each measurement, so that a run which is stopped
 leaves what it had measured.
 """
 

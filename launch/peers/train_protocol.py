@@ -4,8 +4,9 @@
 
 On start the script writes one JSON line that says what it is, `{"version", "method", "modes"}`. Then it reads names of
 modes, one a line, runs one pass of that mode and answers with one JSON line: `{"seconds": [..], "losses": [..],
-"contention"}`, or `{"error"}`. It ends with its input. `apr_jax/train/peers.py` is the other side. Whatever else is
-printed goes to stderr. Only the standard library is used, since every peer has an environment of its own.
+"contention"}`, or `{"error"}`. It ends with its input. `apr_jax/bench/training_peers.py` is the other side.
+Whatever else is printed goes to stderr. Only the standard library is used, since every peer has an environment
+of its own.
 """
 
 import argparse

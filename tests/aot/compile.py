@@ -13,8 +13,8 @@ import re
 import time
 from typing import Any
 
+from apr_jax.aot.topology import compile_only_devices, parse_topology, prepare_process
 from apr_jax.config import Config, MeshConfig, from_config_dict
-from apr_jax.parallel.topology import compile_only_devices, parse_topology, prepare_process
 from configs.grpo import get_config
 
 MESHES = {  # data, tensor
@@ -27,14 +27,14 @@ KERNEL = re.compile(r'custom_call_target="(tpu_custom_call|__gpu\$xla\.gpu\.trit
 
 def paper_config(data: int, tensor: int) -> Config:
     """The `:paper` variant on a mesh; lanes and pages are per data shard."""
-    from apr_jax.train.mesh_search import fit
+    from apr_jax.aot.mesh_search import fit
 
     return fit(from_config_dict(get_config("paper")), MeshConfig(data=data, fsdp=1, tensor=tensor), data * tensor)
 
 
 def programs(config: Config, mesh: Any) -> dict[str, Any]:
     """What the engine runs, lowered for the mesh's devices."""
-    from apr_jax.train.aot import engine_tasks
+    from apr_jax.aot.compilation import engine_tasks
 
     return {name: task.jitted.lower(*task.arguments) for name, task in engine_tasks(config, mesh).items()}
 

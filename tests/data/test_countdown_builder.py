@@ -10,8 +10,8 @@ from apr_jax.config import Config, ConfigError
 from apr_jax.data import countdown_builder
 from apr_jax.data.countdown_builder import DatasetError, dataset_folder, fingerprint, load_split
 from apr_jax.data.tokenizer import BuiltinTokenizer
-from apr_jax.tasks.generation import SPLITS, generate_split, split_size
-from apr_jax.tasks.trace import Demonstration
+from apr_jax.tasks.countdown.generation import SPLITS, generate_split, split_size
+from apr_jax.tasks.countdown.trace import Demonstration
 from tests.data.conftest import small_config
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apr_jax.data.tokenizer import LATER_PHRASES, PHRASES, SYMBOLS, BuiltinTokenizer, Tokenizer, load_tokenizer
-from apr_jax.tasks import trace
+from apr_jax.tasks.countdown import trace
 from tests.data.made_tokenizers import byte_level_json, llama_like_json
 
 BUILTIN = BuiltinTokenizer()

@@ -10,8 +10,8 @@ import pytest
 
 from apr_jax.config import from_config_dict
 from apr_jax.engine.threads import RolloutKey
-from apr_jax.tasks.trace import CALL_BEGIN, CALL_END
-from apr_jax.train.rollouts import score
+from apr_jax.tasks.countdown.trace import CALL_BEGIN, CALL_END
+from apr_jax.train.rl.rollouts import score
 from apr_jax.train.run import train
 from tests.docs.pages import DOCS
 from tests.reasoning.fixtures import TOKENIZER, Replay, TextScript, call_tokens, settings

@@ -2,13 +2,13 @@
 
 import pytest
 
+from apr_jax.checkpoints.manager import Checkpoints
+from apr_jax.checkpoints.state import create_state
 from apr_jax.engine.threads import RolloutKey
 from apr_jax.parallel.mesh import make_mesh
-from apr_jax.tasks import trace
-from apr_jax.tasks.countdown import Problem, verify
-from apr_jax.train.checkpoint import Checkpoints
+from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.rules import Problem, verify
 from apr_jax.train.optimizer import make_optimizer
-from apr_jax.train.state import create_state
 from tests.docs.pages import run_page
 from tests.reasoning.fixtures import SMALL, TOKENIZER, Replay, TextScript, demonstrations, settings
 from tests.reasoning.scripted_engine import ScriptedEngine

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from apr_jax.parallel.hlo import collective_lines as collectives
-from apr_jax.parallel.hlo import groups
+from apr_jax.aot.hlo import collective_lines as collectives
+from apr_jax.aot.hlo import groups
 
 _COPY = re.compile(r"^\s*(?:ROOT )?%?\S+ = (.*?) copy(?:-start)?\(")
 _SHAPE = re.compile(r"\b[a-z]+[0-9]*[a-z0-9]*\[([0-9,]*)\]")

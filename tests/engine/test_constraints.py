@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from apr_jax.engine import holding
+from apr_jax.engine import policy_masks
 from apr_jax.engine.constraints import FREE, START, Automaton, Edge, Gate, Registers, words
 from apr_jax.engine.threads import Append, Decode, Open, RolloutKey, Spawn, StopReason, Truncate
 from apr_jax.engine.threads import Join as JoinRequest
@@ -54,16 +54,16 @@ def automata(draw) -> Automaton:
 
 @jax.jit
 def on_device(table, registers, drawn):
-    gate = jax.tree.map(jnp.asarray, holding.gate_masks(LIMITS, VOCAB))
-    held = holding.Held(table, jnp.int32(0), registers)
-    step = holding.hold(held, gate, jnp.zeros(VOCAB, bool), jnp.int32(2), jnp.int32(0))
+    gate = jax.tree.map(jnp.asarray, policy_masks.gate_masks(LIMITS, VOCAB))
+    held = policy_masks.Held(table, jnp.int32(0), registers)
+    step = policy_masks.hold(held, gate, jnp.zeros(VOCAB, bool), jnp.int32(2), jnp.int32(0))
     after, _ = step.after(jnp.zeros(VOCAB), drawn)
     return step.banned_mask, after
 
 
-def lane(registers: Registers) -> holding.LaneRegisters:
+def lane(registers: Registers) -> policy_masks.LaneRegisters:
     used = words(registers.used, LIMITS.num_words)
-    return holding.LaneRegisters(jnp.int32(registers.state), jnp.asarray(used), jnp.int32(registers.count))
+    return policy_masks.LaneRegisters(jnp.int32(registers.state), jnp.asarray(used), jnp.int32(registers.count))
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from apr_jax.bench.agreement import agreement, decode_greedily, sharp_params
 from apr_jax.config import ConfigError
-from apr_jax.engine.agreement import agreement, decode_greedily, sharp_params
 from apr_jax.model import native
 from apr_jax.model.paged_attention import HeadTile
 from tests.engine.helpers import (

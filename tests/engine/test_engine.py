@@ -8,7 +8,7 @@ import pytest
 
 from apr_jax.config import ConfigError
 from apr_jax.engine.threads import Append, Decode, Join, Open, Prefill, RolloutKey, Spawn, StopReason, Truncate
-from apr_jax.engine.work import Work
+from apr_jax.engine.work_counters import Work
 from tests.engine.helpers import (
     BANNED,
     MODEL,

@@ -2,8 +2,8 @@
 
 import random
 
-from apr_jax.evaluation.compare_grid import Cell, Row
-from apr_jax.evaluation.compare_store import Results
+from apr_jax.evaluation.compare.grid import Cell, Row
+from apr_jax.evaluation.compare.store import Results
 from apr_jax.evaluation.run import evaluate
 from tests.reasoning.fixtures import SMALL, TOKENIZER, Replay, demonstrations, settings
 from tests.reasoning.scripted_engine import ScriptedEngine

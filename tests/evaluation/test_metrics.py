@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 
 from apr_jax.engine.threads import Call, Rollout, RolloutKey, Stop, StopReason
-from apr_jax.engine.work import Work
+from apr_jax.engine.work_counters import Work
 from apr_jax.evaluation.metrics import (
     pass_at_k,
     record_rollout,
     summarize,
     wilson_interval,
 )
-from apr_jax.evaluation.viewer import bar_class
+from apr_jax.evaluation.report.viewer import bar_class
 from apr_jax.reasoning.adaptive import adaptive
 from apr_jax.reasoning.outcome import Outcome
 from apr_jax.reasoning.programs import make_program
 from apr_jax.reasoning.tree_of_thoughts import tree_of_thoughts
-from apr_jax.tasks import trace
-from apr_jax.tasks.countdown import Problem
+from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.rules import Problem
 from tests.reasoning.fixtures import MODEL, TOKENIZER, TextScript, settings
 from tests.reasoning.scripted_engine import ScriptedEngine
 from tests.reasoning.test_adaptive import EXPLORED, GOOD, LAST, LOSES, PARENT_WINS, PROBLEM, SPAWN, STATE_6_4

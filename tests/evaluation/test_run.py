@@ -9,15 +9,15 @@ from ml_collections import ConfigDict
 
 from apr_jax.config import ConfigError, from_config_dict, to_dict
 from apr_jax.evaluation.policy import check_vocabulary, choose_config
+from apr_jax.evaluation.rollout_sources import ProblemFileError, newest_run, read_problems
 from apr_jax.evaluation.run import (
     evaluate,
     load_problems,
     save_rollouts,
     show_summary,
 )
-from apr_jax.evaluation.sources import ProblemFileError, newest_run, read_problems
-from apr_jax.tasks.countdown import Problem
-from apr_jax.tasks.trace import demonstrated_tokens
+from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.countdown.trace import demonstrated_tokens
 from configs.grpo import get_config
 from tests.reasoning.fixtures import SMALL, TOKENIZER, Replay, demonstrations, settings
 from tests.reasoning.scripted_engine import ScriptedEngine

@@ -10,13 +10,13 @@ import time
 
 import pytest
 
+from apr_jax.checkpoints.manager import Checkpoints
+from apr_jax.checkpoints.state import create_state
 from apr_jax.config import from_config_dict, to_dict
-from apr_jax.evaluation.compare_store import read_records, read_results
+from apr_jax.evaluation.compare.store import read_records, read_results
 from apr_jax.model.llama import init_params
 from apr_jax.parallel.mesh import make_mesh
-from apr_jax.train.checkpoint import Checkpoints
 from apr_jax.train.optimizer import make_optimizer
-from apr_jax.train.state import create_state
 from tests.evaluation.test_run import INTERFACE_KEYS
 from tests.launch.test_evaluate import ROOT, launched, small_config
 

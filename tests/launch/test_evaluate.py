@@ -9,14 +9,14 @@ import sys
 
 import pytest
 
+from apr_jax.checkpoints.manager import Checkpoints
+from apr_jax.checkpoints.state import create_state
 from apr_jax.config import from_config_dict
 from apr_jax.data.tokenizer import load_tokenizer
 from apr_jax.model.hf import save_hf
 from apr_jax.model.llama import init_params
 from apr_jax.parallel.mesh import make_mesh
-from apr_jax.train.checkpoint import Checkpoints
 from apr_jax.train.optimizer import make_optimizer
-from apr_jax.train.state import create_state
 from configs.grpo import get_config
 from tests.evaluation.test_run import INTERFACE_KEYS
 

@@ -8,10 +8,10 @@ from apr_jax.config import TaskConfig, from_config_dict
 from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
 from apr_jax.engine.threads import Path
 from apr_jax.reasoning.outcome import Settings
-from apr_jax.tasks import trace
-from apr_jax.tasks.countdown import sample_problem
-from apr_jax.tasks.demonstrations import demonstrate
-from apr_jax.tasks.pasta_traces import SYNC
+from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.demonstrations import demonstrate
+from apr_jax.tasks.countdown.pasta_traces import SYNC
+from apr_jax.tasks.countdown.rules import sample_problem
 from configs.grpo import get_config
 
 TOKENIZER = load_tokenizer("builtin")

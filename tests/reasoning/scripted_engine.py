@@ -30,7 +30,7 @@ from apr_jax.engine.threads import (
     Thread,
     Truncate,
 )
-from apr_jax.engine.work import Work
+from apr_jax.engine.work_counters import Work
 from tests.reasoning.fixtures import MODEL
 
 Complete = Callable[[Path, list[int]], Sequence[int]]  # what a thread with these tokens writes, stop token included

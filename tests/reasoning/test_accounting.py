@@ -17,8 +17,8 @@ from apr_jax.reasoning.pasta import pasta
 from apr_jax.reasoning.programs import PROGRAMS, make_program
 from apr_jax.reasoning.serial import serial
 from apr_jax.reasoning.tree_of_thoughts import tree_of_thoughts
-from apr_jax.tasks import hogwild_traces, pasta_traces, trace
-from apr_jax.tasks.countdown import Problem
+from apr_jax.tasks.countdown import hogwild_traces, pasta_traces, trace
+from apr_jax.tasks.countdown.rules import Problem
 from tests.reasoning.accounting import Counts, check, keys, lengths
 from tests.reasoning.fixtures import TOKENIZER, settings
 from tests.reasoning.scripted_engine import ScriptedEngine

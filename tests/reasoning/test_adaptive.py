@@ -8,8 +8,8 @@ import pytest
 from apr_jax.engine.threads import RolloutKey, StopReason
 from apr_jax.reasoning.adaptive import adaptive
 from apr_jax.reasoning.outcome import Outcome
-from apr_jax.tasks import trace
-from apr_jax.tasks.countdown import Problem, verify
+from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.rules import Problem, verify
 from tests.reasoning.fixtures import (
     REFERENCE,
     SMALL,

@@ -4,8 +4,8 @@ import pytest
 
 from apr_jax.engine.threads import RolloutKey
 from apr_jax.reasoning.direct import direct
-from apr_jax.tasks import trace
-from apr_jax.tasks.countdown import Problem
+from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.rules import Problem
 from tests.reasoning.fixtures import REFERENCE, SMALL, Replay, TextScript, call_tokens, demonstrations, settings
 from tests.reasoning.scripted_engine import ScriptedEngine
 

@@ -9,8 +9,8 @@ from apr_jax.engine.threads import RolloutKey
 from apr_jax.evaluation.metrics import record_rollout
 from apr_jax.reasoning.hogwild import hogwild
 from apr_jax.reasoning.policy_engine import policy_engine
-from apr_jax.tasks import hogwild_traces
-from apr_jax.tasks.countdown import Problem, verify
+from apr_jax.tasks.countdown import hogwild_traces
+from apr_jax.tasks.countdown.rules import Problem, verify
 from configs.methods import get_config
 from tests.engine.helpers import make_mesh
 from tests.reasoning.fixtures import MODEL, SMALL, TOKENIZER, Replay, TextScript, call_tokens, demonstrations, settings

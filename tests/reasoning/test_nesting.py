@@ -10,9 +10,9 @@ from apr_jax.config import from_config_dict
 from apr_jax.engine.threads import RolloutKey
 from apr_jax.reasoning.adaptive import adaptive
 from apr_jax.reasoning.outcome import make_settings
-from apr_jax.tasks import trace
-from apr_jax.tasks.countdown import Problem
-from apr_jax.tasks.demonstrations import demonstrate
+from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.demonstrations import demonstrate
+from apr_jax.tasks.countdown.rules import Problem
 from configs.grpo import get_config
 from tests.reasoning.fixtures import SMALL, TOKENIZER, Replay, TextScript, call_tokens, demonstrations, settings
 from tests.reasoning.forced_engine import ForcedEngine

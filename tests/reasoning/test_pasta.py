@@ -4,9 +4,9 @@ import pytest
 
 from apr_jax.engine.threads import RolloutKey, StopReason
 from apr_jax.reasoning.pasta import pasta
-from apr_jax.tasks import trace
-from apr_jax.tasks.countdown import Problem, verify
-from apr_jax.tasks.pasta_traces import SYNC
+from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.pasta_traces import SYNC
+from apr_jax.tasks.countdown.rules import Problem, verify
 from tests.reasoning.fixtures import (
     REFERENCE,
     SMALL,

@@ -6,7 +6,7 @@ from apr_jax.engine.threads import RolloutKey
 from apr_jax.reasoning.outcome import Sample
 from apr_jax.reasoning.programs import check_method, make_program
 from apr_jax.reasoning.sampling import majority, most_likely, read_wrapper, verified
-from apr_jax.tasks import trace
+from apr_jax.tasks.countdown import trace
 from tests.reasoning.fixtures import TextScript, settings
 from tests.reasoning.forced_engine import ForcedEngine
 from tests.reasoning.test_accounting import LAST, LOSES, PROBLEM, REPLAY, STATE_6_4, WINS

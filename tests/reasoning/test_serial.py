@@ -7,7 +7,7 @@ from apr_jax.engine.threads import RolloutKey
 from apr_jax.reasoning.outcome import banned_tokens, make_settings
 from apr_jax.reasoning.programs import PROGRAMS, make_program
 from apr_jax.reasoning.serial import serial
-from apr_jax.tasks.countdown import Problem
+from apr_jax.tasks.countdown.rules import Problem
 from configs.grpo import get_config
 from tests.reasoning.fixtures import (
     REFERENCE,

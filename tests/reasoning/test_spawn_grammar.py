@@ -11,8 +11,8 @@ from apr_jax.engine.constraints import FREE, Registers
 from apr_jax.reasoning import adaptive
 from apr_jax.reasoning.outcome import spawn_gate
 from apr_jax.reasoning.spawn_grammar import SpawnGrammar, ThreadGrammar, spawn_grammar
-from apr_jax.tasks import trace
-from apr_jax.tasks.countdown import Problem
+from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.rules import Problem
 from tests.data.made_tokenizers import byte_level_json, llama_like_json
 from tests.reasoning import fixtures
 from tests.reasoning.fixtures import TOKENIZER

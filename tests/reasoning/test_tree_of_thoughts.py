@@ -6,7 +6,7 @@ import pytest
 
 from apr_jax.engine.threads import RolloutKey
 from apr_jax.reasoning.tree_of_thoughts import tree_of_thoughts
-from apr_jax.tasks.countdown import Problem, verify
+from apr_jax.tasks.countdown.rules import Problem, verify
 from tests.reasoning.fixtures import LAPTOP, SMALL, TOKENIZER, Replay, demonstrations, settings
 from tests.reasoning.forced_engine import ForcedEngine
 from tests.reasoning.scripted_engine import ScriptedEngine

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from apr_jax.tasks import trace
-from apr_jax.tasks.countdown import Problem, is_solvable, operations, verify
+from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.rules import Problem, is_solvable, operations, verify
 
 ORACLES = pathlib.Path(__file__).parents[1] / "oracles"
 

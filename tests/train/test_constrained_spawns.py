@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from apr_jax.checkpoints.state import create_state
 from apr_jax.data.tokenizer import BuiltinTokenizer
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import RolloutKey
@@ -21,10 +22,10 @@ from apr_jax.parallel.mesh import make_mesh
 from apr_jax.reasoning import adaptive
 from apr_jax.reasoning.outcome import make_settings, spawn_gate
 from apr_jax.reasoning.programs import make_program
-from apr_jax.tasks import trace
-from apr_jax.tasks.countdown import Problem
-from apr_jax.train import grpo, rollouts
-from apr_jax.train.state import create_state
+from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.train import grpo
+from apr_jax.train.rl import rollouts
 from tests.train.small import on_mesh, small_config
 
 LINES = (

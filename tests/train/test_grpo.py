@@ -9,26 +9,27 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from apr_jax.checkpoints.manager import Checkpoints
+from apr_jax.checkpoints.phases import PHASES
+from apr_jax.checkpoints.state import create_state
 from apr_jax.data.tokenizer import load_tokenizer
 from apr_jax.engine import sampling
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import Call, Decode, Open, Rollout, RolloutKey, Stop, StopReason
-from apr_jax.engine.work import Work
+from apr_jax.engine.work_counters import Work
 from apr_jax.model import native
 from apr_jax.model.llama import graphdef, init_params
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.reasoning.outcome import Outcome, banned_tokens
 from apr_jax.reasoning.task import COUNTDOWN
-from apr_jax.tasks.countdown import Problem, Verdict
-from apr_jax.train import grpo, rollouts
-from apr_jax.train.checkpoint import Checkpoints
-from apr_jax.train.kept_rollouts import keep_rollouts
+from apr_jax.tasks.countdown.rules import Problem, Verdict
+from apr_jax.train import grpo
 from apr_jax.train.metrics import MetricsWriter, read
-from apr_jax.train.objectives import make_objective
-from apr_jax.train.phases import PHASES
+from apr_jax.train.rl import rollouts
+from apr_jax.train.rl.kept_rollouts import keep_rollouts
+from apr_jax.train.rl.objectives import make_objective
 from apr_jax.train.signals import StoppedError, StopSignal
 from apr_jax.train.skipping import SkippedSteps
-from apr_jax.train.state import create_state
 from tests.train.small import on_mesh, small_config
 
 TOKENIZER = load_tokenizer("builtin")

@@ -6,10 +6,10 @@ import signal
 import numpy as np
 import pytest
 
+from apr_jax.checkpoints.manager import load_policy
 from apr_jax.config import Config, ConfigError
 from apr_jax.data import countdown_builder
 from apr_jax.train import grpo, run
-from apr_jax.train.checkpoint import load_policy
 from apr_jax.train.metrics import read
 from apr_jax.train.run import train
 from apr_jax.train.signals import StoppedError

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from apr_jax.checkpoints.manager import Checkpoints
+from apr_jax.checkpoints.phases import PHASES
+from apr_jax.checkpoints.state import create_state
 from apr_jax.model.llama import graphdef, init_params
 from apr_jax.parallel.mesh import make_mesh
-from apr_jax.train.batches import to_mesh
-from apr_jax.train.checkpoint import Checkpoints
 from apr_jax.train.losses import normalise
 from apr_jax.train.metrics import MetricsWriter, read
 from apr_jax.train.optimizer import make_optimizer, schedule
-from apr_jax.train.phases import PHASES
+from apr_jax.train.scorer import to_mesh
 from apr_jax.train.sft import make_sft_step, train_sft
 from apr_jax.train.signals import StoppedError, StopSignal
 from apr_jax.train.skipping import SkippedSteps
-from apr_jax.train.state import create_state
 from tests.train.small import on_mesh, random_rows, small_config
 
 CONFIG = small_config()

@@ -9,8 +9,8 @@ from apr_jax.config import ConfigError, from_config_dict
 from apr_jax.data.packing import pack
 from apr_jax.data.shared_sequences import Segment, shared_sequence
 from apr_jax.engine.sampling import log_probs
-from apr_jax.train.batches import make_scorer, to_mesh
 from apr_jax.train.run import train
+from apr_jax.train.scorer import make_scorer, to_mesh
 from configs.methods import get_config
 from tests.engine.helpers import BANNED, MODEL, keyed, make_engine, make_mesh, make_params
 from tests.engine.test_shared_cache import sharing

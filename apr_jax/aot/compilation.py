@@ -1,0 +1,302 @@
+"""A run's device programs, compiled for accelerators that are not there: what each needs, does and at least takes.
+
+Programs: the SFT step, GRPO's gradients of one microbatch and its update, the engine's prefill and decode. Trainer and
+engine are built as a run builds them, on shapes instead of arrays. Each host of a slice has an engine of its own over
+its own devices (`hosts.rollout_mesh`), so prefill and decode are compiled for one host.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from apr_jax.aot.flops import count_flops
+from apr_jax.aot.hlo import Collective, Program
+from apr_jax.aot.peaks import Cost, Estimate, Peaks
+from apr_jax.bench.roofline import StepCost
+from apr_jax.checkpoints.state import abstract_params_on, abstract_state
+from apr_jax.config import Config, MeshConfig, ModelConfig
+from apr_jax.data.packing import pack
+from apr_jax.data.tokenizer import load_tokenizer
+from apr_jax.engine.plan import EnginePlan
+from apr_jax.engine.steps import COPIES_PER_CALL, PAGES, SHARDED, DecodeLanes, Policy, PrefillLanes, Steps
+from apr_jax.engine.threads import MAX_STOP_TOKENS, Call, Rollout, RolloutKey, Stop, StopReason
+from apr_jax.engine.work_counters import Work
+from apr_jax.model.attention import choose_impl
+from apr_jax.model.decode_weights import layout_shardings, to_layout
+from apr_jax.model.llama import abstract_params, num_params
+from apr_jax.parallel import hosts
+from apr_jax.parallel.mesh import BATCH_AXES, make_mesh, partition_spec
+from apr_jax.train.grpo import Updater
+from apr_jax.train.optimizer import make_optimizer, schedule
+from apr_jax.train.rl.rollouts import Scored
+from apr_jax.train.sft import make_sft_step
+
+PROGRAMS = ("sft_step", "grpo_gradients", "grpo_update", "prefill", "prefill_write", "copy_pages", "decode")
+
+_shape: Callable[..., Any] = jax.ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A program before it is compiled."""
+
+    jitted: Any
+    arguments: tuple[Any, ...]
+    mesh: Mesh
+    flops: Callable[[Any], float]  # of one device, of the traced program
+    held: int  # bytes that the run keeps on a device beside the program's arguments
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What a compiled program does on one device. Sizes in bytes."""
+
+    compile_seconds: float
+    arguments: int
+    outputs: int  # those that take an argument's memory left out
+    temporaries: int
+    held: int
+    cost: Cost
+    collectives: tuple[Collective, ...]
+
+    @property
+    def memory(self) -> int:
+        """All that is on the device while it runs."""
+        return self.arguments + self.outputs + self.temporaries + self.held
+
+
+def engine_mesh(mesh: MeshConfig, devices_per_host: int) -> MeshConfig:
+    """The mesh of one host's engine: its weights over "tensor" as in training, its lanes over all else."""
+    return MeshConfig(data=devices_per_host // mesh.tensor, fsdp=1, tensor=mesh.tensor)
+
+
+def tasks(config: Config, devices: Sequence[Any]) -> dict[str, Task]:
+    """The run's programs on the config's mesh of `devices`, by the names of PROGRAMS. Lowers and compiles nothing.
+
+    Raises ConfigError for a mesh that the model, the batches or the engine cannot have.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    rollout_mesh = hosts.rollout_mesh(mesh)  # of host 0
+    model, platform = config.model, mesh.devices.flat[0].platform
+    if model.attention == "auto":  # asks JAX's own backend, which is the CPU
+        kernel = choose_impl(platform, jnp.dtype(model.compute_dtype), model.head_dim)
+        model = dataclasses.replace(model, attention=kernel)  # type: ignore[arg-type]
+        config = dataclasses.replace(config, model=model)
+    engine = engine_tasks(config, rollout_mesh)
+    plan = EnginePlan.of(model, _per_host(config, rollout_mesh), rollout_mesh)
+    engine_bytes = plan.memory.weights + plan.memory.pages + plan.memory.rows
+    return _training_tasks(config, mesh, engine_bytes, engine)
+
+
+def _training_tasks(config: Config, mesh: Mesh, engine_bytes: int, engine: dict[str, Task]) -> dict[str, Task]:
+    model, sft = config.model, config.sft
+    sft_optimizer = make_optimizer(sft.optimizer, sft.num_steps)
+    rate = schedule(sft.optimizer, sft.num_steps, sft.optimizer.learning_rate)
+    updater = Updater(config, mesh, load_tokenizer(config.data.tokenizer))
+    state = abstract_state(mesh, model, updater.optimizer)
+    params = abstract_params_on(mesh, model)
+    reference = _bytes(params) if config.grpo.kl_coef > 0 else 0
+    batch, score = grpo_batch(config, updater, mesh)
+    sums = jax.eval_shape(updater._zeros, state.params)
+    sums = (params, jax.tree.map(lambda x: _on(x, mesh), sums[1]))
+    old = [score] if config.grpo.inner_updates > 1 else [None]
+    arguments = (sums, state.params, batch, old[0], score if reference else None)
+
+    def shared(traced: Any) -> float:
+        return count_flops(traced.jaxpr) / mesh.size
+
+    scalar = _on(_shape((), jnp.float32), mesh)
+    trained = _bytes(state) + reference
+    return {
+        "sft_step": Task(
+            make_sft_step(model, sft_optimizer, rate, mesh),
+            (abstract_state(mesh, model, sft_optimizer), sft_batch(config, mesh)),
+            mesh,
+            shared,
+            held=0,
+        ),
+        "grpo_gradients": Task(
+            updater._accumulate, arguments, mesh, shared, held=trained - _bytes(state.params) + engine_bytes
+        ),
+        "grpo_update": Task(updater._apply, (state, params, scalar), mesh, shared, held=reference + engine_bytes),
+        **{
+            name: dataclasses.replace(task, held=trained + max(0, engine_bytes - _bytes(task.arguments)))
+            for name, task in engine.items()
+        },
+    }
+
+
+def sft_batch(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """An SFT step's batch `[M, B / M, T]`, as the pipeline packs it."""
+    sft = config.sft
+    row = pack([{"tokens": _INTS, "targets": _INTS, "weights": _FLOATS}], sft.row_len).rows
+    shape, spec = (sft.microbatches, sft.rows_per_step // sft.microbatches), partition_spec(None, BATCH_AXES)
+    return {name: _on(_shape((*shape, *x.shape[1:]), x.dtype), mesh, spec) for name, x in row.items()}
+
+
+def grpo_batch(config: Config, updater: Updater, mesh: Mesh) -> tuple[dict[str, Any], Any]:
+    """A GRPO microbatch `[B, T]`, as training packs rollouts, and an array of scores of its tokens."""
+    call = Call((), _INTS[:1], _INTS[1:], _FLOATS[1:], Stop(StopReason.LENGTH, None), 0, 0.0, 0.0)
+    rollout = Rollout(RolloutKey(0, 0), None, (call,), 1, 0.0, Work())
+    scored = Scored((rollout,), (1.0,), np.ones(1), (True,))
+    row = pack(updater.sequences(scored), config.grpo.row_len).rows
+    rows, spec = config.grpo.rows_per_microbatch, partition_spec(BATCH_AXES)
+    batch = {name: _on(_shape((rows, *x.shape[1:]), x.dtype), mesh, spec) for name, x in row.items()}
+    return batch, _on(_shape((rows, config.grpo.row_len), jnp.float32), mesh, spec)
+
+
+def _per_host(config: Config, mesh: Mesh) -> Any:
+    """The rollout settings of one host's engine. The config's are over all shards of rows, data and fsdp."""
+    here, there = config.mesh.data * config.mesh.fsdp, mesh.shape["data"]
+    names = ("num_lanes", "num_pages", "prefill_lanes")
+    return dataclasses.replace(
+        config.rollout, **{name: getattr(config.rollout, name) // here * there for name in names}
+    )
+
+
+def engine_tasks(config: Config, mesh: Mesh) -> dict[str, Task]:
+    """Prefill and decode as `Engine` runs them, without a gate."""
+    model = config.model
+    plan = EnginePlan.of(model, _per_host(config, mesh), mesh)
+    limits, tensor = plan.limits, mesh.shape["tensor"]
+    steps = Steps(model, limits, mesh, plan.weights, plan.decode)
+
+    def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
+        return _on(_shape(shape, dtype), mesh, SHARDED)
+
+    params = jax.eval_shape(lambda p: to_layout(p, model, plan.weights), abstract_params(model))
+    shardings = layout_shardings(mesh, model, plan.weights)
+    params = jax.tree.map(lambda x, at: _shape(x.shape, x.dtype, sharding=at), params, shardings)
+    pages, rows = jax.tree.map(lambda x: _on(x, mesh, PAGES), jax.eval_shape(plan.caches))
+    L, R = (limits.num_shards, limits.lanes), steps.layout.pages_per_row
+    lanes = DecodeLanes(
+        token=array(L),
+        length=array(L),
+        remaining=array(L),
+        stop_tokens=array((*L, MAX_STOP_TOKENS)),
+        key_data=array((*L, 2), jnp.uint32),
+        generated=array(L),
+        tables=array((*L, R)),
+    )
+    policy = Policy(_on(_shape((), jnp.float32), mesh), _on(_shape((model.vocab_size,), jnp.bool_), mesh))
+    L = (limits.num_shards, limits.prefill_lanes)
+    prefill = PrefillLanes(array((*L, limits.page_size)), array(L), array(L), array((*L, R)))
+    fresh = jax.tree.map(lambda x: _on(x, mesh, PAGES), steps._compute.eval_shape(pages, params, prefill))
+    copies, tokens = array((limits.num_shards, COPIES_PER_CALL)), limits.prefill_lanes * limits.page_size
+    step = StepCost.of(model, limits.lanes, full_context(model, limits.lanes, limits.pages, limits.page_size))
+
+    def task(jitted: Any, arguments: tuple[Any, ...], flops: float) -> Task:
+        return Task(jitted, arguments, mesh, lambda _: flops / tensor, held=0)
+
+    return {
+        "prefill": task(steps._compute._jitted, (pages, params, prefill), _prefill_flops(model, tokens)),
+        "prefill_write": task(steps._write._jitted, (pages, prefill, fresh), 0.0),
+        "copy_pages": task(steps.copy_pages._jitted, (pages, copies, copies), 0.0),
+        "decode": task(steps.decode._jitted, (pages, rows, params, lanes, policy), step.flops),
+    }
+
+
+def full_context(model: ModelConfig, lanes: int, pages: int, page_size: int) -> float:
+    """Positions of a lane when all pages are in use, or its context is full."""
+    return min(model.max_seq_len, (pages - 1) * page_size / lanes)
+
+
+def _prefill_flops(model: ModelConfig, tokens: int) -> float:
+    """Of one data shard: every weight but embedding and head, and attention to a full row."""
+    attention = 4 * model.num_layers * model.num_heads * model.head_dim * model.max_seq_len
+    return tokens * (2 * num_params(model).non_embedding + attention)
+
+
+def compile_task(task: Task, on_text: Callable[[str], None] | None = None) -> Compiled:
+    """Traces, lowers and compiles. `on_text` gets the optimised program.
+
+    Raises jax.errors.JaxRuntimeError where the compiler refuses, as a TPU's does when memory runs out.
+    """
+    start = time.perf_counter()
+    traced = task.jitted.trace(*task.arguments)
+    flops = task.flops(traced)
+    compiled = traced.lower().compile()
+    seconds = time.perf_counter() - start
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    if on_text is not None:
+        on_text(text)
+    program = Program(text)
+    found = program.collectives(task.mesh.size)
+    return Compiled(
+        compile_seconds=seconds,
+        arguments=memory.argument_size_in_bytes,
+        outputs=max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
+        temporaries=memory.temp_size_in_bytes,
+        held=task.held,
+        cost=Cost(flops=flops, bytes=program.bytes_moved(), sent=sum(c.sent for c in found)),
+        collectives=tuple(found),
+    )
+
+
+def extrapolate(one: Compiled, two: Compiled, layers: int) -> Compiled:
+    """What a program of `layers` layers would be, from those of one and of two: layers are unrolled and alike."""
+
+    def grow(first: Any, second: Any) -> Any:
+        if isinstance(first, tuple):
+            return _grow_collectives(first, second, grow)
+        if dataclasses.is_dataclass(first):
+            fields = [field.name for field in dataclasses.fields(first)]
+            values = {name: grow(getattr(first, name), getattr(second, name)) for name in fields}
+            return dataclasses.replace(first, **values)  # type: ignore[type-var]
+        return max(type(first)(0), first + (layers - 1) * (second - first))
+
+    return dataclasses.replace(grow(one, two), compile_seconds=one.compile_seconds + two.compile_seconds)
+
+
+def _grow_collectives(
+    first: tuple[Collective, ...], second: tuple[Collective, ...], grow: Callable[[Any, Any], Any]
+) -> tuple[Collective, ...]:
+    one, two = ({each.kind: each for each in found} for found in (first, second))
+    none = [Collective(kind, 0, 0, 0.0) for kind in sorted({*one, *two})]
+    grown = []
+    for empty in none:
+        a, b = one.get(empty.kind, empty), two.get(empty.kind, empty)
+        grown.append(Collective(empty.kind, grow(a.count, b.count), grow(a.payload, b.payload), grow(a.sent, b.sent)))
+    return tuple(grown)
+
+
+def grpo_step_seconds(
+    config: Config, programs: dict[str, Compiled], peaks: Peaks, num_hosts: int, shards: int
+) -> float:
+    """The least time of a GRPO step whose rollouts each generate a full context, `model.max_seq_len` tokens in all.
+
+    Decode with every lane busy, then gradients of rows that are full, `inner_updates` times, each with an update.
+    Prefill and the reference's scores are left out.
+
+    Args:
+        programs: at least "decode", "grpo_gradients" and "grpo_update".
+        num_hosts: engines.
+        shards: data shards of each engine.
+    """
+    grpo = config.grpo
+    tokens = grpo.prompts_per_step * grpo.group_size * config.model.max_seq_len
+    lanes = config.rollout.num_lanes // (config.mesh.data * config.mesh.fsdp) * shards * num_hosts
+    microbatches = -(-tokens // (grpo.rows_per_microbatch * grpo.row_len))
+    least = {name: Estimate.of(program.cost, peaks).seconds for name, program in programs.items()}
+    update = microbatches * least["grpo_gradients"] + least["grpo_update"]
+    return tokens / lanes * least["decode"] + grpo.inner_updates * update
+
+
+_INTS, _FLOATS = np.zeros(2, np.int32), np.zeros(2, np.float32)
+
+
+def _on(x: Any, mesh: Mesh, spec: PartitionSpec | None = None) -> Any:
+    return _shape(x.shape, x.dtype, sharding=NamedSharding(mesh, partition_spec() if spec is None else spec))
+
+
+def _bytes(tree: Any) -> int:
+    """Of one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize for x in leaves)

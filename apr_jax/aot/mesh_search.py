@@ -1,0 +1,160 @@
+"""Which meshes a config could train on, given a number of devices: all shapes that divide, the promising ones first.
+
+The estimate is arithmetic on sizes, made in microseconds; what is worth more than that is compiled (`aot.py`).
+"""
+
+import dataclasses
+import functools
+import math
+
+from apr_jax.aot.peaks import Cost, Estimate, Peaks
+from apr_jax.config import Config, ConfigError, MeshConfig
+from apr_jax.model.llama import num_params
+
+_MASTER, _COMPUTE = 4, 2  # bytes of a weight: float32, and bfloat16 where it is multiplied and gathered
+_MOMENTS = 2  # of Adam, float32
+# What a layer keeps for its backward pass, in widths of the model: its input, the results of its products too, or all.
+_KEPT = {"full": 1, "dots": 10, "none": 16}
+
+_num_params = functools.cache(num_params)  # it takes a second for many layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A mesh, the config fitted to it, and what an SFT step is estimated to take."""
+
+    config: Config
+    bytes_needed: int  # of one device in GRPO: state, gradients, activations, the reference, the engine
+    estimate: Estimate  # of one SFT step
+
+    @property
+    def mesh(self) -> MeshConfig:
+        return self.config.mesh
+
+
+def shapes(num_devices: int) -> list[MeshConfig]:
+    """Every (data, fsdp, tensor) whose product is the number of devices."""
+    divisors = [d for d in range(1, num_devices + 1) if num_devices % d == 0]
+    return [
+        MeshConfig(data=num_devices // fsdp // tensor, fsdp=fsdp, tensor=tensor)
+        for tensor in divisors
+        for fsdp in divisors
+        if num_devices % (fsdp * tensor) == 0
+    ]
+
+
+def parse_mesh(text: str, num_devices: int) -> MeshConfig:
+    """`DATA,FSDP,TENSOR` as a mesh. Raises ConfigError for anything else, and for another number of devices."""
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
+        raise ConfigError(f"--mesh={text}: give DATA,FSDP,TENSOR as three numbers above 0, such as {num_devices},1,1")
+    data, fsdp, tensor = map(int, parts)
+    if data * fsdp * tensor != num_devices:
+        raise ConfigError(f"--mesh={text} has {data * fsdp * tensor} devices, and the topology has {num_devices}")
+    return MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+
+
+def fit(config: Config, mesh: MeshConfig, devices_per_host: int, rows_per_shard: int | None = None) -> Config:
+    """The config on another mesh: what is per device stays so, and the global batch of SFT stays what it is.
+
+    Rows of a microbatch, lanes and pages grow with the shards they are split over; the number of microbatches falls.
+
+    Args:
+        devices_per_host: each host has an engine of its own, whose weights are split over "tensor" within it.
+        rows_per_shard: of SFT, in a microbatch; what the config has on its own mesh by default.
+
+    Raises ConfigError, with the numbers, for a mesh that does not divide the model, the batch or a host.
+    """
+    if devices_per_host % mesh.tensor:
+        raise ConfigError(
+            f"mesh.tensor={mesh.tensor} must divide the {devices_per_host} devices of a host: each host has an engine "
+            "of its own"
+        )
+    sft, grpo, rollout = config.sft, config.grpo, config.rollout
+    shards, before = mesh.data * mesh.fsdp, config.mesh.data * config.mesh.fsdp
+    rows = (rows_per_shard or max(1, sft.rows_per_step // sft.microbatches // before)) * shards
+    if sft.rows_per_step % shards:
+        raise ConfigError(f"sft.rows_per_step={sft.rows_per_step} must be a multiple of mesh.data * mesh.fsdp={shards}")
+    while sft.rows_per_step % rows:
+        rows -= shards
+    return dataclasses.replace(
+        config,
+        mesh=mesh,
+        sft=dataclasses.replace(
+            sft, microbatches=sft.rows_per_step // rows, validation_rows=-(-sft.validation_rows // shards) * shards
+        ),
+        grpo=dataclasses.replace(grpo, rows_per_microbatch=max(1, grpo.rows_per_microbatch // before) * shards),
+        rollout=dataclasses.replace(
+            rollout,
+            **{name: getattr(rollout, name) // before * shards for name in ("num_lanes", "num_pages", "prefill_lanes")},
+        ),
+    )
+
+
+def candidates(config: Config, num_devices: int, devices_per_host: int, peaks: Peaks) -> list[Candidate]:
+    """Every mesh that divides, fitted: those that seem to fit the memory first, then the faster first.
+
+    Where a microbatch seems too large for the memory its rows are halved.
+    """
+    found = []
+    for mesh in shapes(num_devices):
+        try:
+            fitted = fit(config, mesh, devices_per_host)
+            candidate = estimate(fitted, peaks)
+            rows = rows_per_shard(fitted)
+            while candidate.bytes_needed > peaks.memory and rows > 1:
+                rows //= 2
+                candidate = estimate(fit(config, mesh, devices_per_host, rows), peaks)
+        except ConfigError:  # it does not divide
+            continue
+        found.append(candidate)
+    return sorted(found, key=lambda c: (c.bytes_needed > peaks.memory, c.estimate.seconds, c.mesh.tensor, c.mesh.fsdp))
+
+
+def rows_per_shard(config: Config) -> int:
+    """Rows of an SFT microbatch on one device."""
+    return config.sft.rows_per_step // config.sft.microbatches // (config.mesh.data * config.mesh.fsdp)
+
+
+def estimate(config: Config, peaks: Peaks) -> Candidate:
+    """An SFT step on the config's mesh, by arithmetic.
+
+    FLOPs: 6 a weight and token, 8 with full remat, and causal attention (Kaplan et al. 2020, section 2.1). Links, on
+    rings: each microbatch gathers the layers' weights over "fsdp" twice and scatters their gradients once, reduces
+    gradients over "data", and reduces two activations a layer over "tensor" forward, backward and where recomputed.
+    """
+    model, sft, mesh = config.model, config.sft, config.mesh
+    devices = mesh.data * mesh.fsdp * mesh.tensor
+    weights = _num_params(model).total - model.vocab_size * model.embed_dim * (not model.tie_embeddings)
+    tokens = sft.rows_per_step * sft.row_len
+    passes = 4 if model.remat == "full" else 3
+    attention = 2 * model.num_layers * model.num_heads * model.head_dim * sft.row_len * tokens
+    local_tokens = tokens // sft.microbatches // (mesh.data * mesh.fsdp)
+    own_weights = _num_params(model).total / mesh.tensor
+    activations = local_tokens * model.embed_dim * _COMPUTE
+    ring = {size: (size - 1) / size for size in (mesh.data, mesh.fsdp, mesh.tensor)}
+    sent = sft.microbatches * (
+        3 * own_weights * _COMPUTE * ring[mesh.fsdp]
+        + 2 * own_weights / mesh.fsdp * _MASTER * ring[mesh.data]
+        + 2 * passes * model.num_layers * activations * ring[mesh.tensor]
+    )
+    read = passes * own_weights * _COMPUTE * sft.microbatches + 3 * _MASTER * own_weights / mesh.fsdp
+    moved = read + sft.microbatches * passes * 16 * model.num_layers * activations
+    cost = Cost(flops=(2 * passes * weights * tokens + passes * attention) / devices, bytes=moved, sent=sent)
+    share = _num_params(model).total * _MASTER / (mesh.fsdp * mesh.tensor)
+    kept = model.num_layers * activations * _KEPT[model.remat]
+    layer = local_tokens * (8 * model.embed_dim + 6 * model.mlp_dim / mesh.tensor) * _MASTER
+    state = 2 * share + _MOMENTS * share / mesh.data + share * (config.grpo.kl_coef > 0)
+    return Candidate(
+        config,
+        bytes_needed=math.ceil(state + kept + layer + _engine_bytes(config)),
+        estimate=Estimate.of(cost, peaks),
+    )
+
+
+def _engine_bytes(config: Config) -> float:
+    """Weights and pages of one device of a host's engine."""
+    model, rollout, mesh = config.model, config.rollout, config.mesh
+    positions = rollout.num_pages // (mesh.data * mesh.fsdp) * rollout.page_size
+    cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * positions
+    return (_num_params(model).total + cache) * _COMPUTE / mesh.tensor

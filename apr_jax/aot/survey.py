@@ -1,0 +1,236 @@
+"""The survey behind `launch/compile_aot.py`: the best mesh of a topology, every program on it, and both as tables."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from apr_jax.aot.compilation import (
+    PROGRAMS,
+    Compiled,
+    compile_task,
+    engine_mesh,
+    extrapolate,
+    grpo_step_seconds,
+    tasks,
+)
+from apr_jax.aot.mesh_search import Candidate, candidates, estimate, fit, rows_per_shard
+from apr_jax.aot.peaks import Estimate, Peaks
+from apr_jax.aot.topology import Topology
+from apr_jax.config import Config, ConfigError, MeshConfig
+
+_GB, _MS = 1e9, 1e3
+RANKED_BY = "sft_step"  # the program that is compiled for every candidate
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What to compile, and for what."""
+
+    config: Config
+    topology: Topology
+    devices: Sequence[Any]
+    num_candidates: int
+    quick: bool  # every program from its compilations with one and with two layers
+    say: Callable[[str], None]
+    on_text: Callable[[str, str], None] | None = None  # (name, optimised HLO)
+
+    @property
+    def devices_per_host(self) -> int:
+        return sum(device.process_index == self.devices[0].process_index for device in self.devices)
+
+    def run(self, mesh: MeshConfig | None = None) -> dict[str, Any]:
+        """All figures, as plain JSON. With `mesh` no other is tried.
+
+        Raises ConfigError when the mesh does not divide, and when no mesh fits the memory.
+        """
+        peaks = self.topology.peaks
+        if mesh is not None:
+            ranked = [estimate(fit(self.config, mesh, self.devices_per_host), peaks)]
+            rows: list[dict[str, Any]] = [_candidate_row(ranked[0], peaks, None)]
+        else:
+            ranked, rows = self._rank(peaks)
+        config = ranked[0].config
+        programs = self._compile(config, PROGRAMS, quick=self.quick)
+        hosts = len({device.process_index for device in self.devices})
+        shards = engine_mesh(config.mesh, self.devices_per_host).data
+        step = None
+        if {"decode", "grpo_gradients", "grpo_update"} <= programs.keys():
+            step = grpo_step_seconds(config, programs, peaks, hosts, shards)
+        return {
+            "topology": self.topology.name,
+            "device": self.devices[0].device_kind,
+            "devices": len(self.devices),
+            "hosts": hosts,
+            "peaks": dataclasses.asdict(peaks),
+            "config": config.name,
+            "num_layers": config.model.num_layers,
+            "extrapolated": self.quick,
+            "candidates": rows,
+            "mesh": dataclasses.asdict(config.mesh),
+            "engine_mesh": dataclasses.asdict(engine_mesh(config.mesh, self.devices_per_host)),
+            "settings": settings(config),
+            "programs": {name: program_row(program, peaks) for name, program in programs.items()},
+            "refused": [name for name in PROGRAMS if name not in programs],
+            "grpo_step_seconds": step,
+        }
+
+    def _rank(self, peaks: Peaks) -> tuple[list[Candidate], list[dict[str, Any]]]:
+        """Candidates, best first by what compiling says of the promising ones; and a row for each."""
+        every = candidates(self.config, len(self.devices), self.devices_per_host, peaks)
+        if not every:
+            raise ConfigError(
+                f"no mesh of {len(self.devices)} devices divides this config; --mesh=DATA,FSDP,TENSOR says why not"
+            )
+        chosen, measured = every[: self.num_candidates], {}
+        for candidate in chosen if len(chosen) > 1 else []:
+            found = self._compile(candidate.config, (RANKED_BY,), quick=True)
+            measured[candidate.mesh] = found.get(RANKED_BY)
+
+        def order(candidate: Candidate) -> tuple[bool, float]:
+            program = measured.get(candidate.mesh)
+            if program is None:
+                return (len(chosen) > 1, candidate.estimate.seconds)
+            return (program.memory > peaks.memory, Estimate.of(program.cost, peaks).seconds)
+
+        ranked = sorted(chosen, key=order)
+        rows = [_candidate_row(c, peaks, measured.get(c.mesh)) for c in [*ranked, *every[self.num_candidates :]]]
+        return ranked, rows
+
+    def _compile(self, config: Config, names: Sequence[str], *, quick: bool) -> dict[str, Compiled]:
+        """The programs that the compiler takes; `quick` extrapolates from one and two layers."""
+        depths = (1, 2) if quick else (config.model.num_layers,)
+        at_depth: list[dict[str, Compiled]] = []
+        for depth in depths:
+            model = dataclasses.replace(config.model, num_layers=depth)
+            todo = tasks(dataclasses.replace(config, model=model), self.devices)
+            at_depth.append({})
+            for name in names:
+                label = f"{name} mesh {_mesh(config.mesh)}" + (f" {depth} layers" if quick else "")
+                try:
+                    on_text = self.on_text and _labelled(self.on_text, label)
+                    at_depth[-1][name] = compile_task(todo[name], on_text)
+                except jax.errors.JaxRuntimeError as error:
+                    if "RESOURCE_EXHAUSTED" not in str(error):
+                        raise
+                    self.say(f"{label}: does not fit: {str(error).splitlines()[0][:200]}")
+                else:
+                    self.say(f"{label}: compiled in {at_depth[-1][name].compile_seconds:.0f} s")
+        if not quick:
+            return at_depth[0]
+        # What a run holds beside a program is known without compiling.
+        held = {name: task.held for name, task in tasks(config, self.devices).items()}
+        both = [name for name in names if all(name in found for found in at_depth)]
+        layers = config.model.num_layers
+        grown = {name: extrapolate(at_depth[0][name], at_depth[1][name], layers) for name in both}
+        return {name: dataclasses.replace(program, held=held[name]) for name, program in grown.items()}
+
+
+def settings(config: Config) -> dict[str, int]:
+    """The settings that make this plan of the config, as overrides of `--config`."""
+    mesh, sft, grpo, rollout = config.mesh, config.sft, config.grpo, config.rollout
+    return {
+        "mesh.data": mesh.data,
+        "mesh.fsdp": mesh.fsdp,
+        "mesh.tensor": mesh.tensor,
+        "sft.microbatches": sft.microbatches,
+        "sft.validation_rows": sft.validation_rows,
+        "grpo.rows_per_microbatch": grpo.rows_per_microbatch,
+        "rollout.num_lanes": rollout.num_lanes,
+        "rollout.num_pages": rollout.num_pages,
+        "rollout.prefill_lanes": rollout.prefill_lanes,
+    }
+
+
+def program_row(program: Compiled, peaks: Peaks) -> dict[str, Any]:
+    """One program as plain JSON, its roofline estimate included."""
+    least = Estimate.of(program.cost, peaks)
+    return {
+        **dataclasses.asdict(program),
+        "memory": program.memory,
+        "limit": peaks.memory,
+        "fits": program.memory <= peaks.memory,
+        "estimate": {**dataclasses.asdict(least), "seconds": least.seconds, "bound": least.bound},
+    }
+
+
+def _candidate_row(candidate: Candidate, peaks: Peaks, compiled: Compiled | None) -> dict[str, Any]:
+    row = {
+        "mesh": dataclasses.asdict(candidate.mesh),
+        "rows_per_device": rows_per_shard(candidate.config),
+        "bytes_estimated": candidate.bytes_needed,
+        "seconds_estimated": candidate.estimate.seconds,
+    }
+    if compiled is not None:
+        least = Estimate.of(compiled.cost, peaks)
+        row |= {"memory": compiled.memory, "fits": compiled.memory <= peaks.memory}
+        row |= {"seconds": least.seconds, "bound": least.bound}
+    return row
+
+
+def _labelled(on_text: Callable[[str, str], None], label: str) -> Callable[[str], None]:
+    return lambda text: on_text(label, text)
+
+
+def _mesh(mesh: MeshConfig | dict[str, int]) -> str:
+    values = mesh if isinstance(mesh, dict) else dataclasses.asdict(mesh)
+    return " x ".join(str(values[axis]) for axis in ("data", "fsdp", "tensor"))
+
+
+def tables(figures: dict[str, Any]) -> str:
+    """The survey as Markdown."""
+    return "\n\n".join([_about(figures), _candidates_table(figures["candidates"]), _programs_table(figures)])
+
+
+def _about(figures: dict[str, Any]) -> str:
+    peaks = figures["peaks"]
+    lines = [
+        f"{figures['config']} on {figures['topology']}: {figures['devices']} x {figures['device']}, "
+        f"{figures['hosts']} host{'s' if figures['hosts'] > 1 else ''}; a device: {peaks['memory'] / _GB:.1f} GB, "
+        f"{peaks['flops'] / 1e12:.0f} TFLOP/s, {peaks['memory_bandwidth'] / _GB:,.0f} GB/s, links "
+        f"{peaks['link_bandwidth'] / _GB:.0f} GB/s ({peaks['source']})",
+        f"mesh (data x fsdp x tensor) {_mesh(figures['mesh'])}, each host's engine {_mesh(figures['engine_mesh'])}",
+        " ".join(f"--config.{name}={value}" for name, value in figures["settings"].items()),
+    ]
+    if figures["grpo_step_seconds"] is not None:
+        lines.append(f"a GRPO step of full contexts takes at least {figures['grpo_step_seconds']:.1f} s")
+    return "\n".join(lines)
+
+
+def _candidates_table(rows: list[dict[str, Any]]) -> str:
+    head = "| mesh | rows a device | GB estimated | s estimated | GB compiled | s compiled | bound |"
+    lines = [head, "|---" * 7 + "|"]
+    for row in rows:
+        compiled = ["-"] * 3
+        if "seconds" in row:
+            compiled = [f"{row['memory'] / _GB:.1f}", f"{row['seconds']:.2f}", row["bound"]]
+        known = [_mesh(row["mesh"]), str(row["rows_per_device"])]
+        known += [f"{row['bytes_estimated'] / _GB:.1f}", f"{row['seconds_estimated']:.2f}"]
+        lines.append(f"| {' | '.join([*known, *compiled])} |")
+    return "\n".join(lines)
+
+
+def _short(value: float) -> str:
+    """Three digits: 7,260 and 0.00123."""
+    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{round(value, digits):,.{max(0, digits)}f}" if value >= 1e-6 else "0"
+
+
+def _programs_table(figures: dict[str, Any]) -> str:
+    head = ["program", "GB", "arguments", "outputs", "temporaries", "held beside", "TFLOP", "GB moved", "GB sent"]
+    head += ["collectives", "compute ms", "memory ms", "links ms", "bound"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, row in figures["programs"].items():
+        cost, least = row["cost"], row["estimate"]
+        cells = [f"`{name}`", f"{row['memory'] / _GB:.2f}{'' if row['fits'] else ' (does not fit)'}"]
+        cells += [f"{row[part] / _GB:.2f}" for part in ("arguments", "outputs", "temporaries", "held")]
+        cells += [_short(cost["flops"] / 1e12), _short(cost["bytes"] / _GB), _short(cost["sent"] / _GB)]
+        cells += [
+            ", ".join(f"{c['count']:,} {c['kind']} ({_short(c['payload'] / _GB)} GB)" for c in row["collectives"])
+        ]
+        cells += [_short(least[part] * _MS) for part in ("compute", "memory", "links")] + [least["bound"]]
+        lines.append(f"| {' | '.join(cell or 'none' for cell in cells)} |")
+    lines += [f"| `{name}` | the compiler refuses it: does not fit |" + " |" * 12 for name in figures["refused"]]
+    return "\n".join(lines)

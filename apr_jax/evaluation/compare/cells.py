@@ -1,0 +1,278 @@
+"""Runs the cells of a comparison: every row on the same problems, on engines of the same lanes."""
+
+import dataclasses
+import datetime
+import functools
+import hashlib
+import itertools
+import json
+import pathlib
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from apr_jax.config import Config, ConfigError, ModelConfig, to_dict
+from apr_jax.data.tokenizer import Tokenizer
+from apr_jax.engine.engine import Engine
+from apr_jax.evaluation.compare.grid import Cell, Row
+from apr_jax.evaluation.compare.store import Json, Results
+from apr_jax.evaluation.policy import choose_config, choose_tokenizer
+from apr_jax.evaluation.run import ShownProgress, evaluate
+from apr_jax.model.llama import Params
+from apr_jax.parallel.machine import device_name
+from apr_jax.parallel.mesh import make_mesh
+from apr_jax.reasoning.outcome import make_settings
+from apr_jax.reasoning.policy_engine import policy_engine
+from apr_jax.reasoning.programs import check_method
+from apr_jax.tasks.countdown.demonstrations import SHARED_METHODS
+from apr_jax.tasks.countdown.generation import Split, generate_problems, split_size
+from apr_jax.tasks.countdown.rules import Problem
+
+# What the engine is, for all policies alike: that of the first. Limits on rollouts are each policy's own.
+_SAME_ENGINE = ("num_lanes", "page_size", "num_pages", "steps_per_visit", "prefill_lanes", "decode_attention")
+# What decides which problems a policy may have been trained on.
+_SAME_PROBLEMS = ("num_numbers", "min_number", "max_number", "min_target", "max_target")
+# What is read in training only, or is another key of a cell's settings.
+_NOT_IN_SETTINGS = ("name", "seed", "task", "data", "sft", "grpo", "faults", "evaluation")
+_SAME_SPLITS = ("num_validation", "num_test", "num_test_unseen_targets", "num_unseen_targets")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Policy:
+    """What --policies names, and the configuration that it is decoded under."""
+
+    name: str
+    checkpoint: str
+    params: Params
+    config: Config
+    tokenizer: Tokenizer
+    weights: str  # a digest of `params`
+
+    @functools.cached_property
+    def vocabulary(self) -> str:
+        """A digest of the tokenizer's files, wherever it came from."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.tokenizer.save(folder)
+            return _digest(b"".join(path.read_bytes() for path in sorted(pathlib.Path(folder).iterdir())))
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """The problems, what to call them, and the seed of what is drawn on them."""
+
+    problems: tuple[Problem, ...]
+    source: str
+    seed: int
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal problems in equal order."""
+        return _digest(json.dumps([[*problem.numbers, problem.target] for problem in self.problems]).encode())
+
+
+def make_policy(
+    name: str,
+    checkpoint: str,
+    loaded: tuple[ModelConfig, Params, Mapping[str, Any] | None],
+    given: ConfigDict | None,
+    overrides: Mapping[str, Any],
+    first: "Policy | None",
+) -> Policy:
+    """A policy as `train.checkpoint.load_policy` gave it, under its own configuration or `given` in place of that.
+
+    Its engine is that of the `first` policy. Raises ConfigError as `choose_config`, with the policy's name.
+    """
+    model, params, saved = loaded
+    if first is not None:
+        rollout, mesh = first.config.rollout, dataclasses.asdict(first.config.mesh)
+        shared = {f"rollout.{field}": getattr(rollout, field) for field in _SAME_ENGINE}
+        overrides = {**shared, **{f"mesh.{axis}": size for axis, size in mesh.items()}, **overrides}
+    try:
+        config = choose_config(model, saved, given, overrides)
+        tokenizer = choose_tokenizer(pathlib.Path(checkpoint), config, saved)
+    except ConfigError as error:
+        raise ConfigError(f"--policies={name}: {error}") from error
+    return Policy(name, checkpoint, params, config, tokenizer, weights_digest(params))
+
+
+def held_out(policies: Sequence[Policy], split: Split, limit: int) -> Asked:
+    """The first `limit` problems of a split other than train, which no policy was trained on.
+
+    Raises ConfigError where there are not so many, or where the policies' training had other held-out problems.
+    """
+    first = policies[0].config
+    for policy in policies[1:]:
+        there = {"seed": policy.config.seed, **_fields(policy.config)}
+        here = {"seed": first.seed, **_fields(first)}
+        lines = [f"  {name}: {there[name]!r}, not {value!r}" for name, value in here.items() if there[name] != value]
+        if lines:
+            raise ConfigError(
+                f"--policies: {policy.name} had other held-out problems than {policies[0].name}, so that it may have "
+                "been trained on these:\n" + "\n".join(lines) + "\nName a file of problems with --problems."
+            )
+    size = split_size(first.data, split)
+    if limit > size:
+        raise ConfigError(f"--num_problems={limit} is more than the {size} problems of {split}")
+    problems = generate_problems(first.task, first.data, first.seed, split)
+    return Asked(tuple(itertools.islice(problems, limit)), split, first.seed)
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    policies: Mapping[str, Policy],
+    asked: Asked,
+    results: Results,
+    *,
+    command: str,
+    keep_rollouts: int,
+    say: Callable[[str], None],
+) -> list[Json]:
+    """Runs what is not done yet, and returns the row of every cell, in the order given.
+
+    Args:
+      cells: at least one; every program is one that there is (`check_programs`).
+      command: what was run, for the rows.
+      keep_rollouts: so many problems' threads are kept with their text, the first ones.
+      say: told of cells that were done before.
+    Raises: ConfigError where `results` has cells of other settings, or a context window is too large.
+    """
+    todo: dict[int, tuple[Cell, Json]] = {}
+    rows: dict[int, Json] = {}
+    configs = {cell: cell_config(policies[cell.row.policy].config, cell) for cell in cells}
+    for index, cell in enumerate(cells):
+        settings = cell_settings(cell, policies[cell.row.policy], configs[cell], asked)
+        done = results.find(cell, settings)
+        if done is None:
+            todo[index] = (cell, settings)
+        else:
+            rows[index] = done
+    if rows:
+        say(f"{len(rows)} of {len(cells)} cells were done before")
+    engines = Engines()
+    # Cells of one engine lie next to each other, so that it is made once.
+    for count, index in enumerate(sorted(todo, key=lambda i: (*_engine_of(cells[i].row), i)), 1):
+        cell, settings = todo[index]
+        policy, config = policies[cell.row.policy], configs[cell]
+        engine, window = engines.of(policy, cell.row), cell.context_window
+        with ShownProgress(len(asked.problems), f"{count}/{len(todo)} {cell}") as on_progress:
+            summary, records = evaluate(
+                engine,
+                policy.tokenizer,
+                asked.problems,
+                method=cell.row.program,
+                settings=make_settings(
+                    config,
+                    policy.tokenizer,
+                    cell.row.program,
+                    budget=cell.budget,
+                    max_tokens=window if window < config.model.max_seq_len else None,
+                ),
+                seed=asked.seed,
+                temperature=cell.temperature,
+                on_progress=on_progress,
+                keep_calls=keep_rollouts,
+            )
+        about: Json = {"program": cell.row.program, "policy": policy.name, "checkpoint": policy.checkpoint}
+        about |= {"problems": asked.source, "seed": asked.seed, "lanes": config.rollout.num_lanes, "command": command}
+        about |= {"machine": device_name(), "date": datetime.date.today().isoformat()}
+        rows[index] = results.add(cell, settings, summary | about, records)
+    return [rows[index] for index in range(len(cells))]
+
+
+def check_programs(cells: Sequence[Cell]) -> None:
+    """Raises ConfigError where a row names no way of reasoning, or one that a cell's settings don't go with."""
+    for cell in cells:
+        try:
+            check_method(cell.row.program, cell.temperature, budget=cell.budget)
+        except ValueError as error:
+            raise ConfigError(f"--methods={cell.row.label}: {error}") from error
+
+
+def weights_digest(params: Params) -> str:
+    """Sixteen hex digits of all arrays and their names."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(array.view(np.uint8).data)
+    return digest.hexdigest()
+
+
+class Engines:
+    """The engine of the cell that is run: made anew where shapes or limits change, else given its weights.
+
+    Given weights, the same ones too, it forgets its cache: what a cell prefills depends on no cell before it.
+    """
+
+    def __init__(self) -> None:
+        self._made: tuple[Any, ...] | None = None
+        self._engine: Engine | None = None
+
+    def of(self, policy: Policy, row: Row) -> Engine:
+        config = policy.config
+        _, shares = _engine_of(row)
+        wanted = (config.model, config.rollout, config.mesh, policy.vocabulary, shares)
+        if self._engine is None or self._made != wanted:
+            self._engine = None  # its memory is free before the next one takes its own
+            mesh = make_mesh(config.mesh)
+            self._engine = policy_engine(config, mesh, policy.tokenizer, policy.params, expects_groups=shares)
+            self._engine.warm_up()  # so that no rate or latency counts compilation
+            self._made = wanted
+        else:
+            self._engine.set_params(policy.params)
+        return self._engine
+
+
+def _engine_of(row: Row) -> tuple[str, bool]:
+    """What a row needs an engine of its own for: its policy, and whether its threads share a cache."""
+    return row.policy, row.inner in SHARED_METHODS
+
+
+def cell_config(config: Config, cell: Cell) -> Config:
+    """The policy's; one that was trained to be told its context window is told the cell's, where it knows that size.
+
+    Raises ConfigError for a window that threads of this policy cannot fill.
+    """
+    window, most = cell.context_window, config.model.max_seq_len
+    if window > most:
+        raise ConfigError(
+            f"--context_windows={window}: threads of {cell.row.policy} hold model.max_seq_len={most} tokens; "
+            f"--config.model.max_seq_len={window} allows more than it was trained for"
+        )
+    told = window if window in config.task.context_windows else config.rollout.context_window
+    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, context_window=told))
+
+
+def cell_settings(cell: Cell, policy: Policy, config: Config, asked: Asked) -> Json:
+    """All that a cell's figures depend on, by dotted name: equal settings give equal rollouts, on one machine."""
+    sections = {
+        f"{section}.{name}": value
+        for section, fields in to_dict(config).items()
+        if section not in _NOT_IN_SETTINGS
+        for name, value in fields.items()
+    }
+    return {
+        **cell.key,
+        "program": cell.row.program,
+        "weights": policy.weights,
+        "problems": f"{asked.digest} ({len(asked.problems)})",
+        "seed": asked.seed,
+        "tokenizer": policy.vocabulary,
+        "task.context_windows": list(config.task.context_windows),
+        "data.method": config.data.method,
+        "data.condition_on_budget": config.data.condition_on_budget,
+        **sections,
+    }
+
+
+def _fields(config: Config) -> Json:
+    task = {f"task.{name}": getattr(config.task, name) for name in _SAME_PROBLEMS}
+    return {**task, **{f"data.{name}": getattr(config.data, name) for name in _SAME_SPLITS}}
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()

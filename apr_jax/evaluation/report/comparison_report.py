@@ -1,0 +1,221 @@
+"""A comparison as one self-contained page: the paper's figures as ours, and the threads behind them.
+
+Reads what `launch/compare.py` left in a folder, and a training run's folder where one is named. Nothing is loaded from
+anywhere else, and all model text is escaped.
+"""
+
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from apr_jax.evaluation.compare.store import read_records, read_results
+from apr_jax.evaluation.metrics import wilson_interval
+from apr_jax.evaluation.report import charts, page, paper
+from apr_jax.evaluation.report.behaviour import behaviour_tables
+from apr_jax.evaluation.report.curves import Curve, Point, accuracy_chart
+from apr_jax.evaluation.report.paired_report import cell_name, compare
+from apr_jax.evaluation.report.run_report import add_run_views, evaluations, read_json, read_jsonl, training_panels
+from apr_jax.evaluation.report.thread_view import ThreadViews
+
+_WRAPPED = re.compile(r"(?P<kind>[a-z]+)@[0-9]+:(?P<inner>.+)")
+_MAX_VIEW_BYTES = 2_500_000  # of rollouts; a page of this size opens at once
+
+_COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("total_tokens", "tokens, all threads", "number"),
+    ("sequential_tokens", "tokens, one after the other", "number"),
+    ("prefilled_tokens", "prefilled", "number"),
+    ("peak_context", "peak context", "number"),
+    ("flops", "MFLOP", "million"),
+    ("children_per_rollout", "children", "number"),
+    ("malformed_rate", "malformed", "share"),
+    ("truncated_rate", "cut off", "share"),
+    ("latency_ms", "latency, ms", "number"),
+)
+_FORMATS: Mapping[str, Callable[[float], str]] = {
+    "share": lambda value: f"{100 * value:.1f} %",
+    "number": lambda value: f"{value:,.{0 if value >= 100 else 1}f}",
+    "million": lambda value: f"{value / 1e6:,.0f}",
+}
+_FIGURES = (
+    ("context_window", "Accuracy against context window", "tokens that a thread may hold"),
+    ("total_tokens", "Accuracy against all tokens", "tokens of all threads, mean of a problem"),
+    ("sequential_tokens", "Accuracy against sequential tokens", "tokens one after the other, mean of a problem"),
+    ("latency_ms", "Accuracy against latency", "milliseconds a problem, {lanes} lanes shared by all problems"),
+    ("num_samples", "Several samples of a problem", "samples"),
+)
+
+Row = Mapping[str, Any]
+
+
+def write_comparison(
+    workdir: pathlib.Path, path: pathlib.Path, *, command: str, run: pathlib.Path | None = None
+) -> None:
+    """Writes the page of a comparison at `path`.
+
+    Args:
+      workdir: of `launch/compare.py`.
+      command: that makes the page, for its foot.
+      run: the folder of a training run, whose behaviour under RL and whose rollouts the page then shows too.
+    Raises: FileNotFoundError where there are no results or records, ConfigError where they are damaged.
+    """
+    rows = read_results(workdir)
+    if not rows:
+        raise FileNotFoundError(f"{workdir}/results.jsonl: no finished cell; run launch/compare.py first")
+    records = [read_records(workdir, row) for row in rows]
+    views = ThreadViews()
+    _add_rollouts(views, rows, records)
+    if run is not None:
+        add_run_views(views, run)
+    summary, metrics = ({}, []) if run is None else (read_json(run / "summary.json"), read_jsonl(run / "metrics.jsonl"))
+    text = page.render(
+        "comparison.html",
+        name=workdir.resolve().name,
+        first=rows[0],
+        columns=[label for key, label, _ in _COLUMNS if any(key in row for row in rows)],
+        rows=[_table_row(row) for row in rows],
+        against=cell_name(rows[0], rows),
+        paired=[_paired(row, rows, records[0], own) for row, own in zip(rows[1:], records[1:], strict=True)],
+        figures=[figure for key, title, x_label in _FIGURES if (figure := _figure(key, title, x_label, rows))],
+        about_paper=paper.ABOUT,
+        behaviour=behaviour_tables(evaluations(summary), metrics),
+        behaviour_of_paper=paper.BEHAVIOUR if run is not None else (),
+        panels=[page.svg(body, charts.WIDTH, charts.HEIGHT) for body in training_panels(metrics)],
+        run="" if run is None else str(run),
+        views=views,
+        command=command,
+        commands=list(dict.fromkeys(row["command"] for row in rows)),
+        embed=page.embed,
+    )
+    path.write_text(text, encoding="utf-8")
+
+
+def curves_of(key: str, rows: Sequence[Row]) -> list[Curve]:
+    """Our curves of one figure: accuracy against `key`.
+
+    Against the context window a curve is a method at one budget and temperature; against a cost all cells of a method
+    at one temperature. Rows of several samples also know what fewer of them would have given (`pass_at_k` and its like
+    of `evaluation.metrics.summarize`): against `num_samples` and all tokens those are points too.
+    """
+    groups: dict[str, list[Point]] = {}
+    several = len({row["temperature"] for row in rows}) > 1
+    for row in rows:
+        temperature = f", temperature {row['temperature']:g}" if several else ""
+        for label, point in _points(key, row, rows):
+            groups.setdefault(label + temperature, []).append(point)
+    return [Curve(label, tuple(points)) for label, points in groups.items()]
+
+
+def _points(key: str, row: Row, rows: Sequence[Row]) -> list[tuple[str, Point]]:
+    """The points that a row is, each with its curve's label."""
+    label, x = row["method"], row.get(key, 0)
+    wrapper = _WRAPPED.fullmatch(row["method"])
+    if wrapper is not None and key in ("num_samples", "total_tokens") and "pass_at_k" in row:
+        return _points_at_k(key, row, rows, wrapper["kind"], wrapper["inner"])
+    if key == "context_window" and row["budget"] is not None:
+        label += f", budget {row['budget']}"
+    point = Point(x, row["accuracy"], row["accuracy_low"], row["accuracy_high"], cell_name(row, rows))
+    return [(label, point)] if x > 0 else []
+
+
+def _points_at_k(key: str, row: Row, rows: Sequence[Row], kind: str, inner: str) -> list[tuple[str, Point]]:
+    """A row of several samples: a point for each power of two below their number, and one for all.
+
+    Only the row with the most samples at the largest window is drawn. Intervals are Wilson's, which is conservative for
+    estimates from all samples.
+    """
+    alike = [
+        other
+        for other in rows
+        if other["temperature"] == row["temperature"]
+        and (match := _WRAPPED.fullmatch(other["method"])) is not None
+        and (match["kind"], match["inner"]) == (kind, inner)
+    ]
+    if row is not max(alike, key=lambda other: (other["context_window"], len(other.get("pass_at_k", ())))):
+        return []
+    values, total = row[f"{kind}_at_k"], row["num_problems"]
+    counts = sorted(
+        {1 << power for power in range(len(values).bit_length()) if 1 << power <= len(values)} | {len(values)}
+    )
+    points = []
+    for k in counts:
+        x = k if key == "num_samples" else row["tokens_at_k"][k - 1]
+        low, high = wilson_interval(round(total * values[k - 1]), total)
+        points.append((f"{kind}@n of {inner}", Point(x, values[k - 1], low, high, f"{kind}@{k} of {inner}")))
+    return [(label, point) for label, point in points if point.x > 0]
+
+
+def _figure(key: str, title: str, x_label: str, rows: Sequence[Row]) -> dict[str, Any] | None:
+    """A figure with its table and the paper's beside it; None where there is nothing to draw."""
+    curves = curves_of(key, rows)
+    if not curves:
+        return None
+    label = x_label.format(lanes=rows[0]["lanes"])
+    theirs = paper.CURVES.get(key)
+    return {
+        "key": key.replace("_", "-"),
+        "title": title,
+        "ours": _drawn(*accuracy_chart("Ours", label, curves), 560),
+        "paper": theirs and _drawn(*accuracy_chart("The paper's", label.partition(",")[0], theirs, 380), 380),
+        "note": paper.NOTES[key],
+        "x_label": label,
+        "points": [
+            {
+                "name": point.name,
+                "x": _FORMATS["number"](point.x),
+                "y": _interval(point.y, point.low, point.high),
+            }
+            for curve in curves
+            for point in sorted(curve.points, key=lambda point: point.x)
+        ],
+    }
+
+
+def _drawn(body: str, height: int, width: int) -> Markup:
+    return page.svg(body, width, height)
+
+
+def _table_row(row: Row) -> dict[str, Any]:
+    return {
+        "method": row["method"],
+        "budget": "" if row["budget"] is None else str(row["budget"]),
+        "temperature": f"{row['temperature']:g}",
+        "window": f"{row['context_window']:,}",
+        "solved": _interval(row["accuracy"], row["accuracy_low"], row["accuracy_high"]),
+        "policy": f"{row['program']} with {row['checkpoint']}",
+        "cells": [_FORMATS[kind](row[key]) for key, _, kind in _COLUMNS if key in row],
+    }
+
+
+def _paired(row: Row, rows: Sequence[Row], first: Sequence[Row], own: Sequence[Row]) -> dict[str, Any]:
+    """A row against the first one, problem by problem."""
+    of = compare(first, own)
+    accuracy = of["accuracy"]
+    cells = [_interval(accuracy.change, accuracy.change_low, accuracy.change_high, "+", " points")]
+    for key in ("total_tokens", "sequential_tokens"):
+        cells.append(_interval(of[key].relative, of[key].relative_low, of[key].relative_high, "+"))
+    return {"name": cell_name(row, rows), "cells": cells}
+
+
+def _interval(value: float, low: float, high: float, sign: str = "", unit: str = " %") -> str:
+    return f"{100 * value:{sign}.1f}{unit} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
+
+
+def _add_rollouts(views: ThreadViews, rows: Sequence[Row], records: Sequence[Sequence[Row]]) -> None:
+    """One cell's rollouts a method: the greediest at the largest window. All methods get the same problems."""
+    best: dict[str, int] = {}
+    for index, row in enumerate(rows):
+        now = best.get(row["method"])
+        if now is None or _rank(row) < _rank(rows[now]):
+            best[row["method"]] = index
+    kept = {method: [r for r in records[index] if r.get("calls")] for method, index in best.items()}
+    for place in range(max(map(len, kept.values()))):
+        for method, own in kept.items():
+            if place < len(own) and views.size < _MAX_VIEW_BYTES:
+                views.add(f"{method}, temperature {rows[best[method]]['temperature']:g}", own[place])
+
+
+def _rank(row: Row) -> tuple[float, float, bool]:
+    return row["temperature"], -row["context_window"], row["budget"] is not None

@@ -1,0 +1,252 @@
+"""A run as one self-contained page (`report.html`), and its picture as one SVG.
+
+Reads what a run folder holds: metrics.jsonl, summary.json, rollouts.jsonl, config.json. Each may be missing: the page
+then says less. Nothing is loaded from anywhere else, and all model text is escaped. The rollouts that GRPO learnt from,
+with their advantages, are in grpo_rollouts/STEP.jsonl.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from apr_jax.evaluation.report import charts, page, viewer
+from apr_jax.evaluation.report.behaviour import behaviour_tables
+from apr_jax.evaluation.report.charts import Series
+from apr_jax.evaluation.report.thread_view import ThreadViews
+
+# Each panel: phase, title, (metric, label) curves; a curve or a panel that a run did not log is left out.
+_PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
+    ("sft", "SFT: loss per token", (("loss", "train"), ("validation_loss", "validation"))),
+    (
+        "sft",
+        "SFT: accuracy of the next token",
+        (("token_accuracy", "train"), ("validation_token_accuracy", "validation")),
+    ),
+    ("grpo", "GRPO: share of rollouts solved", (("accuracy", "sampled rollouts"),)),
+    (
+        "grpo",
+        "GRPO: children per rollout and spawn",
+        (("children_per_rollout", "per rollout"), ("children_per_spawn", "per spawn")),
+    ),
+    (
+        "grpo",
+        "GRPO: tokens per rollout",
+        (("total_tokens", "all threads"), ("sequential_tokens", "one after the other")),
+    ),
+    ("grpo", "GRPO: reward of a rollout", (("reward", "reward"),)),
+    ("grpo", "GRPO: tokens per call", (("tokens_per_call", "tokens"),)),
+    ("grpo", "GRPO: levels of threads below the root", (("spawn_depth", "levels"),)),
+    ("grpo", "GRPO: groups without signal", (("no_signal_groups", "groups"),)),
+    ("grpo", "GRPO: malformed and cut-off rollouts", (("malformed_rate", "malformed"), ("truncated_rate", "cut off"))),
+    ("grpo", "GRPO: distance to the reference (KL)", (("kl", "KL"),)),
+    ("grpo", "GRPO: entropy per token", (("entropy", "entropy"),)),
+    (
+        "grpo",
+        "GRPO: clipped ratios, truncated weights",
+        (("clip_fraction", "clipped"), ("importance_truncated", "truncated")),
+    ),
+    (
+        "grpo",
+        "GRPO: log-probability, trainer against rollout",
+        (("logp_diff_mean", "mean difference"), ("logp_diff_max", "largest")),
+    ),
+)
+_PERCENT = {"accuracy", "no_signal_groups", "malformed_rate", "truncated_rate", "clip_fraction"}
+_PERCENT |= {"token_accuracy", "validation_token_accuracy"}
+
+_ROWS: tuple[tuple[str, str, str], ...] = (
+    ("child_solved_rate", "some child handed back a right path", "share"),
+    ("child_solved_but_wrong_rate", "... and the parent still failed", "share"),
+    ("operations_right_rate", "written operations that are right", "share"),
+    ("malformed_rate", "malformed", "share"),
+    ("truncated_rate", "cut off", "share"),
+    ("child_failure_rate", "children malformed or cut off", "share"),
+    ("children_per_rollout", "children per rollout", "number"),
+    ("children_per_spawn", "children per spawn", "number"),
+    ("spawn_depth", "levels of threads below the root", "number"),
+    ("total_tokens", "tokens, all threads", "number"),
+    ("sequential_tokens", "tokens, one after the other", "number"),
+    ("tokens_per_call", "tokens per call", "number"),
+    ("latency_ms", "latency, ms", "number"),
+    ("tokens_per_second", "tokens per second", "number"),
+)
+_FORMATS = {
+    "share": lambda value: f"{100 * value:.1f} %",
+    "number": lambda value: f"{value:,.{0 if value >= 1000 else 1}f}",
+}
+
+
+def write_report(workdir: str | pathlib.Path, path: str | pathlib.Path | None = None) -> pathlib.Path:
+    """Writes a run's page at `path`, WORKDIR/report.html where none is given, and returns where it is.
+
+    Raises FileNotFoundError where there is no such run folder, or no folder for the page.
+    """
+    workdir = pathlib.Path(workdir)
+    path = workdir / "report.html" if path is None else pathlib.Path(path)
+    if not workdir.is_dir():
+        raise FileNotFoundError(f"no run folder {workdir}")
+    summary, metrics = read_json(workdir / "summary.json"), read_jsonl(workdir / "metrics.jsonl")
+    text = page.render(
+        "report.html",
+        name=workdir.resolve().name,
+        about=_about(read_json(workdir / "config.json")),
+        entries=_entries(summary),
+        rows=_table_rows(summary),
+        failures=_failures(summary),
+        behaviour=behaviour_tables(evaluations(summary), metrics),
+        panels=[page.svg(body, charts.WIDTH, charts.HEIGHT) for body in training_panels(metrics)],
+        views=add_run_views(ThreadViews(), workdir),
+        embed=page.embed,
+    )
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_figure(workdir: str | pathlib.Path, path: str | pathlib.Path) -> None:
+    """Writes the run's picture, one rollout's threads above the main curves, as a standalone SVG at `path`.
+
+    Raises ValueError when the run has neither rollouts nor metrics, or when `path` does not end in .svg.
+    """
+    workdir, path = pathlib.Path(workdir), pathlib.Path(path)
+    width, y, parts = 1000, 10, []
+    rollouts = pick_rollouts(read_jsonl(workdir / "rollouts.jsonl"))
+    if rollouts:
+        body, height = viewer.draw_threads(rollouts[0], width)
+        parts.append(f'<g transform="translate(0,{y})">{body}</g>')
+        y += height + 14
+    panels = training_panels(read_jsonl(workdir / "metrics.jsonl"))
+    wanted = [
+        panel
+        for title in ("loss per token", "share of rollouts solved", "children per")
+        for panel in panels
+        if title in panel
+    ]
+    scale = (width - 20) / 3 / charts.WIDTH
+    for column, body in enumerate(wanted[:3]):
+        place = f"translate({10 + column * charts.WIDTH * scale:.1f},{y}) scale({scale:.4f})"
+        parts.append(f'<g transform="{place}">{body}</g>')
+    y += round(charts.HEIGHT * scale) + 10 if wanted else 0
+    if not parts:
+        raise ValueError(f"{workdir}: neither rollouts.jsonl nor metrics.jsonl holds anything to draw")
+    write_svg(path, "".join(parts), width, y)
+
+
+def write_svg(path: pathlib.Path, body: str, width: int, height: int) -> None:
+    """Writes a drawing that brings its own colours and background. Raises ValueError unless `path` ends in .svg."""
+    if path.suffix != ".svg":
+        raise ValueError(f"{path}: the figure is an SVG, so its name must end in .svg")
+    path.write_text(page.standalone_svg(body, width, height), encoding="utf-8")
+
+
+def add_run_views(views: ThreadViews, workdir: pathlib.Path) -> ThreadViews:
+    """Adds the rollouts of a run folder: those of its evaluations, then those that steps of GRPO learnt from."""
+    for record in pick_rollouts(read_jsonl(workdir / "rollouts.jsonl")):
+        views.add(record.get("label", "rollouts").replace("_", ", "), record)
+    for path in sorted((workdir / "grpo_rollouts").glob("*.jsonl"), key=lambda path: int(path.stem)):
+        for record in read_jsonl(path):
+            views.add(f"GRPO step {path.stem}", record)
+    return views
+
+
+def pick_rollouts(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The records that have a drawing, the most telling first.
+
+    Solved ones with children before others, the last label first (a run's "after" before its "before"), then those with
+    about eight children: enough to show the tree, few enough to read.
+    """
+    drawn = [record for record in records if record.get("calls")]
+    labels = list(dict.fromkeys(record.get("label", "") for record in drawn))
+
+    def rank(record: Mapping[str, Any]) -> tuple[bool, int, int]:
+        children = int(record["num_children"])
+        return not (record["correct"] and children > 1), -labels.index(record.get("label", "")), abs(children - 8)
+
+    return sorted(drawn, key=rank)
+
+
+def training_panels(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The SVG bodies of the panels that the run has data for."""
+    last = {(record["phase"], record["step"]): record for record in metrics}
+    bodies = []
+    for phase, title, curves in _PANELS:
+        series: list[Series] = []
+        for metric, label in curves:
+            points = [(s, r[metric]) for (p, s), r in sorted(last.items()) if p == phase and r.get(metric) is not None]
+            if points and not any(one.label == label for one in series):
+                series.append(Series(label, [step for step, _ in points], [value for _, value in points]))
+        if series:
+            bodies.append(charts.line_chart(title, series, percent=curves[0][0] in _PERCENT))
+    return bodies
+
+
+def _entries(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The table's columns: one for each evaluation in summary.json, in its order."""
+    return [
+        {
+            "name": name.replace("_", ", "),
+            "accuracy": f"{100 * entry['accuracy']:.1f} %",
+            "interval": f"{100 * entry['accuracy_low']:.1f} to {100 * entry['accuracy_high']:.1f}",
+            "problems": f"{entry['num_problems']:,}",
+            "value": round(100 * entry["accuracy"], 2),
+            "low": round(100 * entry["accuracy_low"], 2),
+            "high": round(100 * entry["accuracy_high"], 2),
+        }
+        for name, entry in evaluations(summary).items()
+    ]
+
+
+def _table_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    entries = list(evaluations(summary).values())
+    rows = []
+    for key, label, kind in _ROWS:
+        if any(key in entry for entry in entries):
+            cells = [_FORMATS[kind](entry[key]) if key in entry else "" for entry in entries]
+            rows.append({"label": label, "cells": cells})
+    return rows
+
+
+def _failures(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Why problems failed: a row a reason, most frequent in the last entry first, a cell an evaluation."""
+    entries = list(evaluations(summary).values())
+    counts = [entry.get("failures", {}) for entry in entries]
+    reasons = sorted(
+        {reason for count in counts for reason in count}, key=lambda r: [-c.get(r, 0) for c in counts[::-1]]
+    )
+    shares = [
+        [count.get(reason, 0) / entry["num_problems"] for count, entry in zip(counts, entries, strict=True)]
+        for reason in reasons
+    ]
+    return [
+        {"label": reason.replace("_", " "), "cells": [f"{100 * share:.1f} %" if share else "" for share in row]}
+        for reason, row in zip(reasons, shares, strict=True)
+    ]
+
+
+def evaluations(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {name: entry for name, entry in summary.items() if isinstance(entry, dict) and "accuracy" in entry}
+
+
+def _about(config: Mapping[str, Any]) -> str:
+    """One line on what was trained, or nothing where config.json is missing."""
+    if not config:
+        return ""
+    model, task, data = config["model"], config["task"], config["data"]
+    return (
+        f"{task['num_numbers']} numbers in {task['min_number']}..{task['max_number']}, targets in "
+        f"{task['min_target']}..{task['max_target']} · {data['method']} · {model['num_layers']} layers of width "
+        f"{model['embed_dim']}, {model['max_seq_len']} tokens of context · seed {config['seed']}"
+    )
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A file's object; an empty one where it is missing."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
+    """A file's objects; none where it is missing. A torn last line, of a run that was killed, is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]

@@ -1,0 +1,56 @@
+"""What the traces of a rollout are worth beside its answer: operations, and what children handed back."""
+
+import re
+
+from apr_jax.tasks.countdown import hogwild_traces, rules, thought_traces, trace
+from apr_jax.tasks.countdown.rules import Problem
+
+_WRITTEN = re.compile(r"^Exploring Operation: (.*)\n", re.M)
+_OPERATION = re.compile(r"([0-9]{1,18})[-+*/]([0-9]{1,18})=[0-9]{1,18}")
+_FIRST_OPERATIONS = re.compile(r"Current State: [0-9]+:\[[^\]\n]*\], Operations: \[([^\]\n]*)\]\n")
+
+
+def count_operations(text: str) -> tuple[int, int]:
+    """How many operations `text` explores (whole lines only), and how many of them are arithmetically right."""
+    written = [line.partition(", Resulting Numbers: ")[0] for line in _WRITTEN.findall(text)]
+    return len(written), sum(map(_is_right, written))
+
+
+def path_solves(path: str, problem: Problem) -> bool:
+    """Whether a child's winning path, with the operations that led to the child, solves the whole problem."""
+    state = _FIRST_OPERATIONS.search(path)
+    before = re.findall(r"'([^']*)'", state[1]) if state else []
+    lines = [f"Exploring Operation: {operation}, Resulting Numbers: []\n" for operation in before]
+    return rules.verify("".join(lines) + path, problem).correct
+
+
+def child_result(method: str, context: str, completion: str, problem: Problem) -> str:
+    """How a child of `method` ended by itself: solved, wrong_path, no_solution, left, or why it is malformed.
+
+    Of Tree of Thoughts a child's is its verdict on a state, or "proposed"; one of `direct` is a sample, all of whose
+    text is its path.
+    """
+    innermost = method.rpartition(":")[2]
+    if innermost == "tree_of_thoughts":
+        return thought_traces.read_verdict(completion) or "proposed"
+    text = context + completion
+    if innermost == "direct":
+        path = trace.read_path(text)
+        if path is None:
+            return "unfinished"
+        return "solved" if rules.verify(path, problem).correct else "wrong_path"
+    if rules.verify(trace.read_answer(text), problem).correct:
+        return "solved"  # a worker on a shared cache replays from the problem's own root
+    if text.endswith("\n" + hogwild_traces.LEAVE) and not rules.claims_goal(text):
+        return "left"
+    result = trace.read_child_result(text, trace.thread_node(text) or "")
+    if isinstance(result, trace.Malformed):
+        return result.reason
+    if result.path is None:
+        return "no_solution"
+    return "solved" if path_solves(result.path, problem) else "wrong_path"
+
+
+def _is_right(operation: str) -> bool:
+    match = _OPERATION.fullmatch(operation)
+    return match is not None and operation in [text for _, text in rules.operations(int(match[1]), int(match[2]))]

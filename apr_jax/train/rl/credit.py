@@ -1,0 +1,46 @@
+"""Which calls of a rollout its advantage goes to (`grpo.credit`)."""
+
+import numpy as np
+
+from apr_jax.data.tokenizer import Tokenizer
+from apr_jax.engine.threads import Call, Rollout, StopReason
+from apr_jax.tasks.countdown import trace
+
+
+def every_call(rollout: Rollout, tokenizer: Tokenizer) -> np.ndarray:
+    """`credit="rollout"`, the paper's: every call has the whole advantage. float64, one a call."""
+    del tokenizer
+    return np.ones(len(rollout.calls))
+
+
+def used_threads(rollout: Rollout, tokenizer: Tokenizer) -> np.ndarray:
+    """`credit="used"`, ours: 1 for the calls of the root and of every *used* thread, 0 for the rest.
+
+    A thread below the root is used if it handed back a winning path and the rollout's answer contains that path, word
+    for word. So in a rollout that solved its problem, credit goes to the root and to the chain of threads that found
+    the solution; in one that gave an answer from a child's wrong path, that child is blamed with the root; a child
+    whose right path the parent miscopied is not blamed; and a child that found nothing, or what nobody took up, has no
+    part in the policy loss, whether the rollout was right or wrong. The weights (N, n_r, token counts) still count
+    every call, and so does the KL term.
+    """
+    answer: str | None = rollout.result.answer
+    last = {call.path: call for call in rollout.calls}
+    used = {path for path, call in last.items() if not path or _is_used(call, answer, tokenizer)}
+    return np.asarray([float(call.path in used) for call in rollout.calls])
+
+
+CREDITS = {"rollout": every_call, "used": used_threads}
+
+
+def _is_used(last: Call, answer: str | None, tokenizer: Tokenizer) -> bool:
+    path = None if answer is None else _winning_path(last, tokenizer)
+    return answer is not None and path is not None and path in answer
+
+
+def _winning_path(last: Call, tokenizer: Tokenizer) -> str | None:
+    """Of a thread whose last call is `last`."""
+    if last.stop.reason is not StopReason.TOKEN or last.stop.token != tokenizer.eos_id:
+        return None
+    text = tokenizer.decode([*last.context.tolist()[1:], *last.tokens.tolist()[:-1]])
+    result = trace.read_child_result(text, trace.thread_node(text) or "")
+    return None if isinstance(result, trace.Malformed) else result.path
