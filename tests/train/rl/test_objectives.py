@@ -17,7 +17,7 @@ from apr_jax.train.rl.objectives import make_objective
 from tests.train.small import small_config
 
 GRPO = small_config().grpo
-ORACLE = json.loads((pathlib.Path(__file__).parents[1] / "oracles" / "trl_objectives.json").read_text())
+ORACLE = json.loads((pathlib.Path(__file__).parents[2] / "oracles" / "trl_objectives.json").read_text())
 OURS = {"bnpo": "dapo"}  # the mean over a batch's tokens: TRL tells them apart only under gradient accumulation
 NAMES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
 
