@@ -22,10 +22,11 @@ from apr_jax.config import Config, ConfigError, from_config_dict
 
 FAILED, BAD_ARGUMENTS, STOPPED = 1, 2, 75  # exit codes
 
+_CHECKOUT = pathlib.Path(__file__).parents[1]
 _LAST_WORDS_SECONDS = 1.0
 
-# Everything that absl and ml_collections raise for a flag, a config file or a field that is wrong.
-_PARSE_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)
+# All that absl, ml_collections and a config file raise for a wrong flag, file or field.
+_PARSE_ERRORS = (flags.Error, AttributeError, ImportError, KeyError, SyntaxError, TypeError, ValueError, OSError)
 
 
 class FailedError(Exception):
@@ -61,11 +62,13 @@ class ConfigFlag:
 
 
 def define_config(default: str) -> ConfigFlag:
-    """Defines --config. `default` is a file of configs/, with a variant if wanted: "grpo.py:smoke".
+    """Define --config. `default` is a file of configs/, with a variant if wanted: "grpo.py:smoke".
 
-    Overrides are read here already, so that a wrong one ends the process here, with code 2.
+    A config file may import the others (`from configs import grpo`). Overrides are read here already, so a wrong one
+    ends the process with code 2 before anything else happens.
     """
-    path = str(pathlib.Path(__file__).parents[1] / "configs" / default)
+    sys.path.insert(0, str(_CHECKOUT))
+    path = str(_CHECKOUT / "configs" / default)
     try:
         return ConfigFlag(config_flags.DEFINE_config_file("config", path, "Settings: FILE or FILE:VARIANT."))
     except _PARSE_ERRORS as error:
@@ -136,7 +139,7 @@ def _cache_compilations() -> None:
 
     JAX's own variables, where they are set, stand.
     """
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CHECKOUT / ".jax_cache"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 

@@ -3,14 +3,13 @@
 python launch/benchmark_train.py --config=configs/benchmark_train.py          # :laptop
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from configs import grpo
 
 
 def get_config(variant: str = "laptop") -> ConfigDict:
-    config: ConfigDict = runpy.run_path(str(pathlib.Path(__file__).with_name("grpo.py")))["get_config"](variant)
+    config = grpo.get_config(variant)
     config.name = f"benchmark_train_{variant}"
     config.grpo.update(prompts_per_step=8, group_size=8, inner_updates=1, kl_coef=0.0)
     return config

@@ -6,7 +6,7 @@
     python launch/train.py --config=configs/grpo.py:7b         # Llama-2 7B on eight H100s (docs/scale.md)
     python launch/train.py --config=configs/grpo.py --config.grpo.num_steps=40 --config.seed=1
 
-`apr_jax/config.py` says what each field means. Sources of the numbers: docs/recipe.md.
+apr_jax/config.py documents every field, docs/recipe.md the source of every number.
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +20,7 @@ def get_config(variant: str = "laptop") -> ConfigDict:
 
 
 def laptop() -> ConfigDict:
-    """Three numbers below 20 and a 1.4M-parameter Llama: trained from nothing on two cores."""
+    """A 1.4M-parameter Llama and three numbers up to 20: trained from nothing on two cores."""
     config = ConfigDict()
     config.name = "laptop"
     config.seed = 0
@@ -116,7 +116,7 @@ def laptop() -> ConfigDict:
     )
     config.tree_of_thoughts = dict(search="breadth_first", breadth=5, value_samples=1, threshold=0.5)
     config.grpo = dict(
-        objective="grpo",  # or dr_grpo, dapo, gspo, cispo: docs/objectives.md says what goes with each
+        objective="grpo",  # or dr_grpo, dapo, gspo, cispo: docs/objectives.md has the settings of each
         num_steps=12,
         prompts_per_step=32,
         group_size=8,
@@ -160,7 +160,7 @@ def laptop() -> ConfigDict:
 
 
 def smoke() -> ConfigDict:
-    """Everything once, in under a minute. Learns nothing."""
+    """Every stage once, in under a minute. The policy learns nothing."""
     config = laptop()
     config.name = "smoke"
     config.model.update(num_layers=2, embed_dim=64, mlp_dim=128, num_heads=2, num_kv_heads=1, head_dim=32)
@@ -247,7 +247,7 @@ def paper() -> ConfigDict:
 def llama_7b() -> ConfigDict:
     """Llama-2 7B (Touvron et al. 2023, table 1; intermediate size of its released weights) on one machine of 8 H100s.
 
-    Schedules are the paper's. How it is split, and what a device then holds, is docs/scale.md's.
+    Schedules are the paper's. docs/scale.md gives the split and what each device then holds.
     """
     config = paper()
     config.name = "7b"

@@ -1,14 +1,13 @@
-"""The laptop setting, one variant a way of reasoning: its own demonstrations, its own SFT.
+"""One variant of the laptop setting for each way of reasoning, with its own demonstrations and its own SFT.
 
     python launch/train.py --config=configs/methods.py:serial      # or: make train METHOD=serial
 
 `adaptive` is configs/grpo.py:laptop itself.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from configs import grpo
 
 
 def get_config(variant: str = "adaptive") -> ConfigDict:
@@ -39,15 +38,17 @@ def serial() -> ConfigDict:
 
 
 def direct() -> ConfigDict:
-    """No search: the winning path straight."""
+    """No search: the winning path alone."""
     config = _laptop("direct")
     config.data.method = "direct"
     return config
 
 
 def tree_of_thoughts() -> ConfigDict:
-    """Tree of Thoughts: proposers and evaluators, driven by a search. SFT alone: a reward for the root's answer says
-    nothing of a single proposal or verdict."""
+    """Tree of Thoughts: proposers and evaluators, driven by a search.
+
+    SFT alone: a reward for the root's answer says nothing about a single proposal or verdict.
+    """
     config = _laptop("tree_of_thoughts")
     config.data.method = "tree_of_thoughts"
     config.sft.num_steps = 1_000
@@ -56,7 +57,7 @@ def tree_of_thoughts() -> ConfigDict:
 
 
 def pasta() -> ConfigDict:
-    """PASTA: the parent searches beside its children and reads all that they wrote, so its context is twice as long."""
+    """PASTA: the parent searches beside its children and reads all they wrote, so its context is twice as long."""
     config = _laptop("pasta")
     config.data.method = "pasta"
     config.model.max_seq_len = config.sft.row_len = config.grpo.row_len = 1_024
@@ -67,10 +68,10 @@ def pasta() -> ConfigDict:
 
 
 def nested() -> ConfigDict:
-    """Adaptive Parallel Reasoning whose children spawn, too. That takes four numbers; these are small.
+    """Adaptive Parallel Reasoning whose children spawn too.
 
-    Goals are rare two levels down, and what is rare is learnt late: hence the heuristic, near targets, and twice the
-    steps (docs/reasoning.md).
+    Two levels of spawns take four numbers; these are small. Goals two levels down are rare and therefore learnt late:
+    hence the heuristic, near targets and twice as many steps (docs/reasoning.md).
     """
     config = _laptop("nested")
     config.task.update(num_numbers=4, max_number=10, max_target=24, heuristic="mult", spawn_depth=2)
@@ -82,16 +83,16 @@ def nested() -> ConfigDict:
 
 
 def hogwild() -> ConfigDict:
-    """Two workers on one shared cache. SFT alone: GRPO takes each call as its own sequence."""
+    """Hogwild!: two workers on one shared cache. SFT alone: GRPO takes each call as a sequence of its own."""
     config = _laptop("hogwild")
     config.data.method = "hogwild"
-    config.model.max_seq_len = config.sft.row_len = config.grpo.row_len = 800  # both workers' text, in one view
+    config.model.max_seq_len = config.sft.row_len = config.grpo.row_len = 800  # the text of both workers
     config.sft.update(rows_per_step=6, num_steps=1_000, validation_rows=12)
     config.grpo.num_steps = 0
     return config
 
 
 def _laptop(name: str) -> ConfigDict:
-    config: ConfigDict = runpy.run_path(str(pathlib.Path(__file__).with_name("grpo.py")))["get_config"]("laptop")
+    config = grpo.laptop()
     config.name = name
     return config

@@ -1,8 +1,8 @@
 """The config door: strict, with hints, and with both numbers where two settings disagree."""
 
 import dataclasses
+import importlib
 import pathlib
-import runpy
 import subprocess
 import sys
 import time
@@ -29,7 +29,7 @@ REWARD = {"sequential_token_price": 0.0, "token_price": 0.0, "thread_price": 0.0
 
 
 def load(name: str = "grpo", variant: str = "laptop") -> ConfigDict:
-    return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](variant)
+    return importlib.import_module(f"configs.{name}").get_config(variant)
 
 
 def changed(**fields: object) -> ConfigDict:

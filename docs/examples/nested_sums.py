@@ -18,7 +18,7 @@ import dataclasses
 import pathlib
 import random
 import re
-import runpy
+import sys
 import zlib
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -246,8 +246,9 @@ NESTED_SUMS = Task(
 
 def get_config() -> ConfigDict:
     """The laptop's, smaller."""
-    root = pathlib.Path(__file__).parents[2]
-    config: ConfigDict = runpy.run_path(str(root / "configs" / "grpo.py"))["get_config"]("laptop")
+    from configs import grpo
+
+    config = grpo.laptop()
     config.name = "nested_sums"
     config.model.update(num_layers=2, embed_dim=128, mlp_dim=256, num_heads=2, num_kv_heads=2, max_seq_len=64)
     config.data.update(num_train=4_000, num_validation=200, num_test=500, num_test_unseen_targets=200)
@@ -268,4 +269,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # where configs/ lies
     main()

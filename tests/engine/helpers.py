@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
-from apr_jax.config import ModelConfig, RolloutConfig
+from apr_jax.config import ModelConfig
 from apr_jax.engine.constraints import Gate
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.sampling import log_probs
@@ -30,26 +30,13 @@ from apr_jax.engine.threads import (
     Truncate,
 )
 from apr_jax.model.llama import graphdef, init_params
+from tests.configs import LAPTOP, TINY_MODEL
 
 TOLERANCE = 1e-4
 BANNED = (60, 61, 62, 63)
-MODEL = ModelConfig(
-    vocab_size=64,
-    num_layers=2,
-    embed_dim=32,
-    mlp_dim=48,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_seq_len=96,
-    rope_theta=1e4,
-    rms_norm_eps=1e-6,
-    tie_embeddings=False,
-    compute_dtype="float32",
-    attention="xla",
-    remat="none",
-)
-ROLLOUT = RolloutConfig(
+MODEL = TINY_MODEL
+ROLLOUT = dataclasses.replace(
+    LAPTOP.rollout,
     num_lanes=8,
     page_size=8,
     num_pages=8 * 12 + 1,
@@ -57,16 +44,12 @@ ROLLOUT = RolloutConfig(
     prefill_lanes=4,
     decode_attention="packed",
     max_steps=32,
-    context_window=0,
     max_children=8,
     max_spawns=8,
     max_depth=4,
     max_total_children=10_000,
     max_total_tokens=1_000_000,
     temperature=1.0,
-    cancel_on_success=False,
-    prefix_reuse=True,
-    constrain_spawns=False,
 )
 
 

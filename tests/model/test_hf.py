@@ -14,9 +14,9 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from apr_jax.config import ModelConfig
 from apr_jax.model import llama
 from apr_jax.model.hf import HuggingFaceError, load_hf, save_hf
+from tests.configs import TINY_MODEL
 
 ORACLES = pathlib.Path(__file__).parents[1] / "oracles"
 BOTH = pytest.mark.parametrize("name", ["llama_tiny", "llama_tiny_gqa"])
@@ -166,21 +166,18 @@ def test_the_tokenizer_comes_along(tmp_path: pathlib.Path) -> None:
 def test_transformers_loads_what_we_wrote(tied: bool, tmp_path: pathlib.Path) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    config = ModelConfig(
+    config = dataclasses.replace(
+        TINY_MODEL,
         vocab_size=77,
         num_layers=3,
         embed_dim=48,
         mlp_dim=56,
         num_heads=6,
-        num_kv_heads=2,
         head_dim=10,
         max_seq_len=64,
         rope_theta=50000.0,
         rms_norm_eps=1e-5,
         tie_embeddings=tied,
-        compute_dtype="float32",
-        attention="xla",
-        remat="none",
     )
     params = jax.tree.map(lambda leaf: leaf * 3, llama.init_params(config, 0))
     save_hf(tmp_path, config, params, FakeTokenizer())

@@ -13,25 +13,13 @@ from flax import nnx
 from apr_jax.config import ModelConfig
 from apr_jax.model import llama
 from apr_jax.model.hf import load_hf
+from tests.configs import TINY_MODEL
 from tests.model.naive import naive_decode
 
 ORACLES = pathlib.Path(__file__).parents[1] / "oracles"
 BOTH = pytest.mark.parametrize("name", ["llama_tiny", "llama_tiny_gqa"])
-TINY = ModelConfig(
-    vocab_size=61,
-    num_layers=2,
-    embed_dim=24,
-    mlp_dim=40,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
-    max_seq_len=64,
-    rope_theta=10000.0,
-    rms_norm_eps=1e-6,
-    tie_embeddings=True,
-    compute_dtype="float32",
-    attention="xla",
-    remat="none",
+TINY = dataclasses.replace(
+    TINY_MODEL, vocab_size=61, embed_dim=24, mlp_dim=40, head_dim=6, max_seq_len=64, tie_embeddings=True
 )
 PAPER = dataclasses.replace(
     TINY,

@@ -23,22 +23,10 @@ from apr_jax.parallel.mesh import (
     split_over_data,
     split_rows,
 )
+from tests.configs import TINY_MODEL
 
-MODEL = ModelConfig(
-    vocab_size=32,
-    num_layers=2,
-    embed_dim=16,
-    mlp_dim=24,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    max_seq_len=64,
-    rope_theta=10000.0,
-    rms_norm_eps=1e-6,
-    tie_embeddings=True,
-    compute_dtype="float32",
-    attention="xla",
-    remat="none",
+MODEL = dataclasses.replace(
+    TINY_MODEL, vocab_size=32, embed_dim=16, mlp_dim=24, head_dim=4, max_seq_len=64, tie_embeddings=True
 )
 
 

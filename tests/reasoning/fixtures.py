@@ -4,7 +4,7 @@ import dataclasses
 import random
 from collections.abc import Iterable, Sequence
 
-from apr_jax.config import TaskConfig, from_config_dict
+from apr_jax.config import TaskConfig
 from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
 from apr_jax.engine.threads import Path
 from apr_jax.reasoning.outcome import Settings
@@ -12,13 +12,12 @@ from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.demonstrations import demonstrate
 from apr_jax.tasks.countdown.pasta_traces import SYNC
 from apr_jax.tasks.countdown.rules import sample_problem
-from configs.grpo import get_config
+from tests.configs import LAPTOP, PAPER
 
 TOKENIZER = load_tokenizer("builtin")
-LAPTOP = from_config_dict(get_config())
 SMALL = LAPTOP.task  # three numbers, fixed order
 MODEL = LAPTOP.model
-REFERENCE = from_config_dict(get_config("paper")).task  # four numbers, shuffled, spawns by chance
+REFERENCE = PAPER.task  # four numbers, shuffled, spawns by chance
 
 
 def settings(**changes: object) -> Settings:

@@ -1,0 +1,22 @@
+"""Whole configurations, from which tests change single fields."""
+
+import dataclasses
+
+from apr_jax.config import from_config_dict
+from configs.grpo import get_config
+
+LAPTOP = from_config_dict(get_config())
+PAPER = from_config_dict(get_config("paper"))
+TINY_MODEL = dataclasses.replace(
+    LAPTOP.model,
+    vocab_size=64,
+    num_layers=2,
+    embed_dim=32,
+    mlp_dim=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_seq_len=96,
+    tie_embeddings=False,
+    attention="xla",
+)
