@@ -5,13 +5,15 @@
 A bug is none of these: it keeps its traceback (and exits with 1).
 """
 
+import contextlib
+import json
 import logging
 import os
 import pathlib
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import absl.logging
@@ -21,6 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from apr_jax.config import Config, ConfigError, from_config_dict
 
 FAILED, BAD_ARGUMENTS, STOPPED = 1, 2, 75  # exit codes
+_STANDARD_OUTPUT = "-"  # as the name of a file to write
 
 _CHECKOUT = pathlib.Path(__file__).parents[1]
 _LAST_WORDS_SECONDS = 1.0
@@ -75,6 +78,51 @@ def define_config(default: str) -> ConfigFlag:
         _exit(ConfigError(_message(error)), BAD_ARGUMENTS)
 
 
+def define_output(name: str, help: str, endings: Sequence[str] = ()) -> flags.FlagHolder[str | None]:
+    """Define a flag that names a file to write.
+
+    A path that cannot be written, or with another ending than these, is refused with the command line, before any work.
+    """
+
+    def check(value: str | None) -> bool:
+        if value is not None and (endings or value != _STANDARD_OUTPUT):
+            _check_output(pathlib.Path(value), endings)
+        return True
+
+    holder = flags.DEFINE_string(name, None, help)
+    flags.register_validator(name, check)  # type: ignore[no-untyped-call]
+    return holder
+
+
+def _check_output(path: pathlib.Path, endings: Sequence[str]) -> None:
+    if endings and path.suffix not in endings:
+        raise flags.ValidationError(f"the name must end in {' or '.join(endings)}")
+    if path.is_dir():
+        raise flags.ValidationError("this is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise flags.ValidationError(f"there is no folder {path.parent}; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise flags.ValidationError("this file may not be written; check its permissions")
+
+
+class JsonFlag:
+    """The flag --json=FILE, for one JSON object that other programs read.
+
+    With --json=- the object goes to standard output, and what `main` prints for people to standard error.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._holder = define_output("json", f"Write {what} here as one JSON object; - is standard output.")
+
+    def write(self, value: Mapping[str, Any]) -> None:
+        """Write the object where the command line says, if it says."""
+        text = json.dumps(value, indent=1) + "\n"
+        if self._holder.value == _STANDARD_OUTPUT:
+            print(text, end="", file=sys.__stdout__, flush=True)
+        elif self._holder.value:
+            pathlib.Path(self._holder.value).write_text(text, encoding="utf-8")
+
+
 def positive_numbers(flag: str, values: Sequence[str]) -> tuple[int, ...]:
     """A list flag's values as numbers; none for an empty one. Raises ConfigError for what is no positive number."""
     given = [value for value in values if value]
@@ -107,7 +155,8 @@ def run_with_words(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         if not flags.FLAGS["verbosity"].present:
             absl.logging.set_verbosity(absl.logging.ERROR)  # libraries log each file that they touch
             logging.getLogger("apr_jax").setLevel(logging.WARNING)
-        return main(argv[1:])
+        with _standard_output_for_programs():
+            return main(argv[1:])
 
     try:
         app.run(quietly, flags_parser=_parse)
@@ -121,6 +170,12 @@ def run_with_words(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         traceback.print_exc()
         _leave(FAILED)
     sys.exit(0)
+
+
+def _standard_output_for_programs() -> contextlib.AbstractContextManager[Any]:
+    """Send what is printed to standard error if the command line wants the JSON object alone on standard output."""
+    wanted = "json" in flags.FLAGS and flags.FLAGS["json"].value == _STANDARD_OUTPUT
+    return contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext()
 
 
 def _prefer_huge_pages() -> None:

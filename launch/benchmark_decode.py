@@ -9,9 +9,7 @@ Exit codes: 0 done, 1 failed, 2 bad arguments or config.
 """
 
 import functools
-import json
 import os
-import pathlib
 import sys
 import tempfile
 from typing import Any
@@ -29,8 +27,8 @@ _PROBLEMS = flags.DEFINE_integer("problems", None, "Problems of the APR workload
 _PEERS = flags.DEFINE_list("peers", [], "Other systems to measure: hf, tunix, vllm, llama_cpp.")
 _PEER_LANES = flags.DEFINE_list("peer_lanes", ["1", "16", "64"], "Lane counts to measure peers at (of --lanes).")
 _PEER_SECONDS = flags.DEFINE_float("peer_seconds", 900.0, "Time limit of one peer.", lower_bound=1.0)
-_JSON = flags.DEFINE_string("json", None, "Write the figures here as one JSON object.")
-_PLOT = flags.DEFINE_string("plot", None, "Draw tokens/s by lane count here (.svg, .png).")
+_JSON = entry.JsonFlag("the figures")
+_PLOT = entry.define_output("plot", "Draw tokens/s by lane count here.", (".svg", ".png"))
 
 
 def main() -> None:
@@ -50,8 +48,7 @@ def main() -> None:
         from apr_jax.bench.decode_report import write_plot
 
         write_plot(_PLOT.value, figures)
-    if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    _JSON.write(figures)
 
 
 def _measure(config: Config, lanes: tuple[int, ...], peer_lanes: tuple[int, ...]) -> dict[str, Any]:

@@ -7,8 +7,6 @@ Weights are random: speed depends on shapes only. `make peers PEERS="hf trl"` ma
 Exit codes: 0 done, 1 failed, 2 bad arguments or config.
 """
 
-import json
-import pathlib
 import sys
 
 from absl import flags
@@ -21,8 +19,8 @@ _PEERS = flags.DEFINE_list("peers", [], "Other systems to measure: hf (SFT), trl
 _TURNS = flags.DEFINE_integer("turns", 5, "Passes of each contestant that count.", lower_bound=1)
 _PHASES = flags.DEFINE_list("phases", ["sft", "grpo"], "What to measure.")
 _PEER_SECONDS = flags.DEFINE_float("peer_seconds", 900.0, "Time limit of one peer.", lower_bound=1.0)
-_JSON = flags.DEFINE_string("json", None, "Write the figures here as one JSON object.")
-_PLOT = flags.DEFINE_string("plot", None, "Draw tokens/s here (.svg, .png).")
+_JSON = entry.JsonFlag("the figures")
+_PLOT = entry.define_output("plot", "Draw tokens/s here.", (".svg", ".png"))
 
 
 def main() -> None:
@@ -44,8 +42,7 @@ def main() -> None:
     print(training_report.table(figures))
     if _PLOT.value:
         training_report.write_plot(_PLOT.value, figures)
-    if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    _JSON.write(figures)
 
 
 def _say(what: str) -> None:

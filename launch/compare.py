@@ -17,7 +17,6 @@ place of every policy's configuration. Exit codes: 0 done, 1 failed, 2 bad argum
 """
 
 import dataclasses
-import json
 import pathlib
 import shlex
 import sys
@@ -50,8 +49,8 @@ _SPLIT = flags.DEFINE_enum("split", None, _HELD_OUT, "Which problems, held out b
 _NUM_PROBLEMS = flags.DEFINE_integer("num_problems", None, "How many [evaluation.num_problems].", lower_bound=2)
 _PROBLEMS = flags.DEFINE_string("problems", None, 'JSONL file, {"numbers": [3, 7, 12], "target": 40} a line.')
 _KEEP = flags.DEFINE_integer("keep_rollouts", 16, "Problems whose threads are kept for the viewer.", lower_bound=0)
-_JSON = flags.DEFINE_string("json", None, "Write rows and differences here as one JSON object.")
-_FIGURE = flags.DEFINE_string("figure", None, "Write the policies' training curves here, as an SVG.")
+_JSON = entry.JsonFlag("rows and differences")
+_FIGURE = entry.define_output("figure", "Draw the policies' training curves here.", (".svg",))
 
 
 def main() -> int:
@@ -60,10 +59,6 @@ def main() -> int:
     own = read_problems(_PROBLEMS.value, _NUM_PROBLEMS.value) if _PROBLEMS.value else None
     if own is not None and len(own) < 2:
         raise ConfigError(f"--problems={_PROBLEMS.value}: a comparison takes 2 problems or more")
-    if _FIGURE.value and not _FIGURE.value.endswith(".svg"):
-        raise ConfigError(f"--figure={_FIGURE.value}: the figure is an SVG, so its name must end in .svg")
-    if _FIGURE.value and not pathlib.Path(_FIGURE.value).parent.is_dir():
-        raise ConfigError(f"--figure={_FIGURE.value}: no such folder; make it first")
     entry.positive_numbers("context_windows", _WINDOWS.value)
     _temperatures(0.0)
     folders = {name: pathlib.Path(folder) for name, folder in read_policies(_POLICIES.value).items()}
@@ -174,14 +169,12 @@ def _show(workdir: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     for row in others:
         differences[cell_name(row, rows)] = of_row = compare(against, read_records(workdir, row))
         print(show_differences(cell_name(row, rows), cell_name(first, rows), of_row))
-    if _JSON.value:
-        plain = {name: {k: dataclasses.asdict(d) for k, d in of.items()} for name, of in differences.items()}
-        document = {
-            "against": cell_name(first, rows),
-            "summaries": {cell_name(row, rows): row for row in rows},
-            "differences": plain,
-        }
-        pathlib.Path(_JSON.value).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    document = {
+        "against": cell_name(first, rows),
+        "summaries": {cell_name(row, rows): row for row in rows},
+        "differences": {name: {k: dataclasses.asdict(d) for k, d in of.items()} for name, of in differences.items()},
+    }
+    _JSON.write(document)
 
 
 if __name__ == "__main__":

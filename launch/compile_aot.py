@@ -9,7 +9,6 @@ Figures are of one device (docs/scale.md). Exit codes: 0 all fits, 1 something d
 a compiler that is not installed.
 """
 
-import json
 import pathlib
 import sys
 
@@ -23,7 +22,7 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "What to compile for: tpu:v5e:
 _MESH = flags.DEFINE_string("mesh", None, "DATA,FSDP,TENSOR [the best that fits].")
 _CANDIDATES = flags.DEFINE_integer("candidates", 3, "Meshes that are compiled to find the best.", lower_bound=1)
 _QUICK = flags.DEFINE_bool("quick", False, "Compile with one and with two layers, and extrapolate to all.")
-_JSON = flags.DEFINE_string("json", None, "Write all figures here as one JSON object.")
+_JSON = entry.JsonFlag("all figures")
 _HLO = flags.DEFINE_string("hlo", None, "Write the optimised programs into this folder.")
 
 
@@ -57,8 +56,7 @@ def main() -> None:
     )
     figures = survey.run(mesh)
     print(tables(figures))
-    if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    _JSON.write(figures)
     too_large = [name for name, row in figures["programs"].items() if not row["fits"]] + figures["refused"]
     if too_large:
         raise entry.FailedError(f"does not fit {topology.name}: {', '.join(too_large)}")

@@ -11,7 +11,6 @@ another in its place. A Hugging Face folder brings its model and, where it has o
 Exit codes: 0 done, 1 failed, 2 bad arguments or config.
 """
 
-import json
 import pathlib
 import sys
 
@@ -43,8 +42,8 @@ _METHOD = flags.DEFINE_string("method", None, "Way of reasoning, such as serial 
 _MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", None, "Cut threads off at so many tokens, untold [model.max_seq_len].", lower_bound=1
 )
-_JSON = flags.DEFINE_string("json", None, "Write the figures here as one JSON object.")
-_ROLLOUTS = flags.DEFINE_string("rollouts", None, "Write the first problems' threads here, one JSON object a rollout.")
+_JSON = entry.JsonFlag("the figures")
+_ROLLOUTS = entry.define_output("rollouts", "Write the first problems' threads here, one JSON object a rollout.")
 
 
 def main() -> None:
@@ -103,8 +102,7 @@ def _evaluate(checkpoint: pathlib.Path, own_problems: list[Problem] | None) -> N
     print(f"{checkpoint} on {source}, {method}, temperature {temperature:g}\n{show_summary(summary)}")
     about = {"checkpoint": str(checkpoint), "problems": source, "method": method, "temperature": temperature}
     about |= {"budget": settings.budget, "max_tokens": settings.max_tokens}
-    if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps(summary | about, indent=1) + "\n", encoding="utf-8")
+    _JSON.write(summary | about)
     if _ROLLOUTS.value:
         save_rollouts(_ROLLOUTS.value, {checkpoint.name: records})
 

@@ -12,7 +12,6 @@ Exit codes: 0 done, 1 failed, 2 bad arguments or config.
 import contextlib
 import dataclasses
 import json
-import pathlib
 
 from absl import flags
 
@@ -25,9 +24,9 @@ from apr_jax.tasks.countdown.trace import Demonstration, demonstrated_tokens
 
 _CONFIG = entry.define_config("sft.py")
 _NUM_PROBLEMS = flags.DEFINE_integer("num_problems", 2_000, "Problems to sample and search.", lower_bound=1)
-_OUTPUT = flags.DEFINE_string("output", None, "Write both searches here, one JSON object a problem.")
+_OUTPUT = entry.define_output("output", "Write both searches here, one JSON object a problem.")
 _TOKENS = flags.DEFINE_bool("tokens", False, "Also count what the parallel searches write, by the config's tokenizer.")
-_JSON = flags.DEFINE_string("json", None, "Write the figures here as one JSON object.")
+_JSON = entry.JsonFlag("the figures")
 
 
 def main() -> None:
@@ -64,8 +63,7 @@ def _measure(config: Config) -> None:
         sequential, total = (sum(column) / len(lengths) for column in zip(*lengths, strict=True))
         print(f"parallel: {sequential:.1f} tokens one after the other, {total:.1f} in all threads")
         written |= {"sequential_tokens": sequential, "total_tokens": total}
-    if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    _JSON.write(written)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ Exit codes: 0 all agree, 1 something does not, 2 no GPU here, bad arguments or c
 """
 
 import dataclasses
-import json
-import pathlib
 from typing import Any
 
 from absl import flags
@@ -24,7 +22,7 @@ STEPS = 64  # tokens that each checked thread writes, and again after it was cut
 
 _CONFIG = entry.define_config("grpo.py:paper")
 _LANES = flags.DEFINE_list("lanes", ["1", "16", "64", "128"], "Lane counts to measure; empty: only check.")
-_JSON = flags.DEFINE_string("json", None, "Write all figures here as one JSON object.")
+_JSON = entry.JsonFlag("all figures")
 
 
 def main() -> int:
@@ -39,9 +37,7 @@ def main() -> int:
     checks = check(config)
     jax.config.update("jax_default_matmul_precision", None)  # type: ignore[no-untyped-call]
     speed = measure(config, lanes)
-    if _JSON.value:
-        figures = {"device": kind, "checks": checks, "speed": speed}
-        pathlib.Path(_JSON.value).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    _JSON.write({"device": kind, "checks": checks, "speed": speed})
     failed = [name for name, row in checks.items() if not row["agrees"]]
     if failed:
         raise entry.FailedError(f"the GPU does not decode what the CPU does: {', '.join(failed)}")

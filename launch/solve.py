@@ -10,12 +10,11 @@ standard output. A policy brings its configuration; --config=FILE and --config.a
 Exit codes: 0 done, whether or not it is solved; 1 failed; 2 bad arguments or config.
 """
 
-import json
 import pathlib
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -38,7 +37,7 @@ _METHOD = flags.DEFINE_string("method", None, "Way of reasoning [the one that th
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the sampling; read where the temperature is not 0.")
 _BUDGET = flags.DEFINE_integer("budget", None, "Written into prompts: sub calls; serial: tokens.", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "Write the result here as one JSON object; - is standard output.")
+_JSON = entry.JsonFlag("the result")
 
 
 def main(words: Sequence[str]) -> None:
@@ -108,22 +107,17 @@ def _report(solution: "Solution", checkpoint: pathlib.Path, start_ms: float) -> 
     solvable = is_solvable(problem.numbers, problem.target) if len(problem.numbers) <= _MOST_NUMBERS else None
     calls = solution.rollout.calls
     first_token_ms = min((call.first_token_ms for call in calls), default=0.0)
-    if _JSON.value:
-        result: dict[str, Any] = solution.record | {
-            "solved": solution.solved,
-            "expression": solution.expression,
-            "solvable": solvable,
-            "start_ms": start_ms,
-            "first_token_ms": first_token_ms,
-            "temperature": _TEMPERATURE.value,
-            "seed": _SEED.value,
-            "checkpoint": str(checkpoint),
-        }
-        text = json.dumps(result, indent=1) + "\n"
-        if _JSON.value == "-":
-            print(text, end="")
-            return
-        pathlib.Path(_JSON.value).write_text(text, encoding="utf-8")
+    result = {
+        "solved": solution.solved,
+        "expression": solution.expression,
+        "solvable": solvable,
+        "start_ms": start_ms,
+        "first_token_ms": first_token_ms,
+        "temperature": _TEMPERATURE.value,
+        "seed": _SEED.value,
+        "checkpoint": str(checkpoint),
+    }
+    _JSON.write(solution.record | result)
     print(_verdict(solution, solvable))
     one_after_the_other = f"{solution.sequential_tokens:,} of them one after the other"
     print(f"tokens  {solution.total_tokens:,}, {one_after_the_other}; {solution.num_threads} threads")

@@ -11,7 +11,6 @@ Starting again with the same workdir goes on from its last checkpoint. Exit code
 config, 75 stopped by a signal with everything saved.
 """
 
-import json
 import pathlib
 
 from absl import flags
@@ -28,7 +27,7 @@ _CHECKPOINT = flags.DEFINE_string(
     "Start GRPO from this policy instead of SFT: a run (or RUN/best), checkpoint or Hugging Face folder.",
 )
 _START = flags.DEFINE_string("start", None, "Start SFT from this policy instead of fresh weights: a folder as above.")
-_JSON = flags.DEFINE_string("json", None, "Write the summary here as one JSON object.")
+_JSON = entry.JsonFlag("the summary")
 
 
 def main() -> int:
@@ -59,8 +58,7 @@ def main() -> int:
     for label, figures in summary.items():
         print(f"{label:16} solved {figures['accuracy']:.1%} of {figures['num_problems']:,} problems")
     print(f"{'report':16} {workdir / 'report.html'}")
-    if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    _JSON.write(summary)
     return 0
 
 

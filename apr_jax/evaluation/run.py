@@ -1,6 +1,5 @@
 """Evaluating a policy on a set of problems."""
 
-import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +9,7 @@ from apr_jax.config import Config, ConfigError, ModelConfig
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.threads import Program, Progress, Rollout, RolloutKey
 from apr_jax.evaluation.metrics import record_rollout, summarize
+from apr_jax.files import write_jsonl
 from apr_jax.progress import progress
 from apr_jax.reasoning.outcome import Settings
 from apr_jax.reasoning.programs import check_method, make_program
@@ -108,20 +108,14 @@ def load_problems(
 
 
 def save_rollouts(path: str | pathlib.Path, records: Mapping[str, Sequence[Record]]) -> None:
-    """Writes the records that kept their calls, one JSON object a line, each with its key as "label".
+    """Write the records that kept their calls, one JSON object a line, each with its key as "label".
 
     The report draws them: `save_rollouts(workdir / "rollouts.jsonl", {"before": records, "after": records})`.
     """
-    path = pathlib.Path(path)
-    lines = [
-        json.dumps({"label": label, **record}) + "\n"
-        for label, labelled in records.items()
-        for record in labelled
-        if "calls" in record
+    kept = [
+        {"label": label, **record} for label, labelled in records.items() for record in labelled if "calls" in record
     ]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(path)
+    write_jsonl(pathlib.Path(path), kept)
 
 
 def show_summary(summary: Mapping[str, Any]) -> str:

@@ -13,6 +13,8 @@ from typing import Any, Self
 
 from tensorboardX import SummaryWriter
 
+from apr_jax import files
+
 Values = Mapping[str, float | int | Mapping[str, int]]
 
 _NOWHERE = pathlib.Path(os.devnull)
@@ -88,14 +90,7 @@ def cut(path: pathlib.Path, phases: tuple[str, ...], phase: str, step: int) -> N
         record = _parse(line)
         if record is not None and (phases.index(record["phase"]), record["step"]) <= last:
             kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
-
-
-def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; none when there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    files.write(path, "".join(kept).encode())
 
 
 def _parse(line: str) -> dict[str, Any] | None:

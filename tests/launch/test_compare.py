@@ -141,8 +141,8 @@ def test_what_cannot_be_compared_is_said_at_once(home, arguments, message):
     ("argument", "message"),
     [
         ("--problems=one.jsonl", "--problems=one.jsonl: a comparison takes 2 problems or more"),
-        ("--figure=runs.png", "--figure=runs.png: the figure is an SVG"),
-        ("--figure=nowhere/runs.svg", "--figure=nowhere/runs.svg: no such folder"),
+        ("--figure=runs.png", "--figure=runs.png: the name must end in .svg"),
+        ("--figure=nowhere/runs.svg", "--figure=nowhere/runs.svg: there is no folder nowhere; make it first"),
     ],
 )
 def test_files_are_checked_before_any_policy_is_looked_for(tmp_path, argument, message):

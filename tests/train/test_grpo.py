@@ -17,6 +17,7 @@ from apr_jax.engine import sampling
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import Call, Decode, Open, Rollout, RolloutKey, Stop, StopReason
 from apr_jax.engine.work_counters import Work
+from apr_jax.files import read_jsonl
 from apr_jax.model import native
 from apr_jax.model.llama import graphdef, init_params
 from apr_jax.parallel.mesh import make_mesh
@@ -24,7 +25,7 @@ from apr_jax.reasoning.outcome import Outcome, banned_tokens
 from apr_jax.reasoning.task import COUNTDOWN
 from apr_jax.tasks.countdown.rules import Problem, Verdict
 from apr_jax.train import grpo
-from apr_jax.train.metrics import MetricsWriter, read
+from apr_jax.train.metrics import MetricsWriter
 from apr_jax.train.rl import rollouts
 from apr_jax.train.rl.kept_rollouts import keep_rollouts
 from apr_jax.train.rl.objectives import make_objective
@@ -339,13 +340,13 @@ class StopInRollouts(StopSignal):
 
 def test_reward_rises_and_resumed_equals_uninterrupted(bandit, tmp_path):
     expected = bandit(tmp_path / "whole")
-    records = read(tmp_path / "whole" / "metrics.jsonl")
+    records = read_jsonl(tmp_path / "whole" / "metrics.jsonl")
     assert len(records) == 10
     assert np.mean([r["accuracy"] for r in records[:2]]) < 0.8
     assert np.mean([r["accuracy"] for r in records[-2:]]) > 0.9
     assert all(record["logp_diff_max"] < 1e-4 for record in records)
     assert all(record["probs_pearson_corr"] > 0.9999 for record in records)
-    kept = {int(path.stem): read(path) for path in (tmp_path / "whole" / "grpo_rollouts").iterdir()}
+    kept = {int(path.stem): read_jsonl(path) for path in (tmp_path / "whole" / "grpo_rollouts").iterdir()}
     assert set(kept) == {4, 8, 10}  # with the regular checkpoints
 
     with pytest.raises(StoppedError):
@@ -354,7 +355,7 @@ def test_reward_rises_and_resumed_equals_uninterrupted(bandit, tmp_path):
     assert (tmp_path / "parts" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
     for step, records in kept.items():
-        again = read(tmp_path / "parts" / "grpo_rollouts" / f"{step}.jsonl")
+        again = read_jsonl(tmp_path / "parts" / "grpo_rollouts" / f"{step}.jsonl")
         tokens = [[[call["tokens"] for call in record["calls"]] for record in of] for of in (records, again)]
         assert tokens[0] == tokens[1]
 

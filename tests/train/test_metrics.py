@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from apr_jax.train.metrics import MetricsWriter, cut, read
+from apr_jax.files import read_jsonl
+from apr_jax.train.metrics import MetricsWriter, cut
 
 PHASES = ("sft", "grpo")
 
@@ -36,9 +37,9 @@ def test_writer_appends_and_refuses_what_is_not_finite(tmp_path):
         writer.write_timings("sft", 1, {"seconds": 0.1})
         with pytest.raises(FloatingPointError, match="sft step 2: loss is nan"):
             writer.write("sft", 2, {"loss": float("nan")})
-    assert read(tmp_path / "metrics.jsonl") == [
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [
         {"step": 1, "phase": "sft", "loss": 0.5, "reasons": {"no_call_begin": 2}}
     ]
-    assert read(tmp_path / "timings.jsonl") == [{"step": 1, "phase": "sft", "seconds": 0.1}]
+    assert read_jsonl(tmp_path / "timings.jsonl") == [{"step": 1, "phase": "sft", "seconds": 0.1}]
     assert list((tmp_path / "tensorboard").iterdir())
-    assert read(tmp_path / "absent.jsonl") == []
+    assert read_jsonl(tmp_path / "absent.jsonl") == []

@@ -9,8 +9,8 @@ import pytest
 from apr_jax.checkpoints.manager import load_policy
 from apr_jax.config import Config, ConfigError
 from apr_jax.data import countdown_builder
+from apr_jax.files import read_jsonl
 from apr_jax.train import grpo, run
-from apr_jax.train.metrics import read
 from apr_jax.train.run import train
 from apr_jax.train.signals import StoppedError
 from tests.train.small import on_mesh, small_config
@@ -60,7 +60,7 @@ def test_stopped_in_every_stage_and_started_again_equals_undisturbed(config, who
             _signal_when_called(patch, module, name, at)
             with pytest.raises(StoppedError):
                 train(config, tmp_path)
-        steps.append(len(read(tmp_path / "metrics.jsonl")))
+        steps.append(len(read_jsonl(tmp_path / "metrics.jsonl")))
     # SFT does a step before it asks. The rest of its steps, then one step of GRPO, then the other.
     assert steps == [0, 0, 1, 6, 7, 8, 8]
     train(config, tmp_path)
@@ -69,7 +69,7 @@ def test_stopped_in_every_stage_and_started_again_equals_undisturbed(config, who
 
 
 def test_the_best_policy_of_a_run_has_a_name(config, whole):
-    records = read(whole / "metrics.jsonl")
+    records = read_jsonl(whole / "metrics.jsonl")
     assert ["validation_accuracy" in record for record in records] == [False] * 6 + [True, False]
     model, _, _ = load_policy(whole / "best")
     assert model == config.model
@@ -86,7 +86,7 @@ def test_a_finished_run_goes_on_to_more_steps_as_if_it_had_been_meant_to(config,
     train(longer(config, 6, 0), tmp_path)
     train(longer(config, 6, 1), tmp_path)
     train(config, tmp_path)
-    ours, theirs = read(tmp_path / "metrics.jsonl"), read(whole / "metrics.jsonl")
+    ours, theirs = read_jsonl(tmp_path / "metrics.jsonl"), read_jsonl(whole / "metrics.jsonl")
     assert ours == theirs
     with pytest.raises(ConfigError, match=r"sft\.num_steps=9: SFT ended at step 6 and GRPO started"):
         train(longer(config, 9, 2), tmp_path)
@@ -99,7 +99,7 @@ def test_resumed_on_another_mesh_it_trains_on_the_same_batches(config, whole, tm
             train(config, tmp_path)
     sft = dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, num_steps=0))
     train(on_mesh(sft, data=2, fsdp=2), tmp_path)
-    ours, theirs = read(tmp_path / "metrics.jsonl"), read(whole / "metrics.jsonl")[:6]
+    ours, theirs = read_jsonl(tmp_path / "metrics.jsonl"), read_jsonl(whole / "metrics.jsonl")[:6]
     assert [record["tokens"] for record in ours] == [record["tokens"] for record in theirs]
     for name in ("loss", "grad_norm", "token_accuracy"):
         np.testing.assert_allclose([r[name] for r in ours], [r[name] for r in theirs], rtol=1e-5, err_msg=name)

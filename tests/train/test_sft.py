@@ -12,10 +12,11 @@ from flax import nnx
 from apr_jax.checkpoints.manager import Checkpoints
 from apr_jax.checkpoints.phases import PHASES
 from apr_jax.checkpoints.state import create_state
+from apr_jax.files import read_jsonl
 from apr_jax.model.llama import graphdef, init_params
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.train.losses import normalise
-from apr_jax.train.metrics import MetricsWriter, read
+from apr_jax.train.metrics import MetricsWriter
 from apr_jax.train.optimizer import make_optimizer, schedule
 from apr_jax.train.scorer import to_mesh
 from apr_jax.train.sft import make_sft_step, train_sft
@@ -147,7 +148,7 @@ _MEMORISE = {
 def test_loss_falls_on_what_can_be_memorised(tmp_path):
     config = small_config(**_MEMORISE)
     train_on(config, tmp_path, rows=Rows(config, epoch=1))
-    records = read(tmp_path / "metrics.jsonl")
+    records = read_jsonl(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, 61))
     assert records[-1]["loss"] < 0.5 * records[0]["loss"]
     assert records[-1]["token_accuracy"] > records[0]["token_accuracy"] + 0.3
@@ -190,13 +191,13 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path):
     rows = Rows(CONFIG)
     with pytest.raises(StoppedError):
         train_on(CONFIG, parts, StopAt(rows, 3), rows)
-    assert len(read(parts / "metrics.jsonl")) == 3
+    assert len(read_jsonl(parts / "metrics.jsonl")) == 3
     with (parts / "metrics.jsonl").open("a") as file:  # what a killed run leaves: later steps, and a torn line
         file.write(json.dumps({"step": 4, "phase": "sft", "loss": -1.0}) + '\n{"step": 5, "ph')
     actual = train_on(CONFIG, parts)
     assert (parts / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
-    records = read(whole / "metrics.jsonl")
+    records = read_jsonl(whole / "metrics.jsonl")
     assert ["validation_loss" in record for record in records] == [False, False, True] * 2
     assert not {"seconds", "tokens_per_second"} & set(records[0])
-    assert read(whole / "timings.jsonl")[0]["seconds"] > 0
+    assert read_jsonl(whole / "timings.jsonl")[0]["seconds"] > 0

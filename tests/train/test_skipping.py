@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from apr_jax.checkpoints.state import create_state
+from apr_jax.files import read_jsonl
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.train import grpo
-from apr_jax.train.metrics import read
 from apr_jax.train.rl import rollouts
 from tests.train.small import on_mesh, small_config
 from tests.train.test_grpo import CONFIG as GRPO_CONFIG
@@ -41,7 +41,7 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(tmp_path):
     shorter = small_config(**SETTINGS | {"sft.num_steps": 2})
     expected = train_on(shorter, tmp_path / "without", rows=Spoilt(CONFIG, left_out=[1]))
     jax.tree.map(np.testing.assert_array_equal, params, expected)
-    spoilt, without = (read(tmp_path / name / "metrics.jsonl") for name in ("spoilt", "without"))
+    spoilt, without = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("spoilt", "without"))
     assert [record["skipped_rate"] for record in spoilt] == [0, 1, 0]
     assert spoilt[1]["loss"] is None
     assert spoilt[1]["grad_norm"] is None
@@ -55,7 +55,7 @@ def test_too_many_in_a_row_stop_the_run_with_the_batch_saved_also_when_it_was_ki
             train_on(CONFIG, tmp_path, rows=rows)
         [path] = (tmp_path / "skipped").iterdir()
         assert str(path) in str(error.value)
-        assert [record["skipped_rate"] for record in read(tmp_path / "metrics.jsonl")] == [0, 1, 1]
+        assert [record["skipped_rate"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1, 1]
     rows = Spoilt(CONFIG)
     rows.position = 2
     with np.load(path, allow_pickle=False) as saved:

@@ -9,7 +9,6 @@ A cell's records are written before its line: a whole line is a cell that is don
 import gzip
 import hashlib
 import json
-import os
 import pathlib
 import re
 import zlib
@@ -18,6 +17,7 @@ from typing import Any
 
 from apr_jax.config import ConfigError
 from apr_jax.evaluation.compare.grid import Cell
+from apr_jax.files import write, write_jsonl
 
 KEY = ("method", "budget", "temperature", "context_window")
 # Settings that all cells of a folder share: without these in common, no two of them can be compared.
@@ -75,13 +75,7 @@ class Results:
             )
 
     def _write(self) -> None:
-        """All rows, in a file that replaces the old one as a whole; both are small."""
-        temporary = self._path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in self._rows)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
+        write_jsonl(self._path, self._rows)
 
 
 def read_results(workdir: pathlib.Path) -> list[Json]:
@@ -106,12 +100,9 @@ def read_results(workdir: pathlib.Path) -> list[Json]:
 
 
 def write_records(path: pathlib.Path, records: Sequence[Json]) -> None:
-    """One object a line, compressed. Atomic, and the same bytes for the same records. Makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write one object a line, compressed, as `files.write` does: the same bytes for the same records."""
     text = "".join(json.dumps(record) + "\n" for record in records)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(gzip.compress(text.encode(), mtime=0))
-    temporary.replace(path)
+    write(path, gzip.compress(text.encode(), mtime=0))
 
 
 def read_records(workdir: pathlib.Path, row: Mapping[str, Any]) -> list[Json]:

@@ -17,8 +17,9 @@ from apr_jax.evaluation.report import charts, page, paper
 from apr_jax.evaluation.report.behaviour import behaviour_tables
 from apr_jax.evaluation.report.curves import Curve, Point, accuracy_chart
 from apr_jax.evaluation.report.paired_report import cell_name, compare
-from apr_jax.evaluation.report.run_report import add_run_views, evaluations, read_json, read_jsonl, training_panels
+from apr_jax.evaluation.report.run_report import add_run_views, evaluations, training_panels
 from apr_jax.evaluation.report.thread_view import ThreadViews
+from apr_jax.files import read_json, read_jsonl
 
 _WRAPPED = re.compile(r"(?P<kind>[a-z]+)@[0-9]+:(?P<inner>.+)")
 _MAX_VIEW_BYTES = 2_500_000  # of rollouts; a page of this size opens at once

@@ -11,7 +11,8 @@ import numpy as np
 from apr_jax.evaluation.metrics import Z95
 from apr_jax.evaluation.report import charts
 from apr_jax.evaluation.report.charts import Series
-from apr_jax.evaluation.report.run_report import read_jsonl, write_svg
+from apr_jax.evaluation.report.run_report import write_svg
+from apr_jax.files import read_jsonl
 
 _RESAMPLES = 10_000
 _DRAWS_AT_ONCE = 1_000_000

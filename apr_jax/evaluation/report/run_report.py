@@ -5,7 +5,6 @@ then says less. Nothing is loaded from anywhere else, and all model text is esca
 with their advantages, are in grpo_rollouts/STEP.jsonl.
 """
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from apr_jax.evaluation.report import charts, page, viewer
 from apr_jax.evaluation.report.behaviour import behaviour_tables
 from apr_jax.evaluation.report.charts import Series
 from apr_jax.evaluation.report.thread_view import ThreadViews
+from apr_jax.files import read_json, read_jsonl
 
 # Each panel: phase, title, (metric, label) curves; a curve or a panel that a run did not log is left out.
 _PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
@@ -237,16 +237,3 @@ def _about(config: Mapping[str, Any]) -> str:
         f"{task['min_target']}..{task['max_target']} · {data['method']} · {model['num_layers']} layers of width "
         f"{model['embed_dim']}, {model['max_seq_len']} tokens of context · seed {config['seed']}"
     )
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A file's object; an empty one where it is missing."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
-    """A file's objects; none where it is missing. A torn last line, of a run that was killed, is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]

@@ -1,12 +1,12 @@
 """Some of the rollouts that a step of GRPO learnt from, with their advantages, for the report's thread viewer."""
 
-import json
 import pathlib
 from typing import Any
 
 from apr_jax.config import Config
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.evaluation.metrics import record_rollout
+from apr_jax.files import write_jsonl
 from apr_jax.reasoning.task import COUNTDOWN, Task
 from apr_jax.train.rl.dynamic_sampling import Sample
 
@@ -19,14 +19,9 @@ def keep_rollouts(
     """Writes WORKDIR/grpo_rollouts/STEP.jsonl: a group's records (evaluation/metrics.py), with their calls.
 
     Each call has the `advantage` that its tokens were trained with, and each record its `sample` in the group and its
-    `reward`. The group is the step's first that has a signal; the first, where none has. Atomic.
+    `reward`. The group is the step's first that has a signal; the first, where none has.
     """
-    path = workdir / "grpo_rollouts" / f"{step}.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    records = kept_records(sample, config, tokenizer, task)
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    temporary.replace(path)
+    write_jsonl(workdir / "grpo_rollouts" / f"{step}.jsonl", kept_records(sample, config, tokenizer, task))
 
 
 def kept_records(sample: Sample, config: Config, tokenizer: Tokenizer, task: Task = COUNTDOWN) -> list[dict[str, Any]]:
