@@ -24,8 +24,10 @@ from apr_jax.checkpoints.state import abstract_params_on, abstract_state
 from apr_jax.config import Config, MeshConfig, ModelConfig
 from apr_jax.data.packing import pack
 from apr_jax.data.tokenizer import load_tokenizer
+from apr_jax.engine.lanes import DecodeLanes, PrefillLanes
 from apr_jax.engine.plan import EnginePlan
-from apr_jax.engine.steps import COPIES_PER_CALL, PAGES, SHARDED, DecodeLanes, Policy, PrefillLanes, Steps
+from apr_jax.engine.sharded import PAGES, SHARDED
+from apr_jax.engine.steps import Sampling, Steps
 from apr_jax.engine.threads import MAX_STOP_TOKENS, Call, Rollout, RolloutKey, Stop, StopReason
 from apr_jax.engine.work_counters import Work
 from apr_jax.model.attention import choose_impl
@@ -185,22 +187,21 @@ def engine_tasks(config: Config, mesh: Mesh) -> dict[str, Task]:
         generated=array(L),
         tables=array((*L, R)),
     )
-    policy = Policy(_on(_shape((), jnp.float32), mesh), _on(_shape((model.vocab_size,), jnp.bool_), mesh))
-    L = (limits.num_shards, limits.prefill_lanes)
-    prefill = PrefillLanes(array((*L, limits.page_size)), array(L), array(L), array((*L, R)))
-    fresh = jax.tree.map(lambda x: _on(x, mesh, PAGES), steps._compute.eval_shape(pages, params, prefill))
-    copies, tokens = array((limits.num_shards, COPIES_PER_CALL)), limits.prefill_lanes * limits.page_size
-    step = StepCost.of(model, limits.lanes, full_context(model, limits.lanes, limits.pages, limits.page_size))
+    sampling = Sampling(_on(_shape((), jnp.float32), mesh), _on(_shape((model.vocab_size,), jnp.bool_), mesh))
+    L, width = (limits.num_shards, steps.prefill.num_lanes), steps.prefill.width
+    prefill = PrefillLanes(array((*L, width)), array(L), array(L), array((*L, R)))
+    flops = {
+        "prefill": _prefill_flops(model, steps.prefill.num_lanes * width),
+        "decode": StepCost.of(
+            model, limits.lanes, full_context(model, limits.lanes, limits.pages, limits.page_size)
+        ).flops,
+    }
 
     def task(jitted: Any, arguments: tuple[Any, ...], flops: float) -> Task:
         return Task(jitted, arguments, mesh, lambda _: flops / tensor, held=0)
 
-    return {
-        "prefill": task(steps._compute._jitted, (pages, params, prefill), _prefill_flops(model, tokens)),
-        "prefill_write": task(steps._write._jitted, (pages, prefill, fresh), 0.0),
-        "copy_pages": task(steps.copy_pages._jitted, (pages, copies, copies), 0.0),
-        "decode": task(steps.decode._jitted, (pages, rows, params, lanes, policy), step.flops),
-    }
+    programs = steps.programs(pages, rows, params, lanes, sampling, prefill)
+    return {name: task(step.jitted, each, flops.get(name, 0.0)) for name, (step, each) in programs.items()}
 
 
 def full_context(model: ModelConfig, lanes: int, pages: int, page_size: int) -> float:

@@ -47,6 +47,11 @@ class Gate:
         """int32 words that hold a bit for each leaf."""
         return -(-self.max_leaves // 32)
 
+    @property
+    def table_shape(self) -> tuple[int, int]:
+        """The shape of every automaton's table."""
+        return self.max_edges + self.num_choices, EDGE_FIELDS + self.num_words
+
 
 @dataclasses.dataclass(frozen=True)
 class Edge:
@@ -117,10 +122,10 @@ class Automaton:
         return Registers(START, registers.used | edge.leaves, registers.count + 1)
 
     def table(self) -> np.ndarray:
-        """int32 `[max_edges + num_choices, EDGE_FIELDS + num_words]`, filled with zeros: a slice never ends early."""
+        """Return the edges as int32 `Gate.table_shape`, then rows of zeros, so that a slice never ends early."""
         if self._table is None:
             gate = self._gate
-            self._table = np.zeros((gate.max_edges + gate.num_choices, EDGE_FIELDS + gate.num_words), np.int32)
+            self._table = np.zeros(gate.table_shape, np.int32)
             rows = [edge for leaving in self._edges.values() for edge in leaving]
             for row, edge in zip(self._table, rows, strict=False):
                 row[:EDGE_FIELDS] = edge.source, edge.token, edge.target, edge.low, edge.high

@@ -148,16 +148,6 @@ class DecodePlan:
         return RowBuffers.create(config, num_shards, self.layout, row_blocks, lanes) if self._packed else RowBuffers(())
 
     @property
-    def prefills_in_place(self) -> bool:
-        """Whether prefill writes as decode does, so that lanes of one call may be neighbouring positions of a row."""
-        return self.impl == "cpu"
-
-    @property
-    def prefill_width(self) -> int:
-        """Positions of a row that a lane of a prefill call computes: a page's, or one where lanes may be neighbours."""
-        return 1 if self.prefills_in_place else self.layout.page_size
-
-    @property
     def _packed(self) -> bool:
         return self.impl == "packed"
 

@@ -15,23 +15,15 @@ from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ConfigError, ModelConfig, RolloutConfig
 from apr_jax.engine.constraints import Gate
+from apr_jax.engine.lanes import LaneFiller, Place, Written
 from apr_jax.engine.pack_arrays import Packed, pack
 from apr_jax.engine.plan import EnginePlan
-from apr_jax.engine.policy_masks import gate_masks, held_lanes
+from apr_jax.engine.policy_masks import gate_masks
 from apr_jax.engine.programs import Programs
 from apr_jax.engine.scheduler import PrefillChunk, Scheduler
-from apr_jax.engine.steps import (
-    COPIES_PER_CALL,
-    PREFILL_BLOCK,
-    SHARDED,
-    DecodeLanes,
-    Policy,
-    PrefillLanes,
-    SharedLanes,
-    Steps,
-    Written,
-)
-from apr_jax.engine.threads import MAX_STOP_TOKENS, Observer, Program, Progress, Rollout, RolloutKey, Thread
+from apr_jax.engine.sharded import SHARDED
+from apr_jax.engine.steps import COPIES_PER_CALL, Sampling, Steps
+from apr_jax.engine.threads import Observer, Program, Progress, Rollout, RolloutKey
 from apr_jax.model.decode_weights import layout_shardings, to_layout
 from apr_jax.model.llama import logical_axes
 from apr_jax.parallel.mesh import RULES, param_shardings, partition_spec
@@ -120,6 +112,7 @@ class Engine:
         self._scheduler = Scheduler(self.limits)
         layout = plan.weights
         self._steps = Steps(model, self.limits, mesh, layout, plan.decode)
+        self._filler = LaneFiller(self._scheduler, self._steps.layout.pages_per_row, gate)
         self._to_layout = jax.jit(
             lambda params: to_layout(params, model, layout), out_shardings=layout_shardings(mesh, model, layout)
         )
@@ -134,14 +127,15 @@ class Engine:
     def warm_up(self) -> float:
         """Compiles all that runs will use. Returns the seconds it took."""
         start = time.perf_counter()
-        policy, lanes, prefill = self._policy(1.0), self._decode_lanes()[0], self._prefill_lanes([])
-        shared = self._shared_lanes()[0] if self._expects_groups else None
-        self._steps.compile(self._pages, self._rows, self._params, lanes, policy, prefill, shared)
+        sampling, lanes = self._sampling(1.0), self._pack(self._filler.decode()[0])
+        prefill = self._prefill_lanes([])
+        shared = self._pack(self._filler.shared()[0]) if self._expects_groups else None
+        self._steps.compile(self._pages, self._rows, self._params, lanes, sampling, prefill, shared)
         self._copy([[] for _ in range(self.limits.num_shards)], force=True)
         self._pages = self._steps.prefill(self._pages, self._params, prefill)
-        jax.device_get(self._decode(lanes, policy))
+        jax.device_get(self._decode(lanes, sampling))
         if shared is not None:
-            jax.device_get(self._decode_shared(shared, policy))
+            jax.device_get(self._decode_shared(shared, sampling))
         return time.perf_counter() - start
 
     def run(
@@ -180,13 +174,13 @@ class Engine:
             gate=self._gate,
             observer=observer,
         )
-        policy = self._policy(temperature)
+        sampling = self._sampling(temperature)
         try:
             while True:
                 self._scheduler.admit(run.start_next)
                 if not self._scheduler.num_running:
                     break
-                self._visit(run, policy)
+                self._visit(run, sampling)
                 if on_progress is not None:
                     elapsed = time.perf_counter() - begin
                     on_progress(Progress(run.finished, len(programs), self.stats.generated, elapsed))
@@ -199,18 +193,19 @@ class Engine:
         self.stats.reused = self._scheduler.reused_tokens - reused
         return run.results()
 
-    def _visit(self, run: Programs, policy: Policy) -> None:
+    def _visit(self, run: Programs, sampling: Sampling) -> None:
         stats = self.stats
         self._copy(self._scheduler.take_copies())
         while self._prefill_next():
             pass
         held = [self._scheduler.waste()]  # when the chunk's pages are reserved, and when its tokens are there
-        lanes, placed = self._decode_lanes()
-        shared, workers = self._shared_lanes() if self.limits.max_workers else (None, [])
+        lanes, placed = self._filler.decode()
+        packed = self._pack(lanes)
+        shared, workers = self._filler.shared() if self.limits.max_workers else (None, [])
         if placed or not workers:
-            self._take(run, jax.device_get(self._decode(lanes, policy)), placed)
-        if shared is not None and workers:
-            self._take(run, jax.device_get(self._decode_shared(shared, policy)), workers)
+            self._take(run, jax.device_get(self._decode(packed, sampling)), placed)
+        if workers:
+            self._take(run, jax.device_get(self._decode_shared(self._pack(shared), sampling)), workers)
         held.append(self._scheduler.waste())
         run.drain()
         stats.visits += 1
@@ -220,7 +215,8 @@ class Engine:
     def _prefill_next(self) -> bool:
         """Launches the next prefill call; False where there is nothing to prefill."""
         try:
-            chunks = [c for shard in range(self.limits.num_shards) for c in self._take_chunks(shard)]
+            shards = range(self.limits.num_shards)
+            chunks = [chunk for shard in shards for chunk in self._steps.prefill.take(self._scheduler, shard)]
             if chunks:
                 prefill = self._prefill_lanes(chunks)
                 self._launched()
@@ -232,7 +228,7 @@ class Engine:
         self.stats.prefilled += sum(chunk.count for chunk in chunks)
         return bool(chunks)
 
-    def _take(self, run: Programs, written: Written, placed: Sequence[tuple[int, int, Thread]]) -> None:
+    def _take(self, run: Programs, written: Written, placed: Sequence[Place]) -> None:
         """Hands what a decode call wrote to the threads at `placed` (shard, lane)."""
         stats, self._idle_since = self.stats, time.perf_counter()
         counts = written.counts.tolist()
@@ -253,14 +249,14 @@ class Engine:
             self.stats.host_seconds += time.perf_counter() - self._idle_since
             self._idle_since = None
 
-    def _decode(self, lanes: Packed, policy: Policy) -> Written:
+    def _decode(self, lanes: Packed, sampling: Sampling) -> Written:
         self._launched()
-        self._pages, self._rows, written = self._steps.decode(self._pages, self._rows, self._params, lanes, policy)
+        self._pages, self._rows, written = self._steps.decode(self._pages, self._rows, self._params, lanes, sampling)
         return written
 
-    def _decode_shared(self, shared: Packed, policy: Policy) -> Written:
+    def _decode_shared(self, shared: Packed, sampling: Sampling) -> Written:
         self._launched()
-        self._pages, written = self._steps.decode_shared(self._pages, self._params, shared, policy)
+        self._pages, written = self._steps.decode_shared(self._pages, self._params, shared, sampling)
         return written
 
     def _copy(self, copies: list[list[Any]], *, force: bool = False) -> None:
@@ -275,113 +271,18 @@ class Engine:
             self._launched()
             self._pages = self._steps.copy_pages(self._pages, sources, targets)
 
-    def _decode_lanes(self) -> tuple[Packed, list[tuple[int, int, Thread]]]:
-        """The arrays of the threads that can decode now, each on its own cache, and where each stands."""
-        shape = (self.limits.num_shards, self.limits.lanes)
-        placed = [
-            (shard, thread.lane, thread)
-            for shard in range(self.limits.num_shards)
-            for thread in self._scheduler.running(shard)
-            if thread.group is None and self._scheduler.can_decode(thread)
-        ]
-        lanes = self._lanes_of(shape, placed)
-        held = None if self._gate is None else held_lanes(self._gate, shape, placed)
-        packed: Packed = self._put(pack(dataclasses.replace(lanes, held=held)))
-        return packed, placed
-
-    def _shared_lanes(self) -> tuple[Packed, list[tuple[int, int, Thread]]]:
-        """The arrays of the groups' workers, those that have stopped among them, and where those who go on stand."""
-        limits = self.limits
-        shape = (limits.num_shards, limits.max_groups * limits.max_workers)
-        placed = [
-            (shard, index * limits.max_workers + number, worker)
-            for shard in range(limits.num_shards)
-            for index, group in enumerate(self._scheduler.groups(shard))
-            for number, worker in enumerate(group.workers)
-        ]
-        prompt = np.zeros(shape, np.int32)
-        lanes = self._lanes_of(shape, placed)
-        living = []
-        for shard, lane, worker in placed:
-            assert worker.group is not None
-            prompt[shard, lane] = len(worker.group.prompt)
-            if worker in worker.group.stopped:
-                lanes.remaining[shard, lane] = 0
-            else:
-                living.append((shard, lane, worker))
-        packed: Packed = self._put(pack(SharedLanes(lanes, prompt)))  # type: ignore[arg-type]
-        return packed, living
-
-    def _lanes_of(self, shape: tuple[int, int], placed: Sequence[tuple[int, int, Thread]]) -> DecodeLanes:
-        """What decode needs of the threads at `placed` (shard, lane), as arrays (NumPy) of `shape` shards x lanes."""
-        token, length, remaining, generated = (np.zeros(shape, np.int32) for _ in range(4))
-        stop_tokens = np.full((*shape, MAX_STOP_TOKENS), -1, np.int32)
-        key_data = np.zeros((*shape, 2), np.uint32)
-        tables = np.zeros((*shape, self._steps.layout.pages_per_row), np.int32)
-        for shard, lane, thread in placed:
-            place = (shard, lane)
-            token[place] = thread.tokens[-1]
-            length[place] = len(thread.tokens) - 1
-            remaining[place] = min(thread.max_generated - thread.generated, thread.max_length - len(thread.tokens))
-            generated[place] = thread.generated + thread.rejected
-            stop_tokens[place][: len(thread.stop_tokens)] = thread.stop_tokens
-            key_data[place] = thread.key
-            self._fill_table(tables[place], thread)
-        return DecodeLanes(token, length, remaining, stop_tokens, key_data, generated, tables)  # type: ignore[arg-type]
-
-    def _take_chunks(self, shard: int) -> list[PrefillChunk]:
-        """A shard's part of the next prefill call.
-
-        Where lanes may be neighbouring positions of one row, a call takes chunk after chunk until it is full.
-        """
-        scheduler, lanes = self._scheduler, self._num_prefill_lanes
-        taken: list[PrefillChunk] = []
-        while True:
-            chunks = scheduler.prefill_chunks(shard)
-            for chunk in chunks:
-                needed = -(-chunk.count // self._steps.prefill_width)
-                if needed > lanes:
-                    return taken
-                lanes -= needed
-                scheduler.prefilled(chunk)
-                taken.append(chunk)
-            if not chunks or not self._steps.prefills_in_place:
-                return taken
-
-    @property
-    def _num_prefill_lanes(self) -> int:
-        """Lanes of a prefill call on one shard."""
-        if not self._steps.prefills_in_place:
-            return self.limits.prefill_lanes
-        return -(-self.limits.prefill_lanes * self.limits.page_size // PREFILL_BLOCK) * PREFILL_BLOCK
-
     def _prefill_lanes(self, chunks: Sequence[PrefillChunk]) -> Packed:
-        limits, width = self.limits, self._steps.prefill_width
-        shape = (limits.num_shards, self._num_prefill_lanes)
-        tokens = np.zeros((*shape, width), np.int32)
-        start, count = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        tables = np.zeros((*shape, self._steps.layout.pages_per_row), np.int32)
-        used = [0] * limits.num_shards
-        for chunk in chunks:
-            thread, shard, end = chunk.thread, chunk.thread.shard, chunk.start + chunk.count
-            starts = range(chunk.start, end, width)
-            first, used[shard] = used[shard], used[shard] + len(starts)
-            start[shard, first : used[shard]] = starts
-            count[shard, first : used[shard]] = [min(width, end - start) for start in starts]
-            tokens[shard, first : used[shard]].reshape(-1)[: chunk.count] = thread.tokens[chunk.start : end]
-            self._fill_table(tables[shard, first : used[shard]], thread)
-        packed: Packed = self._put(pack(PrefillLanes(tokens, start, count, tables)))  # type: ignore[arg-type]
-        return packed
+        prefill = self._steps.prefill
+        return self._pack(self._filler.prefill(chunks, prefill.num_lanes, prefill.width))
 
-    def _fill_table(self, rows: np.ndarray, thread: Thread) -> None:
-        assert thread.table is not None
-        pages = self._scheduler.allocators[thread.shard].pages(thread.table)
-        rows[..., : len(pages)] = pages
-
-    def _policy(self, temperature: float) -> Policy:
+    def _sampling(self, temperature: float) -> Sampling:
         replicated = NamedSharding(self._mesh, partition_spec())
-        policy = Policy(np.float32(temperature), self._banned_mask, self._gate_masks)  # type: ignore[arg-type]
-        return jax.device_put(policy, replicated)
+        sampling = Sampling(np.float32(temperature), self._banned_mask, self._gate_masks)  # type: ignore[arg-type]
+        return jax.device_put(sampling, replicated)
+
+    def _pack(self, lanes: Any) -> Packed:
+        packed: Packed = self._put(pack(lanes))
+        return packed
 
     def _put(self, tree: Any) -> Any:
         return jax.device_put(tree, NamedSharding(self._mesh, SHARDED))

@@ -11,7 +11,7 @@ from apr_jax.config import ConfigError, ModelConfig, RolloutConfig
 from apr_jax.engine.decode_cache import DecodePlan
 from apr_jax.engine.memory import MemoryPlan, activation_bytes, shared_row_bytes, with_shardings
 from apr_jax.engine.scheduler import Limits
-from apr_jax.engine.steps import PAGES
+from apr_jax.engine.sharded import PAGES
 from apr_jax.model.decode_weights import choose_layout, layout_shardings, to_layout
 from apr_jax.model.kv_cache import PagedKVCache, RowBuffers
 from apr_jax.model.llama import WeightLayout, abstract_params

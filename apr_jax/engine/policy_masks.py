@@ -1,7 +1,6 @@
 """Constrained decoding on the device: `constraints` for one lane at one step, lifted over lanes by its callers."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +14,8 @@ from apr_jax.engine.constraints import (
     FREE,
     START,
     Gate,
-    words,
 )
 from apr_jax.engine.sampling import probability_of_others
-from apr_jax.engine.threads import Thread
 
 
 @jax.tree_util.register_dataclass
@@ -44,8 +41,8 @@ class LaneRegisters:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Held:
-    """What the lanes of a decode chunk are held to, [...]."""
+class LaneConstraints:
+    """What the grammars of a decode chunk's lanes allow, [...]."""
 
     edges: jax.Array  # int32 [.., max_edges + num_choices, EDGE_FIELDS + W]
     gate_from: jax.Array  # int32: the chunk's first step at which the gate may stand; -1: a thread without grammar
@@ -58,25 +55,6 @@ def gate_masks(gate: Gate, vocab_size: int) -> GateMasks:
     reserved_mask[list(gate.reserved)] = True
     follows_mask[list(gate.follows)] = True
     return GateMasks(np.int32(gate.token), reserved_mask, follows_mask, gate.num_choices)  # type: ignore[arg-type]
-
-
-def held_lanes(gate: Gate, shape: Sequence[int], placed: Iterable[tuple[int, int, Thread]]) -> Held:
-    """What the threads at `placed` (shard, lane) are held to, as arrays (NumPy) of `shape` shards x lanes."""
-    edges = np.zeros((*shape, gate.max_edges + gate.num_choices, EDGE_FIELDS + gate.num_words), np.int32)
-    gate_from = np.full(shape, -1, np.int32)
-    state, count = np.full(shape, FREE, np.int32), np.zeros(shape, np.int32)
-    used = np.zeros((*shape, gate.num_words), np.int32)
-    for shard, lane, thread in placed:
-        place, constraint = (shard, lane), thread.constraint
-        if constraint is None:
-            continue
-        gate_from[place] = constraint.gate_from
-        if constraint.automaton is not None:
-            registers = constraint.registers
-            edges[place] = constraint.automaton.table()
-            state[place], count[place] = registers.state, registers.count
-            used[place] = words(registers.used, gate.num_words)
-    return Held(edges, gate_from, LaneRegisters(state, used, count))  # type: ignore[arg-type]
 
 
 def banned_mask(banned_mask_V: jax.Array, gate: GateMasks, bans: jax.Array, allowed_D: jax.Array) -> jax.Array:
@@ -122,8 +100,8 @@ def follow(edges_DF: jax.Array, open_D: jax.Array, registers: LaneRegisters, dra
 
 
 @dataclasses.dataclass(frozen=True)
-class Hold:
-    """One lane at one step: what it may draw, and what follows from a draw."""
+class StepConstraint:
+    """What one lane may draw at one step, and what follows from a draw."""
 
     banned_mask: jax.Array  # bool [V]
     _gate: GateMasks
@@ -132,20 +110,24 @@ class Hold:
     _edges: tuple[jax.Array, jax.Array]  # of `open_edges`
 
     def pauses(self, drawn: jax.Array) -> jax.Array:
-        """Whether the lane must wait for the host after this token: the gate, in a thread with a grammar."""
+        """Return True where the lane must wait for the host after this token: the gate, in a thread with a grammar."""
         return (drawn == self._gate.token) & (self._bans != BANS_NOTHING)
 
     def after(self, logprobs_V: jax.Array, drawn: jax.Array) -> tuple[LaneRegisters, jax.Array]:
-        """The registers after a draw, and its log-probability had the gate been shut (read if it is another token)."""
+        """Return the registers after a draw, and the log-probability that it has without the gate token."""
         others = probability_of_others(logprobs_V, self._gate.token)
         shut = jnp.where(self._bans == BANS_RESERVED, logprobs_V[drawn] - jnp.log(others), logprobs_V[drawn])
         return follow(*self._edges, self._registers, drawn), shut
 
 
-def hold(held: Held, gate: GateMasks, banned_mask_V: jax.Array, token: jax.Array, step: jax.Array) -> Hold:
-    """What a lane may draw after `token` at a step, the gate taken to be open wherever it may stand."""
-    may_open = gate.follows_mask[token] & (step >= held.gate_from)
-    bans = jnp.where(held.gate_from < 0, BANS_NOTHING, jnp.where(may_open, BANS_RESERVED, BANS_GATE))
-    edges_DF, open_D = open_edges(held.edges, held.registers, gate.num_choices)
+def constrain_step(
+    lane: LaneConstraints, gate: GateMasks, banned_mask_V: jax.Array, token: jax.Array, step: jax.Array
+) -> StepConstraint:
+    """Return what a lane may draw after `token` at a step, the gate taken to be open wherever it may stand."""
+    may_open = gate.follows_mask[token] & (step >= lane.gate_from)
+    bans = jnp.where(lane.gate_from < 0, BANS_NOTHING, jnp.where(may_open, BANS_RESERVED, BANS_GATE))
+    edges_DF, open_D = open_edges(lane.edges, lane.registers, gate.num_choices)
     allowed_D = jnp.where(open_D, edges_DF[:, 1], -1)
-    return Hold(banned_mask(banned_mask_V, gate, bans, allowed_D), gate, held.registers, bans, (edges_DF, open_D))
+    return StepConstraint(
+        banned_mask(banned_mask_V, gate, bans, allowed_D), gate, lane.registers, bans, (edges_DF, open_D)
+    )

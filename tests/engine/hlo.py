@@ -5,7 +5,6 @@ import re
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from apr_jax.aot.hlo import collective_lines as collectives
@@ -18,18 +17,19 @@ _ALIAS = re.compile(r"\{(\d*)\}: \((\d+), \{\}, (?:may|must)-alias\)")
 
 def step_texts(engine: Any) -> dict[str, str]:
     """The optimised HLO of an engine's device programs."""
-    steps, policy = engine._steps, engine._policy(1.0)
-    pages, params = engine._pages, engine._params
-    prefill = engine._prefill_lanes([])
-    fresh = steps._compute.eval_shape(pages, params, prefill)
-    pairs = engine._put(np.zeros((engine.limits.num_shards, 16), np.int32))
-    lowered = {
-        "decode": steps.decode.lower(pages, engine._rows, params, engine._decode_lanes()[0], policy),
-        "prefill": steps._compute.lower(pages, params, prefill),
-        "write": steps._write.lower(pages, prefill, fresh),
-        "copy_pages": steps.copy_pages.lower(pages, pairs, pairs),
-    }
-    return {name: step.compile().as_text() for name, step in lowered.items()}
+    return {name: text_of(step, arguments) for name, (step, arguments) in programs_of(engine).items()}
+
+
+def programs_of(engine: Any) -> dict[str, Any]:
+    """The engine's device programs, each with what it is called with."""
+    filler, limits = engine._filler, engine.limits
+    lanes, shared = engine._pack(filler.decode()[0]), engine._pack(filler.shared()[0]) if limits.max_workers else None
+    sampling, prefill = engine._sampling(1.0), engine._prefill_lanes([])
+    return engine._steps.programs(engine._pages, engine._rows, engine._params, lanes, sampling, prefill, shared)
+
+
+def text_of(step: Any, arguments: Any) -> str:
+    return step.jitted.lower(*arguments).compile().as_text()
 
 
 def local_sizes(cache: Any) -> set[int]:

@@ -55,8 +55,8 @@ def automata(draw) -> Automaton:
 @jax.jit
 def on_device(table, registers, drawn):
     gate = jax.tree.map(jnp.asarray, policy_masks.gate_masks(LIMITS, VOCAB))
-    held = policy_masks.Held(table, jnp.int32(0), registers)
-    step = policy_masks.hold(held, gate, jnp.zeros(VOCAB, bool), jnp.int32(2), jnp.int32(0))
+    constraints = policy_masks.LaneConstraints(table, jnp.int32(0), registers)
+    step = policy_masks.constrain_step(constraints, gate, jnp.zeros(VOCAB, bool), jnp.int32(2), jnp.int32(0))
     after, _ = step.after(jnp.zeros(VOCAB), drawn)
     return step.banned_mask, after
 

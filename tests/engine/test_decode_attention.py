@@ -8,6 +8,7 @@ import pytest
 
 from apr_jax.bench.agreement import agreement, decode_greedily, sharp_params
 from apr_jax.config import ConfigError
+from apr_jax.engine.prefill import PositionsInPlace
 from apr_jax.model import native
 from apr_jax.model.paged_attention import HeadTile
 from tests.engine.helpers import (
@@ -23,7 +24,7 @@ from tests.engine.helpers import (
     plain,
     searching,
 )
-from tests.engine.hlo import aliases, collectives, collectives_over_data, copies_of, local_sizes
+from tests.engine.hlo import aliases, collectives, collectives_over_data, copies_of, local_sizes, programs_of, text_of
 
 needs_kernels = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here")
 
@@ -40,11 +41,6 @@ def assert_agree(ours, theirs):
     for a, b in zip(all_calls(ours), all_calls(theirs), strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
-
-
-def compiled_decode(engine):
-    lanes, policy = engine._decode_lanes()[0], engine._policy(1.0)
-    return engine._steps.decode.lower(engine._pages, engine._rows, engine._params, lanes, policy).compile()
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +76,7 @@ def test_a_mesh_changes_nothing(packed):
     mesh = make_mesh(data=4, tensor=2)
     engine = make_engine(mesh, decode_attention="paged", num_lanes=16, num_pages=4 * 97, prefill_lanes=8)
     assert_agree(engine.run(keyed(programs()), seed=4, temperature=1.0), packed[1])
-    text = compiled_decode(engine).as_text()
+    text = text_of(*programs_of(engine)["decode"])
     assert collectives(text)
     assert collectives_over_data(text, mesh) == []
 
@@ -110,7 +106,7 @@ def test_with_the_cpus_kernels_bits_do_not_depend_on_lanes_and_shards(model):
 @needs_kernels
 def test_a_prefill_call_is_filled_from_one_thread_or_many(paged_engine):
     """One of 80 tokens takes three calls of 32, and eight of ten take as many: pages end no call."""
-    assert paged_engine._num_prefill_lanes == 32
+    assert paged_engine._steps.prefill.num_lanes == 32
     for lengths in ([81], [11] * 8):
         programs = [plain(seed, length=length) for seed, length in enumerate(lengths)]
         paged_engine.set_params(make_params())
@@ -132,7 +128,7 @@ def test_nothing_is_reused_of_a_prefill_that_failed(paged_engine, monkeypatch):
     expected = make_engine(decode_attention="paged").run(keyed(programs), seed=5, temperature=1.0)[0]
     paged_engine.set_params(make_params())
     with monkeypatch.context() as patched:
-        patched.setattr(paged_engine._steps, "prefill", fail)
+        patched.setattr(type(paged_engine._steps.prefill), "__call__", fail)
         with pytest.raises(RuntimeError, match="no device"):
             paged_engine.run(keyed([plain(1, length=40)]), seed=5, temperature=1.0)
     stale = jax.tree.map(lambda x: x * 0 + 7.0, paged_engine._pages)
@@ -155,12 +151,12 @@ def test_idle_lanes_write_to_the_trash_page_only(paged_engine):
 @pytest.mark.parametrize("model", [MODEL, HALF], ids=lambda model: model.compute_dtype)
 def test_pages_are_never_copied(model):
     paged_engine = make_engine(model=model, decode_attention="paged", num_pages=333)
-    steps, texts = paged_engine._steps, [compiled_decode(paged_engine).as_text()]
-    if steps.prefills_in_place:
-        arguments = paged_engine._pages, paged_engine._params, paged_engine._prefill_lanes([])
-        texts.append(steps._prefill.lower(*arguments).compile().as_text())
+    compiled, names = programs_of(paged_engine), ["decode"]
+    if isinstance(paged_engine._steps.prefill, PositionsInPlace):
+        names.append("prefill")
     arrays = len(jax.tree.leaves(paged_engine._pages))
-    for text in texts:
+    for name in names:
+        text = text_of(*compiled[name])
         assert copies_of(text, local_sizes(paged_engine._pages)) == []
         assert {output: aliases(text).get(output) for output in range(arrays)} == {i: i for i in range(arrays)}
 

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from apr_jax.engine.lanes import DecodeLanes, SharedLanes
 from apr_jax.engine.pack_arrays import pack, unpack
-from apr_jax.engine.steps import DecodeLanes, SharedLanes
 
 
 def lanes(shards, count):

@@ -19,7 +19,7 @@ from tests.engine.helpers import (
     prompt,
     searching,
 )
-from tests.engine.hlo import collectives_over_data
+from tests.engine.hlo import collectives_over_data, programs_of, text_of
 from tests.engine.shared_naive import naive_logprobs
 
 HEADERS = (2, 5, 1)
@@ -145,9 +145,7 @@ def test_a_mesh_changes_nothing(engine):
     rollouts = sharded.run(keyed(crowd(sharing(8))), seed=4, temperature=1.0)
     for one, other in zip(expected, rollouts, strict=True):
         assert_close(one, other)
-    shared, policy = sharded._shared_lanes()[0], sharded._policy(1.0)
-    compiled = sharded._steps.decode_shared.lower(sharded._pages, sharded._params, shared, policy).compile()
-    assert collectives_over_data(compiled.as_text(), mesh) == []
+    assert collectives_over_data(text_of(*programs_of(sharded)["decode_shared"]), mesh) == []
 
 
 def test_pages_in_place_and_packed_rows_give_the_same(engine):

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from apr_jax.engine.steps import PAGES, SHARDED, _lift
+from apr_jax.engine.sharded import PAGES, SHARDED, ShardedStep
 from apr_jax.model.kv_cache import copy_pages
 from tests.engine.helpers import make_engine, make_mesh
 from tests.engine.hlo import aliases, collectives, collectives_over_data, copies_of, groups, local_sizes, step_texts
 
-DONATED = ("decode", "write", "copy_pages")
+DONATED = ("decode", "prefill_write", "copy_pages")
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +43,9 @@ def test_an_undonated_step_is_found_out(one_device):
     """The counterexample: the same step that may not reuse its input has to copy all pages."""
     engine, _ = one_device
     mesh = engine._mesh
-    undonated = _lift(copy_pages, mesh, (SHARDED, SHARDED, SHARDED), NamedSharding(mesh, PAGES), donated=())
+    undonated = ShardedStep(copy_pages, mesh, (SHARDED, SHARDED, SHARDED), NamedSharding(mesh, PAGES), donated=())
     pairs = engine._put(jnp.zeros((1, 16), jnp.int32))
-    text = undonated.lower(engine._pages, pairs, pairs).compile().as_text()
+    text = undonated.jitted.lower(engine._pages, pairs, pairs).compile().as_text()
     assert len(copies_of(text, local_sizes(engine._pages))) >= len(jax.tree.leaves(engine._pages))
     assert aliases(text) == {}
 

@@ -9,7 +9,7 @@ from flax import nnx
 from apr_jax.checkpoints.state import abstract_state, place_params
 from apr_jax.config import MeshConfig, from_config_dict
 from apr_jax.engine.plan import EnginePlan
-from apr_jax.engine.steps import SHARDED
+from apr_jax.engine.sharded import SHARDED
 from apr_jax.model.llama import graphdef, init_params
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.train.optimizer import make_optimizer

@@ -1,0 +1,169 @@
+"""Prefill: computes keys and values of tokens that threads were given. Two strategies behind one interface.
+
+`PagePerLane` works everywhere: a lane computes up to a page of one thread's new positions, which a second program then
+writes. `PositionsInPlace` is for backends whose decode kernel writes to the pages itself: a lane is one position.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from apr_jax.engine.decode_cache import DecodePlan
+from apr_jax.engine.lanes import PrefillLanes
+from apr_jax.engine.pack_arrays import Packed, unpack
+from apr_jax.engine.scheduler import Limits, PrefillChunk, Scheduler
+from apr_jax.engine.sharded import PAGES, SHARDED, ShardedStep
+from apr_jax.model.kv_cache import Block, PagedKVCache, PrefillView, RowLayout, write_rows
+from apr_jax.model.llama import Llama
+from apr_jax.model.paged_view import PagedView
+from apr_jax.parallel.mesh import partition_spec
+
+POSITIONS_PER_BLOCK = 32  # lanes that `PositionsInPlace` computes together
+
+
+class Prefill(Protocol):
+    """A strategy: which chunks a call takes, how many lanes it has, and the device programs that compute it."""
+
+    num_lanes: int  # of a call, on one shard
+    width: int  # positions of a row that one lane computes
+    steps: dict[str, ShardedStep]
+
+    def take(self, scheduler: Scheduler, shard: int) -> list[PrefillChunk]:
+        """Take a shard's part of the next call from the scheduler, which counts it as computed from now on."""
+        ...
+
+    def arguments(self, pages: PagedKVCache, params: Any, lanes: Any) -> dict[str, tuple[Any, ...]]:
+        """Return what each of `steps` is called with, or arrays' shapes, for a call with these arguments."""
+        ...
+
+    def __call__(self, pages: PagedKVCache, params: Any, lanes: Any) -> PagedKVCache:
+        """Compute the lanes' new positions and write them to the pages, which are donated."""
+        ...
+
+
+def choose_prefill(structure: Any, plan: DecodePlan, limits: Limits, mesh: Mesh) -> Prefill:
+    """Return the strategy for an engine whose decode attention is `plan`; `structure` is the model's graph."""
+    return (PositionsInPlace if plan.impl == "cpu" else PagePerLane)(structure, plan, limits, mesh)
+
+
+class PagePerLane:
+    """Each lane computes up to one page of one thread's new positions; all are written after they are computed."""
+
+    def __init__(self, structure: Any, plan: DecodePlan, limits: Limits, mesh: Mesh):
+        self.num_lanes, self.width = limits.prefill_lanes, limits.page_size
+        self._fresh_sharding = NamedSharding(mesh, PAGES)
+        layout = plan.layout
+
+        def compute(pages: PagedKVCache, params: Any, lanes: PrefillLanes | Packed) -> tuple[Block, ...]:
+            return compute_pages(nnx.merge(structure, params), layout, pages, unpack(lanes))
+
+        def write(pages: PagedKVCache, lanes: PrefillLanes | Packed, fresh: tuple[Block, ...]) -> PagedKVCache:
+            fresh, each = jax.tree.map(layout.tile.pack, fresh), unpack(lanes)
+            return write_rows(pages, each.tables, each.start, each.count, fresh, 1)
+
+        whole, out = partition_spec(), self._fresh_sharding
+        self._compute = ShardedStep(compute, mesh, (SHARDED, whole, SHARDED), out, donated=())
+        self._write = ShardedStep(write, mesh, (SHARDED, SHARDED, SHARDED), out)
+        self.steps = {"prefill": self._compute, "prefill_write": self._write}
+
+    def take(self, scheduler: Scheduler, shard: int) -> list[PrefillChunk]:
+        """Take one chunk a thread: a thread's next page attends to this one, which must be written before."""
+        chunks = scheduler.prefill_chunks(shard)
+        for chunk in chunks:
+            scheduler.prefilled(chunk)
+        return chunks
+
+    def arguments(self, pages: PagedKVCache, params: Any, lanes: Any) -> dict[str, tuple[Any, ...]]:
+        shape: Callable[..., Any] = jax.ShapeDtypeStruct
+        fresh = self._compute.jitted.eval_shape(pages, params, lanes)
+        fresh = jax.tree.map(lambda x: shape(x.shape, x.dtype, sharding=self._fresh_sharding), fresh)
+        return {"prefill": (pages, params, lanes), "prefill_write": (pages, lanes, fresh)}
+
+    def __call__(self, pages: PagedKVCache, params: Any, lanes: Any) -> PagedKVCache:
+        written: PagedKVCache = self._write(pages, lanes, self._compute(pages, params, lanes))
+        return written
+
+
+class PositionsInPlace:
+    """Each lane computes one position and writes it to its page at once, so that lanes may be neighbours in a row."""
+
+    width = 1
+
+    def __init__(self, structure: Any, plan: DecodePlan, limits: Limits, mesh: Mesh):
+        blocks = -(-limits.prefill_lanes * limits.page_size // POSITIONS_PER_BLOCK)
+        self.num_lanes = blocks * POSITIONS_PER_BLOCK
+
+        def prefill(pages: PagedKVCache, params: Any, lanes: PrefillLanes | Packed) -> PagedKVCache:
+            return compute_positions(nnx.merge(structure, params), plan, pages, unpack(lanes))
+
+        out = NamedSharding(mesh, PAGES)
+        self._prefill = ShardedStep(prefill, mesh, (SHARDED, partition_spec(), SHARDED), out)
+        self.steps = {"prefill": self._prefill}
+
+    def take(self, scheduler: Scheduler, shard: int) -> list[PrefillChunk]:
+        """Take chunk after chunk, several of a thread among them, until the call is full."""
+        lanes, taken = self.num_lanes, list[PrefillChunk]()
+        while chunks := scheduler.prefill_chunks(shard):
+            for chunk in chunks:
+                if chunk.count > lanes:
+                    return taken
+                lanes -= chunk.count
+                scheduler.prefilled(chunk)
+                taken.append(chunk)
+        return taken
+
+    def arguments(self, pages: PagedKVCache, params: Any, lanes: Any) -> dict[str, tuple[Any, ...]]:
+        return {"prefill": (pages, params, lanes)}
+
+    def __call__(self, pages: PagedKVCache, params: Any, lanes: Any) -> PagedKVCache:
+        written: PagedKVCache = self._prefill(pages, params, lanes)
+        return written
+
+
+def compute_pages(model: Llama, layout: RowLayout, pages: PagedKVCache, lanes: PrefillLanes) -> tuple[Block, ...]:
+    """Compute keys and values of up to one page of new positions for each lane of a shard (no shard axis).
+
+    Pages are only read. They are written by a program of its own: in one program XLA would copy every page, since
+    branches read them.
+
+    Returns:
+        Per layer keys and values, each `[L, K, W, H]`.
+    """
+    num_spans = layout.spans_for(jnp.max(jnp.where(lanes.count > 0, lanes.start, 0)))
+
+    def lane(table_R: jax.Array, tokens_W: jax.Array, start: jax.Array) -> tuple[Block, ...]:
+        view = PrefillView(pages, table_R, (), start, num_spans, layout)
+        _, successor = model(tokens_W, start + jnp.arange(tokens_W.shape[0]), cache=view)
+        assert successor is not None
+        fresh: tuple[Block, ...] = successor.fresh
+        return fresh
+
+    return jax.vmap(lane)(lanes.tables, lanes.tokens, lanes.start)
+
+
+def compute_positions(model: Llama, plan: DecodePlan, pages: PagedKVCache, lanes: PrefillLanes) -> PagedKVCache:
+    """Compute and write lanes of one position each, as decode does it (no shard axis).
+
+    A loop over POSITIONS_PER_BLOCK lanes at a time, as many as are used. Outside of a loop XLA would copy the pages.
+    """
+    assert plan.impl == "cpu"
+
+    def lane(pages: PagedKVCache, lane: PrefillLanes) -> PagedKVCache:
+        view = PagedView(pages, lane.tables, lane.start, jnp.int32(0), lane.count > 0, "cpu", plan.layout.tile)
+        _, successor = model(lane.tokens, lane.start[None], cache=view)
+        assert successor is not None
+        written: PagedKVCache = successor.pages
+        return written
+
+    def block(index: jax.Array, pages: PagedKVCache) -> PagedKVCache:
+        def part(x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, index * POSITIONS_PER_BLOCK, POSITIONS_PER_BLOCK)
+
+        return jax.vmap(lane, in_axes=(None, 0), out_axes=None)(pages, jax.tree.map(part, lanes))
+
+    used = jnp.sum((lanes.count > 0).astype(jnp.int32))
+    return jax.lax.fori_loop(0, (used + POSITIONS_PER_BLOCK - 1) // POSITIONS_PER_BLOCK, block, pages)
