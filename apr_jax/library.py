@@ -17,7 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from apr_jax.checkpoints.manager import load_policy
+from apr_jax.checkpoints.policy import load_policy
 from apr_jax.config import Config
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.engine import Engine

@@ -111,7 +111,7 @@ def _compare(folders: dict[str, pathlib.Path], own: list[Problem] | None) -> Non
 
 
 def _load(folders: dict[str, pathlib.Path]) -> "dict[str, Policy]":
-    from apr_jax.checkpoints.manager import load_policy
+    from apr_jax.checkpoints.policy import load_policy
     from apr_jax.evaluation.compare.cells import make_policy
     from apr_jax.parallel.mesh import offer_cpu_devices
 

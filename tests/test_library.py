@@ -8,17 +8,15 @@ import pytest
 
 import apr_jax
 from apr_jax.checkpoints.manager import Checkpoints
-from apr_jax.checkpoints.state import create_state
 from apr_jax.config import ConfigError
 from apr_jax.data.tokenizer import load_tokenizer
 from apr_jax.evaluation.run import evaluate
 from apr_jax.library import Policy
 from apr_jax.model.hf import save_hf
-from apr_jax.parallel.mesh import make_mesh
+from apr_jax.model.llama import init_params
 from apr_jax.reasoning.outcome import make_settings
 from apr_jax.reasoning.serial import serial
 from apr_jax.tasks.countdown.rules import Problem
-from apr_jax.train.optimizer import make_optimizer
 from configs.grpo import get_config
 from tests.reasoning.fixtures import SMALL, TOKENIZER, Replay, demonstrations
 from tests.reasoning.scripted_engine import ScriptedEngine
@@ -31,9 +29,9 @@ CONFIG = small_config(**{"model.max_seq_len": 64, "rollout.max_steps": 16, "roll
 def run(tmp_path_factory):
     """A run folder with random weights."""
     run = tmp_path_factory.mktemp("runs") / "tiny"
-    state = create_state(make_mesh(CONFIG.mesh), CONFIG.model, make_optimizer(CONFIG.sft.optimizer, 1), seed=0)
+    params = init_params(CONFIG.model, 0)
     with Checkpoints(run, "sft", CONFIG) as checkpoints:
-        checkpoints.save(1, state, {})
+        checkpoints.save(1, {"policy": params}, {})
     return run
 
 

@@ -20,7 +20,6 @@ from apr_jax.aot.flops import count_flops
 from apr_jax.aot.hlo import Collective, Program
 from apr_jax.aot.peaks import Cost, Estimate, Peaks
 from apr_jax.bench.roofline import StepCost
-from apr_jax.checkpoints.state import abstract_params_on, abstract_state
 from apr_jax.config import Config, MeshConfig, ModelConfig
 from apr_jax.data.packing import pack
 from apr_jax.data.tokenizer import load_tokenizer
@@ -33,12 +32,14 @@ from apr_jax.engine.work_counters import Work
 from apr_jax.model.attention import choose_impl
 from apr_jax.model.decode_weights import layout_shardings, to_layout
 from apr_jax.model.llama import abstract_params, num_params
+from apr_jax.model.placement import abstract_params_on
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import BATCH_AXES, make_mesh, partition_spec
 from apr_jax.train.grpo import Updater
 from apr_jax.train.optimizer import make_optimizer, schedule
 from apr_jax.train.rl.rollouts import Scored
 from apr_jax.train.sft import make_sft_step
+from apr_jax.train.state import abstract_state
 
 PROGRAMS = ("sft_step", "grpo_gradients", "grpo_update", "prefill", "prefill_write", "copy_pages", "decode")
 

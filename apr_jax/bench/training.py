@@ -21,7 +21,6 @@ from jax.sharding import Mesh
 
 from apr_jax.bench.replay import make_replays, replay
 from apr_jax.bench.training_peers import Peer, PeerError
-from apr_jax.checkpoints.state import create_state
 from apr_jax.config import Config, OptimizerConfig
 from apr_jax.data.pipeline import train_iterator
 from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -38,6 +37,7 @@ from apr_jax.train.optimizer import make_optimizer, schedule
 from apr_jax.train.rl.rollouts import Scored
 from apr_jax.train.scorer import to_mesh
 from apr_jax.train.sft import make_sft_step
+from apr_jax.train.state import create_state
 
 Rows = dict[str, np.ndarray]
 Contestant = Callable[[], Mapping[str, Any]]  # one pass: "seconds" and "losses" of its steps

@@ -1,4 +1,4 @@
-"""Which checkpoint of a phase is the best by validation: `best.json` beside the checkpoints keeps every score."""
+"""Validation scores of a phase's checkpoints, which `best.json` beside them keeps, and the best of them."""
 
 import json
 import pathlib
@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, PreservationContext, PreservationPolicy
 
-from apr_jax.checkpoints.phases import Phase
+from apr_jax.checkpoints.phases import PhaseName
 from apr_jax.files import write_json
 
 
 class Measure(NamedTuple):
-    """What a phase's checkpoints are compared by, and how."""
+    """The metric that compares a phase's checkpoints."""
 
     name: str
     best_of: Callable[[Iterable[float]], float]
@@ -21,8 +21,8 @@ class Measure(NamedTuple):
 MEASURES = {"sft": Measure("validation_loss", min), "grpo": Measure("validation_accuracy", max)}
 
 
-def read_scores(folder: pathlib.Path, phase: Phase) -> dict[int, float]:
-    """The scores of a phase's folder, by step; none where none were written."""
+def read_scores(folder: pathlib.Path, phase: PhaseName) -> dict[int, float]:
+    """Return the scores in a phase's folder by step, {} where nothing was validated yet."""
     path = folder / "best.json"
     if not path.exists():
         return {}
@@ -30,14 +30,14 @@ def read_scores(folder: pathlib.Path, phase: Phase) -> dict[int, float]:
     return {int(step): float(value) for step, value in scores.items()}
 
 
-def add_score(folder: pathlib.Path, phase: Phase, step: int, value: float) -> None:
-    """Adds a step's score, or replaces it. Atomic."""
+def add_score(folder: pathlib.Path, phase: PhaseName, step: int, value: float) -> None:
+    """Add a step's score, or replace it."""
     scores = {**read_scores(folder, phase), step: value}
     write_json(folder / "best.json", {MEASURES[phase].name: dict(sorted(scores.items()))})
 
 
-def best_step(folder: pathlib.Path, phase: Phase, steps: Iterable[int]) -> int | None:
-    """The step with the best score among `steps`, the later of equal ones; None where none has a score."""
+def best_step(folder: pathlib.Path, phase: PhaseName, steps: Iterable[int]) -> int | None:
+    """Return the step with the best score among `steps`, the later of equals; None where none has a score."""
     scores = {step: value for step, value in read_scores(folder, phase).items() if step in set(steps)}
     if not scores:
         return None
@@ -46,9 +46,9 @@ def best_step(folder: pathlib.Path, phase: Phase, steps: Iterable[int]) -> int |
 
 
 class PreserveBest(PreservationPolicy):
-    """Keeps the best of the checkpoints there are, whatever its age."""
+    """An Orbax policy that keeps the best of the checkpoints there are, whatever its age."""
 
-    def __init__(self, folder: pathlib.Path, phase: Phase) -> None:
+    def __init__(self, folder: pathlib.Path, phase: PhaseName) -> None:
         self._folder, self._phase = folder, phase
 
     def should_preserve(

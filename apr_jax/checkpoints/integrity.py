@@ -1,12 +1,13 @@
-"""Whether a checkpoint on disk is what was written: sizes and checksums of its files.
+"""Sizes and checksums of a checkpoint's files, so that damage on disk is noticed.
 
-Orbax notices most files that are cut short, but not a bit that flipped in an array, and what it raises names the array
-and not the checkpoint. `SUMS` is written into the folder before the rename that makes it a checkpoint.
+Orbax notices most files that are cut short, but no flipped bit in an array, and its errors name the array and not the
+checkpoint. `SUMS` is written into the folder before the rename that makes it a checkpoint.
 """
 
 import json
 import pathlib
 import zlib
+from typing import Any
 
 SUMS = "sums.json"
 _LEFT_OUT = (SUMS, "_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes the last two later, and needs neither
@@ -18,14 +19,14 @@ class CheckpointError(Exception):
 
 
 def write_sums(folder: pathlib.Path) -> None:
-    """Writes SUMS: {path in the folder: [bytes, CRC-32]} of every file that is there."""
+    """Write SUMS: {path in the folder: [bytes, CRC-32]} of every file that is there."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in _LEFT_OUT)
     sums = {str(path.relative_to(folder)): [path.stat().st_size, _crc(path)] for path in files}
     (folder / SUMS).write_text(json.dumps(sums, indent=0) + "\n")
 
 
 def check_files(folder: pathlib.Path) -> None:
-    """Raises CheckpointError unless a checkpoint's files are as written, or SUMS is absent (older checkpoints)."""
+    """Raise CheckpointError unless a checkpoint's files are as written. Passes where SUMS is absent."""
     path = folder / SUMS
     if not path.exists():
         return
@@ -40,6 +41,15 @@ def check_files(folder: pathlib.Path) -> None:
     for name, (_, crc) in sums.items():
         if _crc(folder / name) != crc:
             raise CheckpointError(f"{name} has another checksum than when it was written")
+
+
+def read_meta(folder: pathlib.Path) -> dict[str, Any]:
+    """Read what `Checkpoints.save` noted about a checkpoint. Raises CheckpointError where it cannot be read."""
+    try:
+        meta: dict[str, Any] = json.loads((folder / "meta" / "metadata").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"meta/metadata cannot be read: {error}") from error
+    return meta
 
 
 def _size(path: pathlib.Path) -> int | None:

@@ -1,6 +1,6 @@
-"""The phases of a run, in their order."""
+"""The names of a run's phases, in their order."""
 
 from typing import Literal
 
-Phase = Literal["sft", "grpo"]
-PHASES: tuple[Phase, ...] = ("sft", "grpo")
+PhaseName = Literal["sft", "grpo"]
+PHASES: tuple[PhaseName, ...] = ("sft", "grpo")

@@ -1,8 +1,8 @@
-"""Whether a checkpoint and a configuration belong to one run: which fields must agree, and what may be extended."""
+"""The check that a checkpoint and a configuration belong to one run: which fields must agree, what may grow."""
 
 from typing import Any
 
-from apr_jax.checkpoints.phases import Phase
+from apr_jax.checkpoints.phases import PhaseName
 from apr_jax.config import ConfigError
 
 # What a checkpoint's numbers depend on. The rest (mesh, evaluation, name, ...) may change from one start to the next.
@@ -13,8 +13,8 @@ _SECTIONS = {
 _FREE = ("data.directory", "data.num_workers", "sft.checkpoint_every", "grpo.checkpoint_every")
 
 
-def check_same(meta: dict[str, Any], current: dict[str, Any], phase: Phase, where: str) -> None:
-    """Raises ConfigError when the checkpoint is another phase's, or a field that its numbers depend on differs.
+def check_same(meta: dict[str, Any], current: dict[str, Any], phase: PhaseName, where: str) -> None:
+    """Raise ConfigError when the checkpoint is another phase's, or a field that its numbers depend on differs.
 
     `num_steps` may differ where it changes no step that is done: with a constant schedule, and not below the step.
 
@@ -39,15 +39,15 @@ def check_same(meta: dict[str, Any], current: dict[str, Any], phase: Phase, wher
         )
 
 
-def fields_that_matter(config: dict[str, Any], phase: Phase, *more_sections: str) -> dict[str, Any]:
-    """The fields that a phase's numbers depend on, and those of `more_sections`, by dotted name."""
+def fields_that_matter(config: dict[str, Any], phase: PhaseName, *more_sections: str) -> dict[str, Any]:
+    """Return the fields that a phase's numbers depend on, and those of `more_sections`, by dotted name."""
     sections = {*_SECTIONS[phase], *more_sections}
     fields = _leaves(config).items()
     return {name: value for name, value in fields if name.split(".")[0] in sections and name not in _FREE}
 
 
-def _why_length_is_fixed(then: dict[str, Any], now: dict[str, Any], phase: Phase, done: int) -> str | None:
-    """Why a run of `done` steps cannot have another num_steps; None where it can."""
+def _why_length_is_fixed(then: dict[str, Any], now: dict[str, Any], phase: PhaseName, done: int) -> str | None:
+    """Return the reason why a run of `done` steps cannot have another num_steps, None where it can."""
     steps, schedule = now[f"{phase}.num_steps"], then[f"{phase}.optimizer.schedule"]
     if schedule != "constant":
         return (

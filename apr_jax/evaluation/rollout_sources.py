@@ -48,7 +48,7 @@ def read_problem_words(words: Sequence[str]) -> Problem:
 
 
 def check_policy_folder(path: pathlib.Path, flag: str = "checkpoint") -> None:
-    """Raises ConfigError unless there is a folder `path`, or `path` is "best" in one (train.checkpoint.load_policy)."""
+    """Raises ConfigError unless there is a folder `path`, or `path` is "best" in one (`load_policy`)."""
     if not path.is_dir() and not (path.name == "best" and path.parent.is_dir()):
         raise ConfigError(f"--{flag}={path}: no such folder")
 

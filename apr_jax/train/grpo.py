@@ -11,14 +11,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from apr_jax.checkpoints.manager import Checkpoints
-from apr_jax.checkpoints.state import (
-    TrainState,
-    abstract_state,
-    apply_gradients,
-    create_state,
-    model_shardings,
-    state_shardings,
-)
 from apr_jax.config import Config
 from apr_jax.data.packing import pack, pad_rows
 from apr_jax.data.tokenizer import Tokenizer
@@ -27,6 +19,7 @@ from apr_jax.engine.constraints import Gate
 from apr_jax.engine.threads import RolloutKey
 from apr_jax.model.attention import takes_branches
 from apr_jax.model.llama import Params
+from apr_jax.model.placement import model_shardings
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import replicated
 from apr_jax.progress import progress
@@ -34,8 +27,8 @@ from apr_jax.reasoning.outcome import banned_tokens, make_settings, spawn_gate
 from apr_jax.reasoning.programs import make_program
 from apr_jax.reasoning.task import COUNTDOWN, Task
 from apr_jax.train.losses import GRPOTerms, GRPOTokens, LogProbs, grpo_loss
-from apr_jax.train.metrics import MetricsWriter
 from apr_jax.train.optimizer import make_optimizer
+from apr_jax.train.phase import Phase
 from apr_jax.train.rl.dynamic_sampling import Sample, draw
 from apr_jax.train.rl.hosted_engine import RolloutEngine
 from apr_jax.train.rl.objectives import make_objective
@@ -49,8 +42,7 @@ from apr_jax.train.rl.rollouts import (
     truncated_share,
 )
 from apr_jax.train.scorer import Batch, fetch, make_scorer, to_mesh
-from apr_jax.train.signals import StoppedError, StopSignal
-from apr_jax.train.skipping import SkippedSteps
+from apr_jax.train.state import TrainState, apply_gradients, state_shardings
 
 Sums = tuple[Params, GRPOTerms]
 
@@ -187,10 +179,7 @@ def train_grpo(
     problems: Sequence[Any],
     tokenizer: Tokenizer,
     engine: RolloutEngine,
-    checkpoints: Checkpoints,
-    writer: MetricsWriter,
-    stop: StopSignal,
-    skipped: SkippedSteps,
+    phase: Phase,
     validate: Callable[[], float],
     keep: Callable[[int, Sample], None],
     task: Task = COUNTDOWN,
@@ -205,29 +194,20 @@ def train_grpo(
       keep: told of the rollouts of each step that ends in a regular checkpoint, to keep some for people to read.
     Raises:
       StoppedError: a signal came; the last finished step is saved.
-      FloatingPointError: too many steps in a row had a loss or gradient that was not finite (`skipped`).
+      FloatingPointError: too many steps in a row had a loss or gradient that was not finite (`phase.skipped`).
       Whatever a program or the engine raises: a bug is no reward.
     """
     grpo = config.grpo
     updater = Updater(config, mesh, tokenizer)
-    if checkpoints.latest_step() is not None:
-        abstract = abstract_state(mesh, config.model, updater.optimizer)
-        state, _, skipped.in_a_row = checkpoints.restore(abstract)
-    else:
-        state = create_state(mesh, config.model, updater.optimizer, params)
+    state, _ = phase.start(mesh, config.model, updater.optimizer, params)
     start = int(state.step) // grpo.inner_updates
     with progress(grpo.num_steps - start, "GRPO", "step", hosts.messages()) as bar:
         for step in range(start + 1, grpo.num_steps + 1):
             engine.set_params(state.params)
-            try:
-                with stop.interrupting():
-                    validation = _validate(validate, checkpoints, grpo.validate_every, step - 1)
-                    began = time.perf_counter()
-                    sample = sample_step(config, engine, problems, tokenizer, step, task)
-            except StoppedError:
-                writer.sync()
-                checkpoints.save_if_new(step - 1, state, {}, skipped.in_a_row)
-                raise
+            with phase.interruptible(step - 1, state, {}):
+                validation = _validate(validate, phase.checkpoints, grpo.validate_every, step - 1)
+                began = time.perf_counter()
+                sample = sample_step(config, engine, problems, tokenizer, step, task)
             rolled_out = time.perf_counter()
             sequences = updater.sequences(sample.learnt)
             microbatches = updater.microbatches(sequences)
@@ -242,23 +222,22 @@ def train_grpo(
                 "packing": _packing(sequences, microbatches),
             }
             ended = time.perf_counter()
-            writer.write("grpo", step, metrics)
-            writer.write_timings("grpo", step, _timings(sample.scored, began, rolled_out, ended))
+            phase.writer.write("grpo", step, metrics)
+            phase.writer.write_timings("grpo", step, _timings(sample.scored, began, rolled_out, ended))
             bar.update(1, accuracy=metrics["accuracy"], children=metrics["children_per_rollout"])
-            skipped.note("grpo", step, metrics["skipped_rate"], functools.partial(_rows, sequences, grpo.row_len))
-            stopping = stop.agreed()
+            phase.skipped.note("grpo", step, metrics["skipped_rate"], functools.partial(_rows, sequences, grpo.row_len))
+            stopping = phase.stop.agreed()
             regular = step % grpo.checkpoint_every == 0 or step == grpo.num_steps
             if regular:
                 keep(step, sample)
             if regular or stopping:
-                writer.sync()
-                checkpoints.save(step, state, {}, skipped.in_a_row)
+                phase.save(step, state, {})
             if stopping:
-                stop.check()
-    if not checkpoints.has_score(grpo.num_steps):
+                phase.stop.check()
+    if not phase.checkpoints.has_score(grpo.num_steps):
         engine.set_params(state.params)
-        with stop.interrupting():
-            _validate(validate, checkpoints, grpo.validate_every, grpo.num_steps)
+        with phase.stop.interrupting():
+            _validate(validate, phase.checkpoints, grpo.validate_every, grpo.num_steps)
     return state.params
 
 

@@ -2,7 +2,7 @@
 
 WORKDIR/config.json         the configuration
 WORKDIR/metrics.jsonl       one object a step (metrics.py)
-WORKDIR/checkpoints/        checkpoint.py
+WORKDIR/checkpoints/        checkpoints/manager.py
 WORKDIR/evaluations/        one file for each evaluation that is done
 WORKDIR/grpo_rollouts/      some rollouts that GRPO learnt from, with their advantages (kept_rollouts.py)
 WORKDIR/skipped/            batches whose loss or gradient was not finite, of a run that gave up (skipping.py)
@@ -17,17 +17,11 @@ from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from apr_jax.checkpoints.manager import (
-    Checkpoints,
-    forget_reference,
-    has_reference,
-    load_policy,
-    load_reference,
-    save_reference,
-)
+from apr_jax.checkpoints.manager import Checkpoints
 from apr_jax.checkpoints.phases import PHASES
+from apr_jax.checkpoints.policy import load_policy
+from apr_jax.checkpoints.reference import forget_reference, has_reference, load_reference, save_reference
 from apr_jax.checkpoints.resume_check import fields_that_matter
-from apr_jax.checkpoints.state import abstract_params_on, place_params
 from apr_jax.config import Config, ConfigError, to_dict
 from apr_jax.data.pipeline import train_iterator, validation_batches
 from apr_jax.data.tokenizer import Tokenizer
@@ -36,6 +30,7 @@ from apr_jax.evaluation.report.run_report import write_figure, write_report
 from apr_jax.evaluation.run import ShownProgress, evaluate, load_problems, save_rollouts
 from apr_jax.files import write_json
 from apr_jax.model.llama import Params
+from apr_jax.model.placement import abstract_params_on, place_params
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.progress import Progress, progress
@@ -45,6 +40,7 @@ from apr_jax.tasks.countdown.demonstrations import SHARED_METHODS
 from apr_jax.tasks.countdown.trace import Demonstrated
 from apr_jax.train.grpo import train_grpo
 from apr_jax.train.metrics import MetricsWriter
+from apr_jax.train.phase import Phase
 from apr_jax.train.rl.dynamic_sampling import Sample
 from apr_jax.train.rl.hosted_engine import RolloutEngine, make_engine, plan_engine
 from apr_jax.train.rl.kept_rollouts import keep_rollouts
@@ -120,11 +116,11 @@ class _Run:
             self._build_data()
             with MetricsWriter(self.workdir, PHASES, phase, step, writes=hosts.is_first()) as writer:
                 if not started:
-                    policy = self._sft(start, sft, writer) if checkpoint is None else self._given(checkpoint)
-                    save_reference(self.workdir, policy)
+                    trained = self._given(checkpoint) if checkpoint else self._sft(start, self._phase(sft, writer))
+                    save_reference(self.workdir, trained)
                 reference = load_reference(self.workdir, abstract_params_on(self.mesh, config.model))
                 summary = self._evaluate("before", reference)
-                policy = self._grpo(reference, grpo, writer)
+                policy = self._grpo(reference, self._phase(grpo, writer))
                 summary |= self._evaluate("after", policy)
         if hosts.is_first():
             write_json(self.workdir / "summary.json", summary)
@@ -132,6 +128,10 @@ class _Run:
             write_report(self.workdir)
             write_figure(self.workdir, self.workdir / "figure.svg")
         return summary
+
+    def _phase(self, checkpoints: Checkpoints, writer: MetricsWriter) -> Phase:
+        skipped = SkippedSteps(self.workdir, self.config.faults.max_skipped_steps)
+        return Phase(checkpoints, writer, self.stop, skipped)
 
     def _reopen_sft(self, sft_step: int, grpo_step: int) -> None:
         """SFT was done, and `sft.num_steps` is more now: the reference policy that it led to is outdated."""
@@ -173,7 +173,7 @@ class _Run:
             raise ConfigError(f"the policy of {checkpoint} is another model:\n" + "\n".join(wrong))
         return place_params(params, self.mesh, self.config.model)
 
-    def _sft(self, start: pathlib.Path | None, checkpoints: Checkpoints, writer: MetricsWriter) -> Params:
+    def _sft(self, start: pathlib.Path | None, phase: Phase) -> Params:
         """What SFT leads to, from the policy at `start` or from fresh weights."""
         config = self.config
         sft = config.sft
@@ -203,17 +203,14 @@ class _Run:
             sft,
             config.model,
             self.mesh,
+            phase,
             rows=rows,
             validation_rows=validation[0],
             seed=config.seed,
-            checkpoints=checkpoints,
-            writer=writer,
-            stop=self.stop,
-            skipped=SkippedSteps(self.workdir, config.faults.max_skipped_steps),
             params=None if start is None else self._given(start),
         )
 
-    def _grpo(self, reference: Params, checkpoints: Checkpoints, writer: MetricsWriter) -> Params:
+    def _grpo(self, reference: Params, phase: Phase) -> Params:
         if self.config.grpo.num_steps == 0:
             return reference
         engine = self._engine_with(reference)
@@ -225,10 +222,7 @@ class _Run:
             problems=Problems(self.train_split),
             tokenizer=self.tokenizer,
             engine=engine,
-            checkpoints=checkpoints,
-            writer=writer,
-            stop=self.stop,
-            skipped=SkippedSteps(self.workdir, self.config.faults.max_skipped_steps),
+            phase=phase,
             validate=lambda: self._validation_accuracy(engine),
             keep=self._keep_rollouts,
             task=self.task,

@@ -12,19 +12,16 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from apr_jax.checkpoints.manager import Checkpoints
-from apr_jax.checkpoints.state import TrainState, abstract_state, apply_gradients, create_state, state_shardings
 from apr_jax.config import ModelConfig, SFTConfig
 from apr_jax.data.packing import pad_rows
 from apr_jax.model.llama import Params
 from apr_jax.parallel import hosts
 from apr_jax.progress import progress
 from apr_jax.train.losses import normalise, weighted_nll
-from apr_jax.train.metrics import MetricsWriter
 from apr_jax.train.optimizer import make_optimizer, schedule
+from apr_jax.train.phase import Phase
 from apr_jax.train.scorer import Batch, Scorer, fetch, make_scorer, to_mesh
-from apr_jax.train.signals import StopSignal
-from apr_jax.train.skipping import SkippedSteps
+from apr_jax.train.state import TrainState, apply_gradients, state_shardings
 
 Rows = Mapping[str, np.ndarray]
 Metrics = dict[str, jax.Array]
@@ -87,17 +84,14 @@ def train_sft(
     config: SFTConfig,
     model: ModelConfig,
     mesh: Mesh,
+    phase: Phase,
     *,
     rows: RowIterator,
     validation_rows: Rows,
     seed: int,
-    skipped: SkippedSteps,
-    checkpoints: Checkpoints | None = None,
-    writer: MetricsWriter | None = None,
-    stop: StopSignal | None = None,
     params: Params | None = None,
 ) -> Params:
-    """Trains from the last checkpoint, or else from the start, to `config.num_steps`. Returns the policy.
+    """Train from the last checkpoint, or else from the start, to `config.num_steps`. Returns the policy.
 
     Args:
       rows: batches of `config.rows_per_step` rows; its position is saved and restored with the weights.
@@ -105,19 +99,17 @@ def train_sft(
       seed: of the initial weights, where `params` does not give them.
     Raises:
       StoppedError: a signal came; the state is saved.
-      FloatingPointError: too many steps in a row had a loss or gradient that was not finite (`skipped`).
+      FloatingPointError: too many steps in a row had a loss or gradient that was not finite (`phase.skipped`).
     """
     optimizer = make_optimizer(config.optimizer, config.num_steps)
-    if checkpoints is not None and checkpoints.latest_step() is not None:
-        state, position, skipped.in_a_row = checkpoints.restore(abstract_state(mesh, model, optimizer))
+    state, position = phase.start(mesh, model, optimizer, params, seed)
+    if position is not None:
         rows.set_state(position)
-    else:
-        state = create_state(mesh, model, optimizer, params, seed)
     start = int(state.step)
     rate = schedule(config.optimizer, config.num_steps, config.optimizer.learning_rate)
     step_fn, validate = make_sft_step(model, optimizer, rate, mesh), make_validation(model, mesh)
     held_out = _validation_batch(validation_rows, mesh, config.rows_per_step // config.microbatches)
-    log = _Log(writer, skipped)
+    log = _Log(phase)
     with progress(config.num_steps - start, "SFT", "step", hosts.messages()) as bar:
         for step in range(start + 1, config.num_steps + 1):
             asked = time.perf_counter()
@@ -128,17 +120,14 @@ def train_sft(
             if step % config.validate_every == 0 or step == config.num_steps:
                 metrics |= validate(state.params, held_out)
             bar.update(1, **log.add(_Step(step, batch, waited, metrics)))
-            stopping = stop is not None and stop.agreed()
-            if checkpoints is not None and (
-                step % config.checkpoint_every == 0 or step == config.num_steps or stopping
-            ):
+            stopping = phase.stop.agreed()
+            if stopping or step % config.checkpoint_every == 0 or step == config.num_steps:
                 written = log.flush()
                 if "validation_loss" in written:
-                    checkpoints.score(step, written["validation_loss"])
-                checkpoints.save(step, state, rows.get_state(), skipped.in_a_row)
-            if stop is not None and stopping:
-                stop.check()
-        log.flush()
+                    phase.checkpoints.score(step, written["validation_loss"])
+                phase.save(step, state, rows.get_state())
+            if stopping:
+                phase.stop.check()
     return state.params
 
 
@@ -156,25 +145,19 @@ class _Step:
 class _Log:
     """Writes a step's metrics when the next step is under way, so that the host never waits for the device."""
 
-    def __init__(self, writer: MetricsWriter | None, skipped: SkippedSteps) -> None:
-        self._writer, self._skipped = writer, skipped
+    def __init__(self, phase: Phase) -> None:
+        self._phase = phase
         self._pending: _Step | None = None
         self._last = time.perf_counter()
 
     def add(self, step: _Step) -> dict[str, float]:
-        """Takes a dispatched step; returns the loss of the one before, for the progress bar."""
-        written = self._write()
+        """Take a dispatched step, and return the loss of the one before for the progress bar."""
+        written = self.flush()
         self._pending = step
         return {"loss": written["loss"]} if written else {}
 
     def flush(self) -> dict[str, float]:
-        """Returns what was written just now."""
-        written = self._write()
-        if self._writer is not None:
-            self._writer.sync()
-        return written
-
-    def _write(self) -> dict[str, float]:
+        """Write the metrics of the last step, if they are not written yet, and return them."""
         if self._pending is None:
             return {}
         step, self._pending = self._pending, None
@@ -183,11 +166,10 @@ class _Log:
         metrics = {**fetch(step.metrics), "tokens": tokens, "packing": tokens / ids_BT.size}
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        if self._writer is not None:
-            self._writer.write("sft", step.number, metrics)
-            timings = {"seconds": seconds, "tokens_per_second": tokens / seconds, "data_seconds": step.waited}
-            self._writer.write_timings("sft", step.number, timings)
-        self._skipped.note("sft", step.number, metrics["skipped_rate"], lambda: step.batch)
+        self._phase.writer.write("sft", step.number, metrics)
+        timings = {"seconds": seconds, "tokens_per_second": tokens / seconds, "data_seconds": step.waited}
+        self._phase.writer.write_timings("sft", step.number, timings)
+        self._phase.skipped.note("sft", step.number, metrics["skipped_rate"], lambda: step.batch)
         return metrics
 
 

@@ -6,76 +6,60 @@ import re
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from apr_jax.checkpoints.integrity import CheckpointError
-from apr_jax.checkpoints.manager import (
-    Checkpoints,
-    has_reference,
-    load_policy,
-    load_reference,
-    save_reference,
-)
+from apr_jax.checkpoints.manager import Checkpoints
+from apr_jax.checkpoints.policy import load_policy
+from apr_jax.checkpoints.reference import has_reference, load_reference, save_reference
 from apr_jax.checkpoints.resume_check import check_same
-from apr_jax.checkpoints.state import TrainState, abstract_params_on, abstract_state, create_state
 from apr_jax.config import ConfigError, to_dict
 from apr_jax.model.hf import save_hf
 from apr_jax.model.llama import init_params
-from apr_jax.parallel.mesh import make_mesh
-from apr_jax.train.optimizer import make_optimizer
+from apr_jax.model.placement import abstract_params_on, place_params
+from apr_jax.parallel.mesh import make_mesh, replicated
 from tests.train.small import on_mesh, small_config
 
 CONFIG = small_config(**{"sft.optimizer.name": "muon"})
 
 
-def _state(config=CONFIG, seed=0):
-    optimizer = make_optimizer(config.sft.optimizer, 10)
-    state = create_state(make_mesh(config.mesh), config.model, optimizer, seed=seed)
-    noise = jax.tree.map(
-        lambda x: np.arange(x.size, dtype=np.float32).reshape(x.shape).astype(x.dtype), state.opt_state
-    )
-    return TrainState(state.step + 3, state.params, noise), optimizer
+def _trees(config=CONFIG, seed=0):
+    """A policy and some other arrays, nested as an optimiser's state is."""
+    mesh = make_mesh(config.mesh)
+    params = place_params(init_params(config.model, seed), mesh, config.model)
+    noise = jax.tree.map(lambda x: jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape), params)
+    return {"policy": params, "optimizer": (jax.device_put(jnp.asarray(3), replicated(mesh)), [{"moments": noise}])}
+
+
+def _abstract(config=CONFIG):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _trees(config))
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    state, _ = _state()
+    trees = _trees()
     with Checkpoints(workdir, "sft", CONFIG) as checkpoints:
-        checkpoints.save(3, state, {"next": [1, 2], "name": "x"}, skipped_in_a_row=2)
-    save_reference(workdir, state.params)
-    return workdir, state
+        checkpoints.save(3, trees, {"next": [1, 2], "name": "x"}, note=2)
+    save_reference(workdir, trees["policy"])
+    return workdir, trees
 
 
 @pytest.mark.parametrize("mesh", [{}, {"data": 2, "fsdp": 2}], ids=["one device", "another mesh"])
 def test_all_of_it_comes_back(saved, mesh):
-    workdir, state = saved
+    workdir, trees = saved
     config = on_mesh(CONFIG, **mesh)
-    optimizer = make_optimizer(config.sft.optimizer, 10)
     with Checkpoints(workdir, "sft", config) as checkpoints:
         assert checkpoints.latest_step() == 3
-        restored, position, skipped = checkpoints.restore(
-            abstract_state(make_mesh(config.mesh), config.model, optimizer)
-        )
-    assert skipped == 2
+        restored, position, meta = checkpoints.restore(_abstract(config))
+    assert meta["note"] == 2
     assert position == {"next": [1, 2], "name": "x"}
-    assert jax.tree.structure(restored) == jax.tree.structure(state)
-    jax.tree.map(np.testing.assert_array_equal, restored, state)
-    leaf = jax.tree.leaves(restored.params)[-1]
+    assert jax.tree.structure(restored) == jax.tree.structure(trees)
+    jax.tree.map(np.testing.assert_array_equal, restored, trees)
+    leaf = jax.tree.leaves(restored["policy"])[-1]
     assert dict(leaf.sharding.mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1} | mesh
-
-
-def test_moments_lie_like_their_parameter():
-    config = on_mesh(CONFIG, data=1, fsdp=4)
-    state, _ = _state(config)
-    split = [x for x in jax.tree.leaves(state.params) if not x.sharding.is_fully_replicated]
-    assert split
-    optimizer = make_optimizer(config.sft.optimizer, 10)
-    fresh = create_state(make_mesh(config.mesh), config.model, optimizer)
-    moments = [x for x in jax.tree.leaves(fresh.opt_state) if not x.sharding.is_fully_replicated]
-    adam_tables = 1  # Adam keeps two moments of the embedding, Muon one of each matrix
-    assert len(moments) == len(split) + adam_tables
 
 
 def test_another_configuration_is_refused_by_name(saved):
@@ -91,29 +75,29 @@ def test_another_configuration_is_refused_by_name(saved):
 
 
 def test_reference_is_saved_once(saved):
-    workdir, state = saved
+    workdir, trees = saved
     assert has_reference(workdir)
     save_reference(workdir, init_params(CONFIG.model, 5))
     reference = load_reference(workdir, abstract_params_on(make_mesh(CONFIG.mesh), CONFIG.model))
-    jax.tree.map(np.testing.assert_array_equal, reference, state.params)
+    jax.tree.map(np.testing.assert_array_equal, reference, trees["policy"])
 
 
 @pytest.mark.parametrize("folder", [".", "checkpoints", "checkpoints/sft", "checkpoints/sft/3"])
 def test_policy_loads_from_any_of_its_folders(saved, folder):
-    workdir, state = saved
+    workdir, trees = saved
     model, params, config = load_policy(workdir / folder)
     assert model == CONFIG.model
     assert config == to_dict(CONFIG)
-    jax.tree.map(np.testing.assert_array_equal, params, state.params)
+    jax.tree.map(np.testing.assert_array_equal, params, trees["policy"])
 
 
 def test_policy_loads_from_hugging_face_and_nothing_else(saved, tmp_path):
-    _, state = saved
-    save_hf(tmp_path / "hf", CONFIG.model, state.params, None)
+    _, trees = saved
+    save_hf(tmp_path / "hf", CONFIG.model, trees["policy"], None)
     model, params, config = load_policy(tmp_path / "hf")
     assert config is None
     assert model.embed_dim == CONFIG.model.embed_dim
-    jax.tree.map(np.testing.assert_array_equal, params, state.params)
+    jax.tree.map(np.testing.assert_array_equal, params, trees["policy"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="neither a run folder"):
         load_policy(tmp_path / "empty")
@@ -131,14 +115,14 @@ def test_an_incomplete_checkpoint_is_not_seen(saved, tmp_path):
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
-    """Checkpoints of steps 1, 2 and 3 that differ, and the state of each."""
-    workdir, states = tmp_path_factory.mktemp("three"), {}
+    """Checkpoints of steps 1, 2 and 3 that differ, and the trees of each."""
+    workdir, trees = tmp_path_factory.mktemp("three"), {}
     config = _keeping(3)
     with Checkpoints(workdir, "sft", config) as checkpoints:
         for step in (1, 2, 3):
-            states[step] = _state(seed=step)[0]
-            checkpoints.save(step, states[step], {"step": step})
-    return workdir, states
+            trees[step] = _trees(seed=step)
+            checkpoints.save(step, trees[step], {"step": step})
+    return workdir, trees
 
 
 def _keeping(number):
@@ -173,7 +157,7 @@ def _flip_a_bit(folder):
     ids=["cut short", "a bit flipped", "without metadata", "without optimizer", "sums damaged"],
 )
 def test_a_damaged_checkpoint_gives_way_to_the_last_good_one(three, tmp_path, capsys, damage, message):
-    workdir, states = three
+    workdir, trees = three
     copy = tmp_path / "run"
     shutil.copytree(workdir, copy)
     damage(copy / "checkpoints" / "sft" / "3")
@@ -183,16 +167,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_last_good_one(three, tmp_path, ca
         assert checkpoints.settle() == checkpoints.latest_step() == 2
         restored, position, _ = checkpoints.restore(_abstract())
         assert position == {"step": 2}
-        jax.tree.map(np.testing.assert_array_equal, restored, states[2])
-        checkpoints.save(3, states[3], {"step": 3})  # in its place
+        jax.tree.map(np.testing.assert_array_equal, restored, trees[2])
+        checkpoints.save(3, trees[3], {"step": 3})  # in its place
     assert (copy / "checkpoints" / "unusable" / "sft-3").is_dir()
     assert re.search(f"cannot be used and is now .*unusable/sft-3: .*{message}", capsys.readouterr().err)
     with Checkpoints(copy, "sft", CONFIG) as checkpoints:
         assert checkpoints.settle() == 3
-
-
-def _abstract():
-    return abstract_state(make_mesh(CONFIG.mesh), CONFIG.model, make_optimizer(CONFIG.sft.optimizer, 10))
 
 
 def test_another_runs_checkpoint_gives_way_and_without_a_good_one_the_run_is_refused(three, tmp_path, capsys):
@@ -201,7 +181,7 @@ def test_another_runs_checkpoint_gives_way_and_without_a_good_one_the_run_is_ref
     folder = copy / "checkpoints" / "sft"
     other = dataclasses.replace(CONFIG, seed=7)
     with Checkpoints(tmp_path / "other", "sft", other) as checkpoints:
-        checkpoints.save(9, _state()[0], {})
+        checkpoints.save(9, _trees(), {})
     shutil.copytree(tmp_path / "other" / "checkpoints" / "sft" / "9", folder / "9")
     with Checkpoints(copy, "sft", CONFIG) as checkpoints:
         assert checkpoints.settle() == 3
@@ -215,21 +195,21 @@ def test_another_runs_checkpoint_gives_way_and_without_a_good_one_the_run_is_ref
 
 
 def test_what_is_saved_is_the_state_at_that_time_though_training_goes_on_with_its_buffers(tmp_path):
-    state, _ = _state()
-    expected = jax.tree.map(np.array, state)
+    trees = _trees()
+    expected = jax.tree.map(np.array, trees)
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
     with Checkpoints(tmp_path, "sft", CONFIG) as checkpoints:
-        checkpoints.save(1, state, {})
-        jax.block_until_ready(step(state))
+        checkpoints.save(1, trees, {})
+        jax.block_until_ready(step(trees))
         checkpoints.wait()
-        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(_abstract()).state, expected)
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(_abstract()).trees, expected)
 
 
 def test_the_newest_are_kept_and_the_best_by_validation_which_has_a_name(tmp_path):
     with Checkpoints(tmp_path, "sft", _keeping(2)) as checkpoints:
         for step, loss in enumerate([3.0, 1.0, 2.0, 2.5, 2.5], start=1):
             checkpoints.score(step, loss)
-            checkpoints.save(step, _state(seed=step)[0], {})
+            checkpoints.save(step, _trees(seed=step), {})
     folder = tmp_path / "checkpoints" / "sft"
     assert sorted(path.name for path in folder.iterdir()) == ["2", "4", "5", "best.json"]
     for place in (tmp_path, tmp_path / "checkpoints", folder):
@@ -237,7 +217,7 @@ def test_the_newest_are_kept_and_the_best_by_validation_which_has_a_name(tmp_pat
         jax.tree.map(np.testing.assert_array_equal, params, init_params(CONFIG.model, 2))
     with Checkpoints(tmp_path, "grpo", CONFIG) as checkpoints:
         for step, accuracy in enumerate([0.5, 0.5], start=7):  # GRPO's goes before SFT's, of equal ones the later
-            checkpoints.save(step, _state(seed=step)[0], {})
+            checkpoints.save(step, _trees(seed=step), {})
             checkpoints.score(step, accuracy)
     jax.tree.map(np.testing.assert_array_equal, load_policy(tmp_path / "best")[1], init_params(CONFIG.model, 8))
 

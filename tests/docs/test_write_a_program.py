@@ -3,12 +3,10 @@
 import pytest
 
 from apr_jax.checkpoints.manager import Checkpoints
-from apr_jax.checkpoints.state import create_state
 from apr_jax.engine.threads import RolloutKey
-from apr_jax.parallel.mesh import make_mesh
+from apr_jax.model.llama import init_params
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.rules import Problem, verify
-from apr_jax.train.optimizer import make_optimizer
 from tests.docs.pages import run_page
 from tests.reasoning.fixtures import SMALL, TOKENIZER, Replay, TextScript, demonstrations, settings
 from tests.reasoning.scripted_engine import ScriptedEngine
@@ -20,9 +18,9 @@ def page(tmp_path_factory):
     """The page's names after it ran beside a run with random weights."""
     home = tmp_path_factory.mktemp("home")
     config = small_config(**{"data.directory": str(home / "data")})
-    state = create_state(make_mesh(config.mesh), config.model, make_optimizer(config.sft.optimizer, 1), seed=0)
+    params = init_params(config.model, 0)
     with Checkpoints(home / "runs" / "laptop", "sft", config) as checkpoints:
-        checkpoints.save(1, state, {})
+        checkpoints.save(1, {"policy": params}, {})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         return run_page("write_a_program.md")

@@ -10,13 +10,10 @@ import sys
 import pytest
 
 from apr_jax.checkpoints.manager import Checkpoints
-from apr_jax.checkpoints.state import create_state
 from apr_jax.config import from_config_dict
 from apr_jax.data.tokenizer import load_tokenizer
 from apr_jax.model.hf import save_hf
 from apr_jax.model.llama import init_params
-from apr_jax.parallel.mesh import make_mesh
-from apr_jax.train.optimizer import make_optimizer
 from configs.grpo import get_config
 from tests.evaluation.test_run import INTERFACE_KEYS
 
@@ -54,11 +51,10 @@ evaluate = functools.partial(launched, "evaluate.py")
 def make_home(home):
     """Fills a folder: a run in runs/, as training leaves it, and a Hugging Face folder of the same policy."""
     config = small_config(home)
-    optimizer = make_optimizer(config.sft.optimizer, 1)
-    state = create_state(make_mesh(config.mesh), config.model, optimizer, init_params(config.model, 0))
+    params = init_params(config.model, 0)
     with Checkpoints(home / "runs" / "tiny", "sft", config) as checkpoints:
-        checkpoints.save(1, state, {})
-    save_hf(home / "hugging_face", config.model, state.params, load_tokenizer("builtin"))
+        checkpoints.save(1, {"policy": params}, {})
+    save_hf(home / "hugging_face", config.model, params, load_tokenizer("builtin"))
     return home
 
 

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from apr_jax.checkpoints.state import abstract_state, place_params
 from apr_jax.config import MeshConfig, from_config_dict
 from apr_jax.engine.plan import EnginePlan
 from apr_jax.engine.sharded import SHARDED
 from apr_jax.model.llama import graphdef, init_params
+from apr_jax.model.placement import place_params
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.train.optimizer import make_optimizer
 from apr_jax.train.scorer import to_mesh
+from apr_jax.train.state import abstract_state
 from configs.grpo import get_config
 from tests.train.small import random_rows, small_config
 

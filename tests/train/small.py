@@ -1,14 +1,23 @@
 """A configuration small enough for a test, and packed rows to train on."""
 
+import contextlib
 import dataclasses
+import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from apr_jax import config as config_lib
+from apr_jax.checkpoints.manager import Checkpoints
+from apr_jax.checkpoints.phases import PHASES, PhaseName
 from apr_jax.config import Config
 from apr_jax.data.packing import pack
+from apr_jax.train.metrics import MetricsWriter
+from apr_jax.train.phase import Phase
+from apr_jax.train.signals import StopSignal
+from apr_jax.train.skipping import SkippedSteps
 from configs import grpo as grpo_config
 
 
@@ -41,6 +50,18 @@ def small_config_dict(directory: str) -> ConfigDict:
 def on_mesh(config: Config, **mesh: int) -> Config:
     """The same on another mesh."""
     return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh))
+
+
+@contextlib.contextmanager
+def open_phase(
+    workdir: pathlib.Path, name: PhaseName, config: Config, stop: StopSignal | None = None
+) -> Iterator[Phase]:
+    """A phase of a run in `workdir`, that goes on after its last checkpoint."""
+    with Checkpoints(workdir, name, config) as checkpoints:
+        step = checkpoints.latest_step() or 0
+        with MetricsWriter(workdir, PHASES, name, step) as writer:
+            skipped = SkippedSteps(workdir, config.faults.max_skipped_steps)
+            yield Phase(checkpoints, writer, stop or StopSignal(), skipped)
 
 
 def random_rows(vocab: int, row_len: int, num_sequences: int, seed: int = 0) -> dict[str, np.ndarray]:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from apr_jax.checkpoints.state import create_state
 from apr_jax.data.tokenizer import BuiltinTokenizer
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import RolloutKey
@@ -26,6 +25,7 @@ from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.rules import Problem
 from apr_jax.train import grpo
 from apr_jax.train.rl import rollouts
+from apr_jax.train.state import create_state
 from tests.train.small import on_mesh, small_config
 
 LINES = (

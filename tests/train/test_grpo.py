@@ -1,6 +1,5 @@
 """GRPO: its gradient from the definition, invariances, resume, and that reward rises."""
 
-import contextlib
 import dataclasses
 
 import jax
@@ -9,9 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from apr_jax.checkpoints.manager import Checkpoints
-from apr_jax.checkpoints.phases import PHASES
-from apr_jax.checkpoints.state import create_state
 from apr_jax.data.tokenizer import load_tokenizer
 from apr_jax.engine import sampling
 from apr_jax.engine.engine import Engine
@@ -25,13 +21,12 @@ from apr_jax.reasoning.outcome import Outcome, banned_tokens
 from apr_jax.reasoning.task import COUNTDOWN
 from apr_jax.tasks.countdown.rules import Problem, Verdict
 from apr_jax.train import grpo
-from apr_jax.train.metrics import MetricsWriter
 from apr_jax.train.rl import rollouts
 from apr_jax.train.rl.kept_rollouts import keep_rollouts
 from apr_jax.train.rl.objectives import make_objective
 from apr_jax.train.signals import StoppedError, StopSignal
-from apr_jax.train.skipping import SkippedSteps
-from tests.train.small import on_mesh, small_config
+from apr_jax.train.state import create_state
+from tests.train.small import on_mesh, open_phase, small_config
 
 TOKENIZER = load_tokenizer("builtin")
 CONFIG = small_config(
@@ -302,9 +297,7 @@ def bandit():
 
     def train(workdir, stop=None, program=_guess):
         task = dataclasses.replace(COUNTDOWN, programs={"adaptive": program}, verify=_is_even)
-        with contextlib.ExitStack() as stack:
-            checkpoints = stack.enter_context(Checkpoints(workdir, "grpo", config))
-            step = checkpoints.latest_step() or 0
+        with open_phase(workdir, "grpo", config, stop) as phase:
             return grpo.train_grpo(
                 config,
                 mesh,
@@ -313,10 +306,7 @@ def bandit():
                 problems=PROBLEMS,
                 tokenizer=TOKENIZER,
                 engine=engine,
-                checkpoints=checkpoints,
-                writer=stack.enter_context(MetricsWriter(workdir, PHASES, "grpo", step)),
-                stop=stop or StopSignal(),
-                skipped=SkippedSteps(workdir, config.faults.max_skipped_steps),
+                phase=phase,
                 validate=lambda: 0.0,
                 keep=lambda step, sample: keep_rollouts(workdir, step, sample, config, TOKENIZER, task),
                 task=task,

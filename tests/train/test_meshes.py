@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 
-from apr_jax.checkpoints.state import create_state
 from apr_jax.model.llama import init_params
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.train import grpo
@@ -17,6 +16,7 @@ from apr_jax.train.losses import normalise
 from apr_jax.train.optimizer import make_optimizer, schedule
 from apr_jax.train.scorer import to_mesh
 from apr_jax.train.sft import make_sft_step
+from apr_jax.train.state import create_state
 from tests.train.small import on_mesh, random_rows, small_config
 from tests.train.test_grpo import TOKENIZER, made_up_rollouts
 

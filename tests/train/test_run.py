@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 
-from apr_jax.checkpoints.manager import load_policy
+from apr_jax.checkpoints.policy import load_policy
 from apr_jax.config import Config, ConfigError
 from apr_jax.data import countdown_builder
 from apr_jax.files import read_jsonl

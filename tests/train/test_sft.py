@@ -9,20 +9,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from apr_jax.checkpoints.manager import Checkpoints
-from apr_jax.checkpoints.phases import PHASES
-from apr_jax.checkpoints.state import create_state
 from apr_jax.files import read_jsonl
 from apr_jax.model.llama import graphdef, init_params
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.train.losses import normalise
-from apr_jax.train.metrics import MetricsWriter
 from apr_jax.train.optimizer import make_optimizer, schedule
 from apr_jax.train.scorer import to_mesh
 from apr_jax.train.sft import make_sft_step, train_sft
 from apr_jax.train.signals import StoppedError, StopSignal
-from apr_jax.train.skipping import SkippedSteps
-from tests.train.small import on_mesh, random_rows, small_config
+from apr_jax.train.state import create_state
+from tests.train.small import on_mesh, open_phase, random_rows, small_config
 
 CONFIG = small_config()
 
@@ -120,21 +116,16 @@ def test_loss_is_the_weighted_mean_of_an_independent_forward():
 
 def train_on(config, workdir, stop=None, rows=None):
     held_out = random_rows(config.model.vocab_size, config.sft.row_len, 6, seed=10**6)
-    with Checkpoints(workdir, "sft", config) as checkpoints:
-        start = checkpoints.latest_step() or 0
-        with MetricsWriter(workdir, PHASES, "sft", start) as writer:
-            return train_sft(
-                config.sft,
-                config.model,
-                make_mesh(config.mesh),
-                rows=rows or Rows(config),
-                validation_rows=held_out,
-                seed=config.seed,
-                checkpoints=checkpoints,
-                writer=writer,
-                stop=stop,
-                skipped=SkippedSteps(workdir, config.faults.max_skipped_steps),
-            )
+    with open_phase(workdir, "sft", config, stop) as phase:
+        return train_sft(
+            config.sft,
+            config.model,
+            make_mesh(config.mesh),
+            phase,
+            rows=rows or Rows(config),
+            validation_rows=held_out,
+            seed=config.seed,
+        )
 
 
 _MEMORISE = {
@@ -179,9 +170,9 @@ def test_training_starts_from_given_weights(tmp_path):
         "validation_rows": held_out,
         "seed": 0,
         "params": given,
-        "skipped": SkippedSteps(tmp_path, 1),
     }
-    trained = train_sft(still, CONFIG.model, make_mesh(CONFIG.mesh), **how)
+    with open_phase(tmp_path, "sft", CONFIG) as phase:
+        trained = train_sft(still, CONFIG.model, make_mesh(CONFIG.mesh), phase, **how)
     jax.tree.map(np.testing.assert_array_equal, trained, given)
 
 

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from apr_jax.checkpoints.state import create_state
 from apr_jax.files import read_jsonl
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.train import grpo
 from apr_jax.train.rl import rollouts
+from apr_jax.train.state import create_state
 from tests.train.small import on_mesh, small_config
 from tests.train.test_grpo import CONFIG as GRPO_CONFIG
 from tests.train.test_grpo import TOKENIZER, made_up_rollouts

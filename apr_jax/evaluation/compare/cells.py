@@ -82,7 +82,7 @@ def make_policy(
     overrides: Mapping[str, Any],
     first: "Policy | None",
 ) -> Policy:
-    """A policy as `train.checkpoint.load_policy` gave it, under its own configuration or `given` in place of that.
+    """A policy as `checkpoints.policy.load_policy` gave it, under its own configuration or `given` in place of that.
 
     Its engine is that of the `first` policy. Raises ConfigError as `choose_config`, with the policy's name.
     """

@@ -9,9 +9,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ModelConfig
-from apr_jax.model.llama import Params, abstract_params, init_params, logical_axes
+from apr_jax.model.llama import Params, abstract_params, init_params
+from apr_jax.model.placement import model_shardings, with_sharding
 from apr_jax.parallel import hosts
-from apr_jax.parallel.mesh import param_shardings, replicated, split_over_data
+from apr_jax.parallel.mesh import replicated, split_over_data
 
 
 @jax.tree_util.register_dataclass
@@ -24,14 +25,8 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def model_shardings(mesh: Mesh, model: ModelConfig) -> Any:
-    """A NamedSharding for each parameter."""
-    params = abstract_params(model)
-    return param_shardings(mesh, params, logical_axes(params))
-
-
 def state_shardings(mesh: Mesh, model: ModelConfig, optimizer: optax.GradientTransformation) -> Any:
-    """A TrainState of NamedShardings: moments lie like their parameter and split over data too; counters are copied.
+    """Return a TrainState of NamedShardings: moments lie like their parameter and are split over data too.
 
     So each device does its part of the optimiser's work, and the new parameters are gathered (ZeRO stage 1: Rajbhandari
     et al. 2020, section 5.1).
@@ -51,24 +46,13 @@ def state_shardings(mesh: Mesh, model: ModelConfig, optimizer: optax.GradientTra
 
 
 def abstract_state(mesh: Mesh, model: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
-    """Shapes, types and shardings of the state, without allocating it: what a checkpoint is restored into."""
+    """Return shapes, types and shardings of the state: what a checkpoint is restored into."""
 
     def init(params: Params) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     shapes = jax.eval_shape(init, abstract_params(model))
-    return jax.tree.map(_on, shapes, state_shardings(mesh, model, optimizer))
-
-
-def abstract_params_on(mesh: Mesh, model: ModelConfig) -> Params:
-    """The parameters' shapes, types and shardings: what a saved policy is restored into."""
-    return jax.tree.map(_on, abstract_params(model), model_shardings(mesh, model))
-
-
-def place_params(params: Any, mesh: Mesh, model: ModelConfig) -> Params:
-    """Puts parameters, which every host of a job holds, on the mesh."""
-    placed: Params = hosts.place(params, model_shardings(mesh, model))
-    return placed
+    return jax.tree.map(with_sharding, shapes, state_shardings(mesh, model, optimizer))
 
 
 def create_state(
@@ -78,7 +62,7 @@ def create_state(
     params: Params | None = None,
     seed: int = 0,
 ) -> TrainState:
-    """A state at step 0 with `params` (copied, so that the state may be donated), or fresh ones from `seed`."""
+    """Create a state at step 0 with `params` (copied, so that the state may be donated), or fresh ones from `seed`."""
     target = state_shardings(mesh, model, optimizer)
     start = init_params(model, seed) if params is None else params
 
@@ -91,7 +75,7 @@ def create_state(
 def apply_gradients(
     state: TrainState, grads: Params, loss: jax.Array, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimiser update; none where the loss or the gradients' norm is not finite, decided on the device.
+    """Apply one optimiser update, unless the loss or the gradients' norm is not finite; the device decides.
 
     A step that is left out counts in `state.step` and changes nothing else: neither weights nor moments nor the
     optimiser's own counters.
@@ -108,7 +92,3 @@ def apply_gradients(
     kept = jax.lax.cond(finite, update, lambda *kept: kept, state.params, state.opt_state)
     metrics = {"grad_norm": norm, "skipped_rate": 1.0 - finite.astype(jnp.float32)}
     return TrainState(state.step + 1, *kept), metrics
-
-
-def _on(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # type: ignore[no-untyped-call]

@@ -1,0 +1,70 @@
+"""What SFT and GRPO share: where a phase goes on from, what it leaves behind, and how it ends early."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import optax
+from jax.sharding import Mesh
+
+from apr_jax.checkpoints.manager import Checkpoints
+from apr_jax.checkpoints.policy import POLICY
+from apr_jax.config import ModelConfig
+from apr_jax.model.llama import Params
+from apr_jax.train.metrics import MetricsWriter
+from apr_jax.train.signals import StoppedError, StopSignal
+from apr_jax.train.skipping import SkippedSteps
+from apr_jax.train.state import TrainState, abstract_state, create_state
+
+_OPTIMIZER = "optimizer"  # the item of a checkpoint that holds the step and the optimiser's state
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A phase of a run, as its training loop sees it."""
+
+    checkpoints: Checkpoints
+    writer: MetricsWriter
+    stop: StopSignal
+    skipped: SkippedSteps
+
+    def start(
+        self,
+        mesh: Mesh,
+        model: ModelConfig,
+        optimizer: optax.GradientTransformation,
+        params: Params | None = None,
+        seed: int = 0,
+    ) -> tuple[TrainState, Any]:
+        """Return the state to go on from and the position in the data that was saved with it.
+
+        Without a checkpoint these are a new state (`create_state`) and None.
+        """
+        if self.checkpoints.latest_step() is None:
+            return create_state(mesh, model, optimizer, params, seed), None
+        abstract = abstract_state(mesh, model, optimizer)
+        trees, position, meta = self.checkpoints.restore(_trees(abstract))
+        self.skipped.in_a_row = meta.get("skipped_in_a_row", 0)
+        step, opt_state = trees[_OPTIMIZER]
+        return TrainState(step, trees[POLICY], opt_state), position
+
+    def save(self, step: int, state: TrainState, position: Any) -> None:
+        """Save a finished step. The metrics up to it reach the disk first, because the checkpoint counts on them."""
+        self.writer.sync()
+        self.checkpoints.save(step, _trees(state), position, skipped_in_a_row=self.skipped.in_a_row)
+
+    @contextlib.contextmanager
+    def interruptible(self, step: int, state: TrainState, position: Any) -> Iterator[None]:
+        """Let a signal end the block at once, with `step` saved: for long work that a restart repeats anyway."""
+        try:
+            with self.stop.interrupting():
+                yield
+        except StoppedError:
+            if step and step != self.checkpoints.latest_step():
+                self.save(step, state, position)
+            raise
+
+
+def _trees(state: TrainState) -> dict[str, Any]:
+    return {POLICY: state.params, _OPTIMIZER: (state.step, state.opt_state)}
