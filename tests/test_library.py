@@ -116,11 +116,11 @@ def test_what_a_method_uses_is_compiled_before_it_is_timed(monkeypatch):
     monkeypatch.setattr("apr_jax.library.policy_engine", Engine)
     policy = Policy(CONFIG, TOKENIZER, {})
     methods = ("adaptive", "cons@4:serial", "cons@2:hogwild", "hogwild", "adaptive")
-    engines = [policy.engine_for(method) for method in methods]
+    engines: list[object] = [policy.engine_for(method) for method in methods]
     assert [expects_groups for expects_groups, _ in made] == [False, True]  # the second can do all
     (_, plain), (_, shared) = made
     assert engines == [plain, plain, shared, shared, shared]
-    assert policy.engine is shared
+    assert engines[-1] is policy.engine
     assert plain.is_warm
     assert shared.is_warm
 

@@ -1,10 +1,10 @@
 """Progress: plain lines away from a terminal, a bar on one, and always a last line."""
 
 import io
+import time
 
 import pytest
 
-from apr_jax import progress as module
 from apr_jax.progress import progress
 
 
@@ -26,7 +26,7 @@ def test_a_last_line_says_what_was_done():
 
 def test_lines_come_every_few_seconds_with_time_left(monkeypatch):
     clock = iter(range(0, 1000, 2))
-    monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     out = io.StringIO()
     with progress(total=10, desc="work", stream=out) as bar:
         for _ in range(10):

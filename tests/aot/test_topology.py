@@ -1,5 +1,7 @@
 """Names of accelerators: what they say, and what is told about the ones that are none."""
 
+import os
+
 import pytest
 
 from apr_jax.aot import topology
@@ -38,7 +40,7 @@ def test_a_missing_compiler_says_what_to_install(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "left alone")
     with pytest.raises(ConfigError, match=r"libtpu.*make compile-aot"):
         prepare_process(parse_topology("tpu:v5e:4x4"))
-    assert topology.os.environ["JAX_PLATFORMS"] == "left alone"
+    assert os.environ["JAX_PLATFORMS"] == "left alone"
 
 
 def test_a_module_whose_package_is_missing_is_not_installed():

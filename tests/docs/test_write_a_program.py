@@ -50,7 +50,9 @@ def test_a_parent_that_gives_up_is_told_to_go_on_from_its_root(page):
     children = [call for call in demo.calls if call.depth]
     spawned = [call.completion.count("<Start") for call in (first, second)]
     paths = [(spawn, child) for spawn, count in enumerate(spawned) for child in range(count)]
-    script = {path: [call.completion] for path, call in zip(paths, children, strict=True)}
+    script: dict[tuple[int, ...], list[str]] = {
+        path: [call.completion] for path, call in zip(paths, children, strict=True)
+    }
     # As demonstrated, but for giving up after the first join: the program writes the header in place of that.
     script[()] = [first.completion, trace.NO_SOLUTION, second.completion.removeprefix(header), last.completion]
     (rollout,) = ScriptedEngine(TextScript(script)).run([(RolloutKey(0, 0), page["insist"](demo.problem, settings()))])

@@ -153,7 +153,10 @@ class NaiveInterpreter:
     def run(self, program: Program, path: tuple[int, ...] = ()) -> Any:
         from apr_jax.engine.threads import Thread
 
-        thread, value, spawns, generated = None, None, [], 0
+        thread: Thread | None = None
+        value: Any = None
+        spawns: list[Any] = []
+        generated = 0
         while True:
             try:
                 request = program.send(value)

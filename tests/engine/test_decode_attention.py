@@ -92,8 +92,8 @@ def test_bits_do_not_depend_on_neighbours(paged_engine):
 @needs_kernels
 @pytest.mark.parametrize("model", [MODEL, HALF], ids=lambda model: model.compute_dtype)
 def test_with_the_cpus_kernels_bits_do_not_depend_on_lanes_and_shards(model):
-    wide = make_engine(model=model, decode_attention="paged", num_pages=333)
-    wide = wide.run(keyed(programs()), seed=5, temperature=1.0)
+    wide_engine = make_engine(model=model, decode_attention="paged", num_pages=333)
+    wide = wide_engine.run(keyed(programs()), seed=5, temperature=1.0)
     narrow = make_engine(model=model, decode_attention="paged", num_lanes=3, prefill_lanes=1)
     sharded = make_engine(make_mesh(data=8), model, decode_attention="paged", num_pages=8 * 97, prefill_lanes=8)
     for engine in (narrow, sharded):

@@ -132,7 +132,7 @@ class DenseCache:
         scores = jnp.einsum("TNH,SNH->NTS", q_TNH, k_SNH) / q_TNH.shape[-1] ** 0.5
         visible_TS = jnp.arange(keys.shape[1])[None, :] <= positions_T[:, None]
         weights = jax.nn.softmax(jnp.where(visible_TS[None], scores, -jnp.inf), axis=-1)
-        return jnp.einsum("NTS,SNH->TNH", weights, v_SNH), DenseCache(keys, values)
+        return jnp.einsum("NTS,SNH->TNH", weights, v_SNH), dataclasses.replace(self, keys=keys, values=values)
 
 
 def test_decoding_with_a_cache_equals_the_whole_forward_also_under_vmap() -> None:

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import logging
 import pathlib
+import shutil
 import subprocess
 
 import jax
@@ -212,7 +213,7 @@ def test_attention_to_pages_is_xlas(kernels, head_dim, groups, dtype):
     arrays = [normal(6, n, head_dim, seed=n, dtype=dtype) for n in (kv_heads * groups, kv_heads, kv_heads)]
     arrays += [normal(6 * row + 1, kv_heads, page, head_dim, seed=seed, dtype=dtype) for seed in (7, 8)]
     made, expected = (
-        write_then_attend(*arrays, lengths_L, live_L, tables_LR, impl=impl, tile=PLAIN)
+        write_then_attend(*arrays, lengths_L, live_L, tables_LR, impl=impl, tile=PLAIN)  # type: ignore[call-arg, misc]
         for impl, arrays in (("cpu", arrays), ("xla", [array.astype("float32") for array in arrays]))
     )
     assert {array.dtype.name for array in made} == {dtype}
@@ -266,7 +267,7 @@ def test_pages_of_any_size_hold_the_same_row(kernels, page):
         jnp.pad(row, ((0, count * page - length), (0, 0)), constant_values=1e30).reshape(count, 1, page, head_dim)
         for row in rows
     ]
-    out, *_ = native.write_then_attend(q_LNH, *new, *pages, jnp.array([length]), jnp.arange(count)[None])
+    out, *_ = native.write_then_attend(q_LNH, *new, *pages, jnp.array([length]), jnp.arange(count)[None])  # type: ignore[call-arg]
     weights = jax.nn.softmax(rows[0] @ q_LNH[0, 0] / head_dim**0.5)
     np.testing.assert_allclose(out[0, 0], weights @ rows[1], atol=2e-6)
 
@@ -282,7 +283,7 @@ def test_a_library_is_compiled_once(source, fresh, monkeypatch):
 @pytest.mark.parametrize("broken", ["no compiler", "no such header"])
 def test_without_kernels_xla_does_the_work_and_a_warning_says_so(fresh, broken, monkeypatch, caplog, tmp_path):
     if broken == "no compiler":
-        monkeypatch.setattr(native.shutil, "which", lambda _: None)
+        monkeypatch.setattr(shutil, "which", lambda _: None)
     else:
         source = tmp_path / "broken.cc"
         source.write_text("#include <no_such_header>\n")

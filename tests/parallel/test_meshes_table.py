@@ -64,8 +64,10 @@ def test_rows_lanes_and_pages():
     shards, _, heads, *_ = pages.shape
     assert (shards, heads) == (2, config.model.num_kv_heads)
     rows = to_mesh({name: x[:4] for name, x in random_rows(64, 32, 40).items()}, mesh)
+    rows_sharding = rows["tokens"].sharding
+    assert isinstance(rows_sharding, jax.sharding.NamedSharding)
     actual = {
-        "training rows (tokens, targets, weights, ..)": _text(rows["tokens"].sharding.spec, 2),
+        "training rows (tokens, targets, weights, ..)": _text(rows_sharding.spec, 2),
         "pages of the KV cache": _text(plan.cache_sharding.spec, pages.ndim),
         "lanes (tokens, page tables, ..)": _text(SHARDED, 2),
     }

@@ -169,9 +169,10 @@ def test_spelling_out_the_opening_token_opens_nothing(tokenizers):
     tokenizer = tokenizers[1]
     before = PROMPTS[1] + generated("0,3", "4, 5", "2+3=5", 24)
     text = before + trace.CALL_BEGIN + "No solution found.\n" + trace.render_spawn(["0,3"])
-    assert trace.parse_spawn(text).reason == "malformed_spawn_line"
+    assert trace.parse_spawn(text) == trace.Malformed("malformed_spawn_line")
     asked = fixtures.settings(tokenizer=tokenizer, spawn_grammar=spawn_grammar(tokenizer, 16))
     call = adaptive.read_spawn(text, asked, depth=0, spawns=0, allowance=9)
+    assert isinstance(call, trace.SpawnCall)
     assert (call.node_ids, call.start) == (("0,3",), text.rindex(trace.CALL_BEGIN))
 
 

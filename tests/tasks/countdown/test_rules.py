@@ -234,6 +234,7 @@ def test_departures_name_what_a_task_does_not_draw():
 def _value(node: ast.expr) -> Fraction:
     if isinstance(node, ast.Constant):
         return Fraction(node.value)
+    assert isinstance(node, ast.BinOp)
     left, right = _value(node.left), _value(node.right)
     operators = {ast.Add: left + right, ast.Sub: left - right, ast.Mult: left * right}
     return left / right if isinstance(node.op, ast.Div) else operators[type(node.op)]
