@@ -169,15 +169,25 @@ class SFTConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    """The decode engine: lanes, pages, and what one rollout may cost."""
+class EngineConfig:
+    """The decode engine's sizes, each for one data shard, so that they suit any number of devices."""
 
-    num_lanes: int  # threads decoded together (over all data shards)
+    lanes: int  # threads decoded together
+    pages: int  # pages of KV cache, one of them reserved
     page_size: int  # tokens a page
-    num_pages: int  # pages of KV cache (over all data shards)
     steps_per_visit: int  # tokens decoded on device between two visits of the host
     prefill_lanes: int  # threads prefilled together; each advances up to one page a call
     decode_attention: Literal["auto", "packed", "paged"]  # rows gathered once a visit, or pages where they lie
+    prefix_reuse: bool  # threads whose prompts begin alike share those pages
+
+    def __post_init__(self) -> None:
+        _positive(self, "engine", "lanes pages page_size steps_per_visit prefill_lanes")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """What one rollout may cost, and how it is drawn."""
+
     max_steps: int  # tokens one thread may generate
     context_window: int  # of task.context_windows: what threads are told and held to; 0 = the largest
     max_children: int  # children one spawn may open
@@ -187,12 +197,10 @@ class RolloutConfig:
     max_total_tokens: int  # tokens that all threads of one rollout may generate
     temperature: float  # GRPO's sampling temperature
     cancel_on_success: bool  # the first child that reaches the goal ends its siblings
-    prefix_reuse: bool  # threads whose prompts begin alike share those pages
     constrain_spawns: bool  # a thread can only write well-formed spawns within the limits above; reference: False
 
     def __post_init__(self) -> None:
-        _positive(self, "rollout", "num_lanes page_size num_pages steps_per_visit prefill_lanes max_steps max_children")
-        _positive(self, "rollout", "max_total_children max_total_tokens")
+        _positive(self, "rollout", "max_steps max_children max_total_children max_total_tokens")
         if self.temperature < 0:
             raise ConfigError(f"rollout.temperature={self.temperature} must be >= 0 (0 is greedy)")
 
@@ -299,6 +307,7 @@ class Config:
     data: DataConfig
     mesh: MeshConfig
     sft: SFTConfig
+    engine: EngineConfig
     rollout: RolloutConfig
     tree_of_thoughts: TreeOfThoughtsConfig
     grpo: GRPOConfig
@@ -311,15 +320,14 @@ class Config:
 
 def check_consistent(config: Config) -> None:
     """Checks what spans several sections. Raises ConfigError with the two numbers that disagree."""
-    model, rollout, mesh = config.model, config.rollout, config.mesh
-    pages_per_thread = -(-model.max_seq_len // rollout.page_size)
+    model, engine, mesh = config.model, config.engine, config.mesh
+    pages_per_thread = -(-model.max_seq_len // engine.page_size)
     batch_shards = mesh.data * mesh.fsdp
-    usable = rollout.num_pages // batch_shards - 1
-    if usable < pages_per_thread:
+    if engine.pages - 1 < pages_per_thread:
         raise ConfigError(
-            f"rollout.num_pages={rollout.num_pages} leaves {usable} usable pages a data shard, and one thread of "
+            f"engine.pages={engine.pages} leaves {engine.pages - 1} usable pages a data shard, and one thread of "
             f"model.max_seq_len={model.max_seq_len} tokens needs {pages_per_thread} of "
-            f"rollout.page_size={rollout.page_size}"
+            f"engine.page_size={engine.page_size}"
         )
     for name, row_len in (("sft", config.sft.row_len), ("grpo", config.grpo.row_len)):
         if row_len < model.max_seq_len:
@@ -327,13 +335,6 @@ def check_consistent(config: Config) -> None:
                 f"{name}.row_len={row_len} is shorter than model.max_seq_len={model.max_seq_len}: "
                 "a full thread would not fit a row"
             )
-    for field, value in (
-        ("num_lanes", rollout.num_lanes),
-        ("num_pages", rollout.num_pages),
-        ("prefill_lanes", rollout.prefill_lanes),
-    ):
-        if value % batch_shards:
-            raise ConfigError(f"rollout.{field}={value} must be a multiple of mesh.data * mesh.fsdp = {batch_shards}")
     for field, value in (
         ("num_kv_heads", model.num_kv_heads),
         ("num_heads", model.num_heads),

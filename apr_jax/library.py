@@ -156,7 +156,7 @@ def load(
       checkpoint: a run folder (its newest checkpoint), RUN/best, a checkpoint folder, or a Hugging Face folder.
       config: in place of the configuration that it was trained with.
       fallback: where it brings none, as from Hugging Face.
-      overrides: single fields of the configuration: `{"rollout.num_lanes": 8}`.
+      overrides: single fields of the configuration: `{"engine.lanes": 8}`.
     Raises:
       FileNotFoundError: there is no policy.
       CheckpointError, HuggingFaceError: it is damaged.

@@ -19,5 +19,5 @@ def get_config(variant: str = "laptop") -> ConfigDict:
     config.rollout.max_steps = config.model.max_seq_len
     if variant == "laptop":
         # Shorter visits than in training: fewer lanes idle, and the host still keeps up (docs/decode.md).
-        config.rollout.update(steps_per_visit=10)
+        config.engine.steps_per_visit = 10
     return config

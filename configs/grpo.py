@@ -95,13 +95,16 @@ def laptop() -> ConfigDict:
         validate_every=100,
         validation_rows=16,
     )
-    config.rollout = dict(
-        num_lanes=64,
+    config.engine = dict(
+        lanes=32,
+        pages=1_280,
         page_size=16,
-        num_pages=2_560,
         steps_per_visit=16,
-        prefill_lanes=16,
+        prefill_lanes=8,
         decode_attention="auto",
+        prefix_reuse=True,
+    )
+    config.rollout = dict(
         max_steps=512,
         context_window=0,
         max_children=16,
@@ -111,7 +114,6 @@ def laptop() -> ConfigDict:
         max_total_tokens=262_144,
         temperature=0.5,
         cancel_on_success=False,
-        prefix_reuse=True,
         constrain_spawns=False,
     )
     config.tree_of_thoughts = dict(search="breadth_first", breadth=5, value_samples=1, threshold=0.5)
@@ -167,7 +169,8 @@ def smoke() -> ConfigDict:
     config.data.update(num_train=64, num_validation=16, num_test=16, num_test_unseen_targets=16)
     config.sft.update(num_steps=20, checkpoint_every=10, validate_every=10, validation_rows=4)
     config.sft.optimizer.warmup_steps = 2
-    config.rollout.update(num_lanes=16, num_pages=512, max_steps=96, prefill_lanes=16)
+    config.engine.update(lanes=8, pages=256)
+    config.rollout.max_steps = 96
     config.grpo.update(
         num_steps=2, prompts_per_step=4, group_size=4, inner_updates=2, kl_coef=0.001, checkpoint_every=1
     )
@@ -220,14 +223,8 @@ def paper() -> ConfigDict:
     config.sft.optimizer.update(
         name="adamw", learning_rate=5e-5, warmup_steps=190, initial_scale=0.1, final_scale=0.01, b2=0.999
     )
-    config.rollout.update(
-        page_size=64,
-        num_pages=1_024,
-        steps_per_visit=64,
-        max_steps=4_096,
-        max_total_tokens=1_048_576,
-        temperature=1.0,
-    )
+    config.engine.update(lanes=64, pages=1_024, page_size=64, steps_per_visit=64, prefill_lanes=16)
+    config.rollout.update(max_steps=4_096, max_total_tokens=1_048_576, temperature=1.0)
     config.grpo.update(
         num_steps=150,
         prompts_per_step=64,
@@ -256,6 +253,6 @@ def llama_7b() -> ConfigDict:
     )
     config.mesh.update(data=1, fsdp=8, tensor=1)
     config.sft.update(microbatches=32, validation_rows=16)
-    config.rollout.update(num_lanes=128, num_pages=3_072, prefill_lanes=32)
+    config.engine.update(lanes=16, pages=384, prefill_lanes=4)
     config.grpo.rows_per_microbatch = 8
     return config

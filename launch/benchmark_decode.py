@@ -85,7 +85,8 @@ def _replays(config: Config, params: Any) -> dict[str, Any]:
     from apr_jax.parallel.mesh import make_mesh
 
     replays = make_replays(config, load_tokenizer(config.data.tokenizer), _PROBLEMS.value)
-    engine = Engine(config.model, config.rollout, make_mesh(config.mesh), params=params, banned_tokens=())
+    mesh = make_mesh(config.mesh)
+    engine = Engine(config.model, config.engine, config.rollout, mesh, params=params, banned_tokens=())
     print(f"engine memory: {engine.memory}", flush=True)
     engine.warm_up()
     with ShownProgress(len(replays), "Problems") as on_progress:

@@ -50,13 +50,13 @@ def check(config: Config) -> dict[str, dict[str, Any]]:
     from apr_jax.parallel.mesh import make_mesh
 
     params = sharp_params(config.model, config.seed)
-    rollout = dataclasses.replace(config.rollout, num_lanes=8 * config.mesh.data, max_steps=2 * STEPS)
+    rollout = dataclasses.replace(config.rollout, max_steps=2 * STEPS)
     results = {}
     for dtype, tolerance in TOLERANCES.items():
         for attention in ("packed", "paged"):
             model = dataclasses.replace(config.model, compute_dtype=dtype)  # type: ignore[arg-type]
-            rollout = dataclasses.replace(rollout, decode_attention=attention)
-            calls = decode_greedily(model, rollout, make_mesh(config.mesh), params, config.seed)
+            sizes = dataclasses.replace(config.engine, lanes=8, decode_attention=attention)
+            calls = decode_greedily(model, sizes, rollout, make_mesh(config.mesh), params, config.seed)
             found = agreement(calls, model, params)
             agrees = found.within(tolerance)
             results[f"{attention} {dtype}"] = {**dataclasses.asdict(found), "agrees": agrees}
@@ -75,8 +75,8 @@ def measure(config: Config, lanes: tuple[int, ...]) -> dict[str, Any]:
 
     speed, params = {}, sharp_params(config.model, config.seed)
     for attention in ("packed", "paged") if lanes else ():
-        rollout = dataclasses.replace(config.rollout, decode_attention=attention)
-        figures = decode.benchmark_decode(dataclasses.replace(config, rollout=rollout), params, lanes)
+        sizes = dataclasses.replace(config.engine, decode_attention=attention)
+        figures = decode.benchmark_decode(dataclasses.replace(config, engine=sizes), params, lanes)
         print(f"\n{attention}: {decode.table(figures)}")
         speed[attention] = figures
     return speed

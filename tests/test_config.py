@@ -22,8 +22,6 @@ VARIANTS = [
 ]
 METHODS = ("adaptive", "serial", "direct", "tree_of_thoughts", "pasta", "nested", "hogwild")
 VARIANTS += [("methods", method) for method in METHODS]
-# Lanes that 3 and 5 divide: what else they don't divide is told.
-LANES_BY_30 = {"rollout__num_lanes": 60, "rollout__num_pages": 1_200, "rollout__prefill_lanes": 30}
 TREE = {"search": "breadth_first", "breadth": 5, "value_samples": 1, "threshold": 0.5}
 REWARD = {"sequential_token_price": 0.0, "token_price": 0.0, "thread_price": 0.0, "failures_pay": False}
 
@@ -75,11 +73,13 @@ def test_every_method_has_a_variant():
         ({"model__attention": "cudn"}, r"model\.attention='cudn': .* did you mean 'cudnn'\?"),
         ({"model__num_kv_heads": 2}, r"num_heads=3 must be a multiple of model\.num_kv_heads=2"),
         ({"model__head_dim": 3}, r"head_dim=3 must be even"),
-        ({"mesh__data": 3}, r"rollout\.num_lanes=64 must be a multiple of mesh\.data \* mesh\.fsdp = 3"),
+        ({"mesh__data": 3}, r"sft\.microbatches=8 must be a multiple of mesh\.data \* mesh\.fsdp = 3"),
         ({"mesh__tensor": 2}, r"num_kv_heads=3 must be a multiple of mesh\.tensor=2"),
-        ({"mesh__fsdp": 5, **LANES_BY_30}, r"embed_dim=192 must be a multiple of mesh\.fsdp=5"),
-        ({"mesh__fsdp": 3, **LANES_BY_30}, r"=8 must be a multiple of mesh\.data \* mesh\.fsdp = 6"),
-        ({"rollout__num_pages": 20}, r"num_pages=20 leaves 9 usable pages .* tokens needs 32"),
+        ({"mesh__fsdp": 5}, r"embed_dim=192 must be a multiple of mesh\.fsdp=5"),
+        ({"mesh__fsdp": 3}, r"=8 must be a multiple of mesh\.data \* mesh\.fsdp = 6"),
+        ({"engine__pages": 10}, r"engine\.pages=10 leaves 9 usable pages .* tokens needs 32"),
+        ({"engine__lanes": 0}, r"engine\.lanes=0 must be at least 1"),
+        ({"rollout__num_lanes": 64}, r"rollout\.num_lanes: no such field"),
         ({"sft__row_len": 256}, r"sft\.row_len=256 is shorter than model\.max_seq_len=512"),
         ({"sft__microbatches": 3}, r"rows_per_step=8 must be a multiple of sft\.microbatches=3"),
         ({"grpo__group_size": 1}, r"group_size=1: an advantage needs at least 2"),
@@ -136,10 +136,10 @@ def test_whole_numbers_serve_as_floats():
 def test_a_bad_override_ends_the_trainer_in_two_seconds_with_exit_code_2(tmp_path: pathlib.Path):
     command = [sys.executable, "launch/train.py", "--config=configs/grpo.py:smoke", f"--workdir={tmp_path}"]
     start = time.monotonic()
-    result = subprocess.run([*command, "--config.rollout.num_pages=8"], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run([*command, "--config.engine.pages=8"], cwd=ROOT, capture_output=True, text=True)
     seconds = time.monotonic() - start
     assert result.returncode == 2, result.stderr
-    assert "rollout.num_pages=8" in result.stderr
+    assert "engine.pages=8" in result.stderr
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
     # The bound that matters, two seconds on an idle machine, is measured by hand; a test must not time a busy one.
@@ -159,7 +159,7 @@ def _read_fields() -> set[str]:
 
 def test_every_option_is_read():
     sections = [hint for hint in typing.get_type_hints(Config).values() if dataclasses.is_dataclass(hint)]
-    assert len(sections) == 10
+    assert len(sections) == 11
     sections += [config_lib.OptimizerConfig, config_lib.RewardConfig]
     fields = {f.name for section in sections for f in dataclasses.fields(section)}
     assert fields - _read_fields() == set()

@@ -22,7 +22,7 @@ from tests.reasoning.fixtures import SMALL, TOKENIZER, Replay, demonstrations
 from tests.reasoning.scripted_engine import ScriptedEngine
 from tests.train.small import small_config
 
-CONFIG = small_config(**{"model.max_seq_len": 64, "rollout.max_steps": 16, "rollout.num_lanes": 4})
+CONFIG = small_config(**{"model.max_seq_len": 64, "rollout.max_steps": 16, "engine.lanes": 4})
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_a_hugging_face_folder_needs_a_configuration(policy, tmp_path):
 
 
 def test_overrides_change_the_policys_own_configuration(run):
-    assert apr_jax.load(run, overrides={"rollout.num_lanes": 8}).config.rollout.num_lanes == 8
+    assert apr_jax.load(run, overrides={"engine.lanes": 8}).config.engine.lanes == 8
     assert apr_jax.load(run).config == CONFIG
     with pytest.raises(ConfigError, match="contradicts"):
         apr_jax.load(run, overrides={"model.num_layers": 7})

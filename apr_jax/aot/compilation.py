@@ -41,8 +41,6 @@ from apr_jax.train.rl.rollouts import Scored
 from apr_jax.train.sft import make_sft_step
 from apr_jax.train.state import abstract_state
 
-PROGRAMS = ("sft_step", "grpo_gradients", "grpo_update", "prefill", "prefill_write", "copy_pages", "decode")
-
 _shape: Callable[..., Any] = jax.ShapeDtypeStruct
 
 
@@ -81,7 +79,7 @@ def engine_mesh(mesh: MeshConfig, devices_per_host: int) -> MeshConfig:
 
 
 def tasks(config: Config, devices: Sequence[Any]) -> dict[str, Task]:
-    """The run's programs on the config's mesh of `devices`, by the names of PROGRAMS. Lowers and compiles nothing.
+    """Return the run's programs on the config's mesh of `devices`, by name. Lowers and compiles nothing.
 
     Raises ConfigError for a mesh that the model, the batches or the engine cannot have.
     """
@@ -93,7 +91,7 @@ def tasks(config: Config, devices: Sequence[Any]) -> dict[str, Task]:
         model = dataclasses.replace(model, attention=kernel)  # type: ignore[arg-type]
         config = dataclasses.replace(config, model=model)
     engine = engine_tasks(config, rollout_mesh)
-    plan = EnginePlan.of(model, _per_host(config, rollout_mesh), rollout_mesh)
+    plan = EnginePlan.of(model, config.engine, rollout_mesh)
     engine_bytes = plan.memory.weights + plan.memory.pages + plan.memory.rows
     return _training_tasks(config, mesh, engine_bytes, engine)
 
@@ -155,19 +153,10 @@ def grpo_batch(config: Config, updater: Updater, mesh: Mesh) -> tuple[dict[str, 
     return batch, _on(_shape((rows, config.grpo.row_len), jnp.float32), mesh, spec)
 
 
-def _per_host(config: Config, mesh: Mesh) -> Any:
-    """The rollout settings of one host's engine. The config's are over all shards of rows, data and fsdp."""
-    here, there = config.mesh.data * config.mesh.fsdp, mesh.shape["data"]
-    names = ("num_lanes", "num_pages", "prefill_lanes")
-    return dataclasses.replace(
-        config.rollout, **{name: getattr(config.rollout, name) // here * there for name in names}
-    )
-
-
 def engine_tasks(config: Config, mesh: Mesh) -> dict[str, Task]:
     """Prefill and decode as `Engine` runs them, without a gate."""
     model = config.model
-    plan = EnginePlan.of(model, _per_host(config, mesh), mesh)
+    plan = EnginePlan.of(model, config.engine, mesh)
     limits, tensor = plan.limits, mesh.shape["tensor"]
     steps = Steps(model, limits, mesh, plan.weights, plan.decode)
 
@@ -284,7 +273,7 @@ def grpo_step_seconds(
     """
     grpo = config.grpo
     tokens = grpo.prompts_per_step * grpo.group_size * config.model.max_seq_len
-    lanes = config.rollout.num_lanes // (config.mesh.data * config.mesh.fsdp) * shards * num_hosts
+    lanes = config.engine.lanes * shards * num_hosts
     microbatches = -(-tokens // (grpo.rows_per_microbatch * grpo.row_len))
     least = {name: Estimate.of(program.cost, peaks).seconds for name, program in programs.items()}
     update = microbatches * least["grpo_gradients"] + least["grpo_update"]

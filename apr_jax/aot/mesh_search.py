@@ -57,7 +57,7 @@ def parse_mesh(text: str, num_devices: int) -> MeshConfig:
 def fit(config: Config, mesh: MeshConfig, devices_per_host: int, rows_per_shard: int | None = None) -> Config:
     """The config on another mesh: what is per device stays so, and the global batch of SFT stays what it is.
 
-    Rows of a microbatch, lanes and pages grow with the shards they are split over; the number of microbatches falls.
+    Rows of a microbatch grow with the shards that they are split over; the number of microbatches falls.
 
     Args:
         devices_per_host: each host has an engine of its own, whose weights are split over "tensor" within it.
@@ -70,7 +70,7 @@ def fit(config: Config, mesh: MeshConfig, devices_per_host: int, rows_per_shard:
             f"mesh.tensor={mesh.tensor} must divide the {devices_per_host} devices of a host: each host has an engine "
             "of its own"
         )
-    sft, grpo, rollout = config.sft, config.grpo, config.rollout
+    sft, grpo = config.sft, config.grpo
     shards, before = mesh.data * mesh.fsdp, config.mesh.data * config.mesh.fsdp
     rows = (rows_per_shard or max(1, sft.rows_per_step // sft.microbatches // before)) * shards
     if sft.rows_per_step % shards:
@@ -84,10 +84,6 @@ def fit(config: Config, mesh: MeshConfig, devices_per_host: int, rows_per_shard:
             sft, microbatches=sft.rows_per_step // rows, validation_rows=-(-sft.validation_rows // shards) * shards
         ),
         grpo=dataclasses.replace(grpo, rows_per_microbatch=max(1, grpo.rows_per_microbatch // before) * shards),
-        rollout=dataclasses.replace(
-            rollout,
-            **{name: getattr(rollout, name) // before * shards for name in ("num_lanes", "num_pages", "prefill_lanes")},
-        ),
     )
 
 
@@ -154,7 +150,7 @@ def estimate(config: Config, peaks: Peaks) -> Candidate:
 
 def _engine_bytes(config: Config) -> float:
     """Weights and pages of one device of a host's engine."""
-    model, rollout, mesh = config.model, config.rollout, config.mesh
-    positions = rollout.num_pages // (mesh.data * mesh.fsdp) * rollout.page_size
+    model, engine, mesh = config.model, config.engine, config.mesh
+    positions = engine.pages * engine.page_size
     cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * positions
     return (_num_params(model).total + cache) * _COMPUTE / mesh.tensor

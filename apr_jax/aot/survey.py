@@ -8,7 +8,6 @@ from typing import Any
 import jax
 
 from apr_jax.aot.compilation import (
-    PROGRAMS,
     Compiled,
     compile_task,
     engine_mesh,
@@ -53,7 +52,7 @@ class Survey:
         else:
             ranked, rows = self._rank(peaks)
         config = ranked[0].config
-        programs = self._compile(config, PROGRAMS, quick=self.quick)
+        programs = self._compile(config, quick=self.quick)
         hosts = len({device.process_index for device in self.devices})
         shards = engine_mesh(config.mesh, self.devices_per_host).data
         step = None
@@ -73,7 +72,7 @@ class Survey:
             "engine_mesh": dataclasses.asdict(engine_mesh(config.mesh, self.devices_per_host)),
             "settings": settings(config),
             "programs": {name: program_row(program, peaks) for name, program in programs.items()},
-            "refused": [name for name in PROGRAMS if name not in programs],
+            "refused": [name for name in tasks(config, self.devices) if name not in programs],
             "grpo_step_seconds": step,
         }
 
@@ -86,7 +85,7 @@ class Survey:
             )
         chosen, measured = every[: self.num_candidates], {}
         for candidate in chosen if len(chosen) > 1 else []:
-            found = self._compile(candidate.config, (RANKED_BY,), quick=True)
+            found = self._compile(candidate.config, only=RANKED_BY, quick=True)
             measured[candidate.mesh] = found.get(RANKED_BY)
 
         def order(candidate: Candidate) -> tuple[bool, float]:
@@ -99,15 +98,15 @@ class Survey:
         rows = [_candidate_row(c, peaks, measured.get(c.mesh)) for c in [*ranked, *every[self.num_candidates :]]]
         return ranked, rows
 
-    def _compile(self, config: Config, names: Sequence[str], *, quick: bool) -> dict[str, Compiled]:
-        """The programs that the compiler takes; `quick` extrapolates from one and two layers."""
+    def _compile(self, config: Config, *, only: str | None = None, quick: bool) -> dict[str, Compiled]:
+        """Return the programs that the compiler takes, or `only` one; `quick` extrapolates from one and two layers."""
         depths = (1, 2) if quick else (config.model.num_layers,)
         at_depth: list[dict[str, Compiled]] = []
         for depth in depths:
             model = dataclasses.replace(config.model, num_layers=depth)
             todo = tasks(dataclasses.replace(config, model=model), self.devices)
             at_depth.append({})
-            for name in names:
+            for name in todo if only is None else (only,):
                 label = f"{name} mesh {_mesh(config.mesh)}" + (f" {depth} layers" if quick else "")
                 try:
                     on_text = self.on_text and _labelled(self.on_text, label)
@@ -122,7 +121,7 @@ class Survey:
             return at_depth[0]
         # What a run holds beside a program is known without compiling.
         held = {name: task.held for name, task in tasks(config, self.devices).items()}
-        both = [name for name in names if all(name in found for found in at_depth)]
+        both = [name for name in at_depth[0] if name in at_depth[1]]
         layers = config.model.num_layers
         grown = {name: extrapolate(at_depth[0][name], at_depth[1][name], layers) for name in both}
         return {name: dataclasses.replace(program, held=held[name]) for name, program in grown.items()}
@@ -130,7 +129,7 @@ class Survey:
 
 def settings(config: Config) -> dict[str, int]:
     """The settings that make this plan of the config, as overrides of `--config`."""
-    mesh, sft, grpo, rollout = config.mesh, config.sft, config.grpo, config.rollout
+    mesh, sft, grpo = config.mesh, config.sft, config.grpo
     return {
         "mesh.data": mesh.data,
         "mesh.fsdp": mesh.fsdp,
@@ -138,9 +137,6 @@ def settings(config: Config) -> dict[str, int]:
         "sft.microbatches": sft.microbatches,
         "sft.validation_rows": sft.validation_rows,
         "grpo.rows_per_microbatch": grpo.rows_per_microbatch,
-        "rollout.num_lanes": rollout.num_lanes,
-        "rollout.num_pages": rollout.num_pages,
-        "rollout.prefill_lanes": rollout.prefill_lanes,
     }
 
 

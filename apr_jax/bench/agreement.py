@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from apr_jax.config import ModelConfig, RolloutConfig
+from apr_jax.config import EngineConfig, ModelConfig, RolloutConfig
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.sampling import log_probs
 from apr_jax.engine.threads import Append, Call, Decode, Open, Program, RolloutKey, Truncate
@@ -62,10 +62,12 @@ def sharp_params(config: ModelConfig, seed: int) -> Params:
     return jax.tree.map(lambda w: w * scale if w.ndim > 1 else w, init_params(config, seed))
 
 
-def decode_greedily(model: ModelConfig, rollout: RolloutConfig, mesh: Mesh, params: Params, seed: int) -> list[Call]:
-    """What the engine writes on the mesh for scripted programs that start, stop and resume around borders of pages."""
-    engine = Engine(model, rollout, mesh, params=params, banned_tokens=())
-    programs = _programs(model, rollout, np.random.default_rng(seed))
+def decode_greedily(
+    model: ModelConfig, sizes: EngineConfig, rollout: RolloutConfig, mesh: Mesh, params: Params, seed: int
+) -> list[Call]:
+    """Return what the engine writes for scripted programs that start, stop and resume around borders of pages."""
+    engine = Engine(model, sizes, rollout, mesh, params=params, banned_tokens=())
+    programs = _programs(model, sizes.page_size, rollout.max_steps, np.random.default_rng(seed))
     keyed = [(RolloutKey(number, 0), program) for number, program in enumerate(programs)]
     return [call for rollout in engine.run(keyed, seed=seed, temperature=0.0) for call in rollout.calls]
 
@@ -91,16 +93,15 @@ def _own_and_regret(written_T: np.ndarray, reference_TV: np.ndarray) -> tuple[np
     return own_T, reference_TV.max(axis=1) - own_T
 
 
-def _programs(model: ModelConfig, rollout: RolloutConfig, rng: np.random.Generator) -> list[Program]:
-    """Prompts around the borders of pages; each thread is cut back, appended to and decoded on."""
-    page = rollout.page_size
+def _programs(model: ModelConfig, page: int, max_steps: int, rng: np.random.Generator) -> list[Program]:
+    """Make prompts around the borders of pages; each thread is cut back, appended to and decoded on."""
     longest = model.max_seq_len // 8
     lengths = [length for length in (1, page - 1, page, page + 1, 2 * page + 3, longest) if length <= longest]
 
     def program(prompt: list[int], more: list[int]) -> Program:
         thread = yield Open(prompt)
         yield Decode(thread, ())
-        yield Truncate(thread, len(thread.tokens) - rollout.max_steps // 4)
+        yield Truncate(thread, len(thread.tokens) - max_steps // 4)
         yield Append(thread, more)
         return (yield Decode(thread, ()))
 

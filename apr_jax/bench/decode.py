@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from apr_jax.bench.roofline import Limits, StepCost, measure_limits
-from apr_jax.config import Config, ConfigError, MeshConfig, RolloutConfig
+from apr_jax.config import Config, ConfigError, MeshConfig
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import Decode, Open, Program, Progress, RolloutKey
 from apr_jax.model.llama import num_params
@@ -105,19 +105,19 @@ def make_prompts(config: Config, lanes: int, lengths: Lengths) -> list[list[int]
 
 
 def _engine(config: Config, lanes: int, lengths: Lengths, mesh: Mesh, params: Any) -> Engine:
-    shards, page_size = mesh.shape["data"], config.rollout.page_size
-    pages = -(-(lengths.prompt + lengths.new) // page_size) * (lanes // shards)
+    each, page_size = lanes // mesh.shape["data"], config.engine.page_size
+    pages = -(-(lengths.prompt + lengths.new) // page_size) * each
     longest = -(-config.model.max_seq_len // page_size)
-    rollout: RolloutConfig = dataclasses.replace(
-        config.rollout,
-        num_lanes=lanes,
-        num_pages=(max(pages, longest) + 1) * shards,
-        prefill_lanes=min(config.rollout.prefill_lanes, lanes) // shards * shards,
-        max_steps=lengths.new,
+    sizes = dataclasses.replace(
+        config.engine,
+        lanes=each,
+        pages=max(pages, longest) + 1,
+        prefill_lanes=min(config.engine.prefill_lanes, each),
         steps_per_visit=STEPS_PER_VISIT,
         prefix_reuse=False,
     )
-    return Engine(config.model, rollout, mesh, params=params, banned_tokens=())
+    rollout = dataclasses.replace(config.rollout, max_steps=lengths.new)
+    return Engine(config.model, sizes, rollout, mesh, params=params, banned_tokens=())
 
 
 def _measure(engine: Engine, config: Config, lanes: int, lengths: Lengths) -> dict[str, float]:

@@ -247,13 +247,13 @@ def _with_room(config: Config, tokens: int) -> Config:
 
     A row of the update takes several of them, since one or two to a row would leave much of it empty.
     """
-    page = config.rollout.page_size
+    page = config.engine.page_size
     length = -(-tokens // page) * page
-    pages = (length // page * (config.rollout.num_lanes // config.mesh.data) + 1) * config.mesh.data
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, max_seq_len=length),
-        rollout=dataclasses.replace(config.rollout, max_steps=length, num_pages=pages),
+        engine=dataclasses.replace(config.engine, pages=length // page * config.engine.lanes + 1),
+        rollout=dataclasses.replace(config.rollout, max_steps=length),
         sft=dataclasses.replace(config.sft, row_len=length),
         grpo=dataclasses.replace(config.grpo, row_len=4 * length, rows_per_microbatch=config.mesh.data),
     )
@@ -269,7 +269,7 @@ def _grpo_pass(
 ) -> Contestant:
     updater = Updater(config, mesh, tokenizer)
     banned = banned_tokens(tokenizer, config.model.vocab_size)
-    engine = Engine(config.model, config.rollout, mesh, params=params, banned_tokens=banned)
+    engine = Engine(config.model, config.engine, config.rollout, mesh, params=params, banned_tokens=banned)
     engine.warm_up()
     group = config.grpo.group_size
     keys = [RolloutKey(index // group, index % group) for index in range(len(programs))]

@@ -8,7 +8,7 @@ from apr_jax.config import ConfigError
 # What a checkpoint's numbers depend on. The rest (mesh, evaluation, name, ...) may change from one start to the next.
 _SECTIONS = {
     "sft": ("seed", "model", "task", "data", "sft"),
-    "grpo": ("seed", "model", "task", "data", "rollout", "grpo"),
+    "grpo": ("seed", "model", "task", "data", "engine", "rollout", "grpo"),
 }
 _FREE = ("data.directory", "data.num_workers", "sft.checkpoint_every", "grpo.checkpoint_every")
 

@@ -1,4 +1,4 @@
-"""How a decode chunk reads and writes the cache: two ways with one face, `rollout.decode_attention`."""
+"""How a decode chunk reads and writes the cache: two layouts behind one interface, `engine.decode_attention`."""
 
 import dataclasses
 from typing import Any, Literal, Protocol
@@ -132,7 +132,7 @@ class DecodePlan:
 
     @classmethod
     def of(cls, config: ModelConfig, requested: str, page_size: int, mesh: Mesh) -> "DecodePlan":
-        """`requested` is `rollout.decode_attention`. Raises ConfigError for a page that the kernel cannot take."""
+        """`requested` is `engine.decode_attention`. Raises ConfigError for a page that the kernel cannot take."""
         impl = choose_impl(requested, mesh.devices.flat[0].platform, config.compute_dtype)
         check_page_size(impl, page_size)
         tile = HeadTile.of(impl, config.head_dim, config.num_kv_heads // mesh.shape[TENSOR_AXIS])

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from apr_jax.config import ConfigError, ModelConfig, RolloutConfig
+from apr_jax.config import ConfigError, EngineConfig, ModelConfig, RolloutConfig
 from apr_jax.engine.constraints import Gate
 from apr_jax.engine.lanes import LaneFiller, Place, Written
 from apr_jax.engine.pack_arrays import Packed, pack
@@ -69,6 +69,7 @@ class Engine:
     def __init__(
         self,
         model: ModelConfig,
+        sizes: EngineConfig,
         rollout: RolloutConfig,
         mesh: Mesh,
         *,
@@ -82,7 +83,8 @@ class Engine:
 
         Args:
             model: the model of `params`.
-            rollout: lanes, pages and limits, over all data shards.
+            sizes: lanes and pages, of each data shard.
+            rollout: what limits a rollout.
             mesh: axes "data", "fsdp" and "tensor"; lanes and pages are split over "data", heads over "tensor".
             params: the tree of `llama.init_params`.
             banned_tokens: ids that are never drawn (among them the vocabulary's padding).
@@ -98,7 +100,7 @@ class Engine:
             raise ConfigError(f"banned_tokens {banned_tokens} must lie in [0, model.vocab_size={model.vocab_size})")
         if len(set(banned_tokens)) == model.vocab_size:
             raise ConfigError(f"all {model.vocab_size} tokens are banned")
-        plan = EnginePlan.of(model, rollout, mesh, max_workers, expects_groups)
+        plan = EnginePlan.of(model, sizes, mesh, max_workers, expects_groups)
         self.limits, self.memory = plan.limits, plan.memory
         self.stats = EngineStats()
         self.model = model

@@ -41,7 +41,7 @@ class MemoryPlan:
         """Raises ConfigError, with the numbers, when it is more than a device has."""
         if self.limit is not None and self.total > self.limit:
             raise ConfigError(
-                f"the engine does not fit a device: {self}; lower rollout.num_pages or rollout.num_lanes, or split the "
+                f"the engine does not fit a device: {self}; lower engine.pages or engine.lanes, or split the "
                 "model over mesh.tensor"
             )
 

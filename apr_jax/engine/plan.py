@@ -7,7 +7,7 @@ from typing import Self
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from apr_jax.config import ConfigError, ModelConfig, RolloutConfig
+from apr_jax.config import ConfigError, EngineConfig, ModelConfig
 from apr_jax.engine.decode_cache import DecodePlan
 from apr_jax.engine.memory import MemoryPlan, activation_bytes, shared_row_bytes, with_shardings
 from apr_jax.engine.scheduler import Limits
@@ -19,7 +19,7 @@ from apr_jax.model.llama import WeightLayout, abstract_params
 
 @dataclasses.dataclass(frozen=True)
 class EnginePlan:
-    """What an engine of this model, these rollouts and this mesh will be."""
+    """An engine's sizes and layouts for one model, one configuration and one mesh."""
 
     model: ModelConfig
     limits: Limits
@@ -32,43 +32,38 @@ class EnginePlan:
     def of(
         cls,
         model: ModelConfig,
-        rollout: RolloutConfig,
+        sizes: EngineConfig,
         mesh: Mesh,
         max_workers: int = 0,
         expects_groups: bool = True,
     ) -> Self:
-        """Raises ConfigError for sizes that don't divide over the mesh, or don't fit a device.
+        """Plan an engine on a mesh. Raises ConfigError for a model that the mesh can't divide, or sizes that don't fit.
 
         `max_workers` may share a cache; 0: the engine runs no groups. Memory is planned for them if it expects any.
         """
-        shards = mesh.shape["data"]
-        for name in ("num_lanes", "num_pages", "prefill_lanes"):
-            if getattr(rollout, name) % shards:
-                raise ConfigError(f"rollout.{name}={getattr(rollout, name)} must be a multiple of mesh.data={shards}")
         if model.num_kv_heads % mesh.shape["tensor"]:
             raise ConfigError(
                 f"model.num_kv_heads={model.num_kv_heads} must be a multiple of mesh.tensor={mesh.shape['tensor']}"
             )
-        lanes, pages = rollout.num_lanes // shards, rollout.num_pages // shards
-        decode = DecodePlan.of(model, rollout.decode_attention, rollout.page_size, mesh)
+        decode = DecodePlan.of(model, sizes.decode_attention, sizes.page_size, mesh)
         limits = Limits(
-            num_shards=shards,
-            lanes=lanes,
-            pages=pages,
-            page_size=rollout.page_size,
+            num_shards=mesh.shape["data"],
+            lanes=sizes.lanes,
+            pages=sizes.pages,
+            page_size=sizes.page_size,
             max_seq_len=model.max_seq_len,
-            steps_per_visit=rollout.steps_per_visit,
-            prefill_lanes=rollout.prefill_lanes // shards,
-            prefix_reuse=rollout.prefix_reuse,
+            steps_per_visit=sizes.steps_per_visit,
+            prefill_lanes=sizes.prefill_lanes,
+            prefix_reuse=sizes.prefix_reuse,
             block_size=decode.layout.block_size,
-            row_blocks=decode.row_blocks(lanes, pages),
+            row_blocks=decode.row_blocks(sizes.lanes, sizes.pages),
             max_workers=max_workers,
         )
-        needed = max_workers * -(-model.max_seq_len // rollout.page_size)
-        if expects_groups and needed > limits.pages - 1:
+        needed = max_workers * -(-model.max_seq_len // sizes.page_size)
+        if expects_groups and needed > sizes.pages - 1:
             raise ConfigError(
-                f"{max_workers} workers on a shared cache may need {needed} pages of rollout.page_size="
-                f"{rollout.page_size}, and a data shard has {limits.pages - 1} usable ones; raise rollout.num_pages"
+                f"{max_workers} workers on a shared cache may need {needed} pages of engine.page_size="
+                f"{sizes.page_size}, and a data shard has {sizes.pages - 1} usable ones; raise engine.pages"
             )
         plan = cls(model, limits, decode, choose_layout(model, mesh, decode.impl == "cpu"), mesh, expects_groups)
         plan.memory.check()

@@ -41,7 +41,7 @@ class Limits:
         if self.pages - 1 < needed:
             raise ConfigError(
                 f"a data shard has {self.pages - 1} usable pages, and one thread of model.max_seq_len="
-                f"{self.max_seq_len} tokens needs {needed} of rollout.page_size={self.page_size}"
+                f"{self.max_seq_len} tokens needs {needed} of engine.page_size={self.page_size}"
             )
 
         if self.row_blocks * self.block_size < self.max_seq_len:
@@ -53,7 +53,7 @@ class Limits:
         if self.max_workers > self.lanes:
             raise ConfigError(
                 f"{self.max_workers} workers on a shared cache need as many lanes in a data shard, which has "
-                f"{self.lanes}; raise rollout.num_lanes"
+                f"{self.lanes}; raise engine.lanes"
             )
 
     @property
@@ -130,9 +130,9 @@ class Scheduler:
         needed = sum(self.allocators[0].pages_for(self._final_length(worker)) for worker in group.workers)
         if needed > self.allocators[0].num_usable:
             raise ConfigError(
-                f"{len(group.workers)} workers on a shared cache may need {needed} pages of rollout.page_size="
+                f"{len(group.workers)} workers on a shared cache may need {needed} pages of engine.page_size="
                 f"{self.limits.page_size}, and a data shard has {self.allocators[0].num_usable} usable ones; raise "
-                "rollout.num_pages"
+                "engine.pages"
             )
         for worker in group.workers:
             worker.status = Status.READY

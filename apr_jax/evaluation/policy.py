@@ -23,7 +23,7 @@ def choose_config(
       model: the policy's own.
       saved: the whole configuration it was trained with, None where it brings none.
       given: a config named on the command line, which then takes the saved one's place. One of the two is needed.
-      overrides: {"rollout.num_lanes": 8}, applied to either.
+      overrides: {"engine.lanes": 8}, applied to either.
     Raises:
       ConfigError: an override that fits no field, or that contradicts the policy's weights; a saved configuration that
         another version wrote, whose fields are not today's.

@@ -98,7 +98,7 @@ PLAIN = HeadTile()
 
 
 def choose_impl(requested: str, platform: str, dtype: str) -> Literal["packed"] | Impl:
-    """What `rollout.decode_attention` means on a platform ("cpu", "tpu", "gpu" or "cuda").
+    """What `engine.decode_attention` means on a platform ("cpu", "tpu", "gpu" or "cuda").
 
     Accelerators' kernels compute in bfloat16, the CPU's also in float32. Where there is none, "auto" is "packed", and
     "paged" the exact "xla".
@@ -116,10 +116,10 @@ def choose_impl(requested: str, platform: str, dtype: str) -> Literal["packed"] 
 def check_page_size(impl: str, page_size: int) -> None:
     """Raises ConfigError for a page that the kernel's loads cannot take."""
     if impl == "tpu" and page_size % 8:
-        raise ConfigError(f"rollout.page_size={page_size} must be a multiple of 8 on a TPU (rollout.decode_attention)")
+        raise ConfigError(f"engine.page_size={page_size} must be a multiple of 8 on a TPU (engine.decode_attention)")
     if impl == "gpu" and (page_size < 16 or page_size & (page_size - 1)):
         raise ConfigError(
-            f"rollout.page_size={page_size} must be a power of two and at least 16 on a GPU (rollout.decode_attention)"
+            f"engine.page_size={page_size} must be a power of two and at least 16 on a GPU (engine.decode_attention)"
         )
 
 

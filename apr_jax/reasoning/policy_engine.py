@@ -2,7 +2,7 @@
 
 from jax.sharding import Mesh
 
-from apr_jax.config import Config, RolloutConfig
+from apr_jax.config import Config
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.engine import Engine
 from apr_jax.model.llama import Params
@@ -16,7 +16,6 @@ def policy_engine(
     mesh: Mesh,
     tokenizer: Tokenizer,
     params: Params,
-    rollout: RolloutConfig | None = None,
     *,
     expects_groups: bool | None = None,
 ) -> Engine:
@@ -26,15 +25,14 @@ def policy_engine(
     compiled when it is first needed.
 
     Args:
-      rollout: in place of `config.rollout`, where the engine is one of several.
       expects_groups: whether workers will share a cache; None: whether they do in `config`'s own method.
     Raises: ConfigError as `Engine`.
     """
-    rollout = rollout or config.rollout
-    max_workers, expects_groups = workers(config, rollout, mesh, expects_groups)
+    max_workers, expects_groups = workers(config, expects_groups)
     return Engine(
         config.model,
-        rollout,
+        config.engine,
+        config.rollout,
         mesh,
         params=params,
         banned_tokens=banned_tokens(tokenizer, config.model.vocab_size),
@@ -44,8 +42,7 @@ def policy_engine(
     )
 
 
-def workers(config: Config, rollout: RolloutConfig, mesh: Mesh, expects_groups: bool | None = None) -> tuple[int, bool]:
+def workers(config: Config, expects_groups: bool | None = None) -> tuple[int, bool]:
     """How many workers may share a cache in such an engine, and whether any are expected (as of `policy_engine`)."""
     expected = config.data.method in SHARED_METHODS if expects_groups is None else expects_groups
-    fit = rollout.num_lanes >= NUM_WORKERS * mesh.shape["data"]
-    return (NUM_WORKERS if expected or fit else 0), expected
+    return (NUM_WORKERS if expected or config.engine.lanes >= NUM_WORKERS else 0), expected

@@ -72,7 +72,7 @@ def describe(lowered: Any, config: Config, mesh: Any) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     memory, costs, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     costs = costs or {}  # XLA's GPU compiler gives none
-    pool = config.rollout.num_pages * config.rollout.page_size * config.model.num_kv_heads * config.model.head_dim
+    pool = config.engine.pages * config.engine.page_size * config.model.num_kv_heads * config.model.head_dim
     return {
         "compile_seconds": round(seconds, 1),
         "argument_bytes": memory.argument_size_in_bytes,
@@ -83,7 +83,7 @@ def describe(lowered: Any, config: Config, mesh: Any) -> dict[str, Any]:
         "bytes_accessed": costs.get("bytes accessed"),
         "kernels": sorted(set(KERNEL.findall(text))),
         "num_kernels": len(KERNEL.findall(text)),
-        "page_copies": len(copies_of(text, {pool // mesh.size})),
+        "page_copies": len(copies_of(text, {pool // mesh.shape["tensor"]})),
         "collectives": len(collectives(text)),
         "collectives_over_data": len(collectives_over_data(text, mesh)),
         "text": text,

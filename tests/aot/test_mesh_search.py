@@ -62,7 +62,7 @@ def test_fitting_keeps_the_global_batch_and_what_each_device_has():
     assert fitted.sft.rows_per_step == paper.sft.rows_per_step
     assert rows_per_shard(fitted) == rows_per_shard(paper) == 8
     assert fitted.grpo.rows_per_microbatch == 8 * paper.grpo.rows_per_microbatch
-    assert fitted.rollout.num_pages == 8 * paper.rollout.num_pages
+    assert fitted.engine == paper.engine
     assert fit(fitted, paper.mesh, devices_per_host=1) == paper
     few = fit(paper, MeshConfig(data=4, fsdp=2, tensor=2), devices_per_host=4, rows_per_shard=1)
     assert (rows_per_shard(few), few.sft.microbatches) == (1, 32)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from apr_jax.bench.agreement import agreement, compare, decode_greedily, regret, sharp_params
 from apr_jax.model.llama import graphdef
-from tests.engine.helpers import MODEL, ROLLOUT, make_mesh
+from tests.engine.helpers import MODEL, ROLLOUT, SIZES, make_mesh
 
 REFERENCE_TV = np.log(np.asarray([[0.5, 0.3, 0.2], [0.4, 0.39999, 0.20001], [0.1, 0.1, 0.8]]))
 
@@ -51,8 +51,8 @@ def test_nothing_written_is_no_agreement():
 @pytest.fixture(scope="module")
 def calls():
     """What the CPU's engine writes from pages in place."""
-    rollout = dataclasses.replace(ROLLOUT, decode_attention="paged", max_steps=8)
-    return decode_greedily(MODEL, rollout, make_mesh(), sharp_params(MODEL, 0), seed=0)
+    sizes, rollout = dataclasses.replace(SIZES, decode_attention="paged"), dataclasses.replace(ROLLOUT, max_steps=8)
+    return decode_greedily(MODEL, sizes, rollout, make_mesh(), sharp_params(MODEL, 0), seed=0)
 
 
 def test_this_engine_agrees(calls):

@@ -18,7 +18,7 @@ CONTEXT = 512
 @pytest.fixture(scope="module")
 def engine():
     model = dataclasses.replace(MODEL, vocab_size=336, max_seq_len=CONTEXT)
-    return make_engine(model=model, num_lanes=8, num_pages=8 * 64, max_steps=CONTEXT)
+    return make_engine(model=model, lanes=8, pages=8 * 64, max_steps=CONTEXT)
 
 
 def test_calls_have_the_demonstrations_lengths(engine):

@@ -32,7 +32,8 @@ def tiny_config(folder):
     values.data.update(directory=str(folder), num_train=16, num_validation=4, num_test=4, num_test_unseen_targets=4)
     values.sft.update(num_steps=2, rows_per_step=4, checkpoint_every=2, validate_every=2, validation_rows=4)
     values.sft.optimizer.update(name="adamw", warmup_steps=1)
-    values.rollout.update(num_lanes=8, num_pages=64, max_steps=16, prefill_lanes=8)
+    values.engine.update(lanes=8, pages=64, prefill_lanes=8)
+    values.rollout.max_steps = 16
     values.grpo.update(num_steps=1, prompts_per_step=2, group_size=2, checkpoint_every=1, rows_per_microbatch=4)
     values.grpo.update(validate_every=1, validation_problems=4)
     values.evaluation.num_problems = 4

@@ -35,14 +35,11 @@ from tests.configs import LAPTOP, TINY_MODEL
 TOLERANCE = 1e-4
 BANNED = (60, 61, 62, 63)
 MODEL = TINY_MODEL
+SIZES = dataclasses.replace(
+    LAPTOP.engine, lanes=8, pages=8 * 12 + 1, page_size=8, steps_per_visit=8, prefill_lanes=4, decode_attention="packed"
+)
 ROLLOUT = dataclasses.replace(
     LAPTOP.rollout,
-    num_lanes=8,
-    page_size=8,
-    num_pages=8 * 12 + 1,
-    steps_per_visit=8,
-    prefill_lanes=4,
-    decode_attention="packed",
     max_steps=32,
     max_children=8,
     max_spawns=8,
@@ -72,10 +69,13 @@ def make_engine(
     expects_groups: bool = True,
     **changes: Any,
 ) -> Engine:
-    rollout = dataclasses.replace(ROLLOUT, **changes)
+    """`changes` are of SIZES, or of ROLLOUT."""
+    sizes = {name: value for name, value in changes.items() if hasattr(SIZES, name)}
+    rollout = {name: value for name, value in changes.items() if name not in sizes}
     how: dict[str, Any] = {"banned_tokens": banned, "gate": gate, "max_workers": max_workers}
     how["expects_groups"] = expects_groups
-    return Engine(model, rollout, mesh or make_mesh(), params=make_params(model), **how)
+    limits = dataclasses.replace(SIZES, **sizes), dataclasses.replace(ROLLOUT, **rollout)
+    return Engine(model, *limits, mesh or make_mesh(), params=make_params(model), **how)
 
 
 def prompt(seed: int, length: int) -> list[int]:

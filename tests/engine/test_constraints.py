@@ -205,7 +205,7 @@ def test_bits_depend_on_no_schedule(engine):
     expected = engine.run(programs(), seed=3, temperature=1.0)
     assert any(len(call.masks.allowed.T) for call in all_calls(expected))
     again = engine.run(list(reversed(programs())), seed=3, temperature=1.0)
-    starved = make_engine(make_mesh(data=2), banned=BANNED, gate=LIMITS, num_lanes=4, num_pages=2 * 13)
+    starved = make_engine(make_mesh(data=2), banned=BANNED, gate=LIMITS, lanes=2, prefill_lanes=2, pages=13)
     for one, other in zip(expected, reversed(again), strict=True):
         assert_same_bits(one, other)
     for one, other in zip(expected, starved.run(programs(), seed=3, temperature=1.0), strict=True):

@@ -1,4 +1,4 @@
-"""rollout.decode_attention: pages where they lie give what packed rows give, on one device and on a mesh."""
+"""engine.decode_attention: pages where they lie give what packed rows give, on one device and on a mesh."""
 
 import dataclasses
 
@@ -14,6 +14,7 @@ from apr_jax.model.paged_attention import HeadTile
 from tests.engine.helpers import (
     MODEL,
     ROLLOUT,
+    SIZES,
     all_calls,
     assert_equals_naive,
     assert_same_bits,
@@ -52,7 +53,7 @@ def packed():
 
 @pytest.fixture(scope="module")
 def paged_engine():
-    return make_engine(decode_attention="paged", num_pages=333)
+    return make_engine(decode_attention="paged", pages=333)
 
 
 def test_pages_in_place_equal_packed_rows_and_naive_decoding(packed, paged_engine):
@@ -74,7 +75,7 @@ def test_heads_side_by_side_change_nothing(packed, monkeypatch):
 
 def test_a_mesh_changes_nothing(packed):
     mesh = make_mesh(data=4, tensor=2)
-    engine = make_engine(mesh, decode_attention="paged", num_lanes=16, num_pages=4 * 97, prefill_lanes=8)
+    engine = make_engine(mesh, decode_attention="paged", lanes=4, pages=97, prefill_lanes=2)
     assert_agree(engine.run(keyed(programs()), seed=4, temperature=1.0), packed[1])
     text = text_of(*programs_of(engine)["decode"])
     assert collectives(text)
@@ -92,10 +93,10 @@ def test_bits_do_not_depend_on_neighbours(paged_engine):
 @needs_kernels
 @pytest.mark.parametrize("model", [MODEL, HALF], ids=lambda model: model.compute_dtype)
 def test_with_the_cpus_kernels_bits_do_not_depend_on_lanes_and_shards(model):
-    wide_engine = make_engine(model=model, decode_attention="paged", num_pages=333)
+    wide_engine = make_engine(model=model, decode_attention="paged", pages=333)
     wide = wide_engine.run(keyed(programs()), seed=5, temperature=1.0)
-    narrow = make_engine(model=model, decode_attention="paged", num_lanes=3, prefill_lanes=1)
-    sharded = make_engine(make_mesh(data=8), model, decode_attention="paged", num_pages=8 * 97, prefill_lanes=8)
+    narrow = make_engine(model=model, decode_attention="paged", lanes=3, prefill_lanes=1)
+    sharded = make_engine(make_mesh(data=8), model, decode_attention="paged", lanes=1, prefill_lanes=1)
     for engine in (narrow, sharded):
         for ours, theirs in zip(engine.run(keyed(programs()), seed=5, temperature=1.0), wide, strict=True):
             for a, b in zip(ours.calls, theirs.calls, strict=True):
@@ -116,7 +117,7 @@ def test_a_prefill_call_is_filled_from_one_thread_or_many(paged_engine):
 
 def test_pages_of_one_position_are_prefilled_one_a_call(packed):
     """Packed rows are written after a call, so no call may take a thread's next position as well."""
-    engine = make_engine(page_size=1, num_pages=8 * 96 + 1)
+    engine = make_engine(page_size=1, pages=8 * 96 + 1)
     assert_agree(engine.run(keyed(programs()), seed=4, temperature=1.0), packed[1])
 
 
@@ -150,7 +151,7 @@ def test_idle_lanes_write_to_the_trash_page_only(paged_engine):
 
 @pytest.mark.parametrize("model", [MODEL, HALF], ids=lambda model: model.compute_dtype)
 def test_pages_are_never_copied(model):
-    paged_engine = make_engine(model=model, decode_attention="paged", num_pages=333)
+    paged_engine = make_engine(model=model, decode_attention="paged", pages=333)
     compiled, names = programs_of(paged_engine), ["decode"]
     if isinstance(paged_engine._steps.prefill, PositionsInPlace):
         names.append("prefill")
@@ -163,7 +164,7 @@ def test_pages_are_never_copied(model):
 
 def test_a_page_that_a_kernel_cannot_take_is_refused(monkeypatch):
     monkeypatch.setattr("apr_jax.engine.decode_cache.choose_impl", lambda *_: "gpu")
-    with pytest.raises(ConfigError, match=r"rollout\.page_size=8 must be a power of two and at least 16"):
+    with pytest.raises(ConfigError, match=r"engine\.page_size=8 must be a power of two and at least 16"):
         make_engine(decode_attention="paged")
 
 
@@ -172,8 +173,8 @@ def test_in_bfloat16_the_cpus_kernels_are_as_near_to_float32_as_xla():
     """Greedy tokens are the float32 forward's but for ties, log-probabilities equal to bfloat16's rounding."""
     params, found = sharp_params(MODEL, 0), {}
     for impl in ("paged", "packed"):
-        rollout = dataclasses.replace(ROLLOUT, decode_attention=impl, max_steps=24)
-        found[impl] = agreement(decode_greedily(HALF, rollout, make_mesh(), params, seed=0), MODEL, params)
+        how = dataclasses.replace(SIZES, decode_attention=impl), dataclasses.replace(ROLLOUT, max_steps=24)
+        found[impl] = agreement(decode_greedily(HALF, *how, make_mesh(), params, seed=0), MODEL, params)
     assert found["paged"].num_tokens > 100
     assert found["paged"].within(0.15)
     assert found["paged"].mean_difference < 1.3 * found["packed"].mean_difference

@@ -50,7 +50,7 @@ def test_four_levels_of_spawns_equal_naive_decoding(engine):
 
 
 def test_greedy_equals_naive_decoding_in_a_tenth_of_the_cache():
-    small = make_engine(num_pages=13)
+    small = make_engine(pages=13)
     rollouts = small.run(keyed(mixed_programs()), seed=0, temperature=0.0)
     assert small.stats.preemptions > 0
     small._scheduler.check()
@@ -179,10 +179,10 @@ def test_lane_widths_agree():
         cancelling = [first_success(10 * seed) for seed in range(4)]
         return keyed([searching(1, depth=1), *cancelling, *(plain(seed, length=3 + seed) for seed in range(3))])
 
-    wide = make_engine(num_lanes=16, num_pages=16 * 12 + 1).run(programs(), seed=2, temperature=1.0)
+    wide = make_engine(lanes=16, pages=16 * 12 + 1).run(programs(), seed=2, temperature=1.0)
     assert {StopReason.CANCELLED, StopReason.TOKEN} <= {call.stop.reason for call in all_calls(wide)}
     for lanes in (1, 2):
-        narrow = make_engine(num_lanes=lanes, prefill_lanes=1).run(programs(), seed=2, temperature=1.0)
+        narrow = make_engine(lanes=lanes, prefill_lanes=1).run(programs(), seed=2, temperature=1.0)
         for one, other in zip(wide, narrow, strict=True):
             assert_close(one, other)
             assert one.result == other.result
@@ -220,7 +220,7 @@ def test_eight_data_shards_equal_one_device():
         return keyed([searching(1, depth=2), searching(2, depth=1), *(plain(seed) for seed in range(20))])
 
     one = make_engine().run(programs(), seed=3, temperature=1.0)
-    sharded = make_engine(make_mesh(data=8), num_lanes=64, num_pages=8 * 97, prefill_lanes=32)
+    sharded = make_engine(make_mesh(data=8), lanes=8, pages=97, prefill_lanes=4)
     eight = sharded.run(programs(), seed=3, temperature=1.0)
     for a, b in zip(one, eight, strict=True):
         assert_same_bits(a, b)
@@ -232,7 +232,7 @@ def test_heads_over_tensor_equal_one_device():
 
     short = {"max_steps": 6, "steps_per_visit": 4}
     one = make_engine(**short).run(programs(), seed=3, temperature=1.0)
-    split = make_engine(make_mesh(data=4, tensor=2), num_lanes=32, num_pages=4 * 97, prefill_lanes=8, **short)
+    split = make_engine(make_mesh(data=4, tensor=2), lanes=8, pages=97, prefill_lanes=2, **short)
     for a, b in zip(one, split.run(programs(), seed=3, temperature=1.0), strict=True):
         assert_close(a, b)
 
@@ -386,15 +386,12 @@ def test_progress_and_stats(engine):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_pages": 12}, "11 usable pages.*needs 12"),
-        ({"num_lanes": 3}, "num_lanes=3"),
-        ({"prefill_lanes": 3}, "prefill_lanes=3"),
+        ({"pages": 12}, "11 usable pages.*needs 12"),
         ({"banned": tuple(range(64))}, "all 64 tokens are banned"),
         ({"banned": (64,)}, "vocab_size=64"),
         ({"model": dataclasses.replace(MODEL, num_kv_heads=1)}, "num_kv_heads=1"),
     ],
 )
 def test_impossible_settings_are_refused(changes, message):
-    mesh = make_mesh() if "num_pages" in changes else make_mesh(data=2, tensor=2)
     with pytest.raises(ConfigError, match=message):
-        make_engine(mesh, **{"num_pages": 2 * 97, **changes})
+        make_engine(make_mesh(data=2, tensor=2), **changes)

@@ -15,7 +15,7 @@ def local_bytes(tree):
 
 @pytest.mark.parametrize(("data", "tensor"), [(1, 1), (2, 2)])
 def test_the_plan_is_what_a_device_holds(data, tensor):
-    engine = make_engine(make_mesh(data, tensor), num_pages=26 * data)
+    engine = make_engine(make_mesh(data, tensor), pages=26)
     plan = engine.memory
     assert plan.pages == local_bytes(engine._pages)
     assert plan.rows == local_bytes(engine._rows) > 0
@@ -24,8 +24,8 @@ def test_the_plan_is_what_a_device_holds(data, tensor):
 
 
 def test_too_large_is_refused_with_the_numbers_before_anything_is_allocated():
-    with pytest.raises(ConfigError, match=r"does not fit a device: .* GB a device of .*rollout.num_pages"):
-        make_engine(num_pages=2_000_000_000)
+    with pytest.raises(ConfigError, match=r"does not fit a device: .* GB a device of .*engine.pages"):
+        make_engine(pages=2_000_000_000)
 
 
 def test_the_limit_is_checked(monkeypatch):

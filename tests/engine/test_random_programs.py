@@ -102,7 +102,7 @@ def assert_greedy(params, calls):
 def test_random_programs_decode_as_naively_under_every_policy():
     """Two policies in turn on one engine: pages that the other weights published are there, and are never read."""
     counts: collections.Counter[str] = collections.Counter()
-    engine = make_engine(num_lanes=6, num_pages=25, prefill_lanes=2, steps_per_visit=6)
+    engine = make_engine(lanes=6, pages=25, prefill_lanes=2, steps_per_visit=6)
     for turn in range(3):
         params = make_params(seed=turn % 2)
         engine.set_params(params)

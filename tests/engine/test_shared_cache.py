@@ -112,7 +112,7 @@ def test_bits_do_not_depend_on_neighbours_and_lane_widths_agree(engine):
     alone = engine.run([(RolloutKey(3, 0), sharing(8))], seed=5, temperature=1.0)[0]
     crowded = engine.run(keyed(crowd(sharing(8))), seed=5, temperature=1.0)
     assert_same_bits(alone, crowded[3])
-    narrow = make_engine(max_workers=3, num_lanes=3, prefill_lanes=1, num_pages=37).run(
+    narrow = make_engine(max_workers=3, lanes=3, prefill_lanes=1, pages=37).run(
         keyed(crowd(sharing(8))), seed=5, temperature=1.0
     )
     for one, other in zip(crowded, narrow, strict=True):
@@ -130,7 +130,7 @@ def test_chunk_lengths_change_nothing(engine):
 def test_a_small_cache_runs_every_group_whole_and_takes_pages_of_others(engine):
     programs = lambda: [sharing(seed) for seed in range(31, 35)] + [searching(1, depth=2), sharing(35)]  # noqa: E731
     expected = engine.run(keyed(programs()), seed=2, temperature=1.0)
-    small = make_engine(max_workers=3, num_pages=1 + 3 * 12)
+    small = make_engine(max_workers=3, pages=1 + 3 * 12)
     rollouts = small.run(keyed(programs()), seed=2, temperature=1.0)
     small._scheduler.check()
     assert all(allocator.num_held == 0 for allocator in small._scheduler.allocators)
@@ -141,7 +141,7 @@ def test_a_small_cache_runs_every_group_whole_and_takes_pages_of_others(engine):
 def test_a_mesh_changes_nothing(engine):
     expected = engine.run(keyed(crowd(sharing(8))), seed=4, temperature=1.0)
     mesh = make_mesh(data=2, tensor=2)
-    sharded = make_engine(mesh, max_workers=3, num_lanes=16, num_pages=2 * 97, prefill_lanes=8)
+    sharded = make_engine(mesh, max_workers=3, lanes=8, pages=97, prefill_lanes=4)
     rollouts = sharded.run(keyed(crowd(sharing(8))), seed=4, temperature=1.0)
     for one, other in zip(expected, rollouts, strict=True):
         assert_close(one, other)
@@ -212,9 +212,7 @@ def nested():
 
 def test_sharing_nests_in_spawns(engine):
     (rollout,) = engine.run(keyed([nested()]), seed=0, temperature=1.0)
-    (again,) = make_engine(max_workers=2, num_lanes=2, num_pages=1 + 2 * 12).run(
-        keyed([nested()]), seed=0, temperature=1.0
-    )
+    (again,) = make_engine(max_workers=2, lanes=2, pages=1 + 2 * 12).run(keyed([nested()]), seed=0, temperature=1.0)
     assert_close(rollout, again)
     assert rollout.result == again.result
     paths = {call.path[:4] for call in rollout.calls if call.shared_prompt}
@@ -275,8 +273,8 @@ def breaking(request):
 def test_sizes_that_can_never_do_are_refused():
     with pytest.raises(ConfigError, match="need as many lanes"):
         make_engine(max_workers=9)
-    with pytest.raises(ConfigError, match=r"may need 36 pages of rollout\.page_size=8, and a data shard has 19"):
-        make_engine(max_workers=3, num_pages=20)
-    small = make_engine(max_workers=3, num_pages=20, expects_groups=False)
-    with pytest.raises(ConfigError, match=r"pages of rollout\.page_size=8"):
+    with pytest.raises(ConfigError, match=r"may need 36 pages of engine\.page_size=8, and a data shard has 19"):
+        make_engine(max_workers=3, pages=20)
+    small = make_engine(max_workers=3, pages=20, expects_groups=False)
+    with pytest.raises(ConfigError, match=r"pages of engine\.page_size=8"):
         small.run(keyed([sharing(1, limits=(None,) * 3, stops=((),) * 3, length=80)]), seed=0, temperature=1.0)

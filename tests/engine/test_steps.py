@@ -18,7 +18,7 @@ DONATED = ("decode", "prefill_write", "copy_pages")
 @pytest.fixture(scope="module")
 def one_device():
     """An engine whose number of pages no other size happens to equal, and its programs."""
-    engine = make_engine(num_pages=333)
+    engine = make_engine(pages=333)
     return engine, step_texts(engine)
 
 
@@ -59,14 +59,14 @@ def test_copies_are_seen_in_any_shape():
 
 def test_data_shards_do_not_communicate():
     """With nothing split over "tensor" there is no collective at all."""
-    engine = make_engine(make_mesh(data=8), num_lanes=8, num_pages=8 * 13, prefill_lanes=8)
+    engine = make_engine(make_mesh(data=8), lanes=1, pages=13, prefill_lanes=1)
     for name, text in step_texts(engine).items():
         assert collectives(text) == [], name
 
 
 def test_collectives_of_split_heads_stay_within_a_data_shard():
     mesh = make_mesh(data=4, tensor=2)
-    texts = step_texts(make_engine(mesh, num_lanes=8, num_pages=4 * 13, prefill_lanes=8))
+    texts = step_texts(make_engine(mesh, lanes=2, pages=13, prefill_lanes=2))
     assert collectives(texts["decode"])
     assert collectives(texts["prefill"])
     for name, text in texts.items():

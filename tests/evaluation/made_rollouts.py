@@ -45,7 +45,7 @@ def made_comparison(workdir, count=12, methods=("adaptive", "serial"), windows=(
                     tokens, accuracy = summary["total_tokens"], summary["accuracy"]
                     summary = {**summary, "total_tokens": 4 * tokens, "tokens_at_k": [k * tokens for k in range(1, 5)]}
                     summary |= {f"{kind}_at_k": [accuracy] * 4 for kind in ("pass", "cons", "best")}
-                settings = {"problems": "made", "seed": 0, "rollout.num_lanes": 4, "method": str(cell)}
+                settings = {"problems": "made", "seed": 0, "engine.lanes": 4, "method": str(cell)}
                 about = {"program": cell.row.program, "policy": method, "checkpoint": f"runs/{method}", "lanes": 4}
                 about |= {"problems": "test", "seed": 0, "machine": "a machine", "date": "2026-01-31"}
                 about |= {"command": f"python launch/compare.py --methods={cell.row.label}"}

@@ -160,8 +160,8 @@ def test_a_policy_brings_its_configuration():
     saved = to_dict(from_config_dict(get_config("smoke")))
     model = from_config_dict(get_config("smoke")).model
     assert choose_config(model, saved, None, {}) == from_config_dict(saved)
-    changed = choose_config(model, saved, None, {"rollout.num_lanes": 8, "evaluation.temperature": 0.5, "seed": 3})
-    assert (changed.rollout.num_lanes, changed.evaluation.temperature, changed.seed) == (8, 0.5, 3)
+    changed = choose_config(model, saved, None, {"engine.lanes": 16, "evaluation.temperature": 0.5, "seed": 3})
+    assert (changed.engine.lanes, changed.evaluation.temperature, changed.seed) == (16, 0.5, 3)
     given = choose_config(model, saved, get_config("laptop"), {})
     assert given.name == "laptop"
     assert given.model == model
@@ -180,8 +180,9 @@ def test_overrides_may_not_contradict_the_weights():
 def test_a_configuration_of_another_version_is_named_with_what_takes_its_place():
     saved = to_dict(from_config_dict(get_config("smoke")))
     model = from_config_dict(get_config("smoke")).model
-    del saved["tree_of_thoughts"]
-    with pytest.raises(ConfigError, match=r"another version \(tree_of_thoughts: missing.*--config=configs/grpo\.py"):
+    del saved["engine"]
+    saved["rollout"] |= {"num_lanes": 16, "num_pages": 512}  # before sizes had a section of their own
+    with pytest.raises(ConfigError, match=r"another version \(engine: missing.*--config=configs/grpo\.py"):
         choose_config(model, saved, None, {})
     assert choose_config(model, saved, get_config("smoke"), {}).name == "smoke"
 

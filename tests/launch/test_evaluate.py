@@ -23,7 +23,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 def small_config(folder):
     values = get_config("smoke")
     values.model.update(num_layers=1, embed_dim=32, mlp_dim=32, num_heads=1, num_kv_heads=1, max_seq_len=64)
-    values.rollout.update(max_steps=16, num_lanes=4, prefill_lanes=4, num_pages=64)
+    values.rollout.max_steps = 16
+    values.engine.update(lanes=4, pages=64, prefill_lanes=4)
     values.data.update(directory=str(folder / "data"), num_train=4, num_validation=4, num_test=4)
     values.grpo.validation_problems = 4
     values.data.update(num_test_unseen_targets=4, num_workers=1)
@@ -98,7 +99,7 @@ def test_a_hugging_face_folder_is_the_same_policy(home, newest):
         "".join(json.dumps({"numbers": r["numbers"], "target": r["target"]}) + "\n" for r in newest[1])
     )
     given = f"--config={ROOT / 'configs' / 'grpo.py'}:smoke"
-    small = ["--config.rollout.max_steps=16", "--config.rollout.num_lanes=4", "--config.rollout.prefill_lanes=4"]
+    small = ["--config.rollout.max_steps=16", "--config.engine.lanes=4", "--config.engine.prefill_lanes=4"]
     own = ["--problems=problems.jsonl", "--temperature=1", "--rollouts=hf.jsonl", "--budget=3", "--max_tokens=60"]
     evaluate(home, "--checkpoint=hugging_face", given, *small, *own)
     threads = [json.loads(line) for line in (home / "hf.jsonl").read_text().splitlines()]

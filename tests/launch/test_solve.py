@@ -38,7 +38,7 @@ def test_samples_of_what_the_policy_was_trained_for_are_no_departure(home):
 
 def test_for_people_it_says_what_came_of_it_and_what_the_policy_was_not_trained_for(home):
     given = f"--config={ROOT / 'configs' / 'grpo.py'}:smoke"
-    small = ["--config.rollout.max_steps=16", "--config.rollout.num_lanes=4", "--config.rollout.prefill_lanes=4"]
+    small = ["--config.rollout.max_steps=16", "--config.engine.lanes=4", "--config.engine.prefill_lanes=4"]
     arguments = ("--checkpoint=hugging_face", given, *small, "--method=serial", "--json=result.json")
     done = solve(home, "90", "1", "2", *arguments)
     assert done.stdout.startswith("not solved: max steps; and there is none\n")

@@ -118,7 +118,7 @@ def test_a_signal_saves_and_exits_with_75_and_grpo_starts_from_a_checkpoint(plac
     [
         (["--config.model.nlayers=2"], "num_layers"),
         (["--config.sft.num_steps=many"], "sft.num_steps"),
-        (["--config.rollout.num_pages=4"], "rollout.num_pages=4 leaves 3 usable pages"),
+        (["--config.engine.pages=4"], "engine.pages=4 leaves 3 usable pages"),
         (["--checkpoint=/nowhere"], "no such folder"),
         (["--checkpoint=/nowhere/best"], "no such folder"),
         (["--start=/nowhere"], "--start=/nowhere: no such folder"),

@@ -175,5 +175,5 @@ def test_pages_that_a_kernel_cannot_take_are_refused():
     for impl, page_size in (("packed", 5), ("xla", 5), ("tpu", 24), ("gpu", 32)):
         check_page_size(impl, page_size)
     for impl, page_size in (("tpu", 12), ("gpu", 48), ("gpu", 8)):
-        with pytest.raises(ConfigError, match=f"rollout.page_size={page_size}"):
+        with pytest.raises(ConfigError, match=f"engine.page_size={page_size}"):
             check_page_size(impl, page_size)

@@ -59,7 +59,7 @@ def test_weights_and_moments():
 def test_rows_lanes_and_pages():
     config, mesh = from_config_dict(get_config("paper")), make_mesh(MESH)
     table = {name: row for name, row in _table(3).items() if not name.startswith("hidden")}
-    plan = EnginePlan.of(config.model, config.rollout, mesh)
+    plan = EnginePlan.of(config.model, config.engine, mesh)
     pages = jax.eval_shape(plan.caches)[0].keys[0]
     shards, _, heads, *_ = pages.shape
     assert (shards, heads) == (2, config.model.num_kv_heads)

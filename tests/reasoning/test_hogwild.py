@@ -77,14 +77,14 @@ def test_cut_off_workers_are_truncated():
     assert (outcome.status, outcome.reason) == ("truncated", "max_steps")
 
 
-@pytest.mark.parametrize(("method", "lanes", "workers"), [("hogwild", 64, 2), ("adaptive", 64, 2), ("adaptive", 1, 0)])
+@pytest.mark.parametrize(("method", "lanes", "workers"), [("hogwild", 32, 2), ("adaptive", 32, 2), ("adaptive", 1, 0)])
 def test_any_policy_can_share_and_only_its_own_method_is_warmed_up_for_it(monkeypatch, method, lanes, workers):
     made = {}
     monkeypatch.setattr("apr_jax.reasoning.policy_engine.Engine", lambda *_, **how: made.update(how))
     config = from_config_dict(get_config(method))
-    rollout = dataclasses.replace(config.rollout, num_lanes=lanes)
-    policy_engine(config, make_mesh(), TOKENIZER, None, rollout)
+    config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, lanes=lanes))
+    policy_engine(config, make_mesh(), TOKENIZER, None)
     assert made["max_workers"] == workers
     assert made["expects_groups"] == (method == "hogwild")
-    policy_engine(config, make_mesh(), TOKENIZER, None, rollout, expects_groups=True)
+    policy_engine(config, make_mesh(), TOKENIZER, None, expects_groups=True)
     assert (made["max_workers"], made["expects_groups"]) == (2, True), "whatever the policy was trained for"

@@ -39,7 +39,8 @@ def small_config_dict(directory: str) -> ConfigDict:
     config.sft.row_len = config.grpo.row_len = 128
     config.model.update(num_layers=1, embed_dim=32, mlp_dim=64, num_heads=2, num_kv_heads=1, head_dim=16)
     config.sft.update(num_steps=6, rows_per_step=4, checkpoint_every=2, validate_every=3, validation_rows=4)
-    config.rollout.update(num_lanes=8, num_pages=512, max_steps=24, steps_per_visit=8, prefill_lanes=8)
+    config.engine.update(lanes=8, pages=512, steps_per_visit=8, prefill_lanes=8)
+    config.rollout.max_steps = 24
     config.grpo.update(num_steps=4, prompts_per_step=2, group_size=2, checkpoint_every=2, rows_per_microbatch=4)
     config.grpo.update(validate_every=2, validation_problems=4)
     config.grpo.optimizer.schedule = "constant"  # so that a step does not depend on how many follow

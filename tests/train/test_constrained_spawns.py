@@ -90,7 +90,7 @@ def _draw(patch):
     params = init_params(CONFIG.model, 3)
     gate = spawn_gate(CONFIG, TOKENIZER)
     mesh = make_mesh(CONFIG.mesh)
-    engine = Engine(CONFIG.model, CONFIG.rollout, mesh, params=params, banned_tokens=BANNED, gate=gate)
+    engine = Engine(CONFIG.model, CONFIG.engine, CONFIG.rollout, mesh, params=params, banned_tokens=BANNED, gate=gate)
     results = _run(engine, make_settings(CONFIG, TOKENIZER), 48)
     assert engine.stats.generated > sum(len(call.tokens) for result in results for call in result.calls), "none refused"
     rewards = tuple(float(index % 2) for index in range(48))

@@ -293,7 +293,7 @@ def bandit():
     )
     mesh = make_mesh(config.mesh)
     params = init_params(config.model, 0)
-    engine = Engine(config.model, config.rollout, mesh, params=params, banned_tokens=BANNED)
+    engine = Engine(config.model, config.engine, config.rollout, mesh, params=params, banned_tokens=BANNED)
 
     def train(workdir, stop=None, program=_guess):
         task = dataclasses.replace(COUNTDOWN, programs={"adaptive": program}, verify=_is_even)

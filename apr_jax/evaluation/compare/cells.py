@@ -32,8 +32,6 @@ from apr_jax.tasks.countdown.demonstrations import SHARED_METHODS
 from apr_jax.tasks.countdown.generation import Split, generate_problems, split_size
 from apr_jax.tasks.countdown.rules import Problem
 
-# What the engine is, for all policies alike: that of the first. Limits on rollouts are each policy's own.
-_SAME_ENGINE = ("num_lanes", "page_size", "num_pages", "steps_per_visit", "prefill_lanes", "decode_attention")
 # What decides which problems a policy may have been trained on.
 _SAME_PROBLEMS = ("num_numbers", "min_number", "max_number", "min_target", "max_target")
 # What is read in training only, or is another key of a cell's settings.
@@ -88,8 +86,8 @@ def make_policy(
     """
     model, params, saved = loaded
     if first is not None:
-        rollout, mesh = first.config.rollout, dataclasses.asdict(first.config.mesh)
-        shared = {f"rollout.{field}": getattr(rollout, field) for field in _SAME_ENGINE}
+        engine, mesh = dataclasses.asdict(first.config.engine), dataclasses.asdict(first.config.mesh)
+        shared = {f"engine.{field}": value for field, value in engine.items()}
         overrides = {**shared, **{f"mesh.{axis}": size for axis, size in mesh.items()}, **overrides}
     try:
         config = choose_config(model, saved, given, overrides)
@@ -177,7 +175,12 @@ def run_cells(
                 keep_calls=keep_rollouts,
             )
         about: Json = {"program": cell.row.program, "policy": policy.name, "checkpoint": policy.checkpoint}
-        about |= {"problems": asked.source, "seed": asked.seed, "lanes": config.rollout.num_lanes, "command": command}
+        about |= {
+            "problems": asked.source,
+            "seed": asked.seed,
+            "lanes": config.engine.lanes * config.mesh.data,
+            "command": command,
+        }
         about |= {"machine": device_name(), "date": datetime.date.today().isoformat()}
         rows[index] = results.add(cell, settings, summary | about, records)
     return [rows[index] for index in range(len(cells))]
@@ -215,7 +218,7 @@ class Engines:
     def of(self, policy: Policy, row: Row) -> Engine:
         config = policy.config
         _, shares = _engine_of(row)
-        wanted = (config.model, config.rollout, config.mesh, policy.vocabulary, shares)
+        wanted = (config.model, config.engine, config.rollout, config.mesh, policy.vocabulary, shares)
         if self._engine is None or self._made != wanted:
             self._engine = None  # its memory is free before the next one takes its own
             mesh = make_mesh(config.mesh)

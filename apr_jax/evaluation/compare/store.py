@@ -21,7 +21,7 @@ from apr_jax.files import write, write_jsonl
 
 KEY = ("method", "budget", "temperature", "context_window")
 # Settings that all cells of a folder share: without these in common, no two of them can be compared.
-SHARED = ("problems", "seed", "rollout.num_lanes")
+SHARED = ("problems", "seed", "engine.lanes")
 
 Json = dict[str, Any]
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh
 
-from apr_jax.config import Config, ConfigError, ModelConfig, RolloutConfig
+from apr_jax.config import Config, ModelConfig
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.plan import EnginePlan
@@ -29,16 +29,15 @@ class RolloutEngine(RunsPrograms, Protocol):
 
 
 def plan_engine(config: Config, mesh: Mesh) -> EnginePlan:
-    """What each host's engine will be. Raises ConfigError for sizes that don't divide, or don't fit a device."""
-    rollout, mesh = _share_of(config.rollout), hosts.rollout_mesh(mesh)
-    return EnginePlan.of(config.model, rollout, mesh, *workers(config, rollout, mesh))
+    """Plan each host's engine. Raises ConfigError for sizes that don't divide, or don't fit a device."""
+    return EnginePlan.of(config.model, config.engine, hosts.rollout_mesh(mesh), *workers(config))
 
 
 def make_engine(config: Config, mesh: Mesh, tokenizer: Tokenizer, params: Params, stop: StopSignal) -> RolloutEngine:
     """The engine of a run whose trainer works on `mesh`, where `params` lie. Raises ConfigError as `plan_engine`."""
 
     def on_this_host(params: Params) -> Engine:
-        return policy_engine(config, hosts.rollout_mesh(mesh), tokenizer, params, _share_of(config.rollout))
+        return policy_engine(config, hosts.rollout_mesh(mesh), tokenizer, params)
 
     if jax.process_count() == 1:
         return on_this_host(params)
@@ -102,17 +101,3 @@ class HostedEngine:
             tokens = sum(len(call.tokens) for rollout in rollouts for call in rollout.calls)
             on_progress(Progress(len(rollouts), len(rollouts), tokens, time.perf_counter() - begin))
         return rollouts
-
-
-def _share_of(rollout: RolloutConfig) -> RolloutConfig:
-    """One host's part of lanes and pages."""
-    count = jax.process_count()
-    for name in ("num_lanes", "num_pages", "prefill_lanes"):
-        if getattr(rollout, name) % count:
-            raise ConfigError(f"rollout.{name}={getattr(rollout, name)} must be a multiple of the {count} hosts")
-    return dataclasses.replace(
-        rollout,
-        num_lanes=rollout.num_lanes // count,
-        num_pages=rollout.num_pages // count,
-        prefill_lanes=rollout.prefill_lanes // count,
-    )

@@ -168,7 +168,7 @@ def settings(own=None, asked=ASKED, **changes):
         settings(asked=dataclasses.replace(ASKED, problems=ASKED.problems[::-1])),
         settings(asked=dataclasses.replace(ASKED, seed=1)),
         settings(policy(**{"rollout.max_children": 3})),
-        settings(policy(**{"rollout.num_lanes": 8})),
+        settings(policy(**{"engine.lanes": 16})),
         settings(policy(**{"model.rope_theta": 3.0})),
         settings(dataclasses.replace(policy(), weights="others")),
         settings(dataclasses.replace(policy(), tokenizer=OtherTokenizer())),

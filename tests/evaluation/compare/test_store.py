@@ -9,7 +9,7 @@ from apr_jax.config import ConfigError
 from apr_jax.evaluation.compare.grid import Cell, Row
 from apr_jax.evaluation.compare.store import Results, read_records, read_results
 
-SETTINGS = {"weights": "a1", "problems": "b2 (3)", "seed": 0, "rollout.num_lanes": 4}
+SETTINGS = {"weights": "a1", "problems": "b2 (3)", "seed": 0, "engine.lanes": 4}
 RECORDS = [{"problem": index, "correct": index > 0} for index in range(3)]
 
 
@@ -78,7 +78,7 @@ def test_another_cell_joins_and_the_same_cell_replaces(workdir):
     ]
 
 
-@pytest.mark.parametrize("field", ["weights", "problems", "seed", "rollout.num_lanes"])
+@pytest.mark.parametrize("field", ["weights", "problems", "seed", "engine.lanes"])
 def test_a_cell_of_other_settings_is_refused_with_both_values(workdir, field):
     with pytest.raises(
         ConfigError, match=f"(?s){field}: {SETTINGS[field]!r} there, 'else' now".replace("(3)", r"\(3\)")
@@ -86,7 +86,7 @@ def test_a_cell_of_other_settings_is_refused_with_both_values(workdir, field):
         Results(workdir).find(cell(), SETTINGS | {field: "else"})
 
 
-@pytest.mark.parametrize("field", ["problems", "seed", "rollout.num_lanes"])
+@pytest.mark.parametrize("field", ["problems", "seed", "engine.lanes"])
 def test_cells_that_cannot_be_compared_do_not_share_a_folder(workdir, field):
     with pytest.raises(ConfigError, match="another --workdir"):
         Results(workdir).find(cell("serial"), SETTINGS | {field: "else"})
