@@ -52,7 +52,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """Countdown problems and the searches that demonstrate them (RECIPE: paper section 4.1 and its released code)."""
+    """Countdown problems and the searches that demonstrate them (paper section 4.1 and its released code)."""
 
     num_numbers: int
     min_number: int
@@ -235,7 +235,7 @@ class RewardConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GRPOConfig:
-    """Group-relative policy optimisation (paper section 4.3; RECIPE section 5) and its relatives."""
+    """Group-relative policy optimisation (paper section 4.3) and its relatives."""
 
     objective: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"]  # train/rl/objectives.py has their equations
     num_steps: int

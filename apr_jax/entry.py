@@ -1,8 +1,8 @@
-"""What every entry point under launch/ does alike: flags and config in, then what goes wrong as a message and a code.
+"""Entry points: flags and configuration in, one message and an exit code out.
 
     0 done · 1 failed, with a message · 2 bad arguments or config · 75 stopped by a signal, everything saved
 
-A bug is none of these: it keeps its traceback (and exits with 1).
+A bug keeps its traceback and exits with 1.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ class ConfigFlag:
 
     @property
     def is_given(self) -> bool:
-        """Whether the command line names a config file."""
+        """True if the command line names a config file."""
         return flags.FLAGS[self._holder.name].present > 0
 
     @property
@@ -53,14 +53,14 @@ class ConfigFlag:
         return dict(config_flags.get_override_values(flags.FLAGS[self._holder.name]))
 
     def config_dict(self) -> ConfigDict:
-        """The config file's values, overrides applied. Raises ConfigError where the file could not be loaded."""
+        """Return the config file's values with the overrides applied. Raise ConfigError if the file does not load."""
         try:
             return ConfigDict(self._holder.value.to_dict())
         except OSError as error:
             raise ConfigError(_message(error)) from error
 
     def config(self) -> Config:
-        """The same, converted. Raises ConfigError."""
+        """Return the values as a Config. Raise ConfigError for values that cannot work."""
         return from_config_dict(self.config_dict().to_dict())
 
 
@@ -124,7 +124,7 @@ class JsonFlag:
 
 
 def positive_numbers(flag: str, values: Sequence[str]) -> tuple[int, ...]:
-    """A list flag's values as numbers; none for an empty one. Raises ConfigError for what is no positive number."""
+    """Return the numbers of a list flag, which may be empty. Raise ConfigError unless all are positive and whole."""
     given = [value for value in values if value]
     if not all(value.isdecimal() and int(value) for value in given):
         raise ConfigError(f"--{flag}={','.join(given)} must be positive whole numbers")
@@ -132,9 +132,9 @@ def positive_numbers(flag: str, values: Sequence[str]) -> tuple[int, ...]:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Parses the command line, which takes flags alone, runs `main` and exits with what it returns (None: 0).
+    """Parse the command line, which takes flags alone, run `main` and exit with what it returns (None: 0).
 
-    ConfigError, and everything that is wrong with the command line, exits with 2; FailedError exits with 1.
+    A ConfigError or a wrong command line exits with 2, a FailedError with 1.
     """
 
     def without_words(words: Sequence[str]) -> int | None:
@@ -146,8 +146,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def run_with_words(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
-    """As `run`, and hands `main` what stands on the command line besides flags."""
-
+    """Do what `run` does, and hand `main` the words of the command line that are no flags."""
     _prefer_huge_pages()
     _cache_compilations()
 
@@ -179,10 +178,10 @@ def _standard_output_for_programs() -> contextlib.AbstractContextManager[Any]:
 
 
 def _prefer_huge_pages() -> None:
-    """Starts the process anew with glibc's malloc asking for huge pages, once and on Linux only.
+    """Restart the process with huge pages for glibc's malloc, once and on Linux only.
 
-    XLA's CPU programs take fresh memory at every call; in pages of 4 KiB their faults cost a tenth of a training step
-    (docs/performance.md). A value of GLIBC_TUNABLES that was set from outside stands.
+    XLA's CPU programs take fresh memory at every call, and page faults of 4 KiB slow training down
+    (docs/performance.md). A GLIBC_TUNABLES that is set already stays as it is.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -190,9 +189,9 @@ def _prefer_huge_pages() -> None:
 
 
 def _cache_compilations() -> None:
-    """Keeps what XLA compiles in `.jax_cache/` of the checkout, so that a second process starts in half of the time.
+    """Keep what XLA compiles in the checkout's `.jax_cache/`, so that a second process starts in half the time.
 
-    JAX's own variables, where they are set, stand.
+    JAX's own variables take precedence.
     """
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CHECKOUT / ".jax_cache"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
@@ -206,7 +205,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _message(error: BaseException) -> str:
-    """One line that says what is wrong, out of what may be a nested error or a quoted traceback."""
+    """Return one line that says what is wrong, out of a nested error or a quoted traceback."""
     while error.args and isinstance(error.args[0], BaseException):
         error = error.args[0]
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
@@ -222,9 +221,9 @@ def _exit(error: BaseException, code: int) -> NoReturn:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the process. A host of a job that fails doesn't wait for the others at the exit, where they won't come."""
+    """End the process. A failing host does not wait at the exit for the others, which will not come."""
     if _is_one_of_several():
-        time.sleep(_LAST_WORDS_SECONDS)  # for others with the same complaint: without host 0 they would be aborted
+        time.sleep(_LAST_WORDS_SECONDS)  # others with the same complaint would be aborted without host 0
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -232,6 +231,6 @@ def _leave(code: int) -> NoReturn:
 
 
 def _is_one_of_several() -> bool:
-    """Whether this process has joined a job of several hosts (`parallel.hosts.joined`)."""
+    """Return True if this process has joined a job of several hosts (`parallel.hosts.joined`)."""
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()

@@ -1,4 +1,4 @@
-"""One way to show how far a long piece of work is: a bar on a terminal, plain lines elsewhere."""
+"""Progress of long work: a bar on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ _LINE_SECONDS = 5.0
 
 
 class Progress:
-    """Counts up to `total`; use it as a context manager. Made by `progress`."""
+    """A count up to `total`, shown while it rises. `progress` makes one; use it as a context manager."""
 
     def __init__(self, total: int | None, desc: str, unit: str, stream: TextIO) -> None:
         self.total, self.desc, self.unit, self.done = total, desc, unit, 0
@@ -24,7 +24,7 @@ class Progress:
         )
 
     def update(self, n: int = 1, **values: float | str) -> None:
-        """Adds `n` to what is done; `values` (say loss=0.31) stand beside the count."""
+        """Add `n` to the count, and show `values` such as loss=0.31 beside it."""
         self.done += n
         self._values.update({name: _short(value) for name, value in values.items()})
         if self._bar is not None:
@@ -56,9 +56,9 @@ class Progress:
 
 
 def progress(total: int | None, desc: str, unit: str = "it", stream: TextIO | None = None) -> Progress:
-    """Shows progress on `stream` (default: standard error).
+    """Show progress on `stream` (standard error by default).
 
-    On a terminal: a bar with rate and time left. Elsewhere: a plain line about every five seconds. Either way a last
+    A terminal gets a bar with the rate and the time left, anything else a plain line about every five seconds. A last
     line says what was done.
 
         with progress(total=100, desc="SFT", unit="step") as bar:

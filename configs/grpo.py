@@ -20,7 +20,7 @@ def get_config(variant: str = "laptop") -> ConfigDict:
 
 
 def laptop() -> ConfigDict:
-    """A 1.4M-parameter Llama and three numbers up to 20: trained from nothing on two cores."""
+    """Train a 1.4M-parameter Llama on three numbers up to 20, from nothing and on two cores."""
     config = ConfigDict()
     config.name = "laptop"
     config.seed = 0
@@ -162,7 +162,7 @@ def laptop() -> ConfigDict:
 
 
 def smoke() -> ConfigDict:
-    """Every stage once, in under a minute. The policy learns nothing."""
+    """Run every stage once, in under a minute. The policy learns nothing."""
     config = laptop()
     config.name = "smoke"
     config.model.update(num_layers=2, embed_dim=64, mlp_dim=128, num_heads=2, num_kv_heads=1, head_dim=32)
@@ -180,7 +180,7 @@ def smoke() -> ConfigDict:
 
 
 def paper() -> ConfigDict:
-    """The paper's model and schedules (arXiv 2504.15466, section 4 and appendix; RL: its released code)."""
+    """Follow the paper's model and schedules (arXiv 2504.15466, section 4 and appendix; RL: its released code)."""
     config = laptop()
     config.name = "paper"
     config.mesh.data = 1
@@ -242,9 +242,9 @@ def paper() -> ConfigDict:
 
 
 def llama_7b() -> ConfigDict:
-    """Llama-2 7B (Touvron et al. 2023, table 1; intermediate size of its released weights) on one machine of 8 H100s.
+    """Train Llama-2 7B (Touvron et al. 2023, table 1; MLP width of its released weights) on one machine of 8 H100s.
 
-    Schedules are the paper's. docs/scale.md gives the split and what each device then holds.
+    Schedules are those of `paper`. docs/scale.md gives the split and what each device then holds.
     """
     config = paper()
     config.name = "7b"

@@ -1,8 +1,6 @@
 """One variant of the laptop setting for each way of reasoning, with its own demonstrations and its own SFT.
 
-    python launch/train.py --config=configs/methods.py:serial      # or: make train METHOD=serial
-
-`adaptive` is configs/grpo.py:laptop itself.
+python launch/train.py --config=configs/methods.py:serial      # or: make train METHOD=serial
 """
 
 from ml_collections import ConfigDict
@@ -26,26 +24,26 @@ def get_config(variant: str = "adaptive") -> ConfigDict:
 
 
 def adaptive() -> ConfigDict:
-    """Adaptive Parallel Reasoning."""
+    """Train Adaptive Parallel Reasoning, as configs/grpo.py:laptop does."""
     return _laptop("laptop")
 
 
 def serial() -> ConfigDict:
-    """SoS+: one thread that searches as a stream of text."""
+    """Train SoS+: one thread that searches as a stream of text."""
     config = _laptop("serial")
     config.data.method = "serial"
     return config
 
 
 def direct() -> ConfigDict:
-    """No search: the winning path alone."""
+    """Train answers without a search: the winning path alone."""
     config = _laptop("direct")
     config.data.method = "direct"
     return config
 
 
 def tree_of_thoughts() -> ConfigDict:
-    """Tree of Thoughts: proposers and evaluators, driven by a search.
+    """Train Tree of Thoughts: proposers and evaluators, driven by a search.
 
     SFT alone: a reward for the root's answer says nothing about a single proposal or verdict.
     """
@@ -57,7 +55,7 @@ def tree_of_thoughts() -> ConfigDict:
 
 
 def pasta() -> ConfigDict:
-    """PASTA: the parent searches beside its children and reads all they wrote, so its context is twice as long."""
+    """Train PASTA: a parent searches beside its children and reads all they wrote, in a context twice as long."""
     config = _laptop("pasta")
     config.data.method = "pasta"
     config.model.max_seq_len = config.sft.row_len = config.grpo.row_len = 1_024
@@ -68,7 +66,7 @@ def pasta() -> ConfigDict:
 
 
 def nested() -> ConfigDict:
-    """Adaptive Parallel Reasoning whose children spawn too.
+    """Train Adaptive Parallel Reasoning whose children spawn too.
 
     Two levels of spawns take four numbers; these are small. Goals two levels down are rare and therefore learnt late:
     hence the heuristic, near targets and twice as many steps (docs/reasoning.md).
@@ -83,7 +81,7 @@ def nested() -> ConfigDict:
 
 
 def hogwild() -> ConfigDict:
-    """Hogwild!: two workers on one shared cache. SFT alone: GRPO takes each call as a sequence of its own."""
+    """Train Hogwild!: two workers on one shared cache. SFT alone: GRPO takes each call as a sequence of its own."""
     config = _laptop("hogwild")
     config.data.method = "hogwild"
     config.model.max_seq_len = config.sft.row_len = config.grpo.row_len = 800  # the text of both workers

@@ -1,6 +1,6 @@
-"""From rollouts to figures: one record a problem, one summary a set (RECIPE section 6 and 8).
+"""From rollouts to figures: one record a problem, one summary a set.
 
-A record is a plain dict, ready for JSON. Keys of the summary that other programs rely on: INTERFACES, `evaluate.py`.
+A record is a plain dict, ready for JSON. Other programs read the summary's keys in `launch/evaluate.py --json`.
 """
 
 import dataclasses

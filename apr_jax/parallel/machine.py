@@ -1,4 +1,4 @@
-"""The machine that a process runs on, by name."""
+"""The name of the machine that a process runs on."""
 
 import os
 import platform
@@ -7,6 +7,6 @@ import jax
 
 
 def device_name() -> str:
-    """Name the device that JAX computes on, and its host."""
+    """Return the name of the device that JAX computes on, and of its host's processor."""
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     return f"{jax.devices()[0].device_kind} ({machine})"

@@ -1,7 +1,7 @@
-"""The device mesh, and the rules that map logical axes of arrays to its physical axes.
+"""The device mesh, and the rules that map an array's logical axes to the mesh's axes.
 
-A mesh has three axes. `data` splits the batch and keeps a copy of the weights per shard; `fsdp` splits the batch and
-the weights' embed axis; `tensor` splits heads, the MLP and the vocabulary (Megatron). Axis types are Auto: the
+A mesh has three axes. `data` splits the batch and keeps a copy of the weights on each shard; `fsdp` splits the batch
+and the weights' embed axis; `tensor` splits heads, the MLP and the vocabulary (Megatron). Axis types are Auto, so the
 partitioner places the collectives.
 """
 
@@ -25,13 +25,13 @@ _MIN_CPU_DEVICES = 8
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes ("data", "fsdp", "tensor") over the first devices, all of JAX's by default.
+    """Make a mesh with axes ("data", "fsdp", "tensor") over the first of `devices`, by default of all of JAX's.
 
-    On a machine whose only device is the CPU, the CPU serves as so many devices as the mesh needs, unless JAX has
-    started already or their number was set from outside (`JAX_NUM_CPU_DEVICES`).
+    A machine with nothing but a CPU splits it into as many devices as the mesh needs, unless JAX has started already
+    or `JAX_NUM_CPU_DEVICES` sets their number.
 
-    Raises ConfigError with both numbers when the mesh needs more devices than there are, or in a job of several hosts
-    another number.
+    Raises ConfigError with both numbers if the mesh needs more devices than there are. In a job of several hosts the
+    mesh must use them all.
     """
     shape = (config.data, config.fsdp, config.tensor)
     needed = int(np.prod(shape))
@@ -41,22 +41,21 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if needed > len(devices):
         raise ConfigError(
             f"mesh.data={config.data} * mesh.fsdp={config.fsdp} * mesh.tensor={config.tensor} needs {needed} devices, "
-            f"and there are {len(devices)}"
+            f"but there are {len(devices)}"
         )
     hosts = len({device.process_index for device in devices})
     if hosts > 1 and needed != len(devices):
         raise ConfigError(
             f"mesh.data={config.data} * mesh.fsdp={config.fsdp} * mesh.tensor={config.tensor} needs {needed} devices, "
-            f"and the job's {hosts} hosts have {len(devices)}: all of them must be used"
+            f"but the job's {hosts} hosts have {len(devices)}; use all of them"
         )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=tuple(devices[:needed]))
 
 
 def offer_cpu_devices(count: int = _MIN_CPU_DEVICES) -> None:
-    """Splits a CPU into at least `count` devices; nothing once JAX has started.
+    """Split a CPU into at least `count` devices. Once JAX has started, do nothing.
 
-    Whoever doesn't know the mesh yet offers enough for most. More devices than cores are slower: on two cores, decoding
-    with 8 instead of 2 took 1.15 times as long (docs/decode.md).
+    The default serves callers that do not know the mesh yet. More devices than cores are slower (docs/decode.md).
     """
     set_outside = "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in os.environ.get("XLA_FLAGS", "")
     if not set_outside:
@@ -66,7 +65,7 @@ def offer_cpu_devices(count: int = _MIN_CPU_DEVICES) -> None:
 
 
 def partition_spec(*axes: str | tuple[str, ...] | None) -> PartitionSpec:
-    """A `PartitionSpec`, typed."""
+    """Return a `PartitionSpec`, with types."""
     return PartitionSpec(*axes)  # type: ignore[no-untyped-call]
 
 
@@ -81,9 +80,9 @@ class Rules:
     vocab: str | None = TENSOR_AXIS
 
     def spec(self, logical: Sequence[str | None]) -> PartitionSpec:
-        """The physical spec of an array whose axes have these names.
+        """Return the spec of an array whose axes have these names.
 
-        Raises ConfigError for an unknown name, and when two axes of one array would be split by one mesh axis.
+        Raises ConfigError for an unknown name, and for two axes of one array on the same mesh axis.
         """
         names = {field.name for field in dataclasses.fields(self)}
         unknown = [name for name in logical if name is not None and name not in names]
@@ -101,13 +100,13 @@ RULES = Rules()
 
 
 def param_shardings(mesh: Mesh, params: Any, logical_axes: Any, rules: Rules = RULES) -> Any:
-    """The tree of `params` with a NamedSharding for each array.
+    """Return the tree of `params` with a NamedSharding for each array.
 
     Args:
         params: arrays, or their `jax.ShapeDtypeStruct`s.
         logical_axes: the same tree with a `PartitionSpec` of logical names a leaf (`llama.logical_axes(params)`).
 
-    Raises ConfigError with both numbers when a mesh axis does not divide the array's axis that it splits.
+    Raises ConfigError with both numbers if a mesh axis does not divide the array's axis that it splits.
     """
 
     def sharding(path: Any, leaf: Any, logical: PartitionSpec) -> NamedSharding:
@@ -124,7 +123,7 @@ def param_shardings(mesh: Mesh, params: Any, logical_axes: Any, rules: Rules = R
 
 
 def split_over_data(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
-    """The sharding with the longest axis of `shape` that divides split over data, too; the same where none does."""
+    """Split the longest axis of `shape` that divides over `data` as well. Return `sharding` itself if none does."""
     mesh = sharding.mesh
     splits = [() if axis is None else (axis,) if isinstance(axis, str) else tuple(axis) for axis in sharding.spec]
     parts = [int(np.prod([mesh.shape[name] for name in (*split, DATA_AXIS)])) for split in splits]
@@ -137,18 +136,18 @@ def split_over_data(sharding: NamedSharding, shape: Sequence[int]) -> NamedShard
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows `[B, ...]` over data and fsdp; the other axes whole."""
+    """Return the sharding that splits rows `[B, ...]` over data and fsdp and leaves the other axes whole."""
     return NamedSharding(mesh, partition_spec(BATCH_AXES))
 
 
 def ambient_platform() -> str:
-    """What the ambient mesh's devices are: a program may be compiled for others than are here. "cpu", "tpu", .."""
+    """Return the platform ("cpu", "tpu", ..) of the ambient mesh, which may be compiled for from another machine."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return jax.default_backend() if device is None else str(device.platform)
 
 
 def over_mesh(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """Maps a function that is opaque to the partitioner over the ambient mesh, if there is one of several devices."""
+    """Map a function that the partitioner cannot see into over the ambient mesh, if that has several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function
@@ -156,16 +155,16 @@ def over_mesh(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Ca
 
 
 def num_row_shards() -> int:
-    """Devices of the ambient mesh (`use_abstract_mesh`) that have rows of their own; 1 where there is none."""
+    """Return the number of shards of a batch's rows on the ambient mesh (`use_abstract_mesh`); 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
 def split_rows(x: jax.Array) -> jax.Array:
-    """Activations `[B, T, ..]` split by rows over the ambient mesh, whole otherwise; as they are where there is none.
+    """Split activations `[B, T, ..]` by rows over the ambient mesh. Without a mesh, return them as they are.
 
-    Left to itself the partitioner lets activations follow the weights' split over "fsdp": for the 7B model on a mesh of
-    (1, 8, 1) an SFT step then needed 86 GB of temporaries a device, and reduced activations in every product.
+    Left to itself the partitioner lets activations follow the weights' split over "fsdp", which takes far more memory
+    and communication (docs/scale.md).
     """
     if jax.sharding.get_abstract_mesh().empty or x.ndim < 3:
         return x
@@ -175,5 +174,5 @@ def split_rows(x: jax.Array) -> jax.Array:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """Return the sharding that keeps a whole copy on every device."""
     return NamedSharding(mesh, partition_spec())

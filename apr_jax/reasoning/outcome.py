@@ -118,7 +118,7 @@ def _spawn_grammar(config: Config, tokenizer: Tokenizer) -> SpawnGrammar | None:
 def banned_tokens(tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
     """Tokens that no thread may ever produce, in ascending order.
 
-    BOS and padding, the opening of a join (only the join itself writes `<Sub Searches>`, RECIPE section 4), and the ids
+    BOS and padding, the opening of a join (only the join itself writes `<Sub Searches>`), and the ids
     between the tokenizer's vocabulary and the model's `vocab_size`.
     """
     unused = range(tokenizer.vocab_size, vocab_size)

@@ -1,4 +1,4 @@
-"""Group-relative policy optimisation on the engine's own rollouts (paper section 4.3; RECIPE section 5)."""
+"""Group-relative policy optimisation on the engine's own rollouts (paper section 4.3)."""
 
 import functools
 import time
@@ -312,9 +312,9 @@ def _call_ids(batch: Batch) -> jax.Array:
 def _gap(microbatches: Sequence[Batch], old: Sequence[jax.Array], importance_cap: float) -> dict[str, float]:
     trainer, rollout = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
     for batch, old_BT in zip(microbatches, old, strict=True):
-        generated_BT = hosts.whole(batch["policy_weight"]) > 0
-        trainer.append(hosts.whole(old_BT)[generated_BT])
-        rollout.append(hosts.whole(batch["rollout_logprob"])[generated_BT])
+        generated_BT = hosts.whole_array(batch["policy_weight"]) > 0
+        trainer.append(hosts.whole_array(old_BT)[generated_BT])
+        rollout.append(hosts.whole_array(batch["rollout_logprob"])[generated_BT])
     drawn = np.concatenate(trainer), np.concatenate(rollout)
     return {**gap_metrics(*drawn), "importance_truncated": truncated_share(*drawn, importance_cap)}
 

@@ -115,7 +115,7 @@ class CallWeights:
 def call_weights(rollout_of_call: Sequence[int], tokens_of_call: Sequence[int], kl_coef: float) -> list[CallWeights]:
     """The weights that turn GRPO's nested means into one sum over tokens.
 
-    L = 1/N sum_calls [ 1/n_r * mean_t(clip_t) + kl_coef * mean_t(k3_t) ]     (RECIPE section 5)
+    L = 1/N sum_calls [ 1/n_r * mean_t(clip_t) + kl_coef * mean_t(k3_t) ]
       = sum_t policy_t * clip_t + kl_t * k3_t,   policy_t = 1 / (N n_r T_c),   kl_t = kl_coef / (N T_c)
 
     with N calls, n_r calls in the call's rollout and T_c generated tokens in the call. A call without generated tokens

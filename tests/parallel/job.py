@@ -26,9 +26,9 @@ def shared():
         {"host": i, "long": "x" * 5_000 * i} for i in range(2)
     ]
     assert hosts.from_first(lambda: ("only", jax.process_index())) == ("only", 0)
-    assert [list(part) for part in hosts.gather(hosts.share(range(5)))] == [[0, 1], [2, 3, 4]]
+    assert [list(part) for part in hosts.gather(hosts.own_part(range(5)))] == [[0, 1], [2, 3, 4]]
     assert (hosts.messages() is sys.stderr) == hosts.is_first()
-    with pytest.raises(ConfigError, match="needs 2 devices, and the job's 2 hosts have 4: all of them must be used"):
+    with pytest.raises(ConfigError, match="needs 2 devices, but the job's 2 hosts have 4; use all of them"):
         make_mesh(MeshConfig(data=2, fsdp=1, tensor=1))
 
 
@@ -45,8 +45,8 @@ def weights(shape):
     localise = hosts.Localiser(mesh, param_shardings(mesh, shapes, logical_axes(shapes), rules))
     for expected, there, here in zip(*map(jax.tree.leaves, (params, placed, localise(placed))), strict=True):
         assert set(here.devices()) == set(own.devices.flat)
-        np.testing.assert_array_equal(hosts.whole(there), np.asarray(expected))
-        np.testing.assert_array_equal(hosts.whole(here), np.asarray(expected))
+        np.testing.assert_array_equal(hosts.whole_array(there), np.asarray(expected))
+        np.testing.assert_array_equal(hosts.whole_array(here), np.asarray(expected))
 
 
 def stopping():
@@ -76,7 +76,7 @@ def dying():
     """Host 1 dies while the other waits for it."""
     if not hosts.is_first():
         os.kill(os.getpid(), signal.SIGKILL)
-    hosts.whole(jax.jit(jnp.sum)(hosts.place(np.ones(4), jax.sharding.NamedSharding(_mesh(), jax.P("data")))))
+    hosts.whole_array(jax.jit(jnp.sum)(hosts.place(np.ones(4), jax.sharding.NamedSharding(_mesh(), jax.P("data")))))
     hosts.gather("host 0 waits")
 
 

@@ -55,7 +55,7 @@ def test_a_host_that_dies_ends_the_other_and_is_named():
 def test_one_host_on_its_own_shares_with_nobody():
     assert hosts.gather("mine") == ["mine"]
     assert hosts.from_first(lambda: "mine") == "mine"
-    assert hosts.share("abc") == "abc"
+    assert hosts.own_part("abc") == "abc"
     assert hosts.is_first()
     assert hosts.messages() is sys.stderr
 
@@ -72,7 +72,7 @@ def test_placing_and_reading_back():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     values = np.arange(32, dtype=np.float32).reshape(8, 4)
     placed = hosts.place({"x": values}, jax.sharding.NamedSharding(mesh, jax.P("data", "tensor")))
-    np.testing.assert_array_equal(hosts.whole(placed["x"]), values)
+    np.testing.assert_array_equal(hosts.whole_array(placed["x"]), values)
 
 
 @pytest.mark.parametrize(
@@ -80,9 +80,9 @@ def test_placing_and_reading_back():
     [
         ({"APR_HOSTS": "2"}, "APR_HOST is not"),
         ({"APR_HOSTS": "2", "APR_HOST": "0"}, "APR_COORDINATOR is not"),
-        ({"APR_HOSTS": "two", "APR_HOST": "0", "APR_COORDINATOR": "a:1"}, "APR_HOSTS=two: takes a positive"),
-        ({"APR_HOSTS": "2", "APR_HOST": "2", "APR_COORDINATOR": "a:1"}, "takes one of 0 to 1"),
-        ({"APR_HOSTS": "2", "APR_HOST": "0", "APR_COORDINATOR": "a"}, "takes HOST:PORT"),
+        ({"APR_HOSTS": "two", "APR_HOST": "0", "APR_COORDINATOR": "a:1"}, "APR_HOSTS=two must be a positive"),
+        ({"APR_HOSTS": "2", "APR_HOST": "2", "APR_COORDINATOR": "a:1"}, "must lie in 0..1"),
+        ({"APR_HOSTS": "2", "APR_HOST": "0", "APR_COORDINATOR": "a"}, "must be HOST:PORT"),
     ],
 )
 def test_an_environment_that_makes_no_sense_is_refused(monkeypatch, environment, message):

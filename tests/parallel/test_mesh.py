@@ -77,7 +77,7 @@ def test_mesh_axes() -> None:
 
 
 def test_too_few_devices_are_counted() -> None:
-    with pytest.raises(ConfigError, match="needs 16 devices, and there are 8"):
+    with pytest.raises(ConfigError, match="needs 16 devices, but there are 8"):
         make_mesh(MeshConfig(data=4, fsdp=2, tensor=2))
 
 

@@ -83,7 +83,7 @@ class HostedEngine:
 
         Raises StoppedError on every host when any of them was asked to stop.
         """
-        mine = hosts.share(programs)
+        mine = hosts.own_part(programs)
 
         def show(now: Progress) -> None:
             self._stop.listen()
