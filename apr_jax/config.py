@@ -7,7 +7,7 @@ value of the wrong type raise `ConfigError` and say what was probably meant. Not
 import dataclasses
 import difflib
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
@@ -41,7 +41,7 @@ class ModelConfig:
     remat: Literal["none", "dots", "full"]
 
     def __post_init__(self) -> None:
-        _positive(self, "model", "vocab_size num_layers embed_dim mlp_dim num_heads num_kv_heads head_dim max_seq_len")
+        positive(self, "model", "vocab_size num_layers embed_dim mlp_dim num_heads num_kv_heads head_dim max_seq_len")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model.num_heads={self.num_heads} must be a multiple of model.num_kv_heads={self.num_kv_heads}"
@@ -52,47 +52,17 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """Countdown problems and the searches that demonstrate them (paper section 4.1 and its released code)."""
+    """What the section of every task has; the task's own dataclass adds to it (`apr_jax/tasks/`)."""
 
-    num_numbers: int
-    min_number: int
-    max_number: int
-    min_target: int
-    max_target: int
-    serial_beam_min: int  # SoS+: nodes kept per expansion, drawn per problem
-    serial_beam_max: int
-    serial_dfs_probability: float  # SoS+: chance that an expansion's nodes are searched depth-first in place
-    parent_beams: tuple[int, ...]  # APR: the parent's beam is one of these, drawn per problem; repeats weigh more
-    child_beam_max: int  # APR: the children's beam is drawn from [parent's beam, this]
-    spawn_probability: float  # APR: chance that a parent's expansion is handed to children
-    spawn_depth: int  # APR: levels of threads that spawn; 1 = the parent alone (the reference), 2 = its children, too
-    # APR: the prompt of each thread names the smallest of these, in tokens, that holds it; (): none is named.
-    context_windows: tuple[int, ...]
-    retry_probability: float  # APR: chance that the next best operations follow when all children failed; reference: 0
-    heuristic: Literal["mult", "none"]  # what ranks operations; none: the order in which they were generated
-    shuffle: bool  # kept operations: in random order (the reference) or the order in which they were generated (fixed)
+    name: str  # in `apr_jax.tasks.TASKS`
 
-    def __post_init__(self) -> None:
-        _positive(self, "task", "num_numbers min_number serial_beam_min spawn_depth")
-        if self.context_windows != tuple(sorted({*self.context_windows})) or min(self.context_windows, default=1) < 1:
-            raise ConfigError(f"task.context_windows={self.context_windows}: name distinct sizes from 1, in order")
-        if not self.parent_beams or min(self.parent_beams) < 1:
-            raise ConfigError(f"task.parent_beams={self.parent_beams}: name at least one beam, each at least 1")
-        for low, high in (
-            ("min_number", "max_number"),
-            ("min_target", "max_target"),
-            ("serial_beam_min", "serial_beam_max"),
-        ):
-            if getattr(self, low) > getattr(self, high):
-                raise ConfigError(f"task.{low}={getattr(self, low)} is above task.{high}={getattr(self, high)}")
-        if max(self.parent_beams) > self.child_beam_max:
-            raise ConfigError(
-                f"task.parent_beams={self.parent_beams} holds {max(self.parent_beams)}, which is above "
-                f"task.child_beam_max={self.child_beam_max}"
-            )
-        _share(self, "task", "serial_dfs_probability spawn_probability retry_probability")
-        if self.num_numbers < 2:
-            raise ConfigError(f"task.num_numbers={self.num_numbers}: Countdown needs at least 2 numbers")
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The context windows that prompts of demonstrations name, in ascending order; none by default."""
+        return ()
+
+    def check(self, config: "Config") -> None:
+        """Check what the section asks of others. Raises ConfigError with the two numbers that disagree."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,16 +76,13 @@ class DataConfig:
     num_validation: int
     num_test: int
     num_test_unseen_targets: int
-    num_unseen_targets: int  # targets held out of train for the split test_unseen_targets
     num_workers: int  # processes that generate; the data do not depend on it
     condition_on_budget: bool  # prefix the prompt with its budget (Sub Call Budget / Token Budget)
     replay_weight: float  # loss weight of a solved thread's replay of its winning path, relative to other tokens
     loss_on_context: bool  # also learn the prompt and the joined text (the reference does in SFT)
 
     def __post_init__(self) -> None:
-        _positive(
-            self, "data", "num_train num_validation num_test num_test_unseen_targets num_unseen_targets num_workers"
-        )
+        positive(self, "data", "num_train num_validation num_test num_test_unseen_targets num_workers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +94,7 @@ class MeshConfig:
     tensor: int
 
     def __post_init__(self) -> None:
-        _positive(self, "mesh", "data fsdp tensor")
+        positive(self, "mesh", "data fsdp tensor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,7 +128,7 @@ class SFTConfig:
     validation_rows: int
 
     def __post_init__(self) -> None:
-        _positive(self, "sft", "rows_per_step row_len microbatches checkpoint_every validate_every validation_rows")
+        positive(self, "sft", "rows_per_step row_len microbatches checkpoint_every validate_every validation_rows")
         if self.rows_per_step % self.microbatches:
             raise ConfigError(
                 f"sft.rows_per_step={self.rows_per_step} must be a multiple of sft.microbatches={self.microbatches}"
@@ -181,7 +148,7 @@ class EngineConfig:
     prefix_reuse: bool  # threads whose prompts begin alike share those pages
 
     def __post_init__(self) -> None:
-        _positive(self, "engine", "lanes pages page_size steps_per_visit prefill_lanes")
+        positive(self, "engine", "lanes pages page_size steps_per_visit prefill_lanes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,7 +167,7 @@ class RolloutConfig:
     constrain_spawns: bool  # a thread can only write well-formed spawns within the limits above; reference: False
 
     def __post_init__(self) -> None:
-        _positive(self, "rollout", "max_steps max_children max_total_children max_total_tokens")
+        positive(self, "rollout", "max_steps max_children max_total_children max_total_tokens")
         if self.temperature < 0:
             raise ConfigError(f"rollout.temperature={self.temperature} must be >= 0 (0 is greedy)")
 
@@ -215,7 +182,7 @@ class TreeOfThoughtsConfig:
     threshold: float  # depth first: a state is gone on from only where its value is above this
 
     def __post_init__(self) -> None:
-        _positive(self, "tree_of_thoughts", "breadth value_samples")
+        positive(self, "tree_of_thoughts", "breadth value_samples")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -259,12 +226,10 @@ class GRPOConfig:
     validation_problems: int  # problems in one, decoded greedily
 
     def __post_init__(self) -> None:
-        _not_negative(self, "grpo", "validate_every")
-        _positive(self, "grpo", "validation_problems")
-        _positive(
-            self, "grpo", "prompts_per_step group_size inner_updates row_len rows_per_microbatch checkpoint_every"
-        )
-        _positive(self, "grpo", "length_normaliser")
+        not_negative(self, "grpo", "validate_every")
+        positive(self, "grpo", "validation_problems")
+        positive(self, "grpo", "prompts_per_step group_size inner_updates row_len rows_per_microbatch checkpoint_every")
+        positive(self, "grpo", "length_normaliser")
         if self.group_size < 2:
             raise ConfigError(f"grpo.group_size={self.group_size}: an advantage needs at least 2 rollouts a prompt")
         for field in ("max_resamples", "clip_ratio", "clip_ratio_high", "kl_coef", "advantage_eps", "importance_cap"):
@@ -280,7 +245,7 @@ class FaultsConfig:
     max_skipped_steps: int  # a run stops after so many steps in a row whose loss or gradient was not finite
 
     def __post_init__(self) -> None:
-        _positive(self, "faults", "keep_checkpoints max_skipped_steps")
+        positive(self, "faults", "keep_checkpoints max_skipped_steps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -293,7 +258,7 @@ class EvaluationConfig:
     also_temperature: float  # a second pass at this temperature stands beside the first in summary.json
 
     def __post_init__(self) -> None:
-        _positive(self, "evaluation", "num_problems")
+        positive(self, "evaluation", "num_problems")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -345,7 +310,7 @@ def check_consistent(config: Config) -> None:
     if model.embed_dim % mesh.fsdp:
         raise ConfigError(f"model.embed_dim={model.embed_dim} must be a multiple of mesh.fsdp={mesh.fsdp}")
     _check_windows(config)
-    _check_spawn_depth(config)
+    config.task.check(config)
     if config.data.condition_on_budget and config.data.method in METHODS_WITHOUT_BUDGET:
         raise ConfigError(f"data.condition_on_budget=True: data.method={config.data.method!r} has no budget to name")
     if config.grpo.validate_every and config.grpo.validation_problems > config.data.num_validation:
@@ -370,26 +335,13 @@ def check_consistent(config: Config) -> None:
 
 
 def _check_windows(config: Config) -> None:
-    windows, window, longest = config.task.context_windows, config.rollout.context_window, config.model.max_seq_len
-    if windows and config.data.method != "adaptive":
-        raise ConfigError(f"task.context_windows={windows}: only data.method='adaptive' names windows")
+    windows, window, longest = config.task.windows, config.rollout.context_window, config.model.max_seq_len
     if windows and windows[-1] > longest:
         raise ConfigError(f"task.context_windows={windows} holds one above model.max_seq_len={longest}")
     if window not in (0, *windows):
         raise ConfigError(
             f"rollout.context_window={window} must be 0 or one of task.context_windows={windows}, "
             "which demonstrations name"
-        )
-
-
-def _check_spawn_depth(config: Config) -> None:
-    levels = config.task.spawn_depth
-    if levels > 1 and config.data.method != "adaptive":
-        raise ConfigError(f"task.spawn_depth={levels}: only data.method='adaptive' has children that spawn, set 1")
-    if levels > max(1, config.rollout.max_depth):  # max_depth=0 is how a policy is kept from spawning
-        raise ConfigError(
-            f"task.spawn_depth={levels} is above rollout.max_depth={config.rollout.max_depth}: "
-            "what demonstrations spawn could not be decoded"
         )
 
 
@@ -425,15 +377,10 @@ def _convert_value(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path}={value!r}: wrong type, it takes a section of settings")
-        return _convert(typing.cast(type, hint), value, f"{path}.")
+        section = _task_section(value) if hint is TaskConfig else typing.cast(type, hint)
+        return _convert(section, value, f"{path}.")
     if typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        if value not in choices:
-            close = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1, cutoff=0.3)
-            raise ConfigError(
-                f"{path}={value!r}: choose one of {', '.join(map(repr, choices))}"
-                + (f"; did you mean {close[0]!r}?" if close else "")
-            )
+        check_choice(path, value, typing.get_args(hint))
         return value
     if typing.get_origin(hint) is tuple:
         item_hint = typing.get_args(hint)[0]
@@ -447,23 +394,47 @@ def _convert_value(hint: Any, value: Any, path: str) -> Any:
     return value
 
 
+def _task_section(value: Mapping[str, Any]) -> type[TaskConfig]:
+    """Return the dataclass that the named task declares for its section."""
+    from apr_jax.tasks import TASKS  # tasks import this module: only the door knows their names
+
+    if "name" not in value:
+        raise ConfigError(f"task.name: missing; name one of {', '.join(TASKS)}")
+    check_choice("task.name", value["name"], TASKS)
+    return TASKS[value["name"]].section
+
+
+def check_choice(field: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raise ConfigError, with the likeliest choice, unless `value` is one of `choices`."""
+    choices = list(choices)
+    if value not in choices:
+        close = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1, cutoff=0.3)
+        raise ConfigError(
+            f"{field}={value!r}: choose one of {', '.join(map(repr, choices))}"
+            + (f"; did you mean {close[0]!r}?" if close else "")
+        )
+
+
 def _type_name(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
-def _positive(section: Any, name: str, fields: str) -> None:
+def positive(section: Any, name: str, fields: str) -> None:
+    """Raise ConfigError unless each of the fields is at least 1."""
     for field in fields.split():
         if getattr(section, field) < 1:
             raise ConfigError(f"{name}.{field}={getattr(section, field)} must be at least 1")
 
 
-def _not_negative(section: Any, name: str, fields: str) -> None:
+def not_negative(section: Any, name: str, fields: str) -> None:
+    """Raise ConfigError unless each of the fields is at least 0."""
     for field in fields.split():
         if getattr(section, field) < 0:
             raise ConfigError(f"{name}.{field}={getattr(section, field)} must be at least 0")
 
 
-def _share(section: Any, name: str, fields: str) -> None:
+def share(section: Any, name: str, fields: str) -> None:
+    """Raise ConfigError unless each of the fields lies in [0, 1]."""
     for field in fields.split():
         if not 0 <= getattr(section, field) <= 1:
             raise ConfigError(f"{name}.{field}={getattr(section, field)} must lie in [0, 1]")

@@ -29,8 +29,10 @@ from apr_jax.parallel.mesh import make_mesh, offer_cpu_devices
 from apr_jax.reasoning.outcome import Outcome, Settings, make_settings
 from apr_jax.reasoning.policy_engine import policy_engine
 from apr_jax.reasoning.programs import check_method, make_program
+from apr_jax.tasks import task_of
+from apr_jax.tasks.base import Task
 from apr_jax.tasks.countdown.demonstrations import SHARED_METHODS, innermost
-from apr_jax.tasks.countdown.rules import Problem, express
+from apr_jax.tasks.countdown.rules import Problem
 
 Method = str | Callable[[Problem, Settings], Generator[Any, Any, Outcome]]
 
@@ -59,6 +61,11 @@ class Policy:
     config: Config  # what it was trained with, and what replaced fields of that
     tokenizer: Tokenizer
     params: Params
+
+    @property
+    def task(self) -> Task:
+        """The kind of problem that it solves."""
+        return task_of(self.config)
 
     @property
     def engine(self) -> Engine:
@@ -126,13 +133,15 @@ class Policy:
         return [self._solution(problem, rollout, name) for problem, rollout in zip(asked, rollouts, strict=True)]
 
     def _solution(self, problem: Problem, rollout: Rollout, method: str) -> Solution:
-        record = record_rollout(problem, rollout, self.tokenizer, self.config.model, method=method, keep_calls=False)
+        record = record_rollout(
+            problem, rollout, self.tokenizer, self.config.model, method=method, keep_calls=False, task=self.task
+        )
         solved, answer = record["correct"], record["answer"]
         return Solution(
             problem=problem,
             solved=solved,
             reason=record["verdict"],
-            expression=express(answer, problem) if solved else None,
+            expression=self.task.express(answer, problem) if solved else None,
             answer=answer,
             total_tokens=record["total_tokens"],
             sequential_tokens=record["sequential_tokens"],

@@ -28,7 +28,7 @@ from apr_jax import entry
 from apr_jax.config import ConfigError
 from apr_jax.evaluation.compare.grid import Cell, make_cells, read_policies, read_rows
 from apr_jax.evaluation.rollout_sources import check_policy_folder, choose_split, newest_run, read_problems
-from apr_jax.tasks.countdown.generation import SPLITS
+from apr_jax.tasks.base import SPLITS
 from apr_jax.tasks.countdown.rules import Problem
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from apr_jax.evaluation.rollout_sources import (
     newest_run,
     read_problems,
 )
-from apr_jax.tasks.countdown.generation import SPLITS
+from apr_jax.tasks.base import SPLITS
 from apr_jax.tasks.countdown.rules import Problem
 
 _RUNS = "runs"
@@ -59,7 +59,7 @@ def main() -> None:
     except FileNotFoundError as error:
         raise entry.FailedError(str(error)) from error
     from apr_jax.checkpoints.integrity import CheckpointError
-    from apr_jax.data.countdown_builder import DatasetError
+    from apr_jax.data.demonstrations import DatasetError
     from apr_jax.model.hf import HuggingFaceError
 
     try:

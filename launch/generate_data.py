@@ -1,30 +1,34 @@
-"""Samples Countdown problems, searches each with both solvers, and reports how fast and how well.
+"""Sample problems of a task, demonstrate each by its solvers, and report how fast and how well.
 
     python launch/generate_data.py
     python launch/generate_data.py --config=configs/sft.py:paper --num_problems=10000 --json=rate.json
     python launch/generate_data.py --tokens --config.task.parent_beams="(3,)" --config.task.retry_probability=1.0
     python launch/generate_data.py --num_problems=100 --output=demonstrations.jsonl
 
-The paper's variant is the reference's own setting: four numbers of 1..99. Training builds its own data set.
+A task is demonstrated by serial and by adaptive search where it has both. The paper's variant is the reference's own
+setting: four numbers of 1..99. Training builds its own data set.
 Exit codes: 0 done, 1 failed, 2 bad arguments or config.
 """
 
 import contextlib
 import dataclasses
 import json
+from collections.abc import Sequence
 
 from absl import flags
 
 from apr_jax import entry
 from apr_jax.config import Config
-from apr_jax.data.tokenizer import load_tokenizer
+from apr_jax.data.tokenizer import token_counter
 from apr_jax.progress import progress
-from apr_jax.tasks.countdown import generation
-from apr_jax.tasks.countdown.trace import Demonstration, demonstrated_tokens
+from apr_jax.tasks import generation, task_of
+from apr_jax.tasks.base import Demonstration
+from apr_jax.tasks.countdown.trace import demonstrated_tokens
 
+_NAMES = {"serial": "serial", "adaptive": "parallel"}  # methods that are demonstrated, and their names in the figures
 _CONFIG = entry.define_config("sft.py")
-_NUM_PROBLEMS = flags.DEFINE_integer("num_problems", 2_000, "Problems to sample and search.", lower_bound=1)
-_OUTPUT = entry.define_output("output", "Write both searches here, one JSON object a problem.")
+_NUM_PROBLEMS = flags.DEFINE_integer("num_problems", 2_000, "Problems to sample and demonstrate.", lower_bound=1)
+_OUTPUT = entry.define_output("output", "Write the demonstrations here, one JSON object a problem.")
 _TOKENS = flags.DEFINE_bool("tokens", False, "Also count what the parallel searches write, by the config's tokenizer.")
 _JSON = entry.JsonFlag("the figures")
 
@@ -38,27 +42,29 @@ def main() -> None:
 
 
 def _measure(config: Config) -> None:
-    tokenizer = load_tokenizer(config.data.tokenizer) if _TOKENS.value else None
+    methods = [name for name in _NAMES if name in task_of(config).methods] or [config.data.method]
+    count_tokens = token_counter(config.data.tokenizer)
     lengths: list[tuple[int, int]] = []
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(open(_OUTPUT.value, "w", encoding="utf-8")) if _OUTPUT.value else None
         bar = stack.enter_context(progress(_NUM_PROBLEMS.value, "Searched", "problems"))
 
-        def on_problem(serial: Demonstration, adaptive: Demonstration) -> None:
+        def on_problem(searches: Sequence[Demonstration]) -> None:
             if output is not None:
-                searches = {search.method: dataclasses.asdict(search) for search in (serial, adaptive)}
-                output.write(json.dumps(searches) + "\n")
-            if tokenizer is not None:
-                lengths.append(demonstrated_tokens(adaptive, lambda text: len(tokenizer.encode(text))))
+                written = {search.method: dataclasses.asdict(search) for search in searches}
+                output.write(json.dumps(written) + "\n")
+            if _TOKENS.value:
+                lengths.append(demonstrated_tokens(searches[-1], count_tokens))
             bar.update()
 
-        figures = generation.measure(config.task, config.seed, _NUM_PROBLEMS.value, config.data.num_workers, on_problem)
+        figures = generation.measure(config, _NUM_PROBLEMS.value, methods, count_tokens, on_problem)
     print(
         f"{figures.problems:,} problems in {figures.seconds:.1f} s, "
         f"{figures.problems_per_second_per_core:,.0f} a second and core\n"
-        f"solved: serial {figures.serial_accuracy:.1%}, parallel {figures.parallel_accuracy:.1%}"
+        "solved: " + ", ".join(f"{_NAMES.get(name, name)} {share:.1%}" for name, share in figures.accuracy.items())
     )
     written = dataclasses.asdict(figures)
+    written |= {f"{_NAMES.get(name, name)}_accuracy": share for name, share in written.pop("accuracy").items()}
     if lengths:
         sequential, total = (sum(column) / len(lengths) for column in zip(*lengths, strict=True))
         print(f"parallel: {sequential:.1f} tokens one after the other, {total:.1f} in all threads")

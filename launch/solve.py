@@ -22,13 +22,12 @@ from apr_jax import entry
 from apr_jax.config import ConfigError
 from apr_jax.evaluation.rollout_sources import check_method_flag, check_policy_folder, newest_run, read_problem_words
 from apr_jax.tasks.countdown.demonstrations import innermost
-from apr_jax.tasks.countdown.rules import Problem, departures, is_solvable
+from apr_jax.tasks.countdown.rules import Problem
 
 if TYPE_CHECKING:
     from apr_jax.library import Policy, Solution
 
 _RUNS = "runs"
-_MOST_NUMBERS = 6  # for which it is quickly known whether there is a solution
 _CONFIG = entry.define_config("grpo.py")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, f"Run (or RUN/best), checkpoint or Hugging Face folder [newest in {_RUNS}/]."
@@ -70,7 +69,7 @@ def main(words: Sequence[str]) -> None:
     policy.engine_for(method)  # compiles
     started = time.perf_counter()
     solution = _solve(problem, policy)
-    _report(solution, checkpoint, start_ms=(started - began) * 1e3)
+    _report(policy, solution, checkpoint, start_ms=(started - began) * 1e3)
 
 
 def _warn(problem: Problem, policy: "Policy") -> None:
@@ -80,7 +79,7 @@ def _warn(problem: Problem, policy: "Policy") -> None:
         policy.tokenizer.encode(", ".join(map(str, (problem.target, *problem.numbers))))
     except ValueError as error:
         raise ConfigError(f"the policy's tokenizer cannot spell this problem: {error}") from error
-    unlike = departures(problem, policy.config.task)
+    unlike = policy.task.departures(problem, policy.config.task)
     if _METHOD.value and innermost(_METHOD.value) != trained:
         unlike.append(f"--method={_METHOD.value} instead of {trained}")
     if unlike:
@@ -102,9 +101,9 @@ def _solve(problem: Problem, policy: "Policy") -> "Solution":
     return solution
 
 
-def _report(solution: "Solution", checkpoint: pathlib.Path, start_ms: float) -> None:
+def _report(policy: "Policy", solution: "Solution", checkpoint: pathlib.Path, start_ms: float) -> None:
     problem = solution.problem
-    solvable = is_solvable(problem.numbers, problem.target) if len(problem.numbers) <= _MOST_NUMBERS else None
+    solvable = policy.task.is_solvable(problem)
     calls = solution.rollout.calls
     first_token_ms = min((call.first_token_ms for call in calls), default=0.0)
     result = {

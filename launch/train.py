@@ -39,7 +39,7 @@ def main() -> int:
     if len(folders) > 1:
         raise ConfigError("--checkpoint leaves SFT out, and --start is where SFT starts: name one of them")
     from apr_jax.checkpoints.integrity import CheckpointError
-    from apr_jax.data.countdown_builder import DatasetError
+    from apr_jax.data.demonstrations import DatasetError
     from apr_jax.parallel import hosts
     from apr_jax.train.run import train
     from apr_jax.train.signals import StoppedError

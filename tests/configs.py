@@ -3,10 +3,14 @@
 import dataclasses
 
 from apr_jax.config import from_config_dict
+from apr_jax.tasks.countdown.config import CountdownConfig
 from configs.grpo import get_config
 
 LAPTOP = from_config_dict(get_config())
 PAPER = from_config_dict(get_config("paper"))
+assert isinstance(LAPTOP.task, CountdownConfig)
+assert isinstance(PAPER.task, CountdownConfig)
+LAPTOP_TASK, PAPER_TASK = LAPTOP.task, PAPER.task
 TINY_MODEL = dataclasses.replace(
     LAPTOP.model,
     vocab_size=64,

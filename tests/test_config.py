@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from apr_jax import config as config_lib
 from apr_jax.config import Config, ConfigError, from_config_dict, to_dict
+from apr_jax.tasks import TASKS
 
 ROOT = pathlib.Path(__file__).parent.parent
 VARIANTS = [
@@ -96,6 +97,8 @@ def test_every_method_has_a_variant():
         ({"task__parent_beams": 5}, r"parent_beams=5: wrong type, it takes a list of int"),
         ({"task__parent_beams": [5, "9"]}, r"parent_beams\[1\]='9': wrong type, it takes int"),
         ({"task__spawn_probability": 1.5}, r"spawn_probability=1\.5 must lie in \[0, 1\]"),
+        ({"task": {"depth": 3}}, r"task\.name: missing; name one of countdown"),
+        ({"task__name": "countdwn"}, r"task\.name='countdwn': choose one of .*; did you mean 'countdown'\?"),
         ({"task__num_numbers": 1}, r"at least 2 numbers"),
         ({"task__spawn_depth": 0}, r"task\.spawn_depth=0 must be at least 1"),
         ({"task__spawn_depth": 2}, r"task\.spawn_depth=2 is above rollout\.max_depth=1"),
@@ -160,6 +163,7 @@ def _read_fields() -> set[str]:
 def test_every_option_is_read():
     sections = [hint for hint in typing.get_type_hints(Config).values() if dataclasses.is_dataclass(hint)]
     assert len(sections) == 11
+    sections += [task.section for task in TASKS.values()]
     sections += [config_lib.OptimizerConfig, config_lib.RewardConfig]
     fields = {f.name for section in sections for f in dataclasses.fields(section)}
     assert fields - _read_fields() == set()

@@ -26,7 +26,7 @@ LEAVES = {
     "data": {"data", "tasks", "config"},
     "progress": set(),
     "files": set(),
-    "config": set(),
+    "config": {"tasks"},  # the door asks the registry which section a task declares
     "entry": {"config"},
 }
 MAY_USE_LEAVES = {"reasoning", "evaluation", "checkpoints", "train", "library", "bench", "aot", "launch"}

@@ -17,9 +17,10 @@ from apr_jax.config import Config, ConfigError
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import Append, Decode, Join, Open, Program, Progress, Rollout, RolloutKey, Spawn, Truncate
+from apr_jax.tasks import task_of
+from apr_jax.tasks.base import Call, Demonstration
 from apr_jax.tasks.countdown import trace
-from apr_jax.tasks.countdown.demonstrations import demonstrate
-from apr_jax.tasks.countdown.generation import generate_problems
+from apr_jax.tasks.generation import generate_problems
 
 MAX_PROBLEMS = 256  # where no number is asked for
 
@@ -33,11 +34,11 @@ class ReplayedCall:
     children: tuple["ReplayedCall", ...]  # the only calls of the children that it ends by spawning
 
 
-def read_calls(demonstration: trace.Demonstration, tokenizer: Tokenizer) -> list[ReplayedCall]:
+def read_calls(demonstration: Demonstration, tokenizer: Tokenizer) -> list[ReplayedCall]:
     """The parent's calls, each with the children that it spawns."""
     children = iter([call for call in demonstration.calls if call.depth == 1])
 
-    def read(call: trace.Call) -> ReplayedCall:
+    def read(call: Call) -> ReplayedCall:
         end = [] if call.ends_in_spawn else [tokenizer.eos_id]
         spawn = trace.parse_spawn(call.context + call.completion)
         spawned = len(spawn.contexts) if isinstance(spawn, trace.SpawnCall) else 0
@@ -74,12 +75,14 @@ def make_replays(config: Config, tokenizer: Tokenizer, count: int | None) -> lis
         return len(tokenizer.encode(text))
 
     replays: list[list[ReplayedCall]] = []
-    for index, problem in enumerate(generate_problems(config.task, config.data, config.seed, "test")):
+    task = task_of(config)
+    for index, problem in enumerate(generate_problems(config, "test")):
         if len(replays) == wanted:
             break
         rng = random.Random(f"{config.seed}/replay/{index}")
         calls = read_calls(
-            demonstrate(problem, rng, config.task, "adaptive", config.data.condition_on_budget, count_tokens), tokenizer
+            task.demonstrate(problem, rng, config.task, "adaptive", config.data.condition_on_budget, count_tokens),
+            tokenizer,
         )
         if _fits(calls, config):
             replays.append(calls)

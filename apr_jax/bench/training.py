@@ -29,8 +29,8 @@ from apr_jax.engine.threads import Decode, Open, Program, RolloutKey
 from apr_jax.model.hf import save_hf
 from apr_jax.model.llama import Params, init_params, num_params
 from apr_jax.reasoning.outcome import banned_tokens
-from apr_jax.tasks.countdown.demonstrations import demonstrate
-from apr_jax.tasks.countdown.generation import generate_problems
+from apr_jax.tasks import task_of
+from apr_jax.tasks.generation import generate_problems
 from apr_jax.train.grpo import Updater
 from apr_jax.train.losses import group_advantages, normalise
 from apr_jax.train.optimizer import make_optimizer, schedule
@@ -103,9 +103,9 @@ def compare(rows: Mapping[str, Mapping[str, Any]], references: Sequence[str], to
 
 def packed_rows(config: Config, tokenizer: Tokenizer, batches: int) -> list[Rows]:
     """Batches of an SFT run's rows, with weights that sum to 1."""
-    problems = generate_problems(config.task, config.data, config.seed, "train")
+    problems = generate_problems(config, "train")
     demonstrations = [
-        demonstrate(
+        task_of(config).demonstrate(
             problem,
             random.Random(f"{config.seed}/benchmark/{index}"),
             config.task,

@@ -20,8 +20,8 @@ from apr_jax.data.packing import Packing, pack, pad_rows
 from apr_jax.data.shared_sequences import SharedCalls, tokenize_shared
 from apr_jax.data.tokenized import LossWeights, Sequence1D, TokenizedCalls, tokenize_calls
 from apr_jax.data.tokenizer import Tokenizer
+from apr_jax.tasks.base import Demonstration
 from apr_jax.tasks.countdown.demonstrations import SHARED_METHODS
-from apr_jax.tasks.countdown.trace import Demonstrated
 
 PackedBatch = dict[str, NDArray[np.generic]]
 
@@ -63,7 +63,7 @@ class TrainIterator(Iterator[PackedBatch]):
 
 
 def train_iterator(
-    source: Sequence[Demonstrated],
+    source: Sequence[Demonstration],
     tokenizer: Tokenizer,
     *,
     row_len: int,
@@ -105,7 +105,7 @@ def train_iterator(
 
 
 def validation_batches(
-    source: Sequence[Demonstrated],
+    source: Sequence[Demonstration],
     tokenizer: Tokenizer,
     *,
     row_len: int,
@@ -139,12 +139,12 @@ def validation_batches(
     ]
 
 
-def _tokenizing(source: Sequence[Demonstrated]) -> Callable[..., TokenizedCalls | SharedCalls]:
+def _tokenizing(source: Sequence[Demonstration]) -> Callable[..., TokenizedCalls | SharedCalls]:
     """Every call of a thread is a sequence of its own; workers that see each other are one."""
     return tokenize_shared if source[0].method in SHARED_METHODS else tokenize_calls
 
 
-def _shard(source: Sequence[Demonstrated], shard_index: int, shard_count: int) -> Iterator[Demonstrated]:
+def _shard(source: Sequence[Demonstration], shard_index: int, shard_count: int) -> Iterator[Demonstration]:
     if not 0 <= shard_index < shard_count:
         raise ValueError(f"shard_index={shard_index} must lie in 0..{shard_count - 1} (shard_count={shard_count})")
     return (source[index] for index in range(shard_index, len(source), shard_count))

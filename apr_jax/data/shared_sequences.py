@@ -15,7 +15,7 @@ import numpy as np
 
 from apr_jax.data.tokenized import LossWeights, Sequence1D
 from apr_jax.data.tokenizer import Tokenizer
-from apr_jax.tasks.countdown.trace import Call, Demonstrated
+from apr_jax.tasks.base import Call, Demonstration
 
 _logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class SharedCalls:
 
 
 def tokenize_shared(
-    demonstrations: Iterable[Demonstrated], tokenizer: Tokenizer, *, row_len: int, max_tokens: int | None = None
+    demonstrations: Iterable[Demonstration], tokenizer: Tokenizer, *, row_len: int, max_tokens: int | None = None
 ) -> SharedCalls:
     """Tokenises demonstrations whose calls are workers on one cache. Arguments and errors as `tokenize_calls`.
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apr_jax.data.tokenizer import Tokenizer
-from apr_jax.tasks.countdown.trace import Call, Demonstrated
+from apr_jax.tasks.base import Call, Demonstration
 
 _logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class TokenizedCalls:
 
 
 def tokenize_calls(
-    demonstrations: Iterable[Demonstrated], tokenizer: Tokenizer, *, row_len: int, max_tokens: int | None = None
+    demonstrations: Iterable[Demonstration], tokenizer: Tokenizer, *, row_len: int, max_tokens: int | None = None
 ) -> TokenizedCalls:
     """Tokenises every call of the demonstrations, in order.
 

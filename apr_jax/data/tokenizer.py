@@ -9,10 +9,11 @@ Three promises hold for every tokenizer here:
   token each, so that a decoder can tell where a spawn begins, stop where it ends, and never write a join.
 """
 
+import functools
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from apr_jax.tasks.countdown.pasta_traces import SYNC
@@ -215,6 +216,18 @@ def load_tokenizer(spec: str) -> Tokenizer:
     from apr_jax.data.hf_tokenizer import HuggingFaceTokenizer
 
     return HuggingFaceTokenizer(spec)
+
+
+def token_counter(spec: str) -> Callable[[str], int]:
+    """Return what counts a text's tokens by the tokenizer that `spec` names. It pickles."""
+    return functools.partial(_count_tokens, spec)
+
+
+def _count_tokens(spec: str, text: str) -> int:
+    return len(_cached_tokenizer(spec).encode(text))
+
+
+_cached_tokenizer = functools.cache(load_tokenizer)
 
 
 def save_files(tokenizer_json: dict[str, Any], folder: str | pathlib.Path, special: dict[str, str]) -> None:

@@ -14,7 +14,7 @@ from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.threads import Call, Rollout, StopReason
 from apr_jax.reasoning.outcome import Outcome, Sample
 from apr_jax.reasoning.sampling import CHOICES
-from apr_jax.reasoning.task import COUNTDOWN, Task
+from apr_jax.tasks.base import Task
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
@@ -38,7 +38,7 @@ def record_rollout(
     *,
     method: str,
     keep_calls: bool,
-    task: Task = COUNTDOWN,
+    task: Task,
 ) -> dict[str, Any]:
     """One problem's record. With `keep_calls` also its "calls" and "threads", for the thread viewer.
 

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Sequence
 
 from apr_jax.config import Config, ConfigError
-from apr_jax.tasks.countdown.generation import Split, split_size
+from apr_jax.tasks.base import Split, split_size
 from apr_jax.tasks.countdown.rules import Problem
 
 

@@ -12,9 +12,8 @@ from apr_jax.evaluation.metrics import record_rollout, summarize
 from apr_jax.files import write_jsonl
 from apr_jax.progress import progress
 from apr_jax.reasoning.outcome import Settings
-from apr_jax.reasoning.programs import check_method, make_program
-from apr_jax.reasoning.task import COUNTDOWN, OnProgress, Task
-from apr_jax.tasks.countdown.generation import Split
+from apr_jax.reasoning.programs import PROGRAMS, check_method, make_program
+from apr_jax.tasks.base import OnProgress, Split
 
 Record = dict[str, Any]
 
@@ -46,7 +45,6 @@ def evaluate(
     temperature: float,
     on_progress: Callable[[Progress], None] | None = None,
     keep_calls: int = 16,
-    task: Task = COUNTDOWN,
 ) -> tuple[dict[str, Any], list[Record]]:
     """Decodes each problem once and returns the summary and one record a problem (evaluation/metrics.py).
 
@@ -59,9 +57,13 @@ def evaluate(
     """
     if not problems:
         raise ValueError("nothing to evaluate: no problems")
-    check_method(method, temperature, task.programs, budget=settings.budget)
+    known = settings.task.programs or PROGRAMS
+    check_method(method, temperature, known, budget=settings.budget)
     programs = [
-        (RolloutKey(problem=index, sample=0), make_program(method, problem, settings, task.programs))
+        (
+            RolloutKey(problem=index, sample=0),
+            make_program(method, problem, settings, known),
+        )
         for index, problem in enumerate(problems)
     ]
     start = time.perf_counter()
@@ -69,7 +71,7 @@ def evaluate(
     seconds = time.perf_counter() - start
     records = [
         record_rollout(
-            problem, rollout, tokenizer, engine.model, method=method, keep_calls=index < keep_calls, task=task
+            problem, rollout, tokenizer, engine.model, method=method, keep_calls=index < keep_calls, task=settings.task
         )
         for index, (problem, rollout) in enumerate(zip(problems, rollouts, strict=True))
     ]
@@ -94,14 +96,14 @@ class ShownProgress:
         self._bar.__exit__(kind, *rest)
 
 
-def load_problems(
-    config: Config, split: Split, limit: int, on_progress: OnProgress | None = None, task: Task = COUNTDOWN
-) -> list[Any]:
+def load_problems(config: Config, split: Split, limit: int, on_progress: OnProgress | None = None) -> list[Any]:
     """The first `limit` problems of a split of the configuration's data set, which is built where it is absent.
 
     Raises: ConfigError where the split has fewer, DatasetError where it cannot be read.
     """
-    source = task.demonstrations(config, split, on_progress)
+    from apr_jax.data.demonstrations import load_split  # slow to import, and most callers bring their problems
+
+    source = load_split(config, split, on_progress)
     if limit > len(source):
         raise ConfigError(f"evaluation.num_problems={limit} is more than the {len(source)} problems of {split}")
     return [source[index].problem for index in range(limit)]

@@ -8,6 +8,8 @@ from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.constraints import Gate
 from apr_jax.engine.threads import Stop, StopReason, Thread
 from apr_jax.reasoning.spawn_grammar import SpawnGrammar, spawn_grammar
+from apr_jax.tasks import task_of
+from apr_jax.tasks.base import Task
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.demonstrations import innermost
 from apr_jax.tasks.countdown.rules import claims_goal
@@ -26,6 +28,7 @@ Status = Literal["answered", "no_solution", "malformed", "truncated"]
 class Settings:
     """What a program may do, and how text becomes tokens."""
 
+    task: Task
     tokenizer: Tokenizer
     max_children: int  # children one spawn may open
     max_spawns: int  # spawns one thread may make
@@ -84,6 +87,7 @@ def make_settings(
     if budget is None and config.data.condition_on_budget:
         budget = _largest_budget(config, innermost(method or config.data.method))
     return Settings(
+        task=task_of(config),
         tokenizer=tokenizer,
         max_children=rollout.max_children,
         max_spawns=rollout.max_spawns,
@@ -92,7 +96,7 @@ def make_settings(
         cancel_on_success=rollout.cancel_on_success,
         spawn_grammar=_spawn_grammar(config, tokenizer),
         tree_of_thoughts=config.tree_of_thoughts,
-        context_window=rollout.context_window or max(config.task.context_windows, default=None),
+        context_window=rollout.context_window or max(config.task.windows, default=None),
         max_tokens=max_tokens,
         budget=budget,
     )

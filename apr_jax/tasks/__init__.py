@@ -1,0 +1,12 @@
+"""Every task, by the name that `config.task.name` chooses."""
+
+from apr_jax.config import Config
+from apr_jax.tasks.base import Task
+from apr_jax.tasks.countdown.task import COUNTDOWN
+
+TASKS: dict[str, Task] = {task.name: task for task in (COUNTDOWN,)}
+
+
+def task_of(config: Config) -> Task:
+    """Return the task that a configuration names."""
+    return TASKS[config.task.name]

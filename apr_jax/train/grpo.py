@@ -24,8 +24,7 @@ from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import replicated
 from apr_jax.progress import progress
 from apr_jax.reasoning.outcome import banned_tokens, make_settings, spawn_gate
-from apr_jax.reasoning.programs import make_program
-from apr_jax.reasoning.task import COUNTDOWN, Task
+from apr_jax.reasoning.programs import PROGRAMS, make_program
 from apr_jax.train.losses import GRPOTerms, GRPOTokens, LogProbs, grpo_loss
 from apr_jax.train.optimizer import make_optimizer
 from apr_jax.train.phase import Phase
@@ -182,7 +181,6 @@ def train_grpo(
     phase: Phase,
     validate: Callable[[], float],
     keep: Callable[[int, Sample], None],
-    task: Task = COUNTDOWN,
 ) -> Params:
     """Trains from `params`, or from the last checkpoint, to `config.grpo.num_steps`. Returns the policy.
 
@@ -207,14 +205,14 @@ def train_grpo(
             with phase.interruptible(step - 1, state, {}):
                 validation = _validate(validate, phase.checkpoints, grpo.validate_every, step - 1)
                 began = time.perf_counter()
-                sample = sample_step(config, engine, problems, tokenizer, step, task)
+                sample = sample_step(config, engine, problems, tokenizer, step)
             rolled_out = time.perf_counter()
             sequences = updater.sequences(sample.learnt)
             microbatches = updater.microbatches(sequences)
             state, device_metrics, old = updater.update(state, microbatches, reference)
             metrics = {
                 **validation,
-                **rollout_metrics(sample.scored, sample.asked, tokenizer, config, task),
+                **rollout_metrics(sample.scored, sample.asked, tokenizer, config),
                 "rollout_rounds": sample.rounds,
                 "dropped_groups": sample.dropped,
                 **fetch(device_metrics),
@@ -257,7 +255,6 @@ def sample_step(
     problems: Sequence[Any],
     tokenizer: Tokenizer,
     step: int,
-    task: Task = COUNTDOWN,
 ) -> Sample:
     """The scored rollouts of a step and the problem of each; a function of (seed, step) and the engine's policy."""
     grpo = config.grpo
@@ -268,11 +265,11 @@ def sample_step(
         keys = [RolloutKey(index, sample) for index in chosen for sample in range(grpo.group_size)]
         asked = [problems[key.problem] for key in keys]
         programs = [
-            (key, make_program(config.data.method, problem, settings, task.programs))
+            (key, make_program(config.data.method, problem, settings, settings.task.programs or PROGRAMS))
             for key, problem in zip(keys, asked, strict=True)
         ]
         rollouts = engine.run(programs, seed=seed, temperature=config.rollout.temperature)
-        return score(rollouts, asked, grpo, tokenizer, task), asked
+        return score(rollouts, asked, grpo, settings.task, tokenizer), asked
 
     return draw(
         roll,

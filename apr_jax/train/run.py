@@ -23,8 +23,9 @@ from apr_jax.checkpoints.policy import load_policy
 from apr_jax.checkpoints.reference import forget_reference, has_reference, load_reference, save_reference
 from apr_jax.checkpoints.resume_check import fields_that_matter
 from apr_jax.config import Config, ConfigError, to_dict
+from apr_jax.data import demonstrations
 from apr_jax.data.pipeline import train_iterator, validation_batches
-from apr_jax.data.tokenizer import Tokenizer
+from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
 from apr_jax.evaluation.policy import check_vocabulary
 from apr_jax.evaluation.report.run_report import write_figure, write_report
 from apr_jax.evaluation.run import ShownProgress, evaluate, load_problems, save_rollouts
@@ -35,9 +36,8 @@ from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.progress import Progress, progress
 from apr_jax.reasoning.outcome import make_settings
-from apr_jax.reasoning.task import COUNTDOWN, Task
+from apr_jax.tasks.base import Demonstration
 from apr_jax.tasks.countdown.demonstrations import SHARED_METHODS
-from apr_jax.tasks.countdown.trace import Demonstrated
 from apr_jax.train.grpo import train_grpo
 from apr_jax.train.metrics import MetricsWriter
 from apr_jax.train.phase import Phase
@@ -56,7 +56,6 @@ def train(
     workdir: pathlib.Path,
     checkpoint: pathlib.Path | None = None,
     start: pathlib.Path | None = None,
-    task: Task = COUNTDOWN,
 ) -> dict[str, Any]:
     """Runs what of `config` is not done yet in `workdir`, and returns the summary.
 
@@ -76,13 +75,13 @@ def train(
     hosts.meet(mesh)
     workdir.mkdir(parents=True, exist_ok=True)
     with stop_signal(mesh).listening() as stop:
-        return _Run(config, workdir, mesh, stop, task).run(checkpoint, start)
+        return _Run(config, workdir, mesh, stop).run(checkpoint, start)
 
 
 class Problems(Sequence[Any]):
     """The problems of a split, read when they are asked for."""
 
-    def __init__(self, demonstrations: Sequence[Demonstrated]) -> None:
+    def __init__(self, demonstrations: Sequence[Demonstration]) -> None:
         self._demonstrations = demonstrations
 
     def __len__(self) -> int:
@@ -95,10 +94,10 @@ class Problems(Sequence[Any]):
 
 
 class _Run:
-    def __init__(self, config: Config, workdir: pathlib.Path, mesh: Mesh, stop: StopSignal, task: Task) -> None:
-        self.config, self.workdir, self.mesh, self.stop, self.task = config, workdir, mesh, stop, task
+    def __init__(self, config: Config, workdir: pathlib.Path, mesh: Mesh, stop: StopSignal) -> None:
+        self.config, self.workdir, self.mesh, self.stop = config, workdir, mesh, stop
         self.engine: RolloutEngine | None = None
-        self.tokenizer: Tokenizer = task.tokenizer(config)
+        self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer)
         check_vocabulary(config.model, self.tokenizer)
         plan = plan_engine(config, mesh)  # what cannot fit is refused before any training
         print(f"engine memory: {plan.memory}", file=hosts.messages())
@@ -155,10 +154,10 @@ class _Run:
                 bars[split].__exit__(None)
 
         def build() -> None:
-            self.task.demonstrations(self.config, "train", on_progress)
+            demonstrations.load_split(self.config, "train", on_progress)
 
         self.stop.together(build)
-        self.train_split = self.task.demonstrations(self.config, "train", None)
+        self.train_split = demonstrations.load_split(self.config, "train")
 
     def _given(self, checkpoint: pathlib.Path) -> Params:
         """The policy at `checkpoint`, on the mesh. Raises ConfigError where its weights are another model's."""
@@ -184,7 +183,7 @@ class _Run:
         }
         with self.stop.interrupting():  # a large split takes minutes
             validation = validation_batches(
-                self.task.demonstrations(config, "validation", None),
+                demonstrations.load_split(config, "validation"),
                 self.tokenizer,
                 rows_per_batch=sft.validation_rows,
                 num_rows=sft.validation_rows,
@@ -225,23 +224,21 @@ class _Run:
             phase=phase,
             validate=lambda: self._validation_accuracy(engine),
             keep=self._keep_rollouts,
-            task=self.task,
         )
 
     def _keep_rollouts(self, step: int, sample: Sample) -> None:
         if hosts.is_first():
-            keep_rollouts(self.workdir, step, sample, self.config, self.tokenizer, self.task)
+            keep_rollouts(self.workdir, step, sample, self.config, self.tokenizer)
 
     def _validation_accuracy(self, engine: RolloutEngine) -> float:
         """The share of validation problems that the engine's policy solves, greedily."""
         config = self.config
-        problems = load_problems(config, "validation", config.grpo.validation_problems, task=self.task)
+        problems = load_problems(config, "validation", config.grpo.validation_problems)
         settings = make_settings(config, self.tokenizer)
         how: dict[str, Any] = {
             "method": config.data.method,
             "settings": settings,
             "seed": config.seed,
-            "task": self.task,
         }
         summary, _ = evaluate(engine, self.tokenizer, problems, temperature=0.0, keep_calls=0, **how)
         return float(summary["accuracy"])
@@ -271,7 +268,7 @@ class _Run:
         done = hosts.from_first(lambda: json.loads(path.read_text()) if path.exists() else None)
         if done is not None and done["settings"] == settings:
             return done["summary"]
-        problems = load_problems(config, config.evaluation.split, config.evaluation.num_problems, task=self.task)
+        problems = load_problems(config, config.evaluation.split, config.evaluation.num_problems)
         title = f"Evaluate {stage} GRPO, temperature {temperature:g}"
         engine = self._engine_with(params)
         with ShownProgress(len(problems), title, hosts.messages()) as shown, self.stop.interrupting():
@@ -284,7 +281,6 @@ class _Run:
                 seed=config.seed,
                 temperature=temperature,
                 on_progress=shown,
-                task=self.task,
             )
         drawn = [record for record in records if "calls" in record]
         if hosts.is_first():

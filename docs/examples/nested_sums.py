@@ -15,26 +15,24 @@ All that the rest of apr_jax needs to know of this is `NESTED_SUMS` at the end.
 """
 
 import dataclasses
+import functools
 import pathlib
 import random
 import re
 import sys
-import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from types import MappingProxyType
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from apr_jax.config import Config, from_config_dict
-from apr_jax.data.tokenizer import load_tokenizer
+from apr_jax.config import Config, TaskConfig, from_config_dict, positive
 from apr_jax.engine.threads import Append, Decode, Join, Open, Spawn, StopReason, Truncate
 from apr_jax.reasoning.outcome import Outcome, Settings, prompt_tokens, thread_text, token_index, truncated_reason
-from apr_jax.reasoning.task import OnProgress, Task
-from apr_jax.tasks.countdown.generation import SPLITS, Split, split_size
-from apr_jax.tasks.countdown.rules import Verdict
-from apr_jax.tasks.countdown.trace import CALL_BEGIN, CALL_END, JOIN_BEGIN, JOIN_END, Call
+from apr_jax.tasks import TASKS
+from apr_jax.tasks.base import Call, Demonstration, Split, Task, TaskLacksError, Verdict
+from apr_jax.tasks.countdown.trace import CALL_BEGIN, CALL_END, JOIN_BEGIN, JOIN_END
 
-DEPTH = 3  # brackets lie at most so deep, and so do threads below the root
 _LONGEST = 256  # characters of an expression that is read
 _OPERATION = re.compile(r"^([0-9])([-+*])([0-9])=([0-9])$", re.M)
 _ENDING = re.compile(r"(?:^|\n)[0-9][-+*][0-9]=([0-9])\n\Z")
@@ -68,63 +66,20 @@ def read_sum(text: str) -> Sum | None:
     return None if len(text) > _LONGEST else _read(text)
 
 
-def sample(rng: random.Random, depth: int = DEPTH) -> Sum:
+def sample(rng: random.Random, depth: int) -> Sum:
     """An expression whose brackets lie at most `depth` - 1 deep; where one may be, three operands of four are one."""
     left, right = (sample(rng, depth - 1) if depth > 1 and rng.random() < 0.75 else rng.randrange(10) for _ in range(2))
     return Sum(left, rng.choice("+-*"), right)
 
 
-@dataclasses.dataclass(frozen=True)
-class Demonstration:
-    """A problem and how every thread writes its part of the solution."""
-
-    problem: Sum
-    calls: tuple[Call, ...]
-    method: str = "adaptive"
-
-
-def demonstrate(problem: Sum) -> Demonstration:
+def solve(problem: Sum) -> Demonstration:
     """The root's calls, and then those of the threads below it."""
-    return Demonstration(problem, tuple(_calls(problem, 0)))
-
-
-def demonstrations(config: Config, split: Split, on_progress: OnProgress | None = None) -> list[Demonstration]:
-    """A split's different problems; which split a problem is of, a hash of its text decides. Takes a second or two."""
-    rng, found = random.Random(f"{config.seed}/{split}"), dict[str, Demonstration]()
-    total = split_size(config.data, split)
-    while len(found) < total:
-        problem = sample(rng)
-        if _split_of(str(problem)) == split:
-            found.setdefault(str(problem), demonstrate(problem))
-            if on_progress is not None:
-                on_progress(split, len(found), total)
-    return list(found.values())
+    return Demonstration(problem, "adaptive", tuple(_calls(problem, 0)), str(problem.value), correct=True)
 
 
 def divide(problem: Sum, settings: Settings) -> Generator[Any, Any, Outcome]:
     """Divide and conquer: the program of this task."""
     return (yield from _thread(f"{problem}=\n", settings, depth=0))
-
-
-def verify(answer: str | None, problem: Sum) -> Verdict:
-    """Whether the answer is the value."""
-    if answer is None:
-        return Verdict(False, "no_answer")
-    return Verdict(True, "correct") if answer == str(problem.value) else Verdict(False, "wrong_value")
-
-
-def count_operations(text: str) -> tuple[int, int]:
-    """Operations that a text writes out, and how many of them are right."""
-    found = _OPERATION.findall(text)
-    return len(found), sum(Sum(int(a), op, int(b)).value == int(c) for a, op, b, c in found)
-
-
-def child_result(method: str, context: str, completion: str, problem: Sum) -> str:
-    """Whether a child found the value of its own bracket."""
-    asked, ending = read_sum(context.partition("=")[0]), _ENDING.search(context + completion)
-    if asked is None or ending is None:
-        return "unfinished"
-    return "solved" if int(ending[1]) == asked.value else "wrong_value"
 
 
 def _thread(line: str, settings: Settings, depth: int) -> Generator[Any, Any, Outcome]:
@@ -196,12 +151,6 @@ def _call(context: str, completion: str, depth: int, *, ends_in_spawn: bool) -> 
     return Call(context, completion, depth, ends_in_spawn, replay_start=len(completion))
 
 
-def _split_of(text: str) -> Split:
-    """One expression of eight to each held-out split, the rest to train."""
-    held_out = dict(enumerate(split for split in SPLITS if split != "train"))
-    return held_out.get(zlib.crc32(text.encode()) % 8, "train")
-
-
 def _operand(operand: Sum | int) -> str:
     return f"[{operand}]" if isinstance(operand, Sum) else str(operand)
 
@@ -231,17 +180,63 @@ def _read_operand(text: str) -> Sum | int | None:
     return _read(text[1:-1]) if text.startswith("[") and text.endswith("]") else None
 
 
-NESTED_SUMS = Task(
-    name="nested_sums",
-    tokenizer=lambda config: load_tokenizer(config.data.tokenizer),  # Countdown's has digits, operators and [ ]
-    demonstrations=demonstrations,
-    programs={"adaptive": divide},
-    verify=verify,
-    describe=lambda problem: {"title": str(problem), "value": problem.value},
-    count_operations=count_operations,
-    path_solves=lambda path, problem: False,  # what a child hands back is a part
-    child_result=child_result,
-)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NestedSumsConfig(TaskConfig):
+    """Nested sums' section of the configuration."""
+
+    depth: int  # brackets lie at most so deep, and so do threads below the root
+
+    def __post_init__(self) -> None:
+        positive(self, "task", "depth")
+
+
+class NestedSums(Task):
+    """The value of an expression, modulo 10."""
+
+    name = "nested_sums"
+    section = NestedSumsConfig
+    problem_fields = ("depth",)
+    methods = ("adaptive",)
+    example = "[3+4]*5"
+    programs = MappingProxyType({"adaptive": divide})
+
+    def sampler(self, config: Config, split: Split | None) -> Callable[[random.Random], Sum]:
+        task = config.task
+        assert isinstance(task, NestedSumsConfig)
+        return functools.partial(sample, depth=task.depth)
+
+    def demonstrate(self, problem: Sum, rng: random.Random, section: Any, method: str, *_: Any) -> Demonstration:
+        if method != "adaptive":
+            raise TaskLacksError(f"nested_sums has no demonstrations of {method}")
+        return solve(problem)
+
+    def verify(self, answer: str | None, problem: Sum) -> Verdict:
+        if answer is None:
+            return Verdict(False, "no_answer")
+        return Verdict(True, "correct") if answer == str(problem.value) else Verdict(False, "wrong_value")
+
+    def describe(self, problem: Sum) -> dict[str, Any]:
+        return {"title": str(problem), "value": problem.value}
+
+    def read_problem(self, value: Any) -> Sum:
+        text = value["title"] if isinstance(value, dict) and "title" in value else value
+        problem = text if isinstance(text, Sum) else read_sum(text) if isinstance(text, str) else None
+        if problem is None:
+            raise ValueError(f"{value!r} is no sum of digits and brackets")
+        return problem
+
+    def count_operations(self, text: str) -> tuple[int, int]:
+        found = _OPERATION.findall(text)
+        return len(found), sum(Sum(int(a), op, int(b)).value == int(c) for a, op, b, c in found)
+
+    def child_result(self, method: str, context: str, completion: str, problem: Sum) -> str:
+        asked, ending = read_sum(context.partition("=")[0]), _ENDING.search(context + completion)
+        if asked is None or ending is None:
+            return "unfinished"
+        return "solved" if int(ending[1]) == asked.value else "wrong_value"
+
+
+NESTED_SUMS = TASKS.setdefault("nested_sums", NestedSums())
 
 
 def get_config() -> ConfigDict:
@@ -250,10 +245,11 @@ def get_config() -> ConfigDict:
 
     config = grpo.laptop()
     config.name = "nested_sums"
+    config.task = dict(name="nested_sums", depth=3)
     config.model.update(num_layers=2, embed_dim=128, mlp_dim=256, num_heads=2, num_kv_heads=2, max_seq_len=64)
-    config.data.update(num_train=4_000, num_validation=200, num_test=500, num_test_unseen_targets=200)
+    config.data.update(num_workers=1, num_train=4_000, num_validation=200, num_test=500, num_test_unseen_targets=200)
     config.sft.update(num_steps=300, rows_per_step=16, row_len=128, validate_every=100)
-    config.rollout.update(max_depth=DEPTH - 1, max_children=2, max_spawns=1, max_steps=96)
+    config.rollout.update(max_depth=2, max_children=2, max_spawns=1, max_steps=96)
     config.engine.pages = 320
     config.grpo.update(num_steps=8, row_len=128, prompts_per_step=16, rows_per_microbatch=16, checkpoint_every=4)
     config.evaluation.num_problems = 500
@@ -264,7 +260,7 @@ def main() -> None:
     from apr_jax.evaluation.run import show_summary
     from apr_jax.train.run import train
 
-    summary = train(from_config_dict(get_config()), pathlib.Path("runs/nested_sums"), task=NESTED_SUMS)
+    summary = train(from_config_dict(get_config()), pathlib.Path("runs/nested_sums"))
     for stage in ("before", "after"):
         print(f"{stage} GRPO, temperature 0\n{show_summary(summary[stage])}\n")
 

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from apr_jax.config import Config, from_config_dict
-from apr_jax.data.countdown_builder import DemonstrationSource, load_split
+from apr_jax.data.demonstrations import DemonstrationSource, load_split
 from configs.grpo import get_config
 
 ORACLES = pathlib.Path(__file__).parent.parent / "oracles"

@@ -10,7 +10,8 @@ import pytest
 from apr_jax.data.pipeline import TrainIterator, train_iterator, validation_batches
 from apr_jax.data.tokenized import LossWeights, tokenize_calls
 from apr_jax.data.tokenizer import BuiltinTokenizer
-from apr_jax.tasks.countdown.trace import JOIN_BEGIN, Call, Demonstration
+from apr_jax.tasks.base import Call, Demonstration
+from apr_jax.tasks.countdown.trace import JOIN_BEGIN
 
 TOKENIZER = BuiltinTokenizer()
 ROW_LEN = 512

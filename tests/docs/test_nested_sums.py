@@ -9,8 +9,10 @@ import sys
 import pytest
 
 from apr_jax.config import from_config_dict
+from apr_jax.data.demonstrations import load_split
 from apr_jax.engine.threads import RolloutKey
 from apr_jax.tasks.countdown.trace import CALL_BEGIN, CALL_END
+from apr_jax.tasks.generation import generate_problems
 from apr_jax.train.rl.rollouts import score
 from apr_jax.train.run import train
 from tests.docs.pages import DOCS
@@ -48,7 +50,7 @@ def solve(problem, complete):
 def test_an_expression_is_read_as_it_is_written():
     rng = random.Random(0)
     for _ in range(200):
-        problem = sums.sample(rng)
+        problem = sums.sample(rng, 3)
         assert sums.read_sum(str(problem)) == problem
     assert sums.read_sum("[[3+4]*5]-[2*8]").value == (7 * 5 - 16) % 10
 
@@ -63,9 +65,9 @@ def test_what_is_no_expression_is_none(text):
 def test_the_program_rebuilds_demonstrations_token_by_token():
     rng = random.Random(1)
     for _ in range(50):
-        demo = sums.demonstrate(sums.sample(rng))
+        demo = sums.solve(sums.sample(rng, 3))
         rollout = solve(demo.problem, Replay([demo]))
-        assert sums.verify(rollout.result.answer, demo.problem).correct
+        assert sums.NESTED_SUMS.verify(rollout.result.answer, demo.problem).correct
         assert rollout.result.num_children == sum(call.depth > 0 and not call.ends_in_spawn for call in demo.calls)
         assert rollout.generated_tokens == sum(len(call_tokens(call)[1]) for call in demo.calls)
 
@@ -73,7 +75,7 @@ def test_the_program_rebuilds_demonstrations_token_by_token():
 def test_the_longest_chain_grows_with_depth_and_not_with_size():
     bracket = sums.Sum(1, "+", 2)
     one, both = sums.Sum(bracket, "*", 3), sums.Sum(bracket, "*", bracket)
-    chains = [solve(problem, Replay([sums.demonstrate(problem)])).sequential_tokens for problem in (one, both)]
+    chains = [solve(problem, Replay([sums.solve(problem)])).sequential_tokens for problem in (one, both)]
     assert chains[1] - chains[0] == len(TOKENIZER.encode("1+2=\n"))  # to ask for one child more, and not its own tokens
 
 
@@ -102,24 +104,24 @@ def test_threads_nest_no_deeper_than_allowed():
 
 def test_splits_share_no_problem_and_are_reproducible(tmp_path):
     config = tiny_config(tmp_path)
-    splits = [sums.demonstrations(config, split) for split in ("train", "validation", "test")]
+    splits = [load_split(config, split) for split in ("train", "validation", "test")]
     assert [len(split) for split in splits] == [16, 4, 4]
     problems = [{str(demo.problem) for demo in split} for split in splits]
     assert not problems[0] & problems[1]
     assert not problems[0] & problems[2]
-    assert sums.demonstrations(config, "train") == splits[0]
+    assert [demo.problem for demo in splits[0]] == list(generate_problems(config, "train"))
 
 
 def test_credit_that_reads_countdowns_traces_is_refused(tmp_path):
     grpo = dataclasses.replace(tiny_config(tmp_path).grpo, credit="used")
     with pytest.raises(ValueError, match="not those of nested_sums"):
-        score([], [], grpo, TOKENIZER, sums.NESTED_SUMS)
+        score([], [], grpo, sums.NESTED_SUMS, TOKENIZER)
 
 
 def test_the_projects_own_trainer_runs_it_from_data_to_report(tmp_path):
-    summary = train(tiny_config(tmp_path / "data"), tmp_path / "run", task=sums.NESTED_SUMS)
+    summary = train(tiny_config(tmp_path / "data"), tmp_path / "run")
     assert summary["before"]["num_problems"] == summary["after"]["num_problems"] == 4
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [(record["phase"], record["step"]) for record in metrics] == [("sft", 1), ("sft", 2), ("grpo", 1)]
-    (problem, *_) = sums.demonstrations(tiny_config(tmp_path / "data"), "test")
+    problem = load_split(tiny_config(tmp_path / "data"), "test")[0]
     assert str(problem.problem) in (tmp_path / "run" / "report.html").read_text()

@@ -23,6 +23,7 @@ from apr_jax.reasoning.programs import make_program
 from apr_jax.reasoning.tree_of_thoughts import tree_of_thoughts
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.countdown.task import COUNTDOWN
 from tests.reasoning.fixtures import MODEL, TOKENIZER, TextScript, settings
 from tests.reasoning.scripted_engine import ScriptedEngine
 from tests.reasoning.test_adaptive import EXPLORED, GOOD, LAST, LOSES, PARENT_WINS, PROBLEM, SPAWN, STATE_6_4
@@ -52,7 +53,7 @@ def test_wilson_refuses_what_is_no_share(successes, total):
 def run(texts, problem=PROBLEM):
     engine = ScriptedEngine(TextScript(texts))
     (rollout,) = engine.run([(RolloutKey(0, 0), adaptive(problem, settings()))])
-    return record_rollout(problem, rollout, TOKENIZER, MODEL, method="adaptive", keep_calls=True)
+    return record_rollout(problem, rollout, TOKENIZER, MODEL, method="adaptive", keep_calls=True, task=COUNTDOWN)
 
 
 def test_threads_of_tree_of_thoughts_end_in_verdicts_and_dropped_lines_are_counted():
@@ -61,7 +62,9 @@ def test_threads_of_tree_of_thoughts_end_in_verdicts_and_dropped_lines_are_count
     (rollout,) = ScriptedEngine(TextScript(texts)).run(
         [(RolloutKey(0, 0), tree_of_thoughts(Problem((4, 6), 24), settings()))]
     )
-    record = record_rollout(Problem((4, 6), 24), rollout, TOKENIZER, MODEL, method="tree_of_thoughts", keep_calls=True)
+    record = record_rollout(
+        Problem((4, 6), 24), rollout, TOKENIZER, MODEL, method="tree_of_thoughts", keep_calls=True, task=COUNTDOWN
+    )
     assert record["correct"]
     assert [thread["result"] for thread in record["threads"]] == ["proposed", "sure"]
     assert {bar_class(thread["result"], tuple(thread["path"])) for thread in record["threads"]} == {""}
@@ -128,7 +131,7 @@ def fake_record(index, outcome, tokens, sequential, latency):
     rollout = Rollout(
         RolloutKey(index, 0), outcome, calls, sequential, latency, Work(prefilled=7, decoded=2, attended=5)
     )
-    return record_rollout(PROBLEM, rollout, TOKENIZER, MODEL, method="adaptive", keep_calls=False)
+    return record_rollout(PROBLEM, rollout, TOKENIZER, MODEL, method="adaptive", keep_calls=False, task=COUNTDOWN)
 
 
 def test_summary_by_hand():
@@ -197,7 +200,9 @@ def test_one_run_of_samples_gives_the_figures_of_fewer():
     engine = ScriptedEngine(script, logprob=lambda path: -0.1 if path == (0, 0) else -0.2)
     program = make_program("cons@4:direct", PROBLEM, settings())
     (rollout,) = engine.run([(RolloutKey(0, 0), program)])
-    record = record_rollout(PROBLEM, rollout, TOKENIZER, MODEL, method="cons@4:direct", keep_calls=False)
+    record = record_rollout(
+        PROBLEM, rollout, TOKENIZER, MODEL, method="cons@4:direct", keep_calls=False, task=COUNTDOWN
+    )
     lengths = [len(TOKENIZER.encode(text)) + 1 for text in texts]
     assert [sample["correct"] for sample in record["samples"]] == [False, True, False, True]
     assert [sample["tokens"] for sample in record["samples"]] == lengths
@@ -213,7 +218,9 @@ def test_one_run_of_samples_gives_the_figures_of_fewer():
     assert "cons_at_k" not in summarize([record, {**record, "samples": []}], seconds=1.0)
     silent = tuple(dataclasses.replace(sample, mean_logprob=None) for sample in rollout.result.samples)
     rollout = dataclasses.replace(rollout, result=dataclasses.replace(rollout.result, samples=silent))
-    record = record_rollout(PROBLEM, rollout, TOKENIZER, MODEL, method="cons@4:hogwild", keep_calls=False)
+    record = record_rollout(
+        PROBLEM, rollout, TOKENIZER, MODEL, method="cons@4:hogwild", keep_calls=False, task=COUNTDOWN
+    )
     assert "best_at_k" not in {**record, **summarize([record], seconds=1.0)}
 
 

@@ -4,24 +4,27 @@ import dataclasses
 import random
 from collections.abc import Iterable, Sequence
 
-from apr_jax.config import TaskConfig
 from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
 from apr_jax.engine.threads import Path
 from apr_jax.reasoning.outcome import Settings
+from apr_jax.tasks.base import Call, Demonstration
 from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.config import CountdownConfig
 from apr_jax.tasks.countdown.demonstrations import demonstrate
 from apr_jax.tasks.countdown.pasta_traces import SYNC
 from apr_jax.tasks.countdown.rules import sample_problem
-from tests.configs import LAPTOP, PAPER
+from apr_jax.tasks.countdown.task import COUNTDOWN
+from tests.configs import LAPTOP, LAPTOP_TASK, PAPER_TASK
 
 TOKENIZER = load_tokenizer("builtin")
-SMALL = LAPTOP.task  # three numbers, fixed order
+SMALL = LAPTOP_TASK  # three numbers, fixed order
 MODEL = LAPTOP.model
-REFERENCE = PAPER.task  # four numbers, shuffled, spawns by chance
+REFERENCE = PAPER_TASK  # four numbers, shuffled, spawns by chance
 
 
 def settings(**changes: object) -> Settings:
     values = Settings(
+        task=COUNTDOWN,
         tokenizer=TOKENIZER,
         max_children=100,
         max_spawns=8,
@@ -38,15 +41,15 @@ def settings(**changes: object) -> Settings:
 
 
 def demonstrations(
-    task: TaskConfig, method: str, count: int, *, budget: bool = False, seed: int = 0
-) -> Iterable[trace.Demonstration]:
+    task: CountdownConfig, method: str, count: int, *, budget: bool = False, seed: int = 0
+) -> Iterable[Demonstration]:
     for index in range(count):
         rng = random.Random(f"{seed}/{index}")
         problem = sample_problem(rng, task)
         yield demonstrate(problem, rng, task, method, budget, lambda text: len(TOKENIZER.encode(text)))
 
 
-def call_tokens(call: trace.Call, tokenizer: Tokenizer = TOKENIZER) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def call_tokens(call: Call, tokenizer: Tokenizer = TOKENIZER) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """A demonstrated call as the engine should see it: the context's tokens, and the generated ones."""
     context = (tokenizer.bos_id, *tokenizer.encode(call.context))
     return context, (*tokenizer.encode(call.completion), *(() if call.ends_in_spawn else (tokenizer.eos_id,)))
@@ -55,7 +58,7 @@ def call_tokens(call: trace.Call, tokenizer: Tokenizer = TOKENIZER) -> tuple[tup
 class Replay:
     """Writes what demonstrations wrote in the very same context; KeyError where a context differs in one token."""
 
-    def __init__(self, demos: Iterable[trace.Demonstration]) -> None:
+    def __init__(self, demos: Iterable[Demonstration]) -> None:
         self.script = dict(call_tokens(call) for demo in demos for call in demo.calls)
 
     def __call__(self, path: Path, tokens: list[int]) -> Sequence[int]:

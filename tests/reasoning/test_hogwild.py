@@ -11,6 +11,7 @@ from apr_jax.reasoning.hogwild import hogwild
 from apr_jax.reasoning.policy_engine import policy_engine
 from apr_jax.tasks.countdown import hogwild_traces
 from apr_jax.tasks.countdown.rules import Problem, verify
+from apr_jax.tasks.countdown.task import COUNTDOWN
 from configs.methods import get_config
 from tests.engine.helpers import make_mesh
 from tests.reasoning.fixtures import MODEL, SMALL, TOKENIZER, Replay, TextScript, call_tokens, demonstrations, settings
@@ -66,7 +67,9 @@ def test_outcomes(texts, status, reason, children):
 
 
 def test_the_record_tells_how_each_worker_ended():
-    record = record_rollout(PROBLEM, run(LEFT, ANSWER), TOKENIZER, MODEL, method="hogwild", keep_calls=True)
+    record = record_rollout(
+        PROBLEM, run(LEFT, ANSWER), TOKENIZER, MODEL, method="hogwild", keep_calls=True, task=COUNTDOWN
+    )
     assert record["correct"]
     assert record["child_solved"]
     assert [thread["result"] for thread in record["threads"] if thread["path"]] == ["left", "solved"]

@@ -1,6 +1,7 @@
 """GRPO: its gradient from the definition, invariances, resume, and that reward rises."""
 
 import dataclasses
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,10 @@ from apr_jax.model import native
 from apr_jax.model.llama import graphdef, init_params
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.reasoning.outcome import Outcome, banned_tokens
-from apr_jax.reasoning.task import COUNTDOWN
-from apr_jax.tasks.countdown.rules import Problem, Verdict
+from apr_jax.tasks import TASKS
+from apr_jax.tasks.base import Verdict
+from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.countdown.task import Countdown
 from apr_jax.train import grpo
 from apr_jax.train.rl import rollouts
 from apr_jax.train.rl.kept_rollouts import keep_rollouts
@@ -278,7 +281,7 @@ PROBLEMS = [Problem((1, 2), target) for target in range(2, 10)]
 
 
 @pytest.fixture
-def bandit():
+def bandit(monkeypatch):
     """GRPO on a task of one-token programs, rewarded for even tokens: (workdir, signal, program) -> final policy."""
     config = small_config(
         **{
@@ -296,7 +299,11 @@ def bandit():
     engine = Engine(config.model, config.engine, config.rollout, mesh, params=params, banned_tokens=BANNED)
 
     def train(workdir, stop=None, program=_guess):
-        task = dataclasses.replace(COUNTDOWN, programs={"adaptive": program}, verify=_is_even)
+        class Bandit(Countdown):
+            programs = MappingProxyType({"adaptive": program})
+            verify = staticmethod(_is_even)
+
+        monkeypatch.setitem(TASKS, "countdown", Bandit())
         with open_phase(workdir, "grpo", config, stop) as phase:
             return grpo.train_grpo(
                 config,
@@ -308,8 +315,7 @@ def bandit():
                 engine=engine,
                 phase=phase,
                 validate=lambda: 0.0,
-                keep=lambda step, sample: keep_rollouts(workdir, step, sample, config, TOKENIZER, task),
-                task=task,
+                keep=lambda step, sample: keep_rollouts(workdir, step, sample, config, TOKENIZER),
             )
 
     return train

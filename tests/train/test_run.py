@@ -8,7 +8,7 @@ import pytest
 
 from apr_jax.checkpoints.policy import load_policy
 from apr_jax.config import Config, ConfigError
-from apr_jax.data import countdown_builder
+from apr_jax.data import demonstrations
 from apr_jax.files import read_jsonl
 from apr_jax.train import grpo, run
 from apr_jax.train.run import train
@@ -43,7 +43,7 @@ def _signal_when_called(monkeypatch, module, name, at=1):
 
 
 STAGES = {
-    "data building": (countdown_builder, "load_split", 1),
+    "data building": (demonstrations, "load_split", 1),
     "tokenising": (run, "train_iterator", 1),
     "SFT": (run, "train_sft", 1),
     "evaluation before": (run, "evaluate", 2),

@@ -28,15 +28,16 @@ from apr_jax.parallel.mesh import make_mesh
 from apr_jax.reasoning.outcome import make_settings
 from apr_jax.reasoning.policy_engine import policy_engine
 from apr_jax.reasoning.programs import check_method
+from apr_jax.tasks import task_of
+from apr_jax.tasks.base import Split, split_size
 from apr_jax.tasks.countdown.demonstrations import SHARED_METHODS
-from apr_jax.tasks.countdown.generation import Split, generate_problems, split_size
 from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.generation import generate_problems
 
-# What decides which problems a policy may have been trained on.
-_SAME_PROBLEMS = ("num_numbers", "min_number", "max_number", "min_target", "max_target")
 # What is read in training only, or is another key of a cell's settings.
 _NOT_IN_SETTINGS = ("name", "seed", "task", "data", "sft", "grpo", "faults", "evaluation")
-_SAME_SPLITS = ("num_validation", "num_test", "num_test_unseen_targets", "num_unseen_targets")
+# With the fields of the task's section that problems depend on: what decides which problems a policy was trained on.
+_SAME_SPLITS = ("num_validation", "num_test", "num_test_unseen_targets")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,7 +107,7 @@ def held_out(policies: Sequence[Policy], split: Split, limit: int) -> Asked:
     for policy in policies[1:]:
         there = {"seed": policy.config.seed, **_fields(policy.config)}
         here = {"seed": first.seed, **_fields(first)}
-        lines = [f"  {name}: {there[name]!r}, not {value!r}" for name, value in here.items() if there[name] != value]
+        lines = [f"  {name}: {there.get(name)!r}, not {v!r}" for name, v in here.items() if there.get(name) != v]
         if lines:
             raise ConfigError(
                 f"--policies: {policy.name} had other held-out problems than {policies[0].name}, so that it may have "
@@ -115,7 +116,7 @@ def held_out(policies: Sequence[Policy], split: Split, limit: int) -> Asked:
     size = split_size(first.data, split)
     if limit > size:
         raise ConfigError(f"--num_problems={limit} is more than the {size} problems of {split}")
-    problems = generate_problems(first.task, first.data, first.seed, split)
+    problems = generate_problems(first, split)
     return Asked(tuple(itertools.islice(problems, limit)), split, first.seed)
 
 
@@ -246,7 +247,7 @@ def cell_config(config: Config, cell: Cell) -> Config:
             f"--context_windows={window}: threads of {cell.row.policy} hold model.max_seq_len={most} tokens; "
             f"--config.model.max_seq_len={window} allows more than it was trained for"
         )
-    told = window if window in config.task.context_windows else config.rollout.context_window
+    told = window if window in config.task.windows else config.rollout.context_window
     return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, context_window=told))
 
 
@@ -265,7 +266,7 @@ def cell_settings(cell: Cell, policy: Policy, config: Config, asked: Asked) -> J
         "problems": f"{asked.digest} ({len(asked.problems)})",
         "seed": asked.seed,
         "tokenizer": policy.vocabulary,
-        "task.context_windows": list(config.task.context_windows),
+        "task.context_windows": list(config.task.windows),
         "data.method": config.data.method,
         "data.condition_on_budget": config.data.condition_on_budget,
         **sections,
@@ -273,7 +274,7 @@ def cell_settings(cell: Cell, policy: Policy, config: Config, asked: Asked) -> J
 
 
 def _fields(config: Config) -> Json:
-    task = {f"task.{name}": getattr(config.task, name) for name in _SAME_PROBLEMS}
+    task = {f"task.{name}": getattr(config.task, name) for name in ("name", *task_of(config).problem_fields)}
     return {**task, **{f"data.{name}": getattr(config.data, name) for name in _SAME_SPLITS}}
 
 

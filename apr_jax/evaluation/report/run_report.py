@@ -14,6 +14,7 @@ from apr_jax.evaluation.report.behaviour import behaviour_tables
 from apr_jax.evaluation.report.charts import Series
 from apr_jax.evaluation.report.thread_view import ThreadViews
 from apr_jax.files import read_json, read_jsonl
+from apr_jax.tasks import TASKS
 
 # Each panel: phase, title, (metric, label) curves; a curve or a panel that a run did not log is left out.
 _PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
@@ -232,8 +233,8 @@ def _about(config: Mapping[str, Any]) -> str:
     if not config:
         return ""
     model, task, data = config["model"], config["task"], config["data"]
+    problems = [f"{field.replace('_', ' ')} {task[field]}" for field in TASKS[task["name"]].problem_fields]
     return (
-        f"{task['num_numbers']} numbers in {task['min_number']}..{task['max_number']}, targets in "
-        f"{task['min_target']}..{task['max_target']} · {data['method']} · {model['num_layers']} layers of width "
+        f"{task['name']} ({', '.join(problems)}) · {data['method']} · {model['num_layers']} layers of width "
         f"{model['embed_dim']}, {model['max_seq_len']} tokens of context · seed {config['seed']}"
     )

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Protocol
 
-from apr_jax.config import TaskConfig
+from apr_jax.tasks.base import Call, Demonstration
 from apr_jax.tasks.countdown import direct_traces, hogwild_traces, pasta_traces, rules, solver, thought_traces, trace
+from apr_jax.tasks.countdown.config import CountdownConfig
 from apr_jax.tasks.countdown.rules import Problem
-from apr_jax.tasks.countdown.trace import Call, Demonstration
 
 
 class Demonstrator(Protocol):
@@ -18,7 +18,7 @@ class Demonstrator(Protocol):
         self,
         problem: Problem,
         rng: random.Random,
-        task: TaskConfig,
+        task: CountdownConfig,
         count_tokens: Callable[[str], int] | None,
         *,
         budget: bool,
@@ -46,7 +46,7 @@ def innermost(method: str) -> str:
 def demonstrate(
     problem: Problem,
     rng: random.Random,
-    task: TaskConfig,
+    task: CountdownConfig,
     method: str,
     condition_on_budget: bool,
     count_tokens: Callable[[str], int] | None = None,

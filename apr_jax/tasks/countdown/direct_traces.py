@@ -16,14 +16,19 @@ Every problem has one, so that no demonstration fails, which those of searches d
 import random
 from collections.abc import Callable, Iterator, Sequence
 
-from apr_jax.config import TaskConfig
+from apr_jax.tasks.base import Call
 from apr_jax.tasks.countdown import rules, trace
+from apr_jax.tasks.countdown.config import CountdownConfig
 from apr_jax.tasks.countdown.rules import Problem
-from apr_jax.tasks.countdown.trace import Call
 
 
 def direct_calls(
-    problem: Problem, rng: random.Random, task: TaskConfig, count_tokens: Callable[[str], int] | None, *, budget: bool
+    problem: Problem,
+    rng: random.Random,
+    task: CountdownConfig,
+    count_tokens: Callable[[str], int] | None,
+    *,
+    budget: bool,
 ) -> tuple[Call, ...]:
     """The prompt and a solution of the problem, found by going through all of them.
 

@@ -20,10 +20,10 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator, Sequence
 
-from apr_jax.config import TaskConfig
+from apr_jax.tasks.base import Call
 from apr_jax.tasks.countdown import rules, trace
+from apr_jax.tasks.countdown.config import CountdownConfig
 from apr_jax.tasks.countdown.rules import Problem
-from apr_jax.tasks.countdown.trace import Call
 
 NUM_WORKERS = 2
 LEAVE = "Exit Sub Search at level 1\n"
@@ -65,7 +65,12 @@ class _Worker:
 
 
 def hogwild_calls(
-    problem: Problem, rng: random.Random, task: TaskConfig, count_tokens: Callable[[str], int] | None, *, budget: bool
+    problem: Problem,
+    rng: random.Random,
+    task: CountdownConfig,
+    count_tokens: Callable[[str], int] | None,
+    *,
+    budget: bool,
 ) -> tuple[Call, ...]:
     """Two workers in lockstep, one call each, in the order of workers. Nothing is drawn.
 

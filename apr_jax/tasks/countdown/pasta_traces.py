@@ -27,11 +27,12 @@ import dataclasses
 import random
 from collections.abc import Callable, Sequence
 
-from apr_jax.config import TaskConfig
+from apr_jax.tasks.base import Call
 from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.config import CountdownConfig
 from apr_jax.tasks.countdown.rules import Problem
 from apr_jax.tasks.countdown.solver import Delegated, Goal, Node, Search, last_call
-from apr_jax.tasks.countdown.trace import Call, ChildResult
+from apr_jax.tasks.countdown.trace import ChildResult
 
 SYNC = "<Waiting for Sub Searches>\n"  # the parent waits for every child that it has not heard of
 
@@ -45,12 +46,17 @@ def render_texts(results: Sequence[tuple[ChildResult, str]], level: int = 1) -> 
 
 
 def pasta_calls(
-    problem: Problem, rng: random.Random, task: TaskConfig, count_tokens: Callable[[str], int] | None, *, budget: bool
+    problem: Problem,
+    rng: random.Random,
+    task: CountdownConfig,
+    count_tokens: Callable[[str], int] | None,
+    *,
+    budget: bool,
 ) -> tuple[Call, ...]:
     """A parent that searches beside its children. With `budget` its prompt names how many it opens.
 
     A parent's call ends in a spawn or in SYNC; the next one's context is all that was there before, with the children's
-    text where they were waited for. Calls come as in `trace.Demonstration`.
+    text where they were waited for. Calls come as in `Demonstration`.
     """
     search = Search(problem, rng, task)
     parent_beam = rng.choice(task.parent_beams)
@@ -65,7 +71,7 @@ def pasta_calls(
 class _Parent:
     """What a parent has written; `delegate` is what `Search.breadth_first` asks at each expansion."""
 
-    def __init__(self, search: Search, task: TaskConfig, child_beam: int) -> None:
+    def __init__(self, search: Search, task: CountdownConfig, child_beam: int) -> None:
         self._search, self._task, self._child_beam = search, task, child_beam
         self.context = ""  # all after its prompt, up to its current call
         self.lines: list[str] = []  # what it has written since

@@ -11,7 +11,9 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from apr_jax.config import ConfigError, TaskConfig
+from apr_jax.config import ConfigError
+from apr_jax.tasks.base import Verdict
+from apr_jax.tasks.countdown.config import CountdownConfig
 
 NUMBER = r"(?:0|[1-9][0-9]{0,17})"  # bounded, so that int() stays cheap on any text
 _OPERATION_LINE = re.compile(
@@ -48,14 +50,6 @@ class Problem:
     def key(self) -> tuple[tuple[int, ...], int]:
         """What makes two problems the same: the sorted numbers and the target."""
         return tuple(sorted(self.numbers)), self.target
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """Whether an answer solves its problem; `reason` is "correct" or the first thing found wrong, in snake_case."""
-
-    correct: bool
-    reason: str
 
 
 def verify(answer: str | None, problem: Problem) -> Verdict:
@@ -137,7 +131,7 @@ def canonical_path(answer: str | None) -> tuple[str, ...] | None:
     return tuple(sorted(operations)) or None
 
 
-def departures(problem: Problem, task: TaskConfig) -> list[str]:
+def departures(problem: Problem, task: CountdownConfig) -> list[str]:
     """In what a problem is unlike those that `task` draws, each in some words; none where it could be one of them."""
     found = []
     if len(problem.numbers) != task.num_numbers:
@@ -189,7 +183,7 @@ def is_solvable(numbers: Sequence[int], target: int) -> bool:
     return False
 
 
-def sample_problem(rng: random.Random, task: TaskConfig, targets: Sequence[int] | None = None) -> Problem:
+def sample_problem(rng: random.Random, task: CountdownConfig, targets: Sequence[int] | None = None) -> Problem:
     """Draws a solvable problem: numbers uniform in their range, target in `targets` (default: the task's range).
 
     Raises:

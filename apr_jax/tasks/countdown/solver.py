@@ -14,10 +14,11 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from apr_jax.config import TaskConfig
+from apr_jax.tasks.base import Call
 from apr_jax.tasks.countdown import rules, trace
+from apr_jax.tasks.countdown.config import CountdownConfig
 from apr_jax.tasks.countdown.rules import Problem
-from apr_jax.tasks.countdown.trace import Call, ChildResult
+from apr_jax.tasks.countdown.trace import ChildResult
 
 TOKEN_BUDGETS = tuple(range(512, 4096 + 1, 512))  # what SoS+ is conditioned on (paper section 4.2)
 
@@ -61,7 +62,7 @@ Delegate = Callable[[list[Node]], Delegated | None]
 class Search:
     """What every search of one problem shares: its target, its random draws, and how a state is expanded."""
 
-    def __init__(self, problem: Problem, rng: random.Random, task: TaskConfig) -> None:
+    def __init__(self, problem: Problem, rng: random.Random, task: CountdownConfig) -> None:
         self.problem = problem
         self.rng = rng
         self.shuffle = task.shuffle
@@ -176,7 +177,12 @@ class Search:
 
 
 def adaptive_calls(
-    problem: Problem, rng: random.Random, task: TaskConfig, count_tokens: Callable[[str], int] | None, *, budget: bool
+    problem: Problem,
+    rng: random.Random,
+    task: CountdownConfig,
+    count_tokens: Callable[[str], int] | None,
+    *,
+    budget: bool,
 ) -> tuple[Call, ...]:
     """APR: a parent that hands expansions to children, which do so, too, down to `task.spawn_depth` levels.
 
@@ -198,7 +204,7 @@ def adaptive_calls(
 class _Thread:
     """One thread of APR, and the threads that it spawned."""
 
-    def __init__(self, search: Search, task: TaskConfig, root: Node, child_beam: int, depth: int) -> None:
+    def __init__(self, search: Search, task: CountdownConfig, root: Node, child_beam: int, depth: int) -> None:
         self._search, self._task, self._root, self._child_beam, self._depth = search, task, root, child_beam, depth
         self._context = ""  # what it has after its prompt when its current call begins
         self._lines: list[str] = []  # what it has written since
@@ -257,7 +263,12 @@ def _context_window(length: int, windows: Sequence[int], count_tokens: Callable[
 
 
 def serial_calls(
-    problem: Problem, rng: random.Random, task: TaskConfig, count_tokens: Callable[[str], int] | None, *, budget: bool
+    problem: Problem,
+    rng: random.Random,
+    task: CountdownConfig,
+    count_tokens: Callable[[str], int] | None,
+    *,
+    budget: bool,
 ) -> tuple[Call, ...]:
     """SoS+: one thread, which searches some expansions depth-first in place.
 

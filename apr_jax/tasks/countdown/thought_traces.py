@@ -25,10 +25,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
-from apr_jax.config import TaskConfig
+from apr_jax.tasks.base import Call
 from apr_jax.tasks.countdown import rules, trace
+from apr_jax.tasks.countdown.config import CountdownConfig
 from apr_jax.tasks.countdown.rules import NUMBER, Problem
-from apr_jax.tasks.countdown.trace import Call
 
 Numbers = tuple[int, ...]
 
@@ -124,7 +124,12 @@ def proposals_of(numbers: Numbers) -> list[Proposal]:
 
 
 def tree_calls(
-    problem: Problem, rng: random.Random, task: TaskConfig, count_tokens: Callable[[str], int] | None, *, budget: bool
+    problem: Problem,
+    rng: random.Random,
+    task: CountdownConfig,
+    count_tokens: Callable[[str], int] | None,
+    *,
+    budget: bool,
 ) -> tuple[Call, ...]:
     """What perfect proposers and evaluators write in a breadth-first search, level by level.
 

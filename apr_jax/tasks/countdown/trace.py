@@ -7,8 +7,8 @@ winning path from its own root. Model text is data: readers return `Malformed` w
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
 
+from apr_jax.tasks.base import Call, Demonstration
 from apr_jax.tasks.countdown import rules
 from apr_jax.tasks.countdown.rules import NUMBER, Problem
 
@@ -38,43 +38,6 @@ _PATH = re.compile(
     rf"(?:Generated Node #{_NODE}: {NUMBER}:\[{_NUMBERS}\] Operation: {_OPERATION}\n)?)+"
     rf"{NUMBER},{NUMBER} equal: Goal Reached"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """One training sequence: what a thread was given and what it then wrote, up to a spawn or to its end."""
-
-    context: str  # ends in a newline; no loss
-    completion: str  # ends in a newline
-    depth: int  # 0 = the parent, 1 = its children, 2 = theirs
-    ends_in_spawn: bool  # True: completion ends in CALL_END (or pasta_traces.SYNC), no EOS follows; False: EOS follows
-    replay_start: int  # where in completion the replay of the winning path begins; len(completion) if there is none
-
-
-class Demonstrated(Protocol):
-    """A problem of any task and how it is solved, as training sequences."""
-
-    @property
-    def problem(self) -> Any: ...
-    @property
-    def method(self) -> str: ...
-    @property
-    def calls(self) -> tuple[Call, ...]: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Demonstration:
-    """A solver's search as training sequences.
-
-    The parent's calls come in order, then the children's in spawn order; where children have children of their own,
-    each child's calls are followed by those of all threads below it, before its next sibling's.
-    """
-
-    problem: Problem
-    method: str  # a name in tasks.demonstrations.DEMONSTRATORS
-    calls: tuple[Call, ...]
-    answer: str | None
-    correct: bool
 
 
 @dataclasses.dataclass(frozen=True)

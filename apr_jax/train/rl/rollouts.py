@@ -12,7 +12,8 @@ from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.constraints import BANS_NOTHING, Gate
 from apr_jax.engine.threads import Call, Rollout
 from apr_jax.evaluation.metrics import record_rollout, summarize
-from apr_jax.reasoning.task import COUNTDOWN, Task
+from apr_jax.tasks import task_of
+from apr_jax.tasks.base import Task
 from apr_jax.train.losses import call_weights
 from apr_jax.train.rl.credit import CREDITS
 from apr_jax.train.rl.objectives import Weigh, make_objective
@@ -64,8 +65,8 @@ def score(
     rollouts: Sequence[Rollout],
     problems: Sequence[Any],
     config: GRPOConfig,
+    task: Task,
     tokenizer: Tokenizer | None = None,
-    task: Task = COUNTDOWN,
 ) -> Scored:
     """Verifies every rollout's answer, and scores it. Malformed and cut-off rollouts have no answer: they are wrong.
 
@@ -77,7 +78,7 @@ def score(
     advantages = make_objective(config).advantages(rewards, config.group_size, config.advantage_eps)
     shares: tuple[np.ndarray, ...] = ()
     if config.credit != "rollout":
-        if task is not COUNTDOWN:
+        if task.name != "countdown":
             raise ValueError(f"grpo.credit={config.credit!r} reads Countdown's traces, not those of {task.name}")
         if tokenizer is None:
             raise ValueError(f"grpo.credit={config.credit!r} reads threads' text: pass the tokenizer")
@@ -145,16 +146,14 @@ def _constraints(call: Call, gate: Gate | None) -> dict[str, np.ndarray]:
     return {"bans": bans, "allowed": allowed}
 
 
-def rollout_metrics(
-    scored: Scored, problems: Sequence[Any], tokenizer: Tokenizer, config: Config, task: Task = COUNTDOWN
-) -> dict[str, Any]:
+def rollout_metrics(scored: Scored, problems: Sequence[Any], tokenizer: Tokenizer, config: Config) -> dict[str, Any]:
     """What one step's rollouts were like: `evaluation.metrics.summarize` without times, and some figures of training.
 
     `reward` is the mean of what rollouts earned, `no_signal_groups` the share of groups whose rewards are all equal,
     and `advantage_share` that of the calls which have a share in their rollout's advantage. `entropy` estimates the
     policy's entropy per token, in nats, as -mean log pi of the tokens drawn.
     """
-    method = config.data.method
+    method, task = config.data.method, task_of(config)
     records = [
         record_rollout(problem, rollout, tokenizer, config.model, method=method, keep_calls=False, task=task)
         for problem, rollout in zip(problems, scored.rollouts, strict=True)

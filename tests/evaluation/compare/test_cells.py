@@ -21,8 +21,8 @@ from apr_jax.evaluation.compare.cells import (
     weights_digest,
 )
 from apr_jax.evaluation.compare.grid import Cell, Row
-from apr_jax.tasks.countdown.generation import generate_problems
 from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.generation import generate_problems
 from configs.grpo import get_config
 from tests.reasoning.fixtures import TOKENIZER
 
@@ -59,7 +59,7 @@ def test_a_configuration_that_is_given_takes_the_place_of_the_saved_one(tmp_path
 
 def test_problems_are_the_first_of_the_split_without_its_data_set():
     asked = held_out([policy()], "test", 5)
-    assert asked.problems == tuple(generate_problems(CONFIG.task, CONFIG.data, CONFIG.seed, "test"))[:5]
+    assert asked.problems == tuple(generate_problems(CONFIG, "test"))[:5]
     assert (asked.source, asked.seed) == ("test", CONFIG.seed)
     with pytest.raises(ConfigError, match="--num_problems=17 is more than the 16 problems of test"):
         held_out([policy()], "test", 17)

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apr_jax.config import TaskConfig
+from apr_jax.tasks.base import Call, Demonstration
 from apr_jax.tasks.countdown import rules, trace
+from apr_jax.tasks.countdown.config import CountdownConfig
 from apr_jax.tasks.countdown.demonstrations import demonstrate
 from apr_jax.tasks.countdown.rules import Problem, sample_problem, verify
-from apr_jax.tasks.countdown.trace import Call, ChildResult, Demonstration, SpawnCall
+from apr_jax.tasks.countdown.trace import ChildResult, SpawnCall
 from tests.tasks.settings import LAPTOP, REFERENCE
 from tests.tasks.test_oracles import heuristic
 
@@ -23,7 +24,7 @@ GENERATED = re.compile(r"Generated Node #([0-9,]+): (\d+:\[.*?\]) Operation: (.*
 EXPLORED = re.compile(r"Exploring Operation: (.*), Resulting Numbers: \[(.*)\]\n")
 
 
-def _demonstrate(seed: int, task: TaskConfig, method: Method, budget: bool = False) -> Demonstration:
+def _demonstrate(seed: int, task: CountdownConfig, method: Method, budget: bool = False) -> Demonstration:
     rng = random.Random(seed)
     return demonstrate(sample_problem(rng, task), rng, task, method, budget, count_tokens=len)
 
@@ -50,7 +51,7 @@ seeds = st.integers(0, 2**32)
 @settings(deadline=None)
 @given(seeds, tasks, methods, st.booleans())
 def test_a_correct_demonstration_holds_a_verified_answer(
-    seed: int, task: TaskConfig, method: Method, budget: bool
+    seed: int, task: CountdownConfig, method: Method, budget: bool
 ) -> None:
     demonstration = _demonstrate(seed, task, method, budget)
     parent = _threads(demonstration)[0]
@@ -63,7 +64,7 @@ def test_a_correct_demonstration_holds_a_verified_answer(
 
 @settings(deadline=None)
 @given(seeds, tasks, st.booleans())
-def test_readers_rebuild_every_context(seed: int, task: TaskConfig, budget: bool) -> None:
+def test_readers_rebuild_every_context(seed: int, task: CountdownConfig, budget: bool) -> None:
     """From the parent's prompt on, parse_spawn, read_child_result and render_join give each call's context exactly."""
     demonstration = _demonstrate(seed, task, "adaptive", budget)
     parents = [call for call in demonstration.calls if call.depth == 0]
@@ -91,7 +92,7 @@ def test_readers_rebuild_every_context(seed: int, task: TaskConfig, budget: bool
 
 @settings(deadline=None)
 @given(seeds, tasks, methods)
-def test_the_replay_follows_the_first_goal_line(seed: int, task: TaskConfig, method: Method) -> None:
+def test_the_replay_follows_the_first_goal_line(seed: int, task: CountdownConfig, method: Method) -> None:
     demonstration = _demonstrate(seed, task, method)
     for call in demonstration.calls:
         searched, replayed = call.completion[: call.replay_start], call.completion[call.replay_start :]
@@ -108,7 +109,7 @@ def test_the_replay_follows_the_first_goal_line(seed: int, task: TaskConfig, met
 
 @settings(deadline=None)
 @given(seeds, tasks, methods)
-def test_every_state_is_moved_to_and_is_what_was_generated(seed: int, task: TaskConfig, method: Method) -> None:
+def test_every_state_is_moved_to_and_is_what_was_generated(seed: int, task: CountdownConfig, method: Method) -> None:
     """The reference's searches got 5.8 % of their trees wrong here: its inner loop reuses its loop variable."""
     demonstration = _demonstrate(seed, task, method)
     for text in _threads(demonstration):
@@ -126,7 +127,7 @@ def test_every_state_is_moved_to_and_is_what_was_generated(seed: int, task: Task
 @settings(deadline=None)
 @given(seeds, st.sampled_from([LAPTOP, REFERENCE]), st.booleans(), methods)
 def test_operations_are_kept_by_heuristic_and_written_in_order(
-    seed: int, task: TaskConfig, shuffle: bool, method: Method
+    seed: int, task: CountdownConfig, shuffle: bool, method: Method
 ) -> None:
     demonstration = _demonstrate(seed, dataclasses.replace(task, shuffle=shuffle), method)
     problem = demonstration.problem
@@ -248,7 +249,7 @@ def test_a_parent_that_always_tries_again_ends_by_trying_everything() -> None:
 def test_every_setting_changes_something(field: str, value: Any) -> None:
     changed = dataclasses.replace(REFERENCE, **{field: value})
 
-    def searches(task: TaskConfig) -> list[tuple[Call, ...]]:
+    def searches(task: CountdownConfig) -> list[tuple[Call, ...]]:
         methods: tuple[Method, ...] = ("serial", "adaptive")
         return [_demonstrate(seed, task, method).calls for seed in range(10) for method in methods]
 
@@ -258,7 +259,9 @@ def test_every_setting_changes_something(field: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("task", "serial_share", "adaptive_share"), [(REFERENCE, 0.52, 0.71), (LAPTOP, 0.66, 0.91)], ids=["full", "small"]
 )
-def test_solvers_solve_what_the_references_solve(task: TaskConfig, serial_share: float, adaptive_share: float) -> None:
+def test_solvers_solve_what_the_references_solve(
+    task: CountdownConfig, serial_share: float, adaptive_share: float
+) -> None:
     """The shares that the reference solved of 300 problems; 400 here, so within three standard errors."""
     serial = [_demonstrate(seed, task, "serial").correct for seed in range(400)]
     adaptive = [_demonstrate(seed, task, "adaptive").correct for seed in range(400)]

@@ -5,23 +5,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apr_jax.config import TaskConfig
+from apr_jax.tasks.base import Demonstration
 from apr_jax.tasks.countdown import rules, thought_traces
+from apr_jax.tasks.countdown.config import CountdownConfig
 from apr_jax.tasks.countdown.demonstrations import demonstrate
 from apr_jax.tasks.countdown.rules import Problem, sample_problem, verify
 from apr_jax.tasks.countdown.thought_traces import Proposal
-from apr_jax.tasks.countdown.trace import Demonstration
 from tests.tasks.settings import LAPTOP, REFERENCE
 
 
-def _demonstrate(seed: int, task: TaskConfig) -> Demonstration:
+def _demonstrate(seed: int, task: CountdownConfig) -> Demonstration:
     rng = random.Random(seed)
     return demonstrate(sample_problem(rng, task), rng, task, "tree_of_thoughts", condition_on_budget=False)
 
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 2**32), st.sampled_from([LAPTOP, REFERENCE]))
-def test_every_demonstration_solves_its_problem(seed: int, task: TaskConfig) -> None:
+def test_every_demonstration_solves_its_problem(seed: int, task: CountdownConfig) -> None:
     demonstration = _demonstrate(seed, task)
     assert demonstration.correct
     assert all(call.depth == 1 and not call.ends_in_spawn for call in demonstration.calls)

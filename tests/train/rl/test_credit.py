@@ -6,6 +6,7 @@ import pytest
 from apr_jax.engine.threads import StopReason
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.countdown.task import COUNTDOWN
 from apr_jax.train.rl import credit, rollouts
 from tests.reasoning.test_adaptive import GOOD, LAST, PROBLEM, SPAWN, STATE_6_4, TOKENIZER, run
 from tests.train.small import small_config
@@ -72,7 +73,7 @@ def test_a_thread_that_was_cut_off_is_not_used():
 
 def _both(credit_name):
     config = small_config(**{"grpo.group_size": 2, "grpo.credit": credit_name}).grpo
-    return rollouts.score([run(GOOD), run(FAILS)], [PROBLEM] * 2, config, TOKENIZER)
+    return rollouts.score([run(GOOD), run(FAILS)], [PROBLEM] * 2, config, COUNTDOWN, TOKENIZER)
 
 
 def test_the_papers_credit_is_every_calls():
@@ -97,4 +98,4 @@ def test_unused_children_learn_nothing_and_still_count_in_the_weights():
 def test_credit_needs_the_tokenizer():
     config = small_config(**{"grpo.group_size": 2, "grpo.credit": "used"}).grpo
     with pytest.raises(ValueError, match="pass the tokenizer"):
-        rollouts.score([run(GOOD), run(FAILS)], [PROBLEM] * 2, config)
+        rollouts.score([run(GOOD), run(FAILS)], [PROBLEM] * 2, config, COUNTDOWN)

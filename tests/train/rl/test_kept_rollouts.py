@@ -7,6 +7,7 @@ import numpy as np
 
 from apr_jax.evaluation.report.run_report import add_run_views
 from apr_jax.evaluation.report.thread_view import ThreadViews
+from apr_jax.tasks.countdown.task import COUNTDOWN
 from apr_jax.train.rl import rollouts
 from apr_jax.train.rl.dynamic_sampling import Sample
 from apr_jax.train.rl.kept_rollouts import keep_rollouts, kept_records
@@ -16,7 +17,7 @@ from tests.train.rl.test_rollouts import CONFIG, PROBLEM, TOKENIZER, _two_rollou
 def made_sample(advantages, shares=()):
     """Two groups of two rollouts."""
     asked = [PROBLEM] * 4
-    scored = rollouts.score(_two_rollouts() * 2, asked, CONFIG.grpo)
+    scored = rollouts.score(_two_rollouts() * 2, asked, CONFIG.grpo, COUNTDOWN)
     scored = dataclasses.replace(scored, advantages=np.asarray(advantages), shares=shares)
     return Sample(scored, asked, scored, rounds=1, dropped=0)
 

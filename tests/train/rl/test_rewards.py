@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from apr_jax.config import RewardConfig
+from apr_jax.tasks.countdown.task import COUNTDOWN
 from apr_jax.train.rl import rewards, rollouts
 from tests.reasoning.test_adaptive import GOOD, PROBLEM, run
 from tests.train.small import small_config
@@ -59,7 +60,7 @@ def test_the_critical_path_gives_a_signal_among_rollouts_that_all_solve():
     config = small_config(**{"grpo.group_size": 2, "grpo.reward.sequential_token_price": 1e-4}).grpo
     short, plain = run(GOOD), dataclasses.replace(config, reward=FREE)
     long = dataclasses.replace(short, sequential_tokens=short.sequential_tokens + 50)
-    scored = rollouts.score([short, long], [PROBLEM] * 2, config)
+    scored = rollouts.score([short, long], [PROBLEM] * 2, config, COUNTDOWN)
     assert scored.correct == (True, True)
     np.testing.assert_allclose(scored.advantages, [1, -1], rtol=1e-3)
-    assert not rollouts.score([short, long], [PROBLEM] * 2, plain).advantages.any()
+    assert not rollouts.score([short, long], [PROBLEM] * 2, plain, COUNTDOWN).advantages.any()

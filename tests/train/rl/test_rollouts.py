@@ -10,6 +10,7 @@ from apr_jax.engine.threads import Call, Rollout, RolloutKey, Stop, StopReason
 from apr_jax.engine.work_counters import Work
 from apr_jax.reasoning.outcome import Outcome
 from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.countdown.task import COUNTDOWN
 from apr_jax.train.rl import rollouts
 from tests.train.small import small_config
 
@@ -57,7 +58,7 @@ def _two_rollouts():
 
 
 def test_every_call_becomes_a_sequence_with_loss_on_its_generated_tokens():
-    scored = rollouts.score(_two_rollouts(), [PROBLEM, PROBLEM], CONFIG.grpo)
+    scored = rollouts.score(_two_rollouts(), [PROBLEM, PROBLEM], CONFIG.grpo, COUNTDOWN)
     assert scored.rewards == (1.0, 0.0)
     np.testing.assert_allclose(scored.advantages, [1, -1], rtol=1e-5)
     sequences = rollouts.training_sequences(scored, kl_coef=0.01)
@@ -79,7 +80,7 @@ def test_calls_without_signal_are_left_out_only_when_they_have_no_loss():
     pair = _two_rollouts()
     same = [pair[1], dataclasses.replace(pair[1], key=RolloutKey(0, 2))]
     config = dataclasses.replace(CONFIG.grpo, group_size=2)
-    scored = rollouts.score([*pair, *same], [PROBLEM] * 4, config)
+    scored = rollouts.score([*pair, *same], [PROBLEM] * 4, config, COUNTDOWN)
     assert len(rollouts.training_sequences(scored, kl_coef=0.01)) == 5
     kept = rollouts.training_sequences(scored, kl_coef=0.0)
     assert len(kept) == 3
@@ -88,7 +89,7 @@ def test_calls_without_signal_are_left_out_only_when_they_have_no_loss():
 
 
 def test_logged_figures():
-    scored = rollouts.score(_two_rollouts(), [PROBLEM, PROBLEM], CONFIG.grpo)
+    scored = rollouts.score(_two_rollouts(), [PROBLEM, PROBLEM], CONFIG.grpo, COUNTDOWN)
     metrics = rollouts.rollout_metrics(scored, [PROBLEM, PROBLEM], TOKENIZER, CONFIG)
     words = len(scored.rollouts[0].calls[0].tokens)
     drawn = words + 2 + 4

@@ -1,34 +1,31 @@
-"""The Countdown demonstrations as a TFDS dataset of array_record files, built and read without TensorFlow.
+"""A task's demonstrations as a TFDS dataset of array_record files, built and read without TensorFlow.
 
     source = load_split(config, "train")      # builds the data set first, where it is not there yet
     source[17].calls[0].completion
 
-The folder's name holds a fingerprint of every setting that the demonstrations depend on, so different settings never
-share a folder, and the data of a seed are the same whatever the number of workers.
+The folder's name holds the task and a fingerprint of every setting that the demonstrations depend on, so different
+settings never share a folder, and the data of a seed are the same whatever the number of workers.
 """
 
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import hashlib
 import json
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from apr_jax.config import Config, DataConfig, TaskConfig
-from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
-from apr_jax.tasks.countdown.demonstrations import SHARED_METHODS
-from apr_jax.tasks.countdown.generation import SPLITS, Split, draw_splits, generate_split, split_size
-from apr_jax.tasks.countdown.rules import Problem
-from apr_jax.tasks.countdown.trace import Call, Demonstration
+from apr_jax.config import Config
+from apr_jax.data.tokenizer import token_counter
+from apr_jax.tasks import task_of
+from apr_jax.tasks.base import SPLITS, Call, Demonstration, OnProgress, Split, Task, split_size
+from apr_jax.tasks.generation import draw_splits, generate_split
 
-OnProgress = Callable[[str, int, int], None]  # split, demonstrations done, demonstrations in all
 # Fields of DataConfig that say where the data lie or how they are used later, not what they are.
 _NOT_IN_FINGERPRINT = ("directory", "num_workers", "tokenizer", "replay_weight", "loss_on_context")
 
@@ -38,34 +35,32 @@ class DatasetError(RuntimeError):
 
 
 @dataclasses.dataclass(eq=False)
-class CountdownBuilderConfig(tfds.core.BuilderConfig):
-    """What a Countdown data set is made from; `name` is its fingerprint."""
+class DemonstrationsConfig(tfds.core.BuilderConfig):
+    """The settings that a data set is made from; `name` is the task's with their fingerprint."""
 
-    task: TaskConfig | None = None
-    data: DataConfig | None = None
-    seed: int = 0
+    config: Config | None = None
     on_progress: OnProgress | None = None
 
 
-class Countdown(tfds.core.GeneratorBasedBuilder):
-    """Countdown problems and the searches that demonstrate how to solve them."""
+class Demonstrations(tfds.core.GeneratorBasedBuilder):
+    """Problems of a task, and demonstrations of how to solve them."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First version."}  # noqa: RUF012 (the base class's convention)
-    BUILDER_CONFIGS: list[CountdownBuilderConfig] = []  # noqa: RUF012
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES = {"2.0.0": "Problems of any task, as JSON."}  # noqa: RUF012 (the base class's convention)
+    BUILDER_CONFIGS: list[DemonstrationsConfig] = []  # noqa: RUF012
 
-    def __init__(self, *, config: CountdownBuilderConfig, data_dir: str) -> None:
+    def __init__(self, *, config: DemonstrationsConfig, data_dir: str) -> None:
         super().__init__(config=config, data_dir=data_dir, file_format="array_record")
 
     def _create_builder_config(self, builder_config: Any, *_: Any, **__: Any) -> Any:
-        """Keeps TFDS from warning that the configuration is not one of a fixed list."""
+        """Keep TFDS from warning that the configuration is not one of a fixed list."""
         return builder_config
 
     def _log_download_bytes(self) -> None:
-        """Keeps TFDS from printing: nothing is downloaded."""
+        """Keep TFDS from printing: nothing is downloaded."""
 
     def _log_download_done(self) -> None:
-        """Keeps TFDS from printing."""
+        """Keep TFDS from printing."""
 
     def _info(self) -> tfds.core.DatasetInfo:
         call = {
@@ -77,8 +72,7 @@ class Countdown(tfds.core.GeneratorBasedBuilder):
         }
         features = {
             "index": np.int64,
-            "numbers": tfds.features.Sequence(np.int32),
-            "target": np.int32,
+            "problem": tfds.features.Text(),  # a JSON object (Task.describe)
             "method": tfds.features.Text(),
             "calls": tfds.features.Sequence(call),
             "answer": tfds.features.Text(),  # empty where there is none
@@ -86,7 +80,7 @@ class Countdown(tfds.core.GeneratorBasedBuilder):
         }
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Countdown problems and demonstrations of how to solve them (arXiv 2504.15466).",
+            description="Problems and demonstrations of how to solve them, as calls of threads (arXiv 2504.15466).",
             features=tfds.features.FeaturesDict(features),
             disable_shuffling=True,  # a split keeps its order
         )
@@ -96,25 +90,20 @@ class Countdown(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split: Split) -> Iterator[tuple[int, dict[str, Any]]]:
-        config: CountdownBuilderConfig = self.builder_config
-        assert config.task is not None
-        assert config.data is not None
-        count = None
-        if _counts_tokens(config.task, config.data):
-            count = functools.partial(_count_tokens, config.data.tokenizer)
-        total = split_size(config.data, split)
-        demonstrations = generate_split(config.task, config.data, config.seed, split, count_tokens=count)
-        for index, demonstration in enumerate(demonstrations):
-            yield index, _to_example(index, demonstration)
-            if config.on_progress is not None:
-                config.on_progress(split, index + 1, total)
+        config, on_progress = self.builder_config.config, self.builder_config.on_progress
+        total, task = split_size(config.data, split), task_of(config)
+        count_tokens = token_counter(config.data.tokenizer)
+        for index, demonstration in enumerate(generate_split(config, split, count_tokens)):
+            yield index, _to_example(task, index, demonstration)
+            if on_progress is not None:
+                on_progress(split, index + 1, total)
 
 
 class DemonstrationSource(Sequence[Demonstration]):
     """A split on disk: random access to its demonstrations, in order. Raises DatasetError where it cannot be read."""
 
-    def __init__(self, records: Sequence[Any], folder: pathlib.Path, split: str) -> None:
-        self._records, self._folder, self._split = records, folder, split
+    def __init__(self, task: Task, records: Sequence[Any], folder: pathlib.Path, split: str) -> None:
+        self._task, self._records, self._folder, self._split = task, records, folder, split
 
     def __len__(self) -> int:
         return len(self._records)
@@ -126,38 +115,36 @@ class DemonstrationSource(Sequence[Demonstration]):
             raise IndexError(f"{self._split} has {len(self)} demonstrations, not {index}")
         index %= len(self)
         try:
-            demonstration = _from_example(self._records[index])
+            demonstration = _from_example(self._task, self._records[index])
         except Exception as error:
             raise _broken(self._folder, f"record {index} of {self._split} cannot be read ({error})") from error
         return demonstration
 
 
-def fingerprint(task: TaskConfig, data: DataConfig, seed: int) -> str:
-    """16 hexadecimal digits that differ where the demonstrations may differ."""
+def fingerprint(config: Config) -> str:
+    """Return 16 hexadecimal digits that differ where the demonstrations may differ."""
+    data = config.data
     values = {key: value for key, value in dataclasses.asdict(data).items() if key not in _NOT_IN_FINGERPRINT}
-    if _counts_tokens(task, data):
+    if task_of(config).counts_tokens(config.task, data.method, data.condition_on_budget):
         values["tokenizer"] = _tokenizer_fingerprint(data.tokenizer)  # what is counted is its tokens
-    settings = {"task": dataclasses.asdict(task), "data": values, "seed": seed}
+    settings = {"task": dataclasses.asdict(config.task), "data": values, "seed": config.seed}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def make_builder(config: Config, on_progress: OnProgress | None = None) -> Countdown:
-    """The builder of this configuration's data set, under `config.data.directory`."""
-    name = fingerprint(config.task, config.data, config.seed)
-    builder_config = CountdownBuilderConfig(
-        name=name, task=config.task, data=config.data, seed=config.seed, on_progress=on_progress
-    )
-    return Countdown(config=builder_config, data_dir=str(pathlib.Path(config.data.directory).absolute()))
+def make_builder(config: Config, on_progress: OnProgress | None = None) -> Demonstrations:
+    """Return the builder of this configuration's data set, under `config.data.directory`."""
+    builder_config = DemonstrationsConfig(name=_name(config), config=config, on_progress=on_progress)
+    return Demonstrations(config=builder_config, data_dir=str(pathlib.Path(config.data.directory).absolute()))
 
 
 def dataset_folder(config: Config) -> pathlib.Path:
-    """Where this configuration's data set lies, or will lie once it is built."""
-    name = fingerprint(config.task, config.data, config.seed)
-    return pathlib.Path(config.data.directory).absolute() / Countdown.name / name / str(Countdown.VERSION)
+    """Return the folder in which this configuration's data set lies, or will lie once it is built."""
+    directory = pathlib.Path(config.data.directory).absolute()
+    return directory / Demonstrations.name / _name(config) / str(Demonstrations.VERSION)
 
 
 def load_split(config: Config, split: Split, on_progress: OnProgress | None = None) -> DemonstrationSource:
-    """The demonstrations of a split. Builds all splits first where the data set is absent.
+    """Return the demonstrations of a split. Build all splits first where the data set is absent.
 
     Building is atomic: it happens in a folder of its own that is renamed when complete, and a second process that wants
     the same data set waits for the first.
@@ -169,11 +156,11 @@ def load_split(config: Config, split: Split, on_progress: OnProgress | None = No
 
     Raises:
       DatasetError: the folder is there, but the data set in it is broken.
-      ConfigError: there are no such problems (see `tasks.generation.draw_splits`).
+      ConfigError: there are no such problems (`tasks.generation.draw_splits`).
     """
     folder = dataset_folder(config)
     if not folder.exists():
-        draw_splits(config.task, config.data, config.seed)  # refuses impossible settings before anything is written
+        draw_splits(config)  # refuses impossible settings before anything is written
         with _lock(folder):
             if not folder.exists():  # not built meanwhile by the process we waited for
                 _build(config, on_progress)
@@ -185,17 +172,20 @@ def load_split(config: Config, split: Split, on_progress: OnProgress | None = No
     expected = split_size(config.data, split)
     if num_records != expected:
         raise _broken(folder, f"{split} has {num_records} records instead of {expected}")
-    source = DemonstrationSource(records, folder, split)
+    source = DemonstrationSource(task_of(config), records, folder, split)
     for index in (0, expected - 1):
         source[index]
     return source
 
 
-def _to_example(index: int, demonstration: Demonstration) -> dict[str, Any]:
+def _name(config: Config) -> str:
+    return f"{config.task.name}-{fingerprint(config)}"
+
+
+def _to_example(task: Task, index: int, demonstration: Demonstration) -> dict[str, Any]:
     return {
         "index": index,
-        "numbers": list(demonstration.problem.numbers),
-        "target": demonstration.problem.target,
+        "problem": json.dumps(task.describe(demonstration.problem)),
         "method": demonstration.method,
         "calls": [dataclasses.asdict(call) for call in demonstration.calls],
         "answer": demonstration.answer or "",
@@ -203,10 +193,10 @@ def _to_example(index: int, demonstration: Demonstration) -> dict[str, Any]:
     }
 
 
-def _from_example(example: dict[str, Any]) -> Demonstration:
+def _from_example(task: Task, example: dict[str, Any]) -> Demonstration:
     calls = example["calls"]
     return Demonstration(
-        problem=Problem(tuple(map(int, example["numbers"])), int(example["target"])),
+        problem=task.read_problem(json.loads(example["problem"])),
         method=example["method"].decode(),
         calls=tuple(
             Call(context.decode(), completion.decode(), int(depth), bool(ends_in_spawn), int(replay_start))
@@ -217,22 +207,6 @@ def _from_example(example: dict[str, Any]) -> Demonstration:
         answer=example["answer"].decode() or None,
         correct=bool(example["correct"]),
     )
-
-
-def _counts_tokens(task: TaskConfig, data: DataConfig) -> bool:
-    """Whether the demonstrations' prompts name numbers of tokens, or workers see each other token by token."""
-    if data.method == "serial":
-        return data.condition_on_budget
-    return data.method in SHARED_METHODS or (data.method == "adaptive" and bool(task.context_windows))
-
-
-@functools.cache
-def _cached_tokenizer(spec: str) -> Tokenizer:
-    return load_tokenizer(spec)
-
-
-def _count_tokens(spec: str, text: str) -> int:
-    return len(_cached_tokenizer(spec).encode(text))
 
 
 def _tokenizer_fingerprint(spec: str) -> str:
@@ -253,7 +227,7 @@ def _build(config: Config, on_progress: OnProgress | None) -> None:
 
 @contextlib.contextmanager
 def _lock(folder: pathlib.Path) -> Iterator[None]:
-    """Holds the data set's lock file, so that one process builds it and the others wait."""
+    """Hold the data set's lock file, so that one process builds it and the others wait."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / "build.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes, also by a killed process

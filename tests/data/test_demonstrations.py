@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import pathlib
 import shutil
 import subprocess
@@ -7,18 +8,18 @@ import sys
 import pytest
 
 from apr_jax.config import Config, ConfigError
-from apr_jax.data import countdown_builder
-from apr_jax.data.countdown_builder import DatasetError, dataset_folder, fingerprint, load_split
+from apr_jax.data import demonstrations
+from apr_jax.data.demonstrations import DatasetError, dataset_folder, fingerprint, load_split
 from apr_jax.data.tokenizer import BuiltinTokenizer
-from apr_jax.tasks.countdown.generation import SPLITS, generate_split, split_size
-from apr_jax.tasks.countdown.trace import Demonstration
+from apr_jax.tasks.base import SPLITS, Demonstration, split_size
+from apr_jax.tasks.generation import generate_split
 from tests.data.conftest import small_config
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_splits_hold_what_the_solvers_wrote(config: Config, train, split):
     source = load_split(config, split)
-    expected = list(generate_split(config.task, config.data, config.seed, split))
+    expected = list(generate_split(config, split))
     assert list(source) == expected
     assert len(source) == split_size(config.data, split)
     assert source[-1] == expected[-1]
@@ -48,9 +49,9 @@ def test_serial_budgets_are_counted_in_the_tokenizers_tokens(tmp_path: pathlib.P
 
 def test_no_tensorflow_is_needed(config: Config, train):
     code = (
-        "import pathlib, sys; from apr_jax.data import countdown_builder, pipeline; from tests.data import conftest\n"
+        "import pathlib, sys; from apr_jax.data import demonstrations, pipeline; from tests.data import conftest\n"
         f"config = conftest.small_config(pathlib.Path({config.data.directory!r}))\n"
-        "countdown_builder.load_split(config, 'test')[0]\n"
+        "demonstrations.load_split(config, 'test')[0]\n"
         "assert 'tensorflow' not in sys.modules"
     )
     root = pathlib.Path(__file__).parent.parent.parent
@@ -59,27 +60,37 @@ def test_no_tensorflow_is_needed(config: Config, train):
     assert done.stdout == ""
 
 
+def _with(config: Config, **sections: dict[str, object]) -> Config:
+    changed = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+    if sections.get("task", {}).get("spawn_depth"):
+        changed["rollout"] = dataclasses.replace(config.rollout, max_depth=2)
+    return dataclasses.replace(config, **changed)
+
+
 def test_the_folder_depends_on_what_the_data_depend_on_and_on_nothing_else(config: Config):
-    task, data = config.task, config.data
-    names = {fingerprint(task, data, config.seed), fingerprint(task, data, config.seed + 1)}
-    for field in dataclasses.fields(task):
+    task = config.task
+    names = {fingerprint(config), fingerprint(dataclasses.replace(config, seed=config.seed + 1))}
+    fields = [field for field in dataclasses.fields(task) if field.name != "name"]
+    for field in fields:
         value = getattr(task, field.name)
         changed: object
         if field.name == "serial_beam_min":
             changed = value
         elif isinstance(value, tuple):
             changed = (1, *value)
+        elif field.name == "spawn_depth":
+            changed = value + 1
         elif isinstance(value, str):
             changed = "mult" if value == "none" else "none"
         else:
             changed = not value if isinstance(value, bool) else value / 2 if isinstance(value, float) else value + 1
-        names.add(fingerprint(dataclasses.replace(task, **{field.name: changed}), data, config.seed))
-    assert len(names) == 2 + len(dataclasses.fields(task)) - 1
-    same = dataclasses.replace(data, directory="x", num_workers=7, replay_weight=9.0, loss_on_context=True)
-    assert fingerprint(task, same, config.seed) == fingerprint(task, data, config.seed)
-    for change in ({"num_train": 65}, {"num_test": 17}, {"num_unseen_targets": 4}, {"method": "serial"}):
-        names.add(fingerprint(task, dataclasses.replace(data, **change), config.seed))
-    assert len(names) == 2 + len(dataclasses.fields(task)) - 1 + 4
+        names.add(fingerprint(_with(config, task={field.name: changed})))
+    assert len(names) == 2 + len(fields) - 1
+    same = _with(config, data=dict(directory="x", num_workers=7, replay_weight=9.0, loss_on_context=True))
+    assert fingerprint(same) == fingerprint(config)
+    for change in ({"num_train": 65}, {"num_test": 17}, {"method": "serial"}):
+        names.add(fingerprint(_with(config, data=change)))
+    assert len(names) == 2 + len(fields) - 1 + 3
 
 
 def test_a_tokenizer_matters_only_where_budgets_are_counted_in_it(config: Config, tmp_path: pathlib.Path):
@@ -89,9 +100,9 @@ def test_a_tokenizer_matters_only_where_budgets_are_counted_in_it(config: Config
         ("serial", False, False),
         ("adaptive", True, False),
     ]:
-        data = dataclasses.replace(config.data, method=method, condition_on_budget=condition_on_budget)
-        other = dataclasses.replace(data, tokenizer=str(tmp_path / "tokenizer.json"))
-        assert (fingerprint(config.task, data, 0) != fingerprint(config.task, other, 0)) == matters
+        one = _with(config, data=dict(method=method, condition_on_budget=condition_on_budget))
+        other = _with(one, data=dict(tokenizer=str(tmp_path / "tokenizer.json")))
+        assert (fingerprint(one) != fingerprint(other)) == matters
 
 
 def test_an_interrupted_build_leaves_no_data_set(tmp_path: pathlib.Path):
@@ -146,16 +157,16 @@ def test_a_broken_data_set_is_named_with_what_to_do(config: Config, train, tmp_p
 
 
 def test_impossible_settings_are_refused_before_anything_is_written(tmp_path: pathlib.Path):
-    config = small_config(tmp_path / "data", num_unseen_targets=31)
+    config = _with(small_config(tmp_path / "data"), task=dict(num_unseen_targets=31))
     with pytest.raises(ConfigError, match="num_unseen_targets=31"):
         load_split(config, "train")
     assert not (tmp_path / "data").exists()
 
 
 def test_the_builder_is_a_tfds_builder(config: Config, train):
-    builder = countdown_builder.make_builder(config)
+    builder = demonstrations.make_builder(config)
     assert set(builder.info.splits) == set(SPLITS)
     record = builder.as_data_source("train")[0]
     assert record["index"] == 0
-    assert record["target"] == train[0].problem.target
+    assert json.loads(record["problem"])["target"] == train[0].problem.target
     assert record["calls"]["completion"][0].decode() == train[0].calls[0].completion

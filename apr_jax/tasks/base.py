@@ -1,0 +1,169 @@
+"""What every task has in common: splits of problems, demonstrations as training sequences, verdicts on answers."""
+
+import abc
+import dataclasses
+import random
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal
+
+from apr_jax.config import Config, DataConfig, TaskConfig
+
+Split = Literal["train", "validation", "test", "test_unseen_targets"]
+HELD_OUT_SPLITS: tuple[Split, ...] = ("validation", "test", "test_unseen_targets")
+SPLITS: tuple[Split, ...] = ("train", *HELD_OUT_SPLITS)
+
+OnProgress = Callable[[str, int, int], None]  # split, demonstrations done, demonstrations in all
+CountTokens = Callable[[str], int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One training sequence: what a thread was given and what it then wrote, up to a spawn or to its end."""
+
+    context: str  # ends in a newline; no loss
+    completion: str  # ends in a newline
+    depth: int  # 0 = the parent, 1 = its children, 2 = theirs
+    ends_in_spawn: bool  # True: completion ends in the mark of a spawn or a wait; False: EOS follows
+    replay_start: int  # where in completion the replay of the winning path begins; len(completion) if there is none
+
+
+@dataclasses.dataclass(frozen=True)
+class Demonstration:
+    """A problem and how it is solved, as training sequences.
+
+    The parent's calls come in order, then the children's in spawn order; where children have children of their own,
+    each child's calls are followed by those of all threads below it, before its next sibling's.
+    """
+
+    problem: Any
+    method: str  # a way of reasoning, whose threads write so
+    calls: tuple[Call, ...]
+    answer: str | None
+    correct: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """A verifier's judgement of an answer; `reason` is "correct" or the first thing found wrong, in snake_case."""
+
+    correct: bool
+    reason: str
+
+
+def split_size(data: DataConfig, split: Split) -> int:
+    """Return the number of problems of a split."""
+    sizes: dict[Split, int] = {
+        "train": data.num_train,
+        "validation": data.num_validation,
+        "test": data.num_test,
+        "test_unseen_targets": data.num_test_unseen_targets,
+    }
+    return sizes[split]
+
+
+class TaskLacksError(ValueError):
+    """A task was asked for a part that it does not have. The message names both."""
+
+
+class Task(abc.ABC):
+    """A kind of problem: where problems come from, how they are solved, and which answers are right.
+
+    A problem may be any hashable object that pickles. What a model writes is data: no method raises for it, except
+    where its docstring says so. Methods that are not abstract are parts which a task may lack.
+    """
+
+    name: str
+    section: type[TaskConfig]  # of the configuration
+    problem_fields: tuple[str, ...]  # of the section: those that problems depend on, and not demonstrations alone
+    example: str  # a problem as `read_words` takes it, for messages
+    methods: Collection[str]  # ways of reasoning that it has demonstrations of
+    programs: Mapping[str, Any] = MappingProxyType({})
+
+    @abc.abstractmethod
+    def sampler(self, config: Config, split: Split | None) -> Callable[[random.Random], Any]:
+        """Return what draws a problem of a split (None: any problem). Raises ConfigError where there can be none."""
+
+    @abc.abstractmethod
+    def demonstrate(
+        self,
+        problem: Any,
+        rng: random.Random,
+        section: Any,
+        method: str,
+        condition_on_budget: bool,
+        count_tokens: CountTokens | None = None,
+    ) -> Demonstration:
+        """Return how threads of a way of reasoning solve a problem, as training sequences.
+
+        Args:
+          rng: draws what the demonstrator may choose.
+          section: the task's section of the configuration.
+          condition_on_budget: name in the prompt what the solution took.
+          count_tokens: of a text; where `counts_tokens` says so it is needed.
+        Raises ValueError for a method without demonstrations, and where `count_tokens` is needed and missing.
+        """
+
+    def counts_tokens(self, section: Any, method: str, condition_on_budget: bool) -> bool:
+        """Tell whether demonstrations depend on how many tokens their texts are."""
+        del section, method, condition_on_budget
+        return False
+
+    @abc.abstractmethod
+    def verify(self, answer: str | None, problem: Any) -> Verdict:
+        """Judge an answer (None: there is none)."""
+
+    @abc.abstractmethod
+    def describe(self, problem: Any) -> dict[str, Any]:
+        """Return the problem as a JSON object, which `read_problem` reads back; "title" is its name for people."""
+
+    @abc.abstractmethod
+    def read_problem(self, value: Any) -> Any:
+        """Return the problem that a JSON value or a short form of the task's own describes. Raises ValueError."""
+
+    def read_words(self, words: Sequence[str]) -> Any:
+        """Return the problem that the words of a command line describe. Raises ValueError."""
+        return self.read_problem(" ".join(words))
+
+    def key(self, problem: Any) -> Hashable:
+        """Return what makes two problems the same: no two splits have one of the same key."""
+        return problem
+
+    def vote(self, answer: str | None) -> Hashable | None:
+        """Return what makes two answers the same for cons@N; None where there is nothing to count."""
+        return answer
+
+    def express(self, answer: str, problem: Any) -> str:
+        """Return a right answer as people read it."""
+        del problem
+        return answer
+
+    def claims_answer(self, text: str) -> bool:
+        """Tell whether the end of a thread's text claims an answer."""
+        del text
+        return False
+
+    def departures(self, problem: Any, section: Any) -> list[str]:
+        """Say in what a problem is unlike those that the section draws; nothing where it could be one of them."""
+        del problem, section
+        return []
+
+    def is_solvable(self, problem: Any) -> bool | None:
+        """Tell whether the problem has an answer; None where that is not known quickly."""
+        del problem
+        return None
+
+    def count_operations(self, text: str) -> tuple[int, int]:
+        """Count the steps that a text writes out, and those of them that are right."""
+        del text
+        return 0, 0
+
+    def path_solves(self, path: str, problem: Any) -> bool:
+        """Tell whether what a child handed back solves the whole problem."""
+        del path, problem
+        return False
+
+    def child_result(self, method: str, context: str, completion: str, problem: Any) -> str:
+        """Return one word for the thread viewer: how a child of `method` ended by itself."""
+        del method, context, completion, problem
+        return "ended"

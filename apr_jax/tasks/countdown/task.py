@@ -1,0 +1,118 @@
+"""Countdown: make a target out of given numbers (Pan et al., arXiv 2504.15466, section 4.1)."""
+
+import functools
+import random
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from apr_jax.config import Config, ConfigError
+from apr_jax.tasks.base import CountTokens, Demonstration, Split, Task, Verdict
+from apr_jax.tasks.countdown import demonstrations, judging, rules
+from apr_jax.tasks.countdown.config import CountdownConfig
+from apr_jax.tasks.countdown.rules import Problem
+
+_MOST_NUMBERS = 6  # for which it is quickly known whether there is a solution
+
+
+class Countdown(Task):
+    """Countdown's problems, verifier and texts; `tasks/countdown/` has the parts."""
+
+    name = "countdown"
+    section = CountdownConfig
+    problem_fields = ("num_numbers", "min_number", "max_number", "min_target", "max_target", "num_unseen_targets")
+    methods = tuple(demonstrations.DEMONSTRATORS)
+    example = "27 22 26 31 53"
+
+    def sampler(self, config: Config, split: Split | None) -> Callable[[random.Random], Problem]:
+        task = config.task
+        assert isinstance(task, CountdownConfig)
+        targets = None if split is None else _targets(task, config.seed, unseen=split == "test_unseen_targets")
+        return functools.partial(rules.sample_problem, task=task, targets=targets)
+
+    def demonstrate(
+        self,
+        problem: Problem,
+        rng: random.Random,
+        section: CountdownConfig,
+        method: str,
+        condition_on_budget: bool,
+        count_tokens: CountTokens | None = None,
+    ) -> Demonstration:
+        return demonstrations.demonstrate(problem, rng, section, method, condition_on_budget, count_tokens)
+
+    def counts_tokens(self, section: CountdownConfig, method: str, condition_on_budget: bool) -> bool:
+        if method == "serial":
+            return condition_on_budget
+        return method in demonstrations.SHARED_METHODS or (method == "adaptive" and bool(section.context_windows))
+
+    def verify(self, answer: str | None, problem: Problem) -> Verdict:
+        return rules.verify(answer, problem)
+
+    def describe(self, problem: Problem) -> dict[str, Any]:
+        return {"numbers": list(problem.numbers), "target": problem.target}
+
+    def read_problem(self, value: Any) -> Problem:
+        if isinstance(value, Problem):
+            return value
+        if isinstance(value, dict):
+            if "numbers" not in value or "target" not in value:
+                raise ValueError("no object with numbers and target")
+            if not isinstance(value["numbers"], list):
+                raise ValueError(f"numbers={value['numbers']!r} is not a list")
+            return Problem(tuple(value["numbers"]), value["target"])
+        try:
+            target, numbers = value
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{value!r} is no Problem, which is a target and its numbers: (27, [3, 9, 18])") from error
+        return Problem(tuple(numbers), target)
+
+    def read_words(self, words: Sequence[str]) -> Problem:
+        for word in words:
+            if not (word.isascii() and word.isdecimal()):
+                raise ValueError(f"{word!r} is no whole number")
+        if len(words) < 3:
+            raise ValueError(f"a problem is a target and at least two numbers, and here are {len(words)}")
+        target, *numbers = map(int, words)
+        return Problem(tuple(numbers), target)
+
+    def key(self, problem: Problem) -> Hashable:
+        return problem.key
+
+    def vote(self, answer: str | None) -> Hashable | None:
+        return rules.canonical_path(answer)
+
+    def express(self, answer: str, problem: Problem) -> str:
+        return rules.express(answer, problem)
+
+    def claims_answer(self, text: str) -> bool:
+        return rules.claims_goal(text)
+
+    def departures(self, problem: Problem, section: CountdownConfig) -> list[str]:
+        return rules.departures(problem, section)
+
+    def is_solvable(self, problem: Problem) -> bool | None:
+        return rules.is_solvable(problem.numbers, problem.target) if len(problem.numbers) <= _MOST_NUMBERS else None
+
+    def count_operations(self, text: str) -> tuple[int, int]:
+        return judging.count_operations(text)
+
+    def path_solves(self, path: str, problem: Problem) -> bool:
+        return judging.path_solves(path, problem)
+
+    def child_result(self, method: str, context: str, completion: str, problem: Problem) -> str:
+        return judging.child_result(method, context, completion, problem)
+
+
+def _targets(task: CountdownConfig, seed: int, *, unseen: bool) -> tuple[int, ...]:
+    """Return the targets of the split test_unseen_targets, or those of all others."""
+    targets = range(task.min_target, task.max_target + 1)
+    if task.num_unseen_targets >= len(targets):
+        raise ConfigError(
+            f"task.num_unseen_targets={task.num_unseen_targets} leaves none of the {len(targets)} targets "
+            f"{task.min_target}..{task.max_target} to train on"
+        )
+    set_aside = sorted(random.Random(f"{seed}/unseen_targets").sample(targets, task.num_unseen_targets))
+    return tuple(target for target in targets if (target in set_aside) == unseen)
+
+
+COUNTDOWN = Countdown()

@@ -1,0 +1,196 @@
+"""Splits of problems and their demonstrations: the same for a seed, whatever the number of worker processes.
+
+Problem `index` of a split is drawn from `random.Random(f"{seed}/{split}/{index}")`, and its search from a generator of
+its own (the same with `/search`), so that all methods demonstrate the same problems. The held-out splits are drawn
+first and without repetition; a draw for train that hits one of them is drawn again from the same generator. Train may
+repeat itself, as the reference's does.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+import multiprocessing
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from apr_jax.config import Config, ConfigError
+from apr_jax.tasks import task_of
+from apr_jax.tasks.base import HELD_OUT_SPLITS, CountTokens, Demonstration, Split, Task, split_size
+
+_CHUNK_LEN = 64  # problems a worker takes at a time
+_CHUNKS_AHEAD = 4  # chunks a worker that are under way before they are asked for
+_MAX_REDRAWS = 1000
+
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """The problems of every split, each a function of its index alone."""
+
+    task: Task
+    config: Config
+    held_out: dict[Split, tuple[Any, ...]]
+
+    def problem(self, split: Split, index: int) -> Any:
+        """Return the split's problem at this index. Raises ConfigError if train has none outside of held-out splits."""
+        if split != "train":
+            return self.held_out[split][index]
+        return _draw_new(self.task, self._sample_train, self.config.seed, split, index, self._held_out_keys)
+
+    @functools.cached_property
+    def _sample_train(self) -> Callable[[random.Random], Any]:
+        return self.task.sampler(self.config, "train")
+
+    @functools.cached_property
+    def _held_out_keys(self) -> frozenset[Hashable]:
+        return frozenset(self.task.key(problem) for problems in self.held_out.values() for problem in problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """How fast problems were sampled and demonstrated by each method, and what share each method solved."""
+
+    problems: int
+    seconds: float  # wall time, processes' start included
+    problems_per_second_per_core: float  # by the workers' CPU time
+    accuracy: Mapping[str, float]  # by method
+
+
+@functools.lru_cache(maxsize=4)
+def draw_splits(config: Config) -> Splits:
+    """Draw the held-out splits, no two of whose problems are the same.
+
+    Raises ConfigError where a held-out split asks for more problems than there are, and as `Task.sampler`.
+    """
+    task = task_of(config)
+    held_out: dict[Split, tuple[Any, ...]] = {}
+    keys: set[Hashable] = set()
+    for split in HELD_OUT_SPLITS:
+        sample, problems = task.sampler(config, split), []
+        for index in range(split_size(config.data, split)):
+            problems.append(_draw_new(task, sample, config.seed, split, index, keys))
+            keys.add(task.key(problems[-1]))
+        held_out[split] = tuple(problems)
+    return Splits(task, config, held_out)
+
+
+def generate_problems(config: Config, split: Split) -> Iterator[Any]:
+    """Yield a split's problems, in order. Raises ConfigError as `draw_splits` does."""
+    splits = draw_splits(config)
+    return (splits.problem(split, index) for index in range(split_size(config.data, split)))
+
+
+def generate_split(config: Config, split: Split, count_tokens: CountTokens | None = None) -> Iterator[Demonstration]:
+    """Yield a split's demonstrations by `data.method`, in order, made by `data.num_workers` processes.
+
+    With more than one worker, `__main__` must be importable without side effects, and `count_tokens` (needed where
+    `Task.counts_tokens` says so) must pickle.
+
+    Raises:
+      ConfigError: the splits cannot be drawn (see `draw_splits`).
+      ValueError: `count_tokens` is needed and missing.
+    """
+    draw_splits(config)
+    of_chunk = functools.partial(_demonstrate_chunk, config, split, count_tokens)
+    chunks = _map_chunks(of_chunk, split_size(config.data, split), config.data.num_workers)
+    return itertools.chain.from_iterable(chunks)
+
+
+def measure(
+    config: Config,
+    num_problems: int,
+    methods: Sequence[str],
+    count_tokens: CountTokens | None = None,
+    on_problem: Callable[[Sequence[Demonstration]], None] | None = None,
+) -> Measurement:
+    """Sample problems and demonstrate each by all of `methods`, in `data.num_workers` processes.
+
+    `on_problem` is called in order with each problem's demonstrations, in the order of the methods.
+    """
+    num_solved = dict.fromkeys(methods, 0)
+    core_seconds = 0.0
+    start = time.perf_counter()
+    of_chunk = functools.partial(_measure_chunk, config, tuple(methods), count_tokens)
+    for chunk, chunk_seconds in _map_chunks(of_chunk, num_problems, config.data.num_workers):
+        core_seconds += chunk_seconds
+        for demonstrations in chunk:
+            for demonstration in demonstrations:
+                num_solved[demonstration.method] += demonstration.correct
+            if on_problem is not None:
+                on_problem(demonstrations)
+    return Measurement(
+        problems=num_problems,
+        seconds=time.perf_counter() - start,
+        problems_per_second_per_core=num_problems / core_seconds,
+        accuracy={method: solved / num_problems for method, solved in num_solved.items()},
+    )
+
+
+def _draw_new(
+    task: Task,
+    sample: Callable[[random.Random], Any],
+    seed: int,
+    split: Split,
+    index: int,
+    taken: Collection[Hashable],
+) -> Any:
+    rng = random.Random(f"{seed}/{split}/{index}")
+    for _ in range(_MAX_REDRAWS):
+        problem = sample(rng)
+        if task.key(problem) not in taken:
+            return problem
+    raise ConfigError(
+        f"problem {index} of split {split}: each of {_MAX_REDRAWS} draws is among the {len(taken)} held-out problems "
+        "drawn before; let the section `task` allow more problems, or make those splits smaller"
+    )
+
+
+def _demonstrate_chunk(
+    config: Config, split: Split, count_tokens: CountTokens | None, indices: range
+) -> list[Demonstration]:
+    splits, data, demonstrations = draw_splits(config), config.data, []
+    for index in indices:
+        rng = random.Random(f"{config.seed}/{split}/{index}/search")
+        problem = splits.problem(split, index)
+        demonstrations.append(
+            splits.task.demonstrate(problem, rng, config.task, data.method, data.condition_on_budget, count_tokens)
+        )
+    return demonstrations
+
+
+def _measure_chunk(
+    config: Config, methods: Sequence[str], count_tokens: CountTokens | None, indices: range
+) -> tuple[list[list[Demonstration]], float]:
+    start, task = time.process_time(), task_of(config)
+    sample = task.sampler(config, None)
+    measured = []
+    for index in indices:
+        rng = random.Random(f"{config.seed}/measure/{index}")
+        problem = sample(rng)
+        measured.append([task.demonstrate(problem, rng, config.task, m, False, count_tokens) for m in methods])
+    return measured, time.process_time() - start
+
+
+def _map_chunks(function: Callable[[range], _T], num_problems: int, num_workers: int) -> Iterator[_T]:
+    """Applies `function` to consecutive chunks of indices, in order, keeping a bounded number of chunks under way."""
+    chunks = (range(i, min(i + _CHUNK_LEN, num_problems)) for i in range(0, num_problems, _CHUNK_LEN))
+    if num_workers == 1:
+        yield from map(function, chunks)
+        return
+    # Spawned, not forked: the caller may have started JAX, whose threads a fork would cut off.
+    context = multiprocessing.get_context("spawn")
+    executor = concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=context)
+    try:
+        ahead = itertools.islice(chunks, num_workers * _CHUNKS_AHEAD)
+        under_way = deque(executor.submit(function, chunk) for chunk in ahead)
+        while under_way:
+            result = under_way.popleft().result()
+            under_way.extend(executor.submit(function, chunk) for chunk in itertools.islice(chunks, 1))
+            yield result
+    finally:
+        executor.shutdown(cancel_futures=True)
