@@ -1,10 +1,10 @@
-"""Decode speed: by lane count against the machine's measured limits, on real problems, and beside other systems.
+"""Measure decode speed: by lane count against the machine's limits, on real problems, and beside other systems.
 
     python launch/benchmark_decode.py                                                  # the main job's model
     python launch/benchmark_decode.py --config=configs/benchmark_decode.py:paper       # the 228M model
     python launch/benchmark_decode.py --peers=hf,tunix,vllm,llama_cpp --json=decode.json --plot=decode.svg
 
-Weights are random: speed depends on shapes only. `make peers` makes the peers' environments first.
+Weights are random, because speed depends on shapes only. `make peers` makes the peers' environments first.
 Exit codes: 0 done, 1 failed, 2 bad arguments or config.
 """
 
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _measure(config: Config, lanes: tuple[int, ...], peer_lanes: tuple[int, ...]) -> dict[str, Any]:
-    """All that was asked for; prints each part when it is done."""
+    """Measure everything that was asked for, and print each part when it is done."""
     from apr_jax.bench import decode
     from apr_jax.bench.agreement import sharp_params
     from apr_jax.parallel.mesh import make_mesh

@@ -1,10 +1,10 @@
-"""Training speed: SFT and GRPO steps against the machine's measured limit, and beside other systems'.
+"""Measure training speed: SFT and GRPO steps against the machine's limit, and beside other systems.
 
     python launch/benchmark_train.py                                             # the main job's model
     python launch/benchmark_train.py --peers=hf,trl --json=train.json --plot=train.svg
 
-Weights are random: speed depends on shapes only. `make peers PEERS="hf trl"` makes the peers' environments first.
-Exit codes: 0 done, 1 failed, 2 bad arguments or config.
+Weights are random, because speed depends on shapes only. `make peers PEERS="hf trl"` makes the peers' environments
+first. Exit codes: 0 done, 1 failed, 2 bad arguments or config.
 """
 
 import sys

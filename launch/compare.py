@@ -1,19 +1,19 @@
-"""Compares ways of reasoning, and policies, on the same problems and on engines of the same lanes.
+"""Compare ways of reasoning, and policies, on the same problems and on engines of the same size.
 
     python launch/compare.py --policies=correct=runs/correct,path=runs/path --figure=docs/critical_path.svg
     python launch/compare.py --policies=adaptive=runs/laptop,serial=runs/serial --methods=adaptive,cons@8:serial \\
       --temperatures=0,1 --context_windows=256,384,512
     python launch/report.py --comparison=runs/comparison --run=runs/laptop
 
-A row of --methods is PROGRAM or PROGRAM/POLICY; without --methods each policy reasons as it was trained to. Every row
-is run at every budget, temperature and context window. WORKDIR/results.jsonl has an object for each such cell, and
+A row of --methods is PROGRAM or PROGRAM/POLICY; without --methods each policy reasons as it was trained to. Each row
+runs at every budget, temperature and context window. WORKDIR/results.jsonl gets one object for each such cell, and
 WORKDIR/records its problems' records. Kill it at any moment and start it again: finished cells are kept. At the end
 every cell is compared with the first, problem by problem. docs/comparing.md says more.
 
 A thread that fills its context window is cut off. Each policy decodes under its own configuration, on an engine with
-the lanes and pages of the first one's; --config.a.b=c changes a field of all, and --config=FILE takes the
-place of every policy's configuration. Exit codes: 0 done, 1 failed, 2 bad arguments or config, 75 stopped by a signal
-(start again to go on).
+the lanes and pages of the first one's. --config.a.b=c changes a field for all policies, and --config=FILE replaces
+the configuration of each. Exit codes: 0 done, 1 failed, 2 bad arguments or config, 75 stopped by a signal (start again
+to go on).
 """
 
 import dataclasses
@@ -136,7 +136,7 @@ def _cells(policies: "dict[str, Policy]") -> list[Cell]:
 
 
 def _asked(policies: "list[Policy]", own: list[Problem] | None) -> "Asked":
-    """The user's problems, or those of a split."""
+    """Return the user's problems, or those of a split."""
     from apr_jax.evaluation.compare.cells import Asked, held_out
 
     config = policies[0].config
@@ -157,7 +157,7 @@ def _temperatures(default: float) -> list[float]:
 
 
 def _show(workdir: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-    """The rows as a table, and each against the first."""
+    """Print the rows as a table, and each against the first."""
     from apr_jax.evaluation.compare.store import read_records
     from apr_jax.evaluation.report.paired_report import cell_name, compare, show_differences, show_rows
 

@@ -1,4 +1,4 @@
-"""Compiles a run for accelerators that are not there: does it fit, on which mesh, and what can it reach at best?
+"""Compile a run for accelerators that are not there: does it fit, on which mesh, and how fast can it be at best?
 
     make compile-aot TOPOLOGY=tpu:v5e:4x4 CONFIG=configs/grpo.py:paper        # makes the environment, then this
     python launch/compile_aot.py --config=configs/grpo.py:7b --topology=gpu:h100:8 --json=7b.json

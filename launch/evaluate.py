@@ -1,4 +1,4 @@
-"""Evaluates a policy on held-out Countdown problems.
+"""Evaluate a policy on held-out Countdown problems.
 
     python launch/evaluate.py                                       # the newest run in runs/
     python launch/evaluate.py --checkpoint=runs/laptop --temperature=1 --json=figures.json
@@ -6,8 +6,8 @@
     python launch/evaluate.py --checkpoint=runs/laptop --problems=mine.jsonl --rollouts=threads.jsonl
     python launch/evaluate.py --checkpoint=runs/laptop --method=cons@8:adaptive --temperature=1   # docs/reasoning.md
 
-A policy brings the configuration it was trained with; --config.a.b=c changes a field of it, and --config=FILE takes
-another in its place. A Hugging Face folder brings its model and, where it has one, its tokenizer.json.
+A policy brings the configuration that it was trained with; --config.a.b=c changes a field of it, and --config=FILE
+replaces it. A Hugging Face folder brings its model and, if it has one, its tokenizer.json.
 Exit codes: 0 done, 1 failed, 2 bad arguments or config.
 """
 
@@ -108,7 +108,7 @@ def _evaluate(checkpoint: pathlib.Path, own_problems: list[Problem] | None) -> N
 
 
 def _problems(config: Config) -> tuple[list[Problem], str]:
-    """The problems to evaluate on and what to call them."""
+    """Return the problems to evaluate on, and their name."""
     from apr_jax.evaluation.run import load_problems
 
     split, wanted = choose_split(config, _SPLIT.value, _NUM_PROBLEMS.value)

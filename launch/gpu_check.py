@@ -1,10 +1,10 @@
-"""On a machine with a GPU: does the engine decode there what the CPU says it should, and how fast?
+"""Check a GPU's decoding against the CPU's, and measure its speed.
 
     make gpu-check                                                        # makes the environment, then this
     python launch/gpu_check.py --config=configs/grpo.py:smoke --lanes=1,64 --json=gpu.json
 
-Every way of decode attention, in float32 and in bfloat16, against full forwards in float32 on the CPU: tokens must be
-the best ones except at ties within a tolerance, log-probabilities equal within it. Then decode throughput.
+Each decode attention, in float32 and in bfloat16, is compared with full forwards in float32 on the CPU: tokens must be
+the best ones except at ties within a tolerance, and log-probabilities equal within it. Then decode speed is measured.
 Exit codes: 0 all agree, 1 something does not, 2 no GPU here, bad arguments or config.
 """
 
@@ -45,7 +45,7 @@ def main() -> int:
 
 
 def check(config: Config) -> dict[str, dict[str, Any]]:
-    """Every decode attention in every dtype against the reference; prints a line each."""
+    """Compare each decode attention in each dtype with the reference, and print a line about each."""
     from apr_jax.bench.agreement import agreement, decode_greedily, sharp_params
     from apr_jax.parallel.mesh import make_mesh
 
@@ -69,7 +69,7 @@ def check(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def measure(config: Config, lanes: tuple[int, ...]) -> dict[str, Any]:
-    """Decode throughput by lane count, with either attention."""
+    """Measure decode throughput by lane count, with either attention."""
     from apr_jax.bench import decode
     from apr_jax.bench.agreement import sharp_params
 

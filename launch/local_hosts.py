@@ -1,14 +1,14 @@
-"""Runs a command as a job of several hosts, which are processes on this machine.
+"""Run a command as a job of several hosts, which are processes on this machine.
 
     python launch/local_hosts.py --hosts=2 --devices-per-host=2 -- \\
         python launch/train.py --config=configs/grpo.py:smoke --config.mesh.data=4
 
-Each process gets its place from the environment (apr_jax/parallel/hosts.py) and so many devices of the CPU. Lines of
-output carry their host's name. SIGTERM and SIGINT go to all hosts, which save and exit with 75. When a host dies, it is
-named and the others are ended; the same command resumes the job.
+Each process learns its place from the environment (apr_jax/parallel/hosts.py) and splits its CPU into as many devices
+as asked. Lines of output carry their host's name. SIGTERM and SIGINT go to all hosts, which save and exit with 75. When
+a host dies, a message names it and the others are ended; the same command resumes the job.
 
-Exit codes: 0 all done, 75 stopped by a signal with everything saved, 2 bad arguments, else what the first host to fail
-gave (128 + N for one that signal N killed).
+Exit codes: 0 all done, 75 stopped by a signal with everything saved, 2 bad arguments, else that of the first host to
+fail (128 + N if signal N killed it).
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ _FOREIGN = ("[Gloo] ",)  # lines that no user asked for
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """One process and what prints its lines."""
+    """One process and the threads that print its lines."""
 
     name: str
     process: subprocess.Popen[str]
@@ -63,7 +63,7 @@ def main(command: Sequence[str]) -> int:
 
 
 def _place(index: int, coordinator: str) -> dict[str, str]:
-    """The environment by which a process finds its job."""
+    """Return the environment from which a process learns its place in the job."""
     return {
         "APR_HOSTS": str(_HOSTS.value),
         "APR_HOST": str(index),
@@ -77,7 +77,7 @@ def _place(index: int, coordinator: str) -> dict[str, str]:
 
 
 def _start(command: Sequence[str], place: Mapping[str, str], name: str) -> Host:
-    """Starts a host, apart from this terminal: its signals come from here alone."""
+    """Start a host apart from this terminal, so that its signals come from here alone."""
     process = subprocess.Popen(
         command,
         env={**os.environ, **place},
@@ -111,7 +111,7 @@ def _signal_all(hosts: Sequence[Host], number: int) -> None:
 
 
 def _wait(hosts: Sequence[Host]) -> int:
-    """Returns the job's exit code once every host has ended, or one has failed and the others had time to say why."""
+    """Wait until every host has ended, or one has failed and the others had time to say why. Return the exit code."""
     while True:
         codes = [host.process.poll() for host in hosts]
         failed = [(host, code) for host, code in zip(hosts, codes, strict=True) if code not in (None, 0, entry.STOPPED)]

@@ -1,4 +1,4 @@
-"""Draws a comparison as one self-contained page: figures, tables, what RL did, and the threads behind them.
+"""Draw a comparison as one self-contained page: figures, tables, the changes under RL, and the threads behind them.
 
     python launch/report.py                                                # of runs/comparison
     python launch/report.py --comparison=runs/mine --run=runs/laptop       # with a training run's behaviour under RL

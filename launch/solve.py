@@ -1,4 +1,4 @@
-"""Solves one Countdown problem before your eyes: the target, then the numbers.
+"""Solve one Countdown problem before your eyes: the target, then the numbers.
 
     python launch/solve.py 27 3 9 18                               # the newest run in runs/
     python launch/solve.py 27 22 26 31 53 --checkpoint=runs/laptop/best --temperature=0.5 --seed=1
@@ -7,7 +7,7 @@
 
 Threads are drawn on standard error, live on a terminal and as plain lines elsewhere; the verified answer goes to
 standard output. A policy brings its configuration; --config=FILE and --config.a.b=c are those of launch/evaluate.py.
-Exit codes: 0 done, whether or not it is solved; 1 failed; 2 bad arguments or config.
+Exit codes: 0 done, solved or not; 1 failed; 2 bad arguments or config.
 """
 
 import pathlib
@@ -73,7 +73,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def _warn(problem: Problem, policy: "Policy") -> None:
-    """Says what the policy was not trained for. Raises ConfigError for a problem that it cannot even read."""
+    """Tell the user what the policy was not trained for. Raise ConfigError for a problem that it cannot even read."""
     trained = policy.config.data.method
     try:
         policy.tokenizer.encode(", ".join(map(str, (problem.target, *problem.numbers))))

@@ -1,4 +1,4 @@
-"""Trains a policy: SFT on demonstrations (unless a checkpoint is named), then GRPO, evaluated before and after.
+"""Train a policy: SFT on demonstrations (unless a checkpoint is named), then GRPO, with an evaluation before and after.
 
     python launch/train.py                                     # configs/grpo.py:laptop
     python launch/train.py --config=configs/grpo.py:smoke --workdir=/tmp/smoke
@@ -7,7 +7,7 @@
     python launch/train.py --checkpoint=runs/laptop --workdir=runs/more_grpo --config.grpo.num_steps=40
     python launch/train.py --checkpoint=runs/sft_laptop/best     # GRPO from the best by validation
 
-Starting again with the same workdir goes on from its last checkpoint. Exit codes: 0 done, 1 failed, 2 bad arguments or
+A second start with the same workdir goes on from its last checkpoint. Exit codes: 0 done, 1 failed, 2 bad arguments or
 config, 75 stopped by a signal with everything saved.
 """
 

@@ -1,8 +1,8 @@
-"""Packs sequences of different lengths into fixed rows (host side, NumPy only).
+"""Packing of sequences of different lengths into fixed rows (host side, NumPy only).
 
 Each row takes the longest sequence that is left, as in first-fit decreasing, and then the choice of others that fills
-it most (first-fit leaves half of a short sequence empty in every row: 5 % where children take 60 of 512 tokens). Rows
-carry segment ids and positions, which is what attention kernels need to keep the sequences of a row apart.
+it most. First-fit would leave half of a short sequence empty in every row: 5 % where children take 60 of 512 tokens.
+Rows carry segment ids and positions, by which attention kernels keep the sequences of a row apart.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ Array = NDArray[np.generic]
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """Packed rows, and where each sequence went.
+    """Packed rows, and the place of each sequence in them.
 
     rows: name -> [R, row_len, ...] array. Every array of the sequences (0 where padded), and `segment_ids` (int32; 1,
-        2, .. from left to right in each row, 0 = padding) and `positions` (int32; restart at 0 in every segment, where
-        the sequences bring none of their own).
+        2, .. from left to right in each row, 0 = padding) and `positions` (int32; they restart at 0 in every segment,
+        unless the sequences bring their own).
     places: [N, 2] int64: sequence n lies in row places[n, 0] from column places[n, 1] on.
-    lengths: [N] int64, tokens per sequence.
+    lengths: [N] int64, tokens of each sequence.
     """
 
     rows: dict[str, Array]
@@ -36,11 +36,11 @@ class Packing:
 
     @property
     def filled(self) -> float:
-        """The share of the rows that is not padding."""
+        """Share of the rows that is not padding."""
         return float(self.lengths.sum()) / self.rows["segment_ids"].size
 
     def read_back(self, values: Array) -> list[Array]:
-        """Per-token values of the rows, [R, row_len], as one array per sequence, in the order they were given."""
+        """Return per-token values of the rows, [R, row_len], as one array a sequence, in the order given to `pack`."""
         return [
             values[row, start : start + length]
             for (row, start), length in zip(self.places.tolist(), self.lengths.tolist(), strict=True)
@@ -48,10 +48,10 @@ class Packing:
 
 
 def pack(sequences: Sequence[Mapping[str, Array]], row_len: int) -> Packing:
-    """Packs sequences, each a dict of arrays of one length (tokens, targets, weights, advantages, ...).
+    """Pack sequences, each a dict of arrays of one length (tokens, targets, weights, advantages, ...).
 
-    All sequences have the same names. An array may have further axes, of the same sizes in all sequences.
-    Deterministic. Raises ValueError for no sequences, an empty one, one longer than `row_len`, arrays of different
+    All sequences have the same names. An array may have further axes, of the same sizes in all sequences. The result is
+    deterministic. Raises ValueError for no sequences, an empty one, one longer than `row_len`, arrays of different
     lengths, and differing names.
     """
     lengths = _checked_lengths(sequences, row_len)
@@ -78,7 +78,7 @@ def pack(sequences: Sequence[Mapping[str, Array]], row_len: int) -> Packing:
 
 
 def pad_rows(rows: Mapping[str, Array], multiple: int) -> dict[str, Array]:
-    """Appends empty rows (all zero: segment 0, no weight) until their number is a multiple."""
+    """Append empty rows (all zero: segment 0, no weight) until the number of rows is a multiple of `multiple`."""
     missing = -len(next(iter(rows.values()))) % multiple
     return {
         name: np.pad(rows_BT, ((0, missing), *((0, 0) for _ in rows_BT.shape[1:]))) for name, rows_BT in rows.items()
@@ -86,7 +86,7 @@ def pad_rows(rows: Mapping[str, Array], multiple: int) -> dict[str, Array]:
 
 
 def _fill_rows(lengths: NDArray[np.int64], row_len: int) -> NDArray[np.int64]:
-    """Row and start column of each sequence, [N, 2]. Among equal lengths, sequences are taken in the order given."""
+    """Return the row and start column of each sequence, [N, 2]. Sequences of equal length keep their order."""
     waiting: dict[int, deque[int]] = {}  # length -> sequences, longest first
     for index in np.argsort(-lengths, kind="stable").tolist():
         waiting.setdefault(int(lengths[index]), deque()).append(index)
@@ -106,9 +106,9 @@ def _fill_rows(lengths: NDArray[np.int64], row_len: int) -> NDArray[np.int64]:
 
 
 def _fullest_choice(waiting: Mapping[int, deque[int]], taken: int, room: int) -> list[int]:
-    """The lengths, of those waiting less one of length `taken`, whose sum comes closest to `room` from below.
+    """Return those of the waiting lengths, less one of length `taken`, whose sum comes closest to `room` from below.
 
-    Subset sums as the bits of an integer: bit s is set where some choice adds up to s. Prefers long sequences.
+    An integer's bits hold the subset sums: bit s is set if some choice adds up to s. Long sequences are preferred.
     """
     sums, considered = 1, []
     below = (1 << (room + 1)) - 1

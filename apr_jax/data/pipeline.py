@@ -1,10 +1,10 @@
-"""From demonstrations to batches of packed rows, with Grain: shuffled per epoch, sharded by host, resumable anywhere.
+"""Batches of packed rows from demonstrations, with Grain: shuffled every epoch, sharded by host, resumable anywhere.
 
     batches = train_iterator(load_split(config, "train"), tokenizer, row_len=512, rows_per_batch=8, ...)
     batch = next(batches); state = batches.get_state()
 
 A batch is a dict of [B, T] arrays, B rows of T = row_len tokens: `tokens`, `targets`, `segment_ids` (0 = padding) and
-`positions` (restart at 0 in every segment) int32, `weights` float32. Workers on a shared cache bring further arrays
+`positions` (restart at 0 in every segment) are int32, `weights` float32. Workers on a shared cache bring further arrays
 (`shared_sequences.py`).
 """
 
@@ -30,7 +30,7 @@ _IN_MEMORY = grain.ReadOptions(num_threads=0)  # the calls are arrays in memory:
 
 
 class TrainIterator(Iterator[PackedBatch]):
-    """An endless stream of batches. Made by `train_iterator`."""
+    """An endless stream of batches. `train_iterator` makes one."""
 
     def __init__(self, calls: TokenizedCalls | SharedCalls, batches: grain.DatasetIterator[PackedBatch]) -> None:
         self._calls, self._batches = calls, batches
@@ -39,11 +39,11 @@ class TrainIterator(Iterator[PackedBatch]):
         return next(self._batches)
 
     def get_state(self) -> dict[str, Any]:
-        """Where the stream stands: a small JSON-able dict."""
+        """Return the stream's place as a small dict that is ready for JSON."""
         return self._batches.get_state()
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues where `get_state` was called, bit for bit (same data, tokenizer and settings)."""
+        """Continue where `get_state` was called, bit for bit (same data, tokenizer and settings)."""
         self._batches.set_state(state)
 
     @property
@@ -53,7 +53,7 @@ class TrainIterator(Iterator[PackedBatch]):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in an epoch of this host's shard, padding aside."""
+        """Tokens in an epoch of this host's shard, without padding."""
         return int(self._calls.lengths.sum())
 
     @property
@@ -74,16 +74,18 @@ def train_iterator(
     shard_index: int,
     shard_count: int,
 ) -> TrainIterator:
-    """Batches for training, without end. Tokenises the shard at once (2 bytes a token with the built-in vocabulary).
+    """Return batches for training, without end.
+
+    The shard is tokenised at once (2 bytes a token in the built-in vocabulary).
 
     Args:
       source: the split's demonstrations; this host takes every `shard_count`-th of them from `shard_index` on.
-      tokenizer: of the model.
-      row_len: T, tokens a row. Longer calls are dropped and counted (`num_dropped`).
+      tokenizer: the model's.
+      row_len: T, tokens of a row. Longer calls are dropped and counted (`num_dropped`).
       rows_per_batch: rows of this host in a batch.
-      seed: of the order; every epoch has another.
+      seed: the seed of the order, which differs in every epoch.
       replay_weight: loss weight of a winning path's replay, relative to the completion's other tokens.
-      loss_on_context: whether context tokens have loss.
+      loss_on_context: True if context tokens have loss.
       shard_index: this host.
       shard_count: number of hosts.
 
@@ -116,11 +118,10 @@ def validation_batches(
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> list[PackedBatch]:
-    """A fixed list of batches: as many of the shard's first calls as `num_rows` rows hold.
+    """Return a fixed list of batches: as many of the shard's first calls as `num_rows` rows hold.
 
-    Every shard gets `num_rows / rows_per_batch` batches, with empty rows (segment 0, weight 0) at the end where its
-    data do not fill them. Raises ValueError as `train_iterator`, and where `num_rows` is not a multiple of
-    `rows_per_batch`.
+    Every shard gets `num_rows / rows_per_batch` batches. If its data do not fill them, empty rows follow (segment 0,
+    weight 0). Raises ValueError as `train_iterator` does, and if `num_rows` is not a multiple of `rows_per_batch`.
     """
     if num_rows < 1 or num_rows % rows_per_batch:
         raise ValueError(f"num_rows={num_rows} must be a positive multiple of rows_per_batch={rows_per_batch}")
@@ -140,7 +141,7 @@ def validation_batches(
 
 
 def _tokenizing(source: Sequence[Demonstration]) -> Callable[..., TokenizedCalls | SharedCalls]:
-    """Every call of a thread is a sequence of its own; workers that see each other are one."""
+    """Choose the tokenisation: each call of a thread is a sequence, but workers that see each other share one."""
     return tokenize_shared if source[0].method in SHARED_METHODS else tokenize_calls
 
 
@@ -151,10 +152,10 @@ def _shard(source: Sequence[Demonstration], shard_index: int, shard_count: int) 
 
 
 class _PackedRows(grain.IterDataset[PackedBatch]):
-    """Packs windows of `window_len` sequences into rows, and yields the rows of each window in random order.
+    """A dataset that packs windows of `window_len` sequences into rows and yields each window's rows in random order.
 
     Grain's own first-fit packer gives up a set of rows as soon as one long sequence does not fit, which leaves more
-    padding; a window keeps the state as small (the parent's state at its start, and a count) and the rows fuller.
+    padding. A window keeps the state as small (its parent's state at the start, and a count) and the rows fuller.
     """
 
     def __init__(self, parent: grain.IterDataset[Sequence1D], *, row_len: int, window_len: int, seed: int) -> None:

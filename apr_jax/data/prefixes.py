@@ -1,10 +1,10 @@
-"""Sequences that begin alike have what is common once (host side, NumPy only).
+"""Sequences that begin alike, merged so that their common part stands once (host side, NumPy only).
 
-A thread's next call begins with what its last one did: its prompt, and its own text up to the spawn. As sequences of
-their own they would repeat that, a fifth of all tokens in the laptop's GRPO. Here the calls of one family become the
-branches of one sequence. A branch starts with a copy of the last common token, if that has a target of its own there.
-What a token sees is what lies before it and has not ended: `reach`, which the attention kernels take beside segment
-ids. So every token has the context, the position and the target that it had alone, and its loss is the same.
+A thread's next call begins with what its last one did: its prompt, and its own text up to the spawn. Separate sequences
+would repeat that, a fifth of all tokens in the laptop's GRPO. Here the calls of one family become the branches of one
+sequence. A branch starts with a copy of the last common token if that has a target of its own there. A token sees what
+lies before it and has not ended: `reach`, which the attention kernels take beside segment ids. So every token has the
+context, the position and the target that it had alone, and its loss is the same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ MIN_SHARED = 32  # tokens; fewer are not worth a longer sequence, which is harde
 
 
 class _Branches:
-    """Calls of one family, one after another. The path is what the next one may share: the last one, from its root."""
+    """The calls of one family, one after another. The next one may share the last one's path, from its root."""
 
     def __init__(self, family: int) -> None:
         self.family = family
@@ -28,14 +28,14 @@ class _Branches:
         self._tokens: Array = np.zeros(0, np.int32)  # the path's
 
     def common(self, sequence: Mapping[str, Array], first_target: int) -> int:
-        """How many of the path's first tokens the sequence has too, before its own targets begin."""
+        """Count the path's first tokens that the sequence has too, before its own targets begin."""
         tokens = sequence["tokens"]
         length = min(len(tokens), len(self._tokens))
         differ = np.flatnonzero(tokens[:length] != self._tokens[:length])
         return min(int(differ[0]) if len(differ) else length, first_target)
 
     def add(self, sequence: Mapping[str, Array], shared: int) -> None:
-        """A branch after the path's first `shared` tokens."""
+        """Add a branch after the path's first `shared` tokens."""
         tokens = sequence["tokens"]
         self._ends[self._path[shared:]] = self.size
         added = len(tokens) - shared
@@ -57,17 +57,18 @@ class _Branches:
 def share_prefixes(
     sequences: Sequence[Mapping[str, Array]], families: Sequence[int], first_targets: Sequence[int], most: int
 ) -> list[dict[str, Array]]:
-    """Neighbouring sequences of one family as branches of one, where they have MIN_SHARED tokens or more in common.
+    """Merge neighbouring sequences of one family that have MIN_SHARED tokens or more in common into branches of one.
 
     Args:
         sequences: arrays of one length each, `tokens` (int32) among them; the others belong to the token.
-        families: one a sequence; only those of one family are put together.
-        first_targets: of each sequence, the first place whose target carries loss. What lies before may be shared.
-        most: tokens of a sequence that is put together.
+        families: the family of each sequence; only sequences of one family are merged.
+        first_targets: for each sequence, the first place whose target carries loss. Tokens before it may be shared.
+        most: the most tokens of a merged sequence.
 
     Returns:
-        Fewer or as many sequences, in order, with three more int32 arrays: `positions`, `reach` (how many tokens see
-        this one, from itself on) and `call` (0, 1, .. within the sequence).
+        Fewer or as many sequences, in order, with three more int32 arrays: `positions`, `reach` (the number of tokens
+        that
+        see this one, from itself on) and `call` (0, 1, .. within the sequence).
     """
     shared: list[_Branches] = []
     for sequence, family, first_target in zip(sequences, families, first_targets, strict=True):

@@ -17,7 +17,7 @@ Sequence1D = dict[str, NDArray[np.generic]]
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-    """How much each kind of target token counts in the loss. A join's first token never counts."""
+    """The weight in the loss of each kind of target token. A join's first token never counts."""
 
     replay_weight: float  # the replay of a winning path; other completion tokens and EOS count 1
     loss_on_context: bool  # context tokens count 1 instead of 0
@@ -28,10 +28,10 @@ class LossWeights:
 class TokenizedCalls:
     """N calls, each as s = [BOS] + context + completion + ([EOS] unless it ends in a spawn), one after the other.
 
-    tokens: [sum of lengths], uint16 where the vocabulary allows, else int32.
+    tokens: [sum of lengths], uint16 if the vocabulary allows it, else int32.
     starts: [N + 1] int64; call n is tokens[starts[n] : starts[n + 1]].
-    completions: [N] int64, where in s the completion begins.
-    replays: [N, 2] int64, where in s the replay of the winning path begins and ends; equal where there is none.
+    completions: [N] int64, the place in s at which the completion begins.
+    replays: [N, 2] int64, the places in s at which the replay of the winning path begins and ends; equal without one.
     num_dropped: calls left out because they need more than a row.
     """
 
@@ -46,11 +46,11 @@ class TokenizedCalls:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens that each call takes in a row: inputs are s[:-1], targets s[1:]."""
+        """Tokens of each call in a row: inputs are s[:-1], targets s[1:]."""
         return np.diff(self.starts) - 1
 
     def sequence(self, index: int, weights: LossWeights) -> Sequence1D:
-        """One call as a training sequence: `tokens` and `targets` int32, `weights` float32, all of one length."""
+        """Return one call as a training sequence: int32 `tokens` and `targets`, float32 `weights`, of one length."""
         s = self.tokens[self.starts[index] : self.starts[index + 1]].astype(np.int32)
         weight = np.ones(len(s), dtype=np.float32)
         if not weights.loss_on_context:
@@ -64,11 +64,11 @@ class TokenizedCalls:
 def tokenize_calls(
     demonstrations: Iterable[Demonstration], tokenizer: Tokenizer, *, row_len: int, max_tokens: int | None = None
 ) -> TokenizedCalls:
-    """Tokenises every call of the demonstrations, in order.
+    """Tokenise every call of the demonstrations, in order.
 
     Args:
-      demonstrations: what to tokenise.
-      tokenizer: how.
+      demonstrations: the demonstrations.
+      tokenizer: the model's.
       row_len: calls that need more tokens than this are dropped, counted and logged.
       max_tokens: stop after the demonstration that brings the tokens kept to this number.
 
@@ -110,7 +110,7 @@ def tokenize_calls(
 
 
 def _tokenize(call: Call, tokenizer: Tokenizer) -> tuple[Sequence[int], int, tuple[int, int]]:
-    """The call's ids, where its completion begins, and where its replay begins and ends."""
+    """Return the call's ids, the place where its completion begins, and where its replay begins and ends."""
     ids = [tokenizer.bos_id, *tokenizer.encode(call.context)]
     completion = len(ids)
     ids += tokenizer.encode(call.completion[: call.replay_start])

@@ -1,11 +1,11 @@
-"""Makes one environment per peer, `.venv-peers/NAME`, of `requirements-NAME.txt`: `make peers`, or
+"""Make one environment a peer, `.venv-peers/NAME`, from `requirements-NAME.txt`: `make peers`, or
 
     python launch/peers/install.py [NAME ...]
 
-The lists are complete and installed as they stand, without pip's resolver. A peer that cannot be installed leaves the
-installer's last lines in `.venv-peers/NAME.failed` (the benchmark quotes them), and the next one is tried. An
-environment that is up to date stays as it is. Exit code 0 even where peers failed: what is missing is the benchmark's
-to report. Only the standard library is used.
+The lists are complete and installed as they stand, without pip's resolver. If a peer cannot be installed, the
+installer's last lines go to `.venv-peers/NAME.failed`, which the benchmark quotes, and the next peer is tried. An
+environment that is up to date stays as it is. The exit code is 0 even if peers failed: the benchmark reports what is
+missing. Only the standard library is used.
 """
 
 import pathlib
@@ -20,7 +20,7 @@ LAST_LINES = 15
 
 
 def install(name: str) -> str:
-    """Makes one environment. Returns "" or the reason why it could not be made."""
+    """Make one environment. Return "" or the reason of a failure."""
     requirements = HERE / f"requirements-{name}.txt"
     folder = ENVIRONMENTS / name
     done, failed = folder / ".installed", ENVIRONMENTS / f"{name}.failed"
@@ -41,14 +41,14 @@ def install(name: str) -> str:
 
 
 def _install_cpu_builds(folder: pathlib.Path, requirements: list[str]) -> str:
-    """torch's builds without CUDA. PyPI has none; where pip knows a place that has them, that is asked first."""
+    """Install torch's builds without CUDA. PyPI has none, so the places that pip is configured for are asked first."""
     if _pip(folder, "--no-deps", *requirements) == "":
         return ""
     return _pip(folder, "--no-deps", "--index-url", TORCH_CPU, *requirements)
 
 
 def _pip(folder: pathlib.Path, *arguments: str) -> str:
-    """Returns "" or the last lines of what pip said."""
+    """Run pip. Return "" or its last lines if it failed."""
     command = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     result = subprocess.run([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = [line for line in result.stdout.splitlines() if line.strip() and not line.startswith("WARNING")]

@@ -1,10 +1,10 @@
 """Hugging Face transformers on torch's CPU backend: `generate`, greedy, batched, with a KV cache.
 
-Two ways are measured, and the faster one of each lane count is reported:
+Two modes are measured, and the faster one at each lane count is reported:
     dynamic   the default: a cache that grows, eager execution, sdpa attention
     static    a cache of fixed length, the decoding step through torch.compile (inductor)
-Inductor's freezing, which would pack the weights, was tried and left out: it takes the static cache's own length for a
-constant, and the compiled step then writes out of bounds.
+Inductor's freezing, which would pack the weights, is left out: it takes the static cache's length for a constant, and
+the compiled step then writes out of bounds.
 """
 
 import time
@@ -19,7 +19,7 @@ METHOD = "a stopping criterion notes the time after every token; decode runs fro
 
 
 class Clock(transformers.StoppingCriteria):
-    """Notes when each token was there; stops nothing."""
+    """A stopping criterion that records the time of each token and stops nothing."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

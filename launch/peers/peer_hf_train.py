@@ -1,9 +1,9 @@
 """Supervised fine-tuning by Hugging Face transformers on torch's CPU backend: packed rows, SDPA attention, AdamW.
 
-The batches are ours as they are: the same packed rows, weights of the loss and positions, and attention masked to the
-earlier tokens of the own segment. A step is forward, weighted cross-entropy, backward, clipping and AdamW (torch's
-fused one). Two ways are measured, and the faster one is compared:
-    eager     as it comes
+The batches are ours: the same packed rows, loss weights and positions, and attention masked to the earlier tokens of a
+token's own segment. A step is forward, weighted cross-entropy, backward, clipping and AdamW (torch's fused one). Two
+modes are measured, and the faster one is compared:
+    eager     without compilation
     compile   forward and loss through torch.compile (inductor), which compiles the backward pass too
 """
 

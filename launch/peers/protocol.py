@@ -1,10 +1,9 @@
-"""What the peers' scripts have in common: the workload comes in as JSON, the measurements go out as JSON.
+"""The common part of the peers' scripts: the workload comes in as JSON, the measurements go out as JSON.
 
     .venv-peers/NAME/bin/python launch/peers/peer_NAME.py --workload=workload.json --out=report.json
 
-Only the standard library is used, since every peer has an environment of its own, without apr_jax.
-The report (`apr_jax/bench/peers.py` reads it) is written anew after each measurement, so that a run which is stopped
-leaves what it had measured.
+Only the standard library is used, because each peer has an environment of its own, without apr_jax. The report, which
+`apr_jax/bench/peers.py` reads, is rewritten after each measurement, so a run that is stopped keeps what it measured.
 """
 
 import argparse
@@ -23,7 +22,7 @@ REPEATS = 2  # the fastest pass counts: other work on the machine only ever slow
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-    """`model` is a Hugging Face folder; the first L prompts are the batch of L lanes, each decoded greedily."""
+    """A Hugging Face folder `model`, and prompts: the first L are the batch of L lanes, each decoded greedily."""
 
     model: str
     prompts: list[list[int]]
@@ -36,7 +35,7 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pass:
-    """One batch, decoded: `steps` is how many tokens each lane decoded in `decode_seconds`, the first one excluded."""
+    """One decoded batch. `steps` counts each lane's tokens in `decode_seconds`, the first one excluded."""
 
     prefill_seconds: float  # the prompts, and each lane's first token
     decode_seconds: float
@@ -48,10 +47,10 @@ Decode = Callable[[list[list[int]]], Pass]
 
 
 def main(name: str, version: str, method: str, modes: Callable[[Workload], dict[str, Callable[[], Decode]]]) -> None:
-    """Measures every mode of a peer at every lane count and reports the fastest mode of each.
+    """Measure every mode of a peer at every lane count, and report the fastest mode of each.
 
-    A mode is a way to use the peer; calling it loads the model and returns what decodes a batch.
-    `method` says how prefill and decode were told apart.
+    A mode is a way to use the peer; calling it loads the model and returns a function that decodes a batch. `method`
+    says how prefill and decode were told apart.
     """
     workload, out = _arguments()
     started = time.perf_counter()
@@ -91,7 +90,7 @@ def _arguments() -> tuple[Workload, pathlib.Path]:
 
 
 def _measure(decode: Decode, prompts: list[list[int]], new_tokens: int) -> tuple[dict[str, float], list[list[int]]]:
-    """The fastest of REPEATS passes after one that warms up (compiles, touches memory)."""
+    """Return the fastest of REPEATS passes, after one that warms up (compiles, touches memory)."""
     started = time.perf_counter()
     decode(prompts)
     warm_up = time.perf_counter() - started
@@ -112,16 +111,16 @@ def _measure(decode: Decode, prompts: list[list[int]], new_tokens: int) -> tuple
 
 
 def _waited_for_a_core() -> float:
-    """Seconds that this process's threads were ready to run and did not: other work had the cores (Linux only, else 0).
+    """Return the seconds in which this process's threads were ready but had no core (Linux only, else 0).
 
-    Per second of a measurement it says how far to trust it: near 0 on a machine of its own.
+    Per second of a measurement this says how far to trust it: near 0 on a machine of its own.
     """
     waits = [path.read_text().split()[1] for path in pathlib.Path("/proc/self/task").glob("*/schedstat")]
     return sum(map(int, waits)) / 1e9
 
 
 def _write(path: pathlib.Path, report: dict[str, Any]) -> None:
-    """Whole or not at all, so that a reader never sees half a report."""
+    """Write the report atomically, so that a reader never sees half of it."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(report, indent=1) + "\n")
     os.replace(part, path)

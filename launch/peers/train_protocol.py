@@ -1,12 +1,11 @@
-"""What the training peers' scripts have in common: passes are asked for one by one, so that ours can run in between.
+"""The common part of the training peers' scripts. Passes are asked for one by one, so that ours can run in between.
 
     .venv-peers/ENVIRONMENT/bin/python launch/peers/peer_NAME.py --workload=workload.json
 
-On start the script writes one JSON line that says what it is, `{"version", "method", "modes"}`. Then it reads names of
-modes, one a line, runs one pass of that mode and answers with one JSON line: `{"seconds": [..], "losses": [..],
-"contention"}`, or `{"error"}`. It ends with its input. `apr_jax/bench/training_peers.py` is the other side.
-Whatever else is printed goes to stderr. Only the standard library is used, since every peer has an environment
-of its own.
+On start the script writes one JSON line about itself, `{"version", "method", "modes"}`. Then it reads names of modes,
+one a line, runs one pass of each and answers with one JSON line: `{"seconds": [..], "losses": [..], "contention"}`, or
+`{"error"}`. It ends with its input. `apr_jax/bench/training_peers.py` is the other side. All other output goes to
+stderr. Only the standard library is used, because each peer has an environment of its own.
 """
 
 import argparse
@@ -24,9 +23,9 @@ Pass = Callable[[], tuple[list[float], list[float]]]  # runs some steps: the sec
 
 
 def main(version: str, method: str, modes: Callable[[Workload], dict[str, Callable[[], Pass]]]) -> None:
-    """Serves passes until the input ends. A mode is loaded when first asked for; a pass begins from fresh weights.
+    """Serve passes until the input ends. A mode is loaded when first asked for; a pass begins from fresh weights.
 
-    `modes(workload)` gives by name what loads a mode. `method` says what a step is.
+    `modes(workload)` returns, by name, the functions that load a mode. `method` says what a step is.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--workload", required=True, type=pathlib.Path)
@@ -59,6 +58,6 @@ def _time(run: Pass) -> dict[str, Any]:
 
 
 def _waited_for_a_core() -> float:
-    """Seconds that this process's threads were ready to run and did not (Linux only, else 0)."""
+    """Return the seconds in which this process's threads were ready but had no core (Linux only, else 0)."""
     waits = [path.read_text().split()[1] for path in pathlib.Path("/proc/self/task").glob("*/schedstat")]
     return sum(map(int, waits)) / 1e9

@@ -1,4 +1,4 @@
-"""What RL did to the policy's behaviour, before against after: the paper's table (arXiv 2504.15466, section 5.4)."""
+"""The change in behaviour under RL, as tables: the paper's own (arXiv 2504.15466, section 5.4)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -28,11 +28,12 @@ _OF_STEPS: tuple[tuple[str, str, Kind], ...] = (
 
 
 def behaviour_tables(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Tables of a run, each with a title, the names of its two columns and rows of label, before, after and change.
+    """Return a run's tables: a title, the names of two columns, and rows of label, before, after and change.
 
-    One for each evaluation that summary.json has before and after, and one for GRPO's first and last steps: means over
-    a quarter of them at either end, and why rollouts were malformed there. A change is in points where the figure is a
-    share, else in per cent. What a run lacks is left out.
+    There is one table for each evaluation that summary.json has before and after, and one for GRPO's first and last
+    steps:
+    means over a quarter of the steps at either end, with the reasons of malformed rollouts. A change is in points for a
+    share and in per cent otherwise. Figures that the run lacks are left out.
     """
     tables = []
     for name in summary:
@@ -85,7 +86,7 @@ def _change(before: float, after: float, kind: Kind) -> str:
 
 
 def _mean(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Each figure's mean over the steps; a reason's count is 0 in a step that does not name it."""
+    """Return each figure's mean over the steps. A reason that a step does not name counts 0 there."""
     totals: dict[str, float] = {}
     for record in steps:
         counts = {f"malformed_reasons/{key}": n for key, n in record.get("malformed_reasons", {}).items()}

@@ -1,7 +1,7 @@
-"""A headless Chromium for the pages of this package: to test them, and to take their pictures.
+"""A headless Chromium, to test this package's pages and to take pictures of them.
 
-Needs Debian's chromium (or any Chromium or Chrome) and the extra `[browser]`, a Python driver that brings no browser of
-its own. Neither is needed to make or read a report.
+It needs Debian's chromium (or any Chromium or Chrome) and the extra `[browser]`, a Python driver that brings no browser
+of its own. Making and reading a report needs neither.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ _PICTURES = (
 
 
 class NoBrowserError(RuntimeError):
-    """There is no browser here, or nothing to drive it. The message says what to install."""
+    """A missing browser or driver. The message says what to install."""
 
 
 def find_chromium() -> str:
-    """Its path: $CHROMIUM, or what is on the search path. Raises NoBrowserError where there is none."""
+    """Return the browser's path: $CHROMIUM, or one on the search path. Raise NoBrowserError if there is none."""
     found = (
         [os.environ["CHROMIUM"]] if os.environ.get("CHROMIUM") else [path for n in _NAMES if (path := shutil.which(n))]
     )
@@ -45,7 +45,7 @@ def find_chromium() -> str:
 
 @contextlib.contextmanager
 def chromium() -> Iterator[Any]:
-    """A running browser (playwright's `Browser`). Raises NoBrowserError."""
+    """Start a browser (playwright's `Browser`) and close it at the end. Raise NoBrowserError if there is none."""
     path = find_chromium()
     try:
         from playwright.sync_api import sync_playwright
@@ -60,11 +60,14 @@ def chromium() -> Iterator[Any]:
 
 
 def take_pictures(browser: Any, report: pathlib.Path, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Pictures of a comparison's page: figures, a rollout's threads, and two methods side by side in the dark.
+    """Take pictures of a comparison's page: figures, a rollout's threads, and two methods side by side in the dark.
 
     Args:
       browser: of `chromium`.
-    Returns: the files in `folder`, which is made.
+      page: the page's file.
+      folder: where the pictures go; it is made if need be.
+
+    Returns: the pictures' files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     made = []
@@ -83,7 +86,7 @@ def take_pictures(browser: Any, report: pathlib.Path, folder: pathlib.Path) -> l
 
 
 def _small(png: bytes) -> bytes:
-    """The same picture in fewer colours: a third of the bytes."""
+    """Return the same picture in fewer colours, which takes a third of the bytes."""
     from PIL import Image
 
     with Image.open(io.BytesIO(png)) as picture:

@@ -1,4 +1,4 @@
-"""Line charts as SVG text. Colours are CSS variables (templates/figure.css): one drawing serves light and dark."""
+"""Line charts as SVG text. Colours are CSS variables (templates/figure.css), so one drawing serves light and dark."""
 
 import dataclasses
 import html
@@ -12,7 +12,7 @@ _MAX_POINTS = 240  # longer curves are averaged in bins
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """One curve: `steps` ascending, one value a step."""
+    """One curve: `steps` in ascending order, with one value each."""
 
     label: str
     steps: Sequence[float]
@@ -20,9 +20,9 @@ class Series:
 
 
 def line_chart(title: str, series: Sequence[Series], *, percent: bool = False) -> str:
-    """An SVG group of WIDTH x HEIGHT units with axes, legend and one curve per series.
+    """Draw an SVG group of WIDTH x HEIGHT units with axes, a legend and one curve a series.
 
-    Non-finite values are left out. Raises ValueError where nothing remains to draw.
+    Values that are not finite are left out. Raises ValueError if none remain.
     """
     series = [_finite(one) for one in series]
     series = [_binned(one) for one in series if one.steps]
@@ -57,7 +57,7 @@ def line_chart(title: str, series: Sequence[Series], *, percent: bool = False) -
 
 
 def nice_ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers that lie in [low, high] (at least one)."""
+    """Return about `count` round numbers in [low, high], at least one."""
     if not high > low:
         return [low]
     raw = (high - low) / max(1, count)

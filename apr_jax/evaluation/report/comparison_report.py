@@ -1,7 +1,7 @@
-"""A comparison as one self-contained page: the paper's figures as ours, and the threads behind them.
+"""A comparison as one self-contained page: the paper's figures beside ours, and the threads behind them.
 
-Reads what `launch/compare.py` left in a folder, and a training run's folder where one is named. Nothing is loaded from
-anywhere else, and all model text is escaped.
+The page is made from the folder of `launch/compare.py`, and from a training run's folder if one is named. It loads
+nothing from anywhere else, and all model text is escaped.
 """
 
 import pathlib
@@ -54,13 +54,15 @@ Row = Mapping[str, Any]
 def write_comparison(
     workdir: pathlib.Path, path: pathlib.Path, *, command: str, run: pathlib.Path | None = None
 ) -> None:
-    """Writes the page of a comparison at `path`.
+    """Write the page of a comparison to `path`.
 
     Args:
-      workdir: of `launch/compare.py`.
-      command: that makes the page, for its foot.
-      run: the folder of a training run, whose behaviour under RL and whose rollouts the page then shows too.
-    Raises: FileNotFoundError where there are no results or records, ConfigError where they are damaged.
+      workdir: the folder of `launch/compare.py`.
+      path: where the page goes.
+      command: the command that makes the page, for its foot.
+      run: the folder of a training run. The page then also shows its behaviour under RL and its rollouts.
+
+    Raises: FileNotFoundError if there are no results or records, ConfigError if they are damaged.
     """
     rows = read_results(workdir)
     if not rows:
@@ -94,11 +96,11 @@ def write_comparison(
 
 
 def curves_of(key: str, rows: Sequence[Row]) -> list[Curve]:
-    """Our curves of one figure: accuracy against `key`.
+    """Return our curves of one figure: accuracy against `key`.
 
-    Against the context window a curve is a method at one budget and temperature; against a cost all cells of a method
-    at one temperature. Rows of several samples also know what fewer of them would have given (`pass_at_k` and its like
-    of `evaluation.metrics.summarize`): against `num_samples` and all tokens those are points too.
+    Against the context window, a curve is a method at one budget and temperature. Against a cost, it is all cells of a
+    method at one temperature. A row of several samples also knows what fewer would have given (`pass_at_k` and its like
+    in `evaluation.metrics.summarize`); against `num_samples` and all tokens, those are points too.
     """
     groups: dict[str, list[Point]] = {}
     several = len({row["temperature"] for row in rows}) > 1
@@ -110,7 +112,7 @@ def curves_of(key: str, rows: Sequence[Row]) -> list[Curve]:
 
 
 def _points(key: str, row: Row, rows: Sequence[Row]) -> list[tuple[str, Point]]:
-    """The points that a row is, each with its curve's label."""
+    """Return a row's points, each with its curve's label."""
     label, x = row["method"], row.get(key, 0)
     wrapper = _WRAPPED.fullmatch(row["method"])
     if wrapper is not None and key in ("num_samples", "total_tokens") and "pass_at_k" in row:
@@ -122,7 +124,7 @@ def _points(key: str, row: Row, rows: Sequence[Row]) -> list[tuple[str, Point]]:
 
 
 def _points_at_k(key: str, row: Row, rows: Sequence[Row], kind: str, inner: str) -> list[tuple[str, Point]]:
-    """A row of several samples: a point for each power of two below their number, and one for all.
+    """Return the points of a row of several samples: one for each power of two below their number, and one for all.
 
     Only the row with the most samples at the largest window is drawn. Intervals are Wilson's, which is conservative for
     estimates from all samples.
@@ -149,7 +151,7 @@ def _points_at_k(key: str, row: Row, rows: Sequence[Row], kind: str, inner: str)
 
 
 def _figure(key: str, title: str, x_label: str, rows: Sequence[Row]) -> dict[str, Any] | None:
-    """A figure with its table and the paper's beside it; None where there is nothing to draw."""
+    """Return a figure with its table and the paper's beside it, or None if there is nothing to draw."""
     curves = curves_of(key, rows)
     if not curves:
         return None
@@ -191,7 +193,7 @@ def _table_row(row: Row) -> dict[str, Any]:
 
 
 def _paired(row: Row, rows: Sequence[Row], first: Sequence[Row], own: Sequence[Row]) -> dict[str, Any]:
-    """A row against the first one, problem by problem."""
+    """Compare a row with the first one, problem by problem."""
     of = compare(first, own)
     accuracy = of["accuracy"]
     cells = [_interval(accuracy.change, accuracy.change_low, accuracy.change_high, "+", " points")]
@@ -205,7 +207,7 @@ def _interval(value: float, low: float, high: float, sign: str = "", unit: str =
 
 
 def _add_rollouts(views: ThreadViews, rows: Sequence[Row], records: Sequence[Sequence[Row]]) -> None:
-    """One cell's rollouts a method: the greediest at the largest window. All methods get the same problems."""
+    """Add the rollouts of one cell a method: the greediest at the largest window. All methods get the same problems."""
     best: dict[str, int] = {}
     for index, row in enumerate(rows):
         now = best.get(row["method"])

@@ -1,6 +1,6 @@
-"""Accuracy against what it cost, as SVG text: points with their 95 % intervals, a curve a method.
+"""Accuracy against cost, as SVG text: points with their 95 % intervals, and a curve a method.
 
-Colours are CSS variables (templates/figure.css), as in charts.py; shapes of markers tell curves apart without colour.
+Colours are CSS variables (templates/figure.css), as in charts.py. The markers' shapes tell curves apart without colour.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _MARKS: tuple[Callable[[float, float], str], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """An accuracy with its 95 % interval, as shares, and what it cost; `name` says which setting it is."""
+    """One accuracy with its 95 % interval, as shares, its cost, and the name of its setting."""
 
     x: float
     y: float
@@ -34,7 +34,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Points of one method, drawn in the order of x."""
+    """One method's points, drawn in the order of x."""
 
     label: str
     points: tuple[Point, ...]
@@ -43,9 +43,10 @@ class Curve:
 def accuracy_chart(
     title: str, x_label: str, curves: Sequence[Curve], width: int = 560, height: int = 330
 ) -> tuple[str, int]:
-    """An SVG group of `width` units, and its height: `height` units below the legend. The y axis is 0 to 100 %.
+    """Draw an SVG group of `width` units, `height` of them below the legend, and return it with its height.
 
-    The x axis is logarithmic where its range is wide. Raises ValueError where there is nothing to draw, or an x <= 0.
+    The y axis runs from 0 to 100 %, the x axis is logarithmic if its range is wide. Raises ValueError if there is
+    nothing to draw, and for x <= 0.
     """
     xs = [point.x for curve in curves for point in curve.points]
     if not xs or min(xs) <= 0:
@@ -77,7 +78,7 @@ def accuracy_chart(
 
 
 def _legend(curves: Sequence[Curve], width: int) -> tuple[list[str], int]:
-    """The labels with their marks, in as many lines as they take, and where the drawing begins below them."""
+    """Return the labels with their marks, in as many lines as they take, and the y where the drawing begins."""
     parts, x, y = [], float(_LEFT), _TOP + 6
     for index, curve in enumerate(curves):
         size = 36 + 6.0 * len(curve.label)
@@ -109,7 +110,7 @@ def _curve(curve: Curve, index: int, x_of: Callable[[float], float], y_of: Calla
 
 
 def _x_axis(low: float, high: float, width: int) -> tuple[Callable[[float], float], list[float]]:
-    """Where an x lies, and whole numbers to mark."""
+    """Return a function that places an x, and whole numbers to mark."""
     begin, end = _LEFT + 14, width - _RIGHT - 14
     if high / low > _LOG_FROM:
         first, last = math.log(low), math.log(high)

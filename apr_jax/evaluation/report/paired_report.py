@@ -1,4 +1,4 @@
-"""Two policies on the same problems, with paired intervals, and their runs in one picture."""
+"""Paired comparisons of two policies on the same problems, and the training curves of several runs in one picture."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ _PANELS = (
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """The second policy's mean of a figure against the first's, over the same problems; intervals are of 95 %."""
+    """The second policy's mean of a figure against the first's over the same problems, with 95 % intervals."""
 
     first: float
     second: float
@@ -38,7 +38,7 @@ class Difference:
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """Compares the figures of each problem under two policies.
+    """Compare the figures of each problem under two policies.
 
     The change's interval is the normal one of the mean paired difference, the relative change's a percentile bootstrap
     over problems (10,000 resamples, seeded). Raises ValueError for unequal numbers of problems, or fewer than two.
@@ -68,7 +68,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Differ
 
 
 def compare(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> dict[str, Difference]:
-    """The differences between two policies' records of the same problems (`evaluation.metrics.record_rollout`)."""
+    """Compare two policies' records of the same problems (`evaluation.metrics.record_rollout`), figure by figure."""
     keys = {"accuracy": "correct", **{key: key for key in ("sequential_tokens", "total_tokens", "num_children")}}
     return {
         name: paired_difference([float(r[key]) for r in first], [float(r[key]) for r in second])
@@ -77,7 +77,7 @@ def compare(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, An
 
 
 def cell_name(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """The row's method, and of its other settings those in which `rows` differ at all: "adaptive, temperature 1"."""
+    """Return a row's method, with those of its other settings in which `rows` differ: "adaptive, temperature 1"."""
     words = {"budget": "budget {}", "temperature": "temperature {:g}", "context_window": "window {}"}
     told = [
         text.format(row[name])
@@ -88,7 +88,7 @@ def cell_name(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def show_differences(label: str, against: str, differences: Mapping[str, Difference]) -> str:
-    """The differences for people, a line a figure."""
+    """Show the differences as text, one line a figure."""
     lines = [f"{label} against {against} (95 %, paired):"]
     for figure, d in differences.items():
         scale, unit = (100, " points") if figure == "accuracy" else (1, "")
@@ -99,7 +99,7 @@ def show_differences(label: str, against: str, differences: Mapping[str, Differe
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of a comparison for people: a table of text."""
+    """Show the rows of a comparison as a table of text."""
     columns = ("method", "budget", "temp.", "window", "solved (95 %)", "tokens", "sequential", "latency, ms")
     cells = [
         (
@@ -122,9 +122,9 @@ def show_rows(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw_runs(runs: Mapping[str, pathlib.Path], path: pathlib.Path) -> None:
-    """Draws GRPO's curves of runs, each under its name, as an SVG at `path`.
+    """Draw GRPO's curves of several runs, each under its name, as an SVG at `path`.
 
-    Raises ValueError where `path` does not end in .svg or no run has logged a step of GRPO.
+    Raises ValueError if `path` does not end in .svg, or no run has logged a step of GRPO.
     """
     metrics = {name: read_jsonl(folder / "metrics.jsonl") for name, folder in runs.items()}
     bodies: list[str] = []

@@ -1,6 +1,6 @@
-"""What the paper reached (Pan et al. 2025, arXiv 2504.15466): another scale and task size, to stand beside our figures.
+"""Results of the paper (Pan et al. 2025, arXiv 2504.15466), to stand beside ours. Its scale and task size are others.
 
-Its text and figures give these numbers; others are not guessed. Intervals are Wilson's for its 1,000 problems.
+The numbers are those that its text and figures give; none are guessed. Intervals are Wilson's for its 1,000 problems.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
 """A run as one self-contained page (`report.html`), and its picture as one SVG.
 
-Reads what a run folder holds: metrics.jsonl, summary.json, rollouts.jsonl, config.json. Each may be missing: the page
-then says less. Nothing is loaded from anywhere else, and all model text is escaped. The rollouts that GRPO learnt from,
-with their advantages, are in grpo_rollouts/STEP.jsonl.
+The page is made from a run folder's metrics.jsonl, summary.json, rollouts.jsonl and config.json; without one of them it
+says less. It loads nothing from anywhere else, and all model text is escaped. Rollouts that GRPO learnt from, with
+their advantages, come from grpo_rollouts/STEP.jsonl.
 """
 
 import pathlib
@@ -79,9 +79,9 @@ _FORMATS = {
 
 
 def write_report(workdir: str | pathlib.Path, path: str | pathlib.Path | None = None) -> pathlib.Path:
-    """Writes a run's page at `path`, WORKDIR/report.html where none is given, and returns where it is.
+    """Write a run's page to `path`, by default WORKDIR/report.html, and return its path.
 
-    Raises FileNotFoundError where there is no such run folder, or no folder for the page.
+    Raises FileNotFoundError if there is no such run folder, or no folder for the page.
     """
     workdir = pathlib.Path(workdir)
     path = workdir / "report.html" if path is None else pathlib.Path(path)
@@ -105,9 +105,9 @@ def write_report(workdir: str | pathlib.Path, path: str | pathlib.Path | None = 
 
 
 def write_figure(workdir: str | pathlib.Path, path: str | pathlib.Path) -> None:
-    """Writes the run's picture, one rollout's threads above the main curves, as a standalone SVG at `path`.
+    """Write a run's picture, one rollout's threads above the main curves, as a standalone SVG at `path`.
 
-    Raises ValueError when the run has neither rollouts nor metrics, or when `path` does not end in .svg.
+    Raises ValueError if the run has neither rollouts nor metrics, or `path` does not end in .svg.
     """
     workdir, path = pathlib.Path(workdir), pathlib.Path(path)
     width, y, parts = 1000, 10, []
@@ -134,14 +134,14 @@ def write_figure(workdir: str | pathlib.Path, path: str | pathlib.Path) -> None:
 
 
 def write_svg(path: pathlib.Path, body: str, width: int, height: int) -> None:
-    """Writes a drawing that brings its own colours and background. Raises ValueError unless `path` ends in .svg."""
+    """Write a drawing with its own colours and background. Raise ValueError unless `path` ends in .svg."""
     if path.suffix != ".svg":
         raise ValueError(f"{path}: the figure is an SVG, so its name must end in .svg")
     path.write_text(page.standalone_svg(body, width, height), encoding="utf-8")
 
 
 def add_run_views(views: ThreadViews, workdir: pathlib.Path) -> ThreadViews:
-    """Adds the rollouts of a run folder: those of its evaluations, then those that steps of GRPO learnt from."""
+    """Add the rollouts of a run folder: those of its evaluations, then those that steps of GRPO learnt from."""
     for record in pick_rollouts(read_jsonl(workdir / "rollouts.jsonl")):
         views.add(record.get("label", "rollouts").replace("_", ", "), record)
     for path in sorted((workdir / "grpo_rollouts").glob("*.jsonl"), key=lambda path: int(path.stem)):
@@ -151,10 +151,10 @@ def add_run_views(views: ThreadViews, workdir: pathlib.Path) -> ThreadViews:
 
 
 def pick_rollouts(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The records that have a drawing, the most telling first.
+    """Return the records that have a drawing, the most telling first.
 
-    Solved ones with children before others, the last label first (a run's "after" before its "before"), then those with
-    about eight children: enough to show the tree, few enough to read.
+    Solved ones with children come before others, and the last label before earlier ones (a run's "after" before its
+    "before"). About eight children come first: enough to show the tree, few enough to read.
     """
     drawn = [record for record in records if record.get("calls")]
     labels = list(dict.fromkeys(record.get("label", "") for record in drawn))
@@ -167,7 +167,7 @@ def pick_rollouts(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
 
 
 def training_panels(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The SVG bodies of the panels that the run has data for."""
+    """Return the SVG bodies of the panels that the run has data for."""
     last = {(record["phase"], record["step"]): record for record in metrics}
     bodies = []
     for phase, title, curves in _PANELS:
@@ -182,7 +182,7 @@ def training_panels(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _entries(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The table's columns: one for each evaluation in summary.json, in its order."""
+    """Return the table's columns: one for each evaluation in summary.json, in its order."""
     return [
         {
             "name": name.replace("_", ", "),
@@ -208,7 +208,7 @@ def _table_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _failures(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Why problems failed: a row a reason, most frequent in the last entry first, a cell an evaluation."""
+    """Return the reasons of failures: a row a reason, the last entry's most frequent first, a cell an evaluation."""
     entries = list(evaluations(summary).values())
     counts = [entry.get("failures", {}) for entry in entries]
     reasons = sorted(
@@ -229,7 +229,7 @@ def evaluations(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _about(config: Mapping[str, Any]) -> str:
-    """One line on what was trained, or nothing where config.json is missing."""
+    """Return one line on what was trained, or nothing without a config.json."""
     if not config:
         return ""
     model, task, data = config["model"], config["task"], config["data"]

@@ -1,7 +1,7 @@
 """Rollouts as templates/viewer.js takes them: what each thread held and wrote, token by token.
 
-A record (evaluation/metrics.py, with its calls) becomes one drawing (viewer.py) and one plain dict. Token texts are
-numbers into one list a page, since they repeat.
+A record (evaluation/metrics.py, with its calls) becomes one drawing (viewer.py) and one plain dict. A page holds each
+token text once, in a list, and threads refer to them by number.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ Json = dict[str, Any]
 
 
 class ThreadViews:
-    """The rollouts of one page. `svgs` and `data` are what templates/viewer.html shows."""
+    """The rollouts of one page. templates/viewer.html shows its `svgs` and `data`."""
 
     def __init__(self) -> None:
         self.svgs: list[Markup] = []
@@ -31,7 +31,7 @@ class ThreadViews:
         self._rollouts: list[Json] = []
 
     def add(self, label: str, record: Mapping[str, Any]) -> None:
-        """Adds a record under the label that people choose it by; one without calls is left out."""
+        """Add a record under the label that people choose it by. One without calls is left out."""
         if not record.get("calls"):
             return
         body, height = draw_threads(record, WIDTH)
@@ -49,14 +49,14 @@ class ThreadViews:
 
     @property
     def data(self) -> Json:
-        """For `page.embed`."""
+        """The rollouts and token texts, for `page.embed`."""
         return {"tokens": self._texts, "rollouts": self._rollouts}
 
     def __len__(self) -> int:
         return len(self._rollouts)
 
     def _threads(self, record: Mapping[str, Any]) -> list[Json]:
-        """Root first, children under their parent in spawn order: the rows of the drawing."""
+        """Return the rows of the drawing: the root first, children under their parent in spawn order."""
         results = {tuple(thread["path"]): thread["result"] for thread in record["threads"]}
         critical = critical_threads(record["calls"])
         of_thread: dict[tuple[int, ...], list[tuple[int, Mapping[str, Any]]]] = {}
@@ -74,7 +74,7 @@ class ThreadViews:
         ]
 
     def _calls(self, calls: Sequence[tuple[int, Mapping[str, Any]]]) -> list[Json]:
-        """A thread's calls. Each tells what came into its context since the one before, and what of that one went."""
+        """Return a thread's calls, each with its context's change since the call before: what came and what went."""
         shown: list[Json] = []
         before, written = "", 0  # what the thread held when its last call ended, and how much of that the call wrote
         for index, call in calls:
@@ -103,7 +103,7 @@ class ThreadViews:
         return self._ids[text]
 
     def _leading(self, ids: Sequence[int], begin: int, limit: int) -> tuple[int, int]:
-        """How many leading tokens, from character `begin` on, end by character `limit`; and where the last one ends."""
+        """Count the tokens from character `begin` on that end by character `limit`; return the last one's end too."""
         end = begin
         for count, token in enumerate(ids):
             size = 0 if self._texts[token] == _END else len(self._texts[token])
@@ -114,7 +114,7 @@ class ThreadViews:
 
 
 def _tokens(call: Mapping[str, Any]) -> tuple[list[str], list[float] | None]:
-    """Token texts and log-probabilities; lines without any where the record has none."""
+    """Return token texts and log-probabilities. A record without them gets lines of text."""
     if "tokens" not in call:
         return call["text"].splitlines(keepends=True), None
     return [text or _END for text in call["tokens"]], call["logprobs"]
@@ -126,6 +126,6 @@ def _common_prefix(first: str, second: str) -> int:
 
 
 def _key(record: Mapping[str, Any]) -> str:
-    """Equal for rollouts of one problem, whatever their method; a group's samples differ."""
+    """Return a key that rollouts of one problem share, whatever their method. The samples of a group differ."""
     which = f"{problem_name(record)} {record.get('sample', 0)}"
     return hashlib.blake2b(which.encode(), digest_size=6).hexdigest()

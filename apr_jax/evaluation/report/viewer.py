@@ -1,8 +1,8 @@
 """One rollout drawn as a tree of threads over time.
 
-A row a thread, a bar a call, x in sequential tokens: what had to be written one after the other. Full lines open
-children, dashed lines hand their results back, and the critical path (the chain that `sequential_tokens` counts) is
-marked.
+Each thread is a row, each call a bar, and x counts sequential tokens, which had to be written one after the other. Full
+lines open children, dashed lines hand their results back. The critical path, the chain that `sequential_tokens` counts,
+is marked.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ ThreadPath = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """A call: tokens [begin, end) of the rollout's clock, on the row of its thread."""
+    """One call: tokens [begin, end) of the rollout's clock, on the row of its thread."""
 
     index: int  # in the record's calls
     path: ThreadPath
@@ -32,7 +32,7 @@ class Bar:
 
 
 def layout(calls: Sequence[Mapping[str, Any]]) -> list[Bar]:
-    """Rows and clocks of a record's calls, root first, children under their parent in spawn order."""
+    """Place a record's calls on rows and clocks, the root first, children under their parent in spawn order."""
     paths = sorted({tuple(call["path"]) for call in calls})
     rows = {path: row for row, path in enumerate(paths)}
     critical = critical_threads(calls)
@@ -45,7 +45,7 @@ def layout(calls: Sequence[Mapping[str, Any]]) -> list[Bar]:
 
 
 def critical_threads(calls: Sequence[Mapping[str, Any]]) -> set[ThreadPath]:
-    """The threads of the longest causal chain: the root and, for each spawn of one of them, its last child to end.
+    """Return the longest causal chain: the root and, for each spawn of a thread in it, its last child to end.
 
     A child that a sibling's success cancelled gives way to that sibling, which ended at the same clock.
     """
@@ -62,9 +62,9 @@ def critical_threads(calls: Sequence[Mapping[str, Any]]) -> set[ThreadPath]:
 
 
 def draw_threads(record: Mapping[str, Any], width: int = 1000) -> tuple[str, int]:
-    """The SVG body of one record's rollout (a group of `width` units) and its height.
+    """Draw one record's rollout as an SVG body, a group of `width` units, and return it with its height.
 
-    Needs the record's "calls" (evaluation/run.py); every piece of model text is escaped.
+    The record needs its "calls" (evaluation/run.py). All model text is escaped.
     """
     calls, results = record["calls"], {tuple(thread["path"]): thread["result"] for thread in record["threads"]}
     bars = layout(calls)
@@ -90,7 +90,7 @@ def draw_threads(record: Mapping[str, Any], width: int = 1000) -> tuple[str, int
 
 
 def bar_class(result: str, path: ThreadPath) -> str:
-    """The colour class of a thread's bars."""
+    """Return the colour class of a thread's bars."""
     if not path:
         return "root"
     if result == "solved":
@@ -99,17 +99,17 @@ def bar_class(result: str, path: ThreadPath) -> str:
 
 
 def thread_name(path: ThreadPath) -> str:
-    """What people call the thread: its spawn and its place in that, both from 1."""
+    """Return a thread's name for people: its spawn and its place in that, both counted from 1."""
     return f"child {path[-2] + 1}.{path[-1] + 1}" if path else "parent"
 
 
 def problem_name(record: Mapping[str, Any]) -> str:
-    """What people call a record's problem: its title, and of Countdown its numbers and target."""
+    """Return a record's problem for people: its title, and for Countdown its numbers and target."""
     return record["title"] if "title" in record else f"{', '.join(map(str, record['numbers']))} to {record['target']}"
 
 
 def describe(record: Mapping[str, Any]) -> str:
-    """One line that says what the drawing shows."""
+    """Describe the drawing in one line."""
     solved = "solved" if record["correct"] else f"not solved ({record['verdict'].replace('_', ' ')})"
     return (
         f"{problem_name(record)}: {solved} · {record['num_children']} children · "
@@ -135,7 +135,7 @@ def _frame(record: Mapping[str, Any], x_of: Callable[[float], float], last: int,
 
 
 def _call(bar: Bar, call: Mapping[str, Any], result: str, x_of: Callable[[float], float]) -> str:
-    """A bar; what it says of itself is for pointers (title) and screen readers (label) alike."""
+    """Draw a bar, with a text for pointers (title) and screen readers (label) alike."""
     tip = (
         f"{thread_name(bar.path)}, {result.replace('_', ' ')}: {call['num_tokens']} tokens from {bar.begin} on, "
         f"stop: {call['stop']}, {call['start_ms']:.0f} to {call['end_ms']:.0f} ms"
@@ -150,7 +150,7 @@ def _call(bar: Bar, call: Mapping[str, Any], result: str, x_of: Callable[[float]
 
 
 def _links(bars: Sequence[Bar], x_of: Callable[[float], float]) -> list[str]:
-    """Spawn and join lines, the critical ones last so that they lie on top."""
+    """Draw the spawn and join lines, the critical ones last so that they lie on top."""
     plain: list[str] = []
     marked: list[str] = []
     spans: dict[ThreadPath, tuple[int, int, int, bool]] = {}
@@ -177,7 +177,7 @@ def _links(bars: Sequence[Bar], x_of: Callable[[float], float]) -> list[str]:
 
 
 def _resumed(bars: Sequence[Bar], path: ThreadPath, end: int) -> int | None:
-    """When the parent of `path`, which ended at `end`, went on; None for the root and where the parent never did."""
+    """Return the clock at which the parent of `path` went on after `end`. None if it never did, or for the root."""
     return min((bar.begin for bar in bars if path and bar.path == path[:-2] and bar.begin >= end), default=None)
 
 
