@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"\s([a-z][\w\-]*)\(")
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([0-9,]*)\](?:\{([^{}]*)\})?")
 _OPERAND = re.compile(r"%([\w.\-]+)")
@@ -62,7 +62,6 @@ class Instruction:
     operands: tuple[str, ...]
     rest: str  # all that follows the operands
     line: str
-    is_root: bool
 
     def called(self, *kinds: str) -> list[str]:
         """The computations that it names under attributes of these kinds."""
@@ -237,10 +236,6 @@ def groups(line: str, num_devices: int) -> list[list[int]]:
     return [list(range(num_devices))]
 
 
-def collective_lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if _COLLECTIVE.search(line)]
-
-
 def sent_bytes(kind: str, payload: int, size: int) -> float:
     """Bytes that each of `size` devices sends in a collective on a ring.
 
@@ -271,7 +266,7 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def _instruction(line: str, found: re.Match[str]) -> Instruction | None:
-    text = found[3]
+    text = found[2]
     end = _closing(text) if text.startswith("(") else 0
     opcode = _OPCODE.search(text, end if end else 0)
     if not opcode:
@@ -279,7 +274,7 @@ def _instruction(line: str, found: re.Match[str]) -> Instruction | None:
     start = opcode.end() - 1
     stop = start + _closing(text[start:])
     operands = tuple(_OPERAND.findall(text[start:stop]))
-    return Instruction(found[2], opcode[1], text[: opcode.start()], operands, text[stop:], line, bool(found[1]))
+    return Instruction(found[1], opcode[1], text[: opcode.start()], operands, text[stop:], line)
 
 
 def _closing(text: str) -> int:

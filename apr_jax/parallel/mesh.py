@@ -135,11 +135,6 @@ def split_over_data(sharding: NamedSharding, shape: Sequence[int]) -> NamedShard
     return NamedSharding(mesh, partition_spec(*(split or None for split in splits)))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Return the sharding that splits rows `[B, ...]` over data and fsdp and leaves the other axes whole."""
-    return NamedSharding(mesh, partition_spec(BATCH_AXES))
-
-
 def ambient_platform() -> str:
     """Return the platform ("cpu", "tpu", ..) of the ambient mesh, which may be compiled for from another machine."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)

@@ -7,10 +7,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from apr_jax.aot.hlo import collective_lines as collectives
 from apr_jax.aot.hlo import groups
 
 _COPY = re.compile(r"^\s*(?:ROOT )?%?\S+ = (.*?) copy(?:-start)?\(")
+_COLLECTIVE = re.compile(
+    r" (?:all-reduce|all-gather|(?:ragged-)?all-to-all|collective-permute|collective-broadcast|reduce-scatter)"
+    r"(?:-start)?\("
+)
 _SHAPE = re.compile(r"\b[a-z]+[0-9]*[a-z0-9]*\[([0-9,]*)\]")
 _ALIAS = re.compile(r"\{(\d*)\}: \((\d+), \{\}, (?:may|must)-alias\)")
 
@@ -35,6 +38,10 @@ def text_of(step: Any, arguments: Any) -> str:
 def local_sizes(cache: Any) -> set[int]:
     """Elements of one device's part of each array."""
     return {array.addressable_shards[0].data.size for array in jax.tree.leaves(cache)}
+
+
+def collectives(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if _COLLECTIVE.search(line)]
 
 
 def copies_of(text: str, sizes: set[int]) -> list[str]:

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from apr_jax.config import ConfigError, MeshConfig, ModelConfig
 from apr_jax.model import llama
 from apr_jax.parallel.mesh import (
+    BATCH_AXES,
     Rules,
     ambient_platform,
-    batch_sharding,
     make_mesh,
     num_row_shards,
     param_shardings,
@@ -28,6 +28,10 @@ from tests.configs import TINY_MODEL
 MODEL = dataclasses.replace(
     TINY_MODEL, vocab_size=32, embed_dim=16, mlp_dim=24, head_dim=4, max_seq_len=64, tie_embeddings=True
 )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def loss_and_grads(config: ModelConfig, params: Any, batch: dict[str, jax.Array]) -> Any:

@@ -14,6 +14,7 @@ from apr_jax.data.packing import pack
 from apr_jax.train import losses
 from apr_jax.train.rl import objectives
 from apr_jax.train.rl.objectives import make_objective
+from tests.data.packed import read_back
 from tests.train.small import small_config
 
 GRPO = small_config().grpo
@@ -135,7 +136,7 @@ def test_the_loss_does_not_depend_on_how_sequences_are_packed(name):
         tokens = losses.GRPOTokens(*(jnp.asarray(rows[field], jnp.float32) for field in fields))
         arrays = [rows[field] for field in ("new", "old", "reference")]
         (loss, _), grad = _loss(objective, tokens, rows["segment_ids"], arrays, 0.2, 0.28, 2.0)
-        return loss, [x for _, x in sorted(zip(order, packing.read_back(np.asarray(grad)), strict=True))]
+        return loss, [x for _, x in sorted(zip(order, read_back(packing, np.asarray(grad)), strict=True))]
 
     alone, alone_grads = zip(*(loss_of(12, [i]) for i in range(9)), strict=True)
     expected_grads = [grads[0] for grads in alone_grads]
