@@ -187,7 +187,7 @@ class TreeOfThoughtsConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """What a rollout earns (train/rl/rewards.py): 1 where its answer is right, less the prices of what it took."""
+    """What a rollout earns (train/rl/reward.py): 1 where its answer is right, less the prices of what it took."""
 
     sequential_token_price: float  # of a token on the longest causal chain, the engine's measured critical path
     token_price: float  # of a token of any thread
@@ -204,7 +204,7 @@ class RewardConfig:
 class GRPOConfig:
     """Group-relative policy optimisation (paper section 4.3) and its relatives."""
 
-    objective: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"]  # train/rl/objectives.py has their equations
+    objective: str  # grpo, dr_grpo, dapo, gspo, cispo, or your own: a name in train/rl/objective.py
     num_steps: int
     prompts_per_step: int
     group_size: int  # rollouts a prompt; advantages are relative to their mean

@@ -27,7 +27,7 @@ from apr_jax.evaluation.policy import choose_config, choose_tokenizer
 from apr_jax.model.llama import Params
 from apr_jax.parallel.mesh import make_mesh, offer_cpu_devices
 from apr_jax.reasoning.outcome import Outcome, Settings, make_settings
-from apr_jax.reasoning.policy_engine import policy_engine
+from apr_jax.reasoning.policy_engine import EngineHolder, policy_engine
 from apr_jax.reasoning.programs import check_method, make_program
 from apr_jax.tasks import task_of
 from apr_jax.tasks.base import Task
@@ -78,19 +78,17 @@ class Policy:
         Where an earlier one lacks what `method` uses, another takes its place. Raises ConfigError where it does not fit
         the devices.
         """
-        shares = innermost(method) in SHARED_METHODS
-        if shares not in self._engines and True not in self._engines:
-            self._engines.clear()  # its memory is free before the next one takes its own
+        shares = self._holder.made_for or innermost(method) in SHARED_METHODS  # an engine for shared caches runs all
+
+        def make() -> Engine:
             mesh = make_mesh(self.config.mesh)
-            engine = policy_engine(self.config, mesh, self.tokenizer, self.params, expects_groups=shares)
-            engine.warm_up()  # so that no rate or latency counts compilation
-            self._engines[shares] = engine
-        return next(iter(self._engines.values()))
+            return policy_engine(self.config, mesh, self.tokenizer, self.params, expects_groups=shares)
+
+        return self._holder.get(shares, make)
 
     @functools.cached_property
-    def _engines(self) -> dict[bool, Engine]:
-        """At most one engine, by whether it was compiled for workers on a shared cache. One that was runs all."""
-        return {}
+    def _holder(self) -> EngineHolder[Engine]:
+        return EngineHolder()
 
     def solve(
         self,

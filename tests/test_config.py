@@ -84,7 +84,7 @@ def test_every_method_has_a_variant():
         ({"sft__row_len": 256}, r"sft\.row_len=256 is shorter than model\.max_seq_len=512"),
         ({"sft__microbatches": 3}, r"rows_per_step=8 must be a multiple of sft\.microbatches=3"),
         ({"grpo__group_size": 1}, r"group_size=1: an advantage needs at least 2"),
-        ({"grpo__objective": "dr.grpo"}, r"grpo\.objective='dr\.grpo': choose one of .* did you mean 'dr_grpo'\?"),
+        ({"grpo__credit": "use"}, r"grpo\.credit='use': choose one of .* did you mean 'used'\?"),
         ({"grpo__clip_ratio_high": -0.1}, r"grpo\.clip_ratio_high=-0\.1 must be >= 0"),
         ({"grpo__length_normaliser": 0}, r"grpo\.length_normaliser=0 must be at least 1"),
         ({"grpo__max_resamples": 400}, r"max_resamples=400 may ask for 12832 problems .*num_train=10000"),

@@ -35,9 +35,9 @@ from apr_jax.model.llama import abstract_params, num_params
 from apr_jax.model.placement import abstract_params_on
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import BATCH_AXES, make_mesh, partition_spec
-from apr_jax.train.grpo import Updater
 from apr_jax.train.optimizer import make_optimizer, schedule
-from apr_jax.train.rl.rollouts import Scored
+from apr_jax.train.rl.sample import Scored
+from apr_jax.train.rl.update import Updater
 from apr_jax.train.sft import make_sft_step
 from apr_jax.train.state import abstract_state
 
@@ -146,8 +146,7 @@ def grpo_batch(config: Config, updater: Updater, mesh: Mesh) -> tuple[dict[str, 
     """A GRPO microbatch `[B, T]`, as training packs rollouts, and an array of scores of its tokens."""
     call = Call((), _INTS[:1], _INTS[1:], _FLOATS[1:], Stop(StopReason.LENGTH, None), 0, 0.0, 0.0)
     rollout = Rollout(RolloutKey(0, 0), None, (call,), 1, 0.0, Work())
-    scored = Scored((rollout,), (1.0,), np.ones(1), (True,))
-    row = pack(updater.sequences(scored), config.grpo.row_len).rows
+    row = updater.rows(updater.sequences([Scored(None, rollout, True, 1.0, 1.0, np.ones(1))]))
     rows, spec = config.grpo.rows_per_microbatch, partition_spec(BATCH_AXES)
     batch = {name: _on(_shape((rows, *x.shape[1:]), x.dtype), mesh, spec) for name, x in row.items()}
     return batch, _on(_shape((rows, config.grpo.row_len), jnp.float32), mesh, spec)

@@ -31,10 +31,11 @@ from apr_jax.model.llama import Params, init_params, num_params
 from apr_jax.reasoning.outcome import banned_tokens
 from apr_jax.tasks import task_of
 from apr_jax.tasks.generation import generate_problems
-from apr_jax.train.grpo import Updater
-from apr_jax.train.losses import group_advantages, normalise
+from apr_jax.train.losses import normalise
 from apr_jax.train.optimizer import make_optimizer, schedule
-from apr_jax.train.rl.rollouts import Scored
+from apr_jax.train.rl.advantage import normalised
+from apr_jax.train.rl.sample import Scored
+from apr_jax.train.rl.update import Updater
 from apr_jax.train.scorer import to_mesh
 from apr_jax.train.sft import make_sft_step
 from apr_jax.train.state import create_state
@@ -273,8 +274,8 @@ def _grpo_pass(
     engine.warm_up()
     group = config.grpo.group_size
     keys = [RolloutKey(index // group, index % group) for index in range(len(programs))]
-    rewards = tuple(float(index % 2) for index in range(len(programs)))
-    advantages = group_advantages(rewards, group, config.grpo.advantage_eps)
+    rewards = [float(index % 2) for index in range(len(programs))]
+    advantages = normalised(config.grpo, rewards).tolist()
 
     def run() -> Mapping[str, Any]:
         state = _wait(create_state(mesh, config.model, updater.optimizer, params))
@@ -283,7 +284,12 @@ def _grpo_pass(
         rollouts = engine.run(
             [(key, program()) for key, program in zip(keys, programs, strict=True)], seed=config.seed, temperature=1.0
         )
-        sequences = updater.sequences(Scored(tuple(rollouts), rewards, advantages, tuple(map(bool, rewards))))
+        sequences = updater.sequences(
+            [
+                Scored(None, rollout, reward > 0, reward, advantage, np.ones(len(rollout.calls)))
+                for rollout, reward, advantage in zip(rollouts, rewards, advantages, strict=True)
+            ]
+        )
         state, metrics, _ = updater.update(state, updater.microbatches(sequences), None)
         _wait(state)
         return {"seconds": [time.perf_counter() - start], "losses": [float(metrics["loss"])]}

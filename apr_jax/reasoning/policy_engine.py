@@ -1,5 +1,8 @@
 """The engine that a policy is decoded with, whichever way of reasoning its configuration names."""
 
+from collections.abc import Callable
+from typing import Any, Generic, Protocol, TypeVar
+
 from jax.sharding import Mesh
 
 from apr_jax.config import Config
@@ -9,6 +12,46 @@ from apr_jax.model.llama import Params
 from apr_jax.reasoning.outcome import banned_tokens, spawn_gate
 from apr_jax.tasks.countdown.demonstrations import SHARED_METHODS
 from apr_jax.tasks.countdown.hogwild_traces import NUM_WORKERS
+
+
+class HeldEngine(Protocol):
+    """What a holder needs of an engine."""
+
+    def set_params(self, params: Any) -> None: ...
+    def warm_up(self) -> float: ...
+
+
+E = TypeVar("E", bound=HeldEngine)
+
+
+class EngineHolder(Generic[E]):
+    """The one engine of a process, made and compiled when it is first asked for.
+
+    Attributes:
+      made_for: what the present engine was made for, as `get` was told; None before the first.
+    """
+
+    def __init__(self) -> None:
+        self.made_for: Any = None
+        self._engine: E | None = None
+
+    def get(self, wanted: Any, make: Callable[[], E], params: Params | None = None) -> E:
+        """Return an engine that was made for `wanted`, warm: the present one, or a new one in its place.
+
+        Args:
+          wanted: compared with `made_for`.
+          make: makes an engine that holds the right weights. The present engine is gone by then, so that the new one
+            can have its memory.
+          params: weights for the present engine, which then forgets its cache; None: it holds the right ones.
+        """
+        if self._engine is None or self.made_for != wanted:
+            self._engine = None
+            engine = make()
+            engine.warm_up()  # so that no rate or latency counts compilation
+            self._engine, self.made_for = engine, wanted
+        elif params is not None:
+            self._engine.set_params(params)
+        return self._engine
 
 
 def policy_engine(

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from tensorboardX import SummaryWriter
@@ -37,6 +37,7 @@ class MetricsWriter:
             cut(workdir / name, phases, phase, step)
         self._writes = writes
         self._metrics, self._timings = ((workdir / name if writes else _NOWHERE).open("a") for name in names)
+        self._workdir = workdir
         folder = str(workdir / "tensorboard")
         self._board = SummaryWriter(folder, purge_step=step + 1, flush_secs=10, write_to_disk=writes)
 
@@ -55,6 +56,11 @@ class MetricsWriter:
     def write_timings(self, phase: str, step: int, timings: Values) -> None:
         _append(self._timings, {"step": step, "phase": phase, **timings})
         self._scalars(f"{phase}/time", step, timings)
+
+    def write_rollouts(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Write WORKDIR/grpo_rollouts/STEP.jsonl: rollouts that a step learnt from (train/rl/kept_rollouts.py)."""
+        if self._writes:
+            files.write_jsonl(self._workdir / "grpo_rollouts" / f"{step}.jsonl", records)
 
     def sync(self) -> None:
         """Makes the lines so far survive a crash of the machine: before a checkpoint that counts on them."""

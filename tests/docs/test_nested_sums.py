@@ -13,7 +13,7 @@ from apr_jax.data.demonstrations import load_split
 from apr_jax.engine.threads import RolloutKey
 from apr_jax.tasks.countdown.trace import CALL_BEGIN, CALL_END
 from apr_jax.tasks.generation import generate_problems
-from apr_jax.train.rl.rollouts import score
+from apr_jax.train.rl.sample import score
 from apr_jax.train.run import train
 from tests.docs.pages import DOCS
 from tests.reasoning.fixtures import TOKENIZER, Replay, TextScript, call_tokens, settings
@@ -115,7 +115,7 @@ def test_splits_share_no_problem_and_are_reproducible(tmp_path):
 def test_credit_that_reads_countdowns_traces_is_refused(tmp_path):
     grpo = dataclasses.replace(tiny_config(tmp_path).grpo, credit="used")
     with pytest.raises(ValueError, match="not those of nested_sums"):
-        score([], [], grpo, sums.NESTED_SUMS, TOKENIZER)
+        score(grpo, [], [], TOKENIZER, sums.NESTED_SUMS)
 
 
 def test_the_projects_own_trainer_runs_it_from_data_to_report(tmp_path):

@@ -4,7 +4,7 @@
 
     files:37                                just before the run touches files below WORKDIR for the 37th time: opens one
                                             to write, makes, renames or removes one, in whichever thread
-    apr_jax.train.grpo.sample_step:3        when this function is called for the third time
+    apr_jax.train.rl.sample.choose_problems:3        when this function is called for the third time
     never                                   not at all
 
 At its end, a run that came to it writes how often it touched files to WORKDIR.touched.

@@ -100,7 +100,7 @@ def test_a_signal_saves_and_exits_with_75_and_grpo_starts_from_a_checkpoint(plac
     whole, _ = undisturbed
     workdir = place / "stopped"
     sft = f"--checkpoint={whole / 'checkpoints' / 'sft'}"
-    stopped = _start(place, workdir, sft, disturbed=("SIGTERM", "apr_jax.train.grpo.sample_step:2"))
+    stopped = _start(place, workdir, sft, disturbed=("SIGTERM", "apr_jax.train.rl.sample.choose_problems:2"))
     _, errors = _finish(stopped, 75)
     assert "Start again to go on" in errors
     assert [path.name for path in (workdir / "checkpoints" / "grpo").glob("[0-9]*")] == ["1"]

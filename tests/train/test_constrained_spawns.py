@@ -23,8 +23,10 @@ from apr_jax.reasoning.outcome import make_settings, spawn_gate
 from apr_jax.reasoning.programs import make_program
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.rules import Problem
-from apr_jax.train import grpo
-from apr_jax.train.rl import rollouts
+from apr_jax.train.rl import update
+from apr_jax.train.rl.sample import Scored
+from apr_jax.train.rl.sequences import training_sequences
+from apr_jax.train.rl.step_metrics import gap_metrics
 from apr_jax.train.state import create_state
 from tests.train.small import on_mesh, small_config
 
@@ -86,15 +88,17 @@ def drawn():
 
 
 def _draw(patch):
-    patch.setattr(grpo, "banned_tokens", lambda tokenizer, vocab_size: BANNED)
+    patch.setattr(update, "banned_tokens", lambda tokenizer, vocab_size: BANNED)
     params = init_params(CONFIG.model, 3)
     gate = spawn_gate(CONFIG, TOKENIZER)
     mesh = make_mesh(CONFIG.mesh)
     engine = Engine(CONFIG.model, CONFIG.engine, CONFIG.rollout, mesh, params=params, banned_tokens=BANNED, gate=gate)
     results = _run(engine, make_settings(CONFIG, TOKENIZER), 48)
     assert engine.stats.generated > sum(len(call.tokens) for result in results for call in result.calls), "none refused"
-    rewards = tuple(float(index % 2) for index in range(48))
-    scored = rollouts.Scored(tuple(results), rewards, np.asarray([1.0, -1.0] * 24), (False, True) * 24)
+    scored = [
+        Scored(PROBLEM, rollout, bool(index % 2), float(index % 2), (1.0, -1.0)[index % 2], np.ones(len(rollout.calls)))
+        for index, rollout in enumerate(results)
+    ]
     return scored, params, engine
 
 
@@ -105,12 +109,12 @@ def _run(engine, settings, count):
 
 def test_no_spawn_is_malformed(drawn):
     scored, *_ = drawn
-    outcomes = [rollout.result for rollout in scored.rollouts]
+    outcomes = [each.rollout.result for each in scored]
     reasons = [reason for outcome in outcomes for reason in (outcome.reason, *outcome.child_reasons)]
     assert set(reasons) <= {"no_solution", "unfinished", "max_steps", "context_full"}
     assert sum(outcome.num_spawns for outcome in outcomes) > 15
     assert sum(outcome.num_children for outcome in outcomes) > 20
-    paths = {call.path for rollout in scored.rollouts for call in rollout.calls}
+    paths = {call.path for each in scored for call in each.rollout.calls}
     assert max(map(len, paths)) == 4, "a child spawned, too"
 
 
@@ -155,9 +159,9 @@ def _logits(params, tokens_T):
 def test_log_probabilities_are_those_over_what_the_parser_would_accept(drawn):
     scored, params, _ = drawn
     held, shut = 0, 0
-    for rollout in scored.rollouts[:32]:
+    for each in scored[:32]:
         spawns = {}
-        for call in rollout.calls:
+        for call in each.rollout.calls:
             tokens, begin = call.context.tolist(), None
             whole = np.zeros(CONFIG.model.max_seq_len, np.int32)
             whole[: len(tokens) + len(call.tokens)] = [*tokens, *call.tokens.tolist()]
@@ -178,15 +182,16 @@ def test_log_probabilities_are_those_over_what_the_parser_would_accept(drawn):
 
 def _update(config, scored, params, monkeypatch):
     """Metrics, gradients, and the gap between trainer and engine, of one update."""
-    monkeypatch.setattr(grpo, "banned_tokens", lambda tokenizer, vocab_size: BANNED)
+    monkeypatch.setattr(update, "banned_tokens", lambda tokenizer, vocab_size: BANNED)
     mesh = make_mesh(config.mesh)
-    updater = grpo.Updater(config, mesh, TOKENIZER)
+    updater = update.Updater(config, mesh, TOKENIZER)
     state = create_state(mesh, config.model, updater.optimizer, params)
-    batches = updater.microbatches(rollouts.training_sequences(scored, config.grpo.kl_coef, updater.gate))
+    gate = spawn_gate(config, TOKENIZER)
+    batches = updater.microbatches(training_sequences(config.grpo, scored, gate, branches=False))
     state, metrics, old = updater.update(state, batches, state.params)
     leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
     grads = [np.asarray(leaf) for path, leaf in leaves if ".mu" in jax.tree_util.keystr(path)]
-    return {name: float(value) for name, value in metrics.items()}, grads, grpo._gap(batches, old, 0.0)
+    return {name: float(value) for name, value in metrics.items()}, grads, gap_metrics(batches, old, 0.0)
 
 
 @pytest.mark.parametrize("mesh", [{"data": 1}, {"data": 2, "fsdp": 2}], ids=["one", "four"])
@@ -210,7 +215,8 @@ def test_without_its_masks_the_trainer_would_score_another_policy(drawn, monkeyp
 
 def test_sequences_are_as_ever_without_the_option(drawn):
     scored, *_ = drawn
-    plain, held = (rollouts.training_sequences(scored, 0.1, gate) for gate in (None, spawn_gate(CONFIG, TOKENIZER)))
+    gates = (None, spawn_gate(CONFIG, TOKENIZER))
+    plain, held = (training_sequences(CONFIG.grpo, scored, gate, branches=False) for gate in gates)
     assert {"bans", "allowed"} == set(held[0]) - set(plain[0])
     for without, sequence in zip(plain, held, strict=True):
         assert sequence["allowed"].shape == (len(sequence["tokens"]), 5)

@@ -23,10 +23,10 @@ from apr_jax.tasks import TASKS
 from apr_jax.tasks.base import Verdict
 from apr_jax.tasks.countdown.rules import Problem
 from apr_jax.tasks.countdown.task import Countdown
-from apr_jax.train import grpo
-from apr_jax.train.rl import rollouts
-from apr_jax.train.rl.kept_rollouts import keep_rollouts
-from apr_jax.train.rl.objectives import make_objective
+from apr_jax.train.grpo import train_grpo
+from apr_jax.train.rl.sample import Sampler, Scored
+from apr_jax.train.rl.sequences import training_sequences
+from apr_jax.train.rl.update import Updater, microbatch_sizes
 from apr_jax.train.signals import StoppedError, StopSignal
 from apr_jax.train.state import create_state
 from tests.train.small import on_mesh, open_phase, small_config
@@ -73,9 +73,16 @@ def made_up_rollouts(seed=0, chained=False):
 
     outcome = Outcome(answer=None, status="no_solution", reason="no_solution")
     made = [Rollout(RolloutKey(i // 4, i % 4), outcome, calls(), 0, 0.0, Work()) for i in range(8)]
-    rewards = (1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0)
-    advantages = np.asarray([1.0, -1.0, -1.0, 1.0, 0, 0, 0, 0])
-    return rollouts.Scored(tuple(made), rewards, advantages, tuple(reward > 0 for reward in rewards))
+    rewards, advantages = (1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0), (1.0, -1.0, -1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+    return [
+        Scored(None, rollout, reward > 0, reward, advantage, np.ones(len(rollout.calls)))
+        for rollout, reward, advantage in zip(made, rewards, advantages, strict=True)
+    ]
+
+
+def sequences_of(config, scored):
+    """A sequence a call."""
+    return training_sequences(config.grpo, scored, None, branches=False)
 
 
 def _moved(config, params, seed):
@@ -86,7 +93,7 @@ def _moved(config, params, seed):
 def _update(config, sequences, reference=True):
     """Metrics and gradient of one update from given sequences."""
     mesh = make_mesh(config.mesh)
-    updater = grpo.Updater(config, mesh, TOKENIZER)
+    updater = Updater(config, mesh, TOKENIZER)
     params = init_params(config.model, 0)
     state = create_state(mesh, config.model, updater.optimizer, params)
     behind = create_state(mesh, config.model, updater.optimizer, _moved(config, params, 1)).params
@@ -104,7 +111,7 @@ def _by_definition(config, scored):
     structure, params = graphdef(config.model), init_params(config.model, 0)
     reference = _moved(config, params, 1)
     banned = jnp.zeros(config.model.vocab_size, bool).at[jnp.asarray(BANNED)].set(True)
-    calls = [(i, call) for i, rollout in enumerate(scored.rollouts) for call in rollout.calls]
+    calls = [(i, call) for i, each in enumerate(scored) for call in each.rollout.calls]
 
     def logprobs(params, whole, length):
         model = nnx.merge(structure, params)
@@ -131,8 +138,8 @@ def _by_definition(config, scored):
                 for (_, call), whole in zip(calls, wholes, strict=True)
             ]
         ),
-        np.asarray([scored.advantages[i] for i, _ in calls], np.float32),
-        np.asarray([len(scored.rollouts[i].calls) for i, _ in calls], np.float32),
+        np.asarray([scored[i].advantage for i, _ in calls], np.float32),
+        np.asarray([len(scored[i].rollout.calls) for i, _ in calls], np.float32),
     )
     value, grads = jax.value_and_grad(loss)(params, *map(jnp.asarray, arguments))
     return float(value), jax.tree.leaves(grads)
@@ -140,7 +147,7 @@ def _by_definition(config, scored):
 
 def test_update_follows_the_definition():
     scored = made_up_rollouts()
-    metrics, grads, _, _ = _update(CONFIG, rollouts.training_sequences(scored, CONFIG.grpo.kl_coef))
+    metrics, grads, _, _ = _update(CONFIG, sequences_of(CONFIG, scored))
     loss, expected = _by_definition(CONFIG, scored)
     np.testing.assert_allclose(metrics["loss"], loss, atol=1e-6)
     for actual, grad in zip(grads.values(), expected, strict=True):
@@ -163,12 +170,12 @@ def test_update_follows_the_definition():
     ],
 )
 def test_what_remains_goes_into_halves(rows, full, shards, sizes):
-    assert grpo._microbatch_sizes(rows, full, shards) == sizes
+    assert microbatch_sizes(rows, full, shards) == sizes
 
 
 @pytest.mark.parametrize("change", ["rows", "order"])
 def test_same_update_however_the_batch_is_cut(change):
-    sequences = rollouts.training_sequences(made_up_rollouts(), CONFIG.grpo.kl_coef)
+    sequences = sequences_of(CONFIG, made_up_rollouts())
     expected, expected_grads, _, _ = _update(CONFIG, sequences)
     config = CONFIG
     if change == "rows":
@@ -189,8 +196,7 @@ def test_every_objective_updates_alike_however_the_batch_is_cut(name):
     changes = {"objective": name, "inner_updates": 2, "importance_cap": 1.5, "clip_ratio_high": 0.28}
     optimizer = dataclasses.replace(CONFIG.grpo.optimizer, learning_rate=0.01)
     config = dataclasses.replace(CONFIG, grpo=dataclasses.replace(CONFIG.grpo, optimizer=optimizer, **changes))
-    weigh = make_objective(config.grpo).weigh
-    sequences = rollouts.training_sequences(made_up_rollouts(), CONFIG.grpo.kl_coef, weigh=weigh)
+    sequences = sequences_of(config, made_up_rollouts())
     expected, expected_grads, _, _ = _update(config, sequences)
     cut = dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, rows_per_microbatch=8))
     metrics, grads, _, _ = _update(on_mesh(cut, data=2, fsdp=2), sequences[::-1])
@@ -211,8 +217,8 @@ def test_what_calls_have_in_common_is_computed_once(name, impl):
     model = dataclasses.replace(CONFIG.model, attention=impl, head_dim=16)
     config = dataclasses.replace(CONFIG, model=model, grpo=dataclasses.replace(CONFIG.grpo, **changes))
     scored = made_up_rollouts(chained=True)
-    apart = rollouts.training_sequences(scored, config.grpo.kl_coef, weigh=make_objective(config.grpo).weigh)
-    together = grpo.Updater(config, make_mesh(config.mesh), TOKENIZER).sequences(scored)
+    apart = sequences_of(config, scored)
+    together = Updater(config, make_mesh(config.mesh), TOKENIZER).sequences(scored)
     assert (len(apart), len(together)) == (32, 16)
     assert sum(len(s["tokens"]) for s in together) < 0.6 * sum(len(s["tokens"]) for s in apart)
     expected, expected_grads, batches, old = _update(config, apart)
@@ -232,16 +238,16 @@ def test_what_calls_have_in_common_is_computed_once(name, impl):
         return [pairs[logged] for logged in sorted(pairs)]
 
     mine, alone = scores(shared_batches, shared_old), scores(batches, old)
-    assert len(mine) == sum(len(call.tokens) for rollout in scored.rollouts for call in rollout.calls)
+    assert len(mine) == sum(len(call.tokens) for each in scored for call in each.rollout.calls)
     np.testing.assert_allclose(mine, alone, atol=1e-5)
 
 
 def test_leaving_out_calls_without_signal_changes_no_gradient():
     config = dataclasses.replace(CONFIG, grpo=dataclasses.replace(CONFIG.grpo, kl_coef=0.0))
     scored = made_up_rollouts()
-    everything = rollouts.training_sequences(scored, 1.0)
+    everything = sequences_of(CONFIG, scored)
     everything = [{**s, "kl_weight": np.zeros_like(s["kl_weight"])} for s in everything]
-    kept = rollouts.training_sequences(scored, 0.0)
+    kept = sequences_of(config, scored)
     assert len(kept) < len(everything)
     expected, expected_grads, _, _ = _update(config, everything, reference=False)
     metrics, grads, _, _ = _update(config, kept, reference=False)
@@ -259,7 +265,7 @@ def test_later_inner_updates_refer_to_the_first_policy():
             optimizer=dataclasses.replace(CONFIG.grpo.optimizer, learning_rate=0.02),
         ),
     )
-    sequences = rollouts.training_sequences(made_up_rollouts(), CONFIG.grpo.kl_coef)
+    sequences = sequences_of(CONFIG, made_up_rollouts())
     _, _, _, first = _update(CONFIG, sequences)
     metrics, _, _, old = _update(config, sequences)
     jax.tree.map(np.testing.assert_array_equal, old, first)
@@ -305,18 +311,8 @@ def bandit(monkeypatch):
 
         monkeypatch.setitem(TASKS, "countdown", Bandit())
         with open_phase(workdir, "grpo", config, stop) as phase:
-            return grpo.train_grpo(
-                config,
-                mesh,
-                params=params,
-                reference=params,
-                problems=PROBLEMS,
-                tokenizer=TOKENIZER,
-                engine=engine,
-                phase=phase,
-                validate=lambda: 0.0,
-                keep=lambda step, sample: keep_rollouts(workdir, step, sample, config, TOKENIZER),
-            )
+            sampler = Sampler(config, engine, PROBLEMS, PROBLEMS[:2], TOKENIZER)
+            return train_grpo(config, mesh, phase, sampler, params)
 
     return train
 

@@ -10,7 +10,8 @@ from apr_jax.checkpoints.policy import load_policy
 from apr_jax.config import Config, ConfigError
 from apr_jax.data import demonstrations
 from apr_jax.files import read_jsonl
-from apr_jax.train import grpo, run
+from apr_jax.train import evaluations, grpo, run
+from apr_jax.train.rl import sample
 from apr_jax.train.run import train
 from apr_jax.train.signals import StoppedError
 from tests.train.small import on_mesh, small_config
@@ -46,10 +47,10 @@ STAGES = {
     "data building": (demonstrations, "load_split", 1),
     "tokenising": (run, "train_iterator", 1),
     "SFT": (run, "train_sft", 1),
-    "evaluation before": (run, "evaluate", 2),
-    "rollouts": (grpo, "sample_step", 2),
+    "evaluation before": (evaluations, "evaluate", 2),
+    "rollouts": (sample, "choose_problems", 2),
     "validation": (grpo, "_validate", 2),
-    "evaluation after": (run, "evaluate", 3),
+    "evaluation after": (evaluations, "evaluate", 2),
 }
 
 

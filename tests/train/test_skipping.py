@@ -8,12 +8,11 @@ import pytest
 
 from apr_jax.files import read_jsonl
 from apr_jax.parallel.mesh import make_mesh
-from apr_jax.train import grpo
-from apr_jax.train.rl import rollouts
+from apr_jax.train.rl.update import Updater
 from apr_jax.train.state import create_state
 from tests.train.small import on_mesh, small_config
 from tests.train.test_grpo import CONFIG as GRPO_CONFIG
-from tests.train.test_grpo import TOKENIZER, made_up_rollouts
+from tests.train.test_grpo import TOKENIZER, made_up_rollouts, sequences_of
 from tests.train.test_sft import Rows, train_on
 
 SETTINGS = {"sft.num_steps": 3, "sft.optimizer.schedule": "constant", "faults.max_skipped_steps": 2}
@@ -68,9 +67,9 @@ def test_too_many_in_a_row_stop_the_run_with_the_batch_saved_also_when_it_was_ki
 @pytest.mark.parametrize("mesh", [{}, {"data": 2, "fsdp": 2}], ids=["one device", "a mesh"])
 def test_grpo_leaves_weights_and_moments_as_they_are(mesh):
     config = on_mesh(GRPO_CONFIG, **mesh)
-    updater = grpo.Updater(config, make_mesh(config.mesh), TOKENIZER)
+    updater = Updater(config, make_mesh(config.mesh), TOKENIZER)
     state = create_state(make_mesh(config.mesh), config.model, updater.optimizer)
-    sequences = rollouts.training_sequences(made_up_rollouts(), config.grpo.kl_coef)
+    sequences = sequences_of(config, made_up_rollouts())
     state, metrics, _ = updater.update(state, updater.microbatches(sequences), None)
     before = jax.tree.map(np.array, state)
     assert float(metrics["skipped_rate"]) == 0

@@ -26,7 +26,7 @@ from apr_jax.model.llama import Params
 from apr_jax.parallel.machine import device_name
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.reasoning.outcome import make_settings
-from apr_jax.reasoning.policy_engine import policy_engine
+from apr_jax.reasoning.policy_engine import EngineHolder, policy_engine
 from apr_jax.reasoning.programs import check_method
 from apr_jax.tasks import task_of
 from apr_jax.tasks.base import Split, split_size
@@ -151,12 +151,12 @@ def run_cells(
             rows[index] = done
     if rows:
         say(f"{len(rows)} of {len(cells)} cells were done before")
-    engines = Engines()
+    holder: EngineHolder[Engine] = EngineHolder()
     # Cells of one engine lie next to each other, so that it is made once.
     for count, index in enumerate(sorted(todo, key=lambda i: (*_engine_of(cells[i].row), i)), 1):
         cell, settings = todo[index]
         policy, config = policies[cell.row.policy], configs[cell]
-        engine, window = engines.of(policy, cell.row), cell.context_window
+        engine, window = _engine_for(holder, policy, cell.row), cell.context_window
         with ShownProgress(len(asked.problems), f"{count}/{len(todo)} {cell}") as on_progress:
             summary, records = evaluate(
                 engine,
@@ -206,29 +206,21 @@ def weights_digest(params: Params) -> str:
     return digest.hexdigest()
 
 
-class Engines:
-    """The engine of the cell that is run: made anew where shapes or limits change, else given its weights.
+def _engine_for(holder: EngineHolder[Engine], policy: Policy, row: Row) -> Engine:
+    """Return the engine of a row, which is a new one where shapes or limits change.
 
-    Given weights, the same ones too, it forgets its cache: what a cell prefills depends on no cell before it.
+    A present engine is given weights even where it holds them. So it forgets its cache, and what a cell prefills does
+    not depend on the cells before it.
     """
+    config = policy.config
+    _, shares = _engine_of(row)
 
-    def __init__(self) -> None:
-        self._made: tuple[Any, ...] | None = None
-        self._engine: Engine | None = None
+    def make() -> Engine:
+        mesh = make_mesh(config.mesh)
+        return policy_engine(config, mesh, policy.tokenizer, policy.params, expects_groups=shares)
 
-    def of(self, policy: Policy, row: Row) -> Engine:
-        config = policy.config
-        _, shares = _engine_of(row)
-        wanted = (config.model, config.engine, config.rollout, config.mesh, policy.vocabulary, shares)
-        if self._engine is None or self._made != wanted:
-            self._engine = None  # its memory is free before the next one takes its own
-            mesh = make_mesh(config.mesh)
-            self._engine = policy_engine(config, mesh, policy.tokenizer, policy.params, expects_groups=shares)
-            self._engine.warm_up()  # so that no rate or latency counts compilation
-            self._made = wanted
-        else:
-            self._engine.set_params(policy.params)
-        return self._engine
+    wanted = (config.model, config.engine, config.rollout, config.mesh, policy.vocabulary, shares)
+    return holder.get(wanted, make, policy.params)
 
 
 def _engine_of(row: Row) -> tuple[str, bool]:

@@ -11,8 +11,8 @@ from apr_jax.config import ConfigError, from_config_dict, to_dict
 from apr_jax.data.tokenizer import BuiltinTokenizer
 from apr_jax.evaluation.compare.cells import (
     Asked,
-    Engines,
     Policy,
+    _engine_for,
     cell_config,
     cell_settings,
     check_programs,
@@ -21,6 +21,7 @@ from apr_jax.evaluation.compare.cells import (
     weights_digest,
 )
 from apr_jax.evaluation.compare.grid import Cell, Row
+from apr_jax.reasoning.policy_engine import EngineHolder
 from apr_jax.tasks.countdown.rules import Problem
 from apr_jax.tasks.generation import generate_problems
 from configs.grpo import get_config
@@ -122,24 +123,24 @@ class Engine:
 
 
 @pytest.fixture
-def engines(monkeypatch):
+def holder(monkeypatch):
     monkeypatch.setattr("apr_jax.evaluation.compare.cells.policy_engine", Engine)
     monkeypatch.setattr(Engine, "made", [])
-    return Engines()
+    return EngineHolder()
 
 
-def test_an_engine_expects_groups_where_the_row_shares_a_cache(engines):
+def test_an_engine_expects_groups_where_the_row_shares_a_cache(holder):
     told = policy(**{"task.context_windows": [128, 256], "data.condition_on_budget": True})
     for program in ("adaptive", "cons@2:hogwild", "hogwild"):
-        engines.of(told, cell(program).row)
+        _engine_for(holder, told, cell(program).row)
     assert [(engine.expects_groups, engine.is_warm) for engine in Engine.made] == [(False, True), (True, True)]
 
 
-def test_no_cell_reads_what_another_computed(engines):
+def test_no_cell_reads_what_another_computed(holder):
     """Weights that are set, the same or others, make an engine forget its cache."""
     first, other = policy(), dataclasses.replace(policy("b"), params={"other": 1}, weights="others")
     for own in (first, first, other):
-        engines.of(own, cell().row)
+        _engine_for(holder, own, cell().row)
     (engine,) = Engine.made
     assert engine.weights == [first.params, first.params, other.params]
 
@@ -180,12 +181,12 @@ def test_settings_that_matter_are_in_the_fingerprint(other):
     assert other != settings()
 
 
-def test_a_tokenizer_is_known_by_what_it_is_and_not_by_its_place(engines):
+def test_a_tokenizer_is_known_by_what_it_is_and_not_by_its_place(holder):
     assert settings(policy(**{"data.tokenizer": "a/tokenizer.json"})) == settings()
-    engines.of(policy(), cell().row)
-    engines.of(policy(**{"data.tokenizer": "a/tokenizer.json"}), cell().row)
+    _engine_for(holder, policy(), cell().row)
+    _engine_for(holder, policy(**{"data.tokenizer": "a/tokenizer.json"}), cell().row)
     assert len(Engine.made) == 1
-    engines.of(dataclasses.replace(policy(), tokenizer=OtherTokenizer()), cell().row)
+    _engine_for(holder, dataclasses.replace(policy(), tokenizer=OtherTokenizer()), cell().row)
     assert len(Engine.made) == 2, "it bans other tokens"
 
 

@@ -7,8 +7,10 @@ from apr_jax.engine.threads import StopReason
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.rules import Problem
 from apr_jax.tasks.countdown.task import COUNTDOWN
-from apr_jax.train.rl import credit, rollouts
+from apr_jax.train.rl import credit
+from apr_jax.train.rl.sample import score
 from tests.reasoning.test_adaptive import GOOD, LAST, PROBLEM, SPAWN, STATE_6_4, TOKENIZER, run
+from tests.train.rl.test_sequences import sequences_of
 from tests.train.small import small_config
 
 WRONG = "Exploring Operation: 4*6=25, Resulting Numbers: [25]\n24,24 equal: Goal Reached\n"  # claims a goal, falsely
@@ -73,29 +75,23 @@ def test_a_thread_that_was_cut_off_is_not_used():
 
 def _both(credit_name):
     config = small_config(**{"grpo.group_size": 2, "grpo.credit": credit_name}).grpo
-    return rollouts.score([run(GOOD), run(FAILS)], [PROBLEM] * 2, config, COUNTDOWN, TOKENIZER)
+    return score(config, [run(GOOD), run(FAILS)], [PROBLEM] * 2, TOKENIZER, COUNTDOWN)
 
 
 def test_the_papers_credit_is_every_calls():
     scored = _both("rollout")
-    sequences = rollouts.training_sequences(scored, 0.0)
+    sequences = sequences_of(scored, 0.0)
     assert [np.sign(s["advantage"][-1]) for s in sequences] == [1] * 4 + [-1] * 4
 
 
 def test_unused_children_learn_nothing_and_still_count_in_the_weights():
     scored, plain = _both("used"), _both("rollout")
-    sequences = rollouts.training_sequences(scored, 0.0)
+    sequences = sequences_of(scored, 0.0)
     # Solved: the root's two calls and the child that won; failed: the root's two calls.
     assert [np.sign(s["advantage"][-1]) for s in sequences] == [1, 1, 1, -1, -1]
-    everyone = rollouts.training_sequences(plain, 0.0)
+    everyone = sequences_of(plain, 0.0)
     kept = [everyone[i] for i in (0, 1, 3, 4, 5)]
     for ours, theirs in zip(sequences, kept, strict=True):
         for name, values in theirs.items():
             np.testing.assert_array_equal(ours[name], values, err_msg=name)
-    assert len(rollouts.training_sequences(scored, 0.1)) == 8  # all have a KL term
-
-
-def test_credit_needs_the_tokenizer():
-    config = small_config(**{"grpo.group_size": 2, "grpo.credit": "used"}).grpo
-    with pytest.raises(ValueError, match="pass the tokenizer"):
-        rollouts.score([run(GOOD), run(FAILS)], [PROBLEM] * 2, config, COUNTDOWN)
+    assert len(sequences_of(scored, 0.1)) == 8  # all have a KL term

@@ -7,19 +7,19 @@ import numpy as np
 
 from apr_jax.evaluation.report.run_report import add_run_views
 from apr_jax.evaluation.report.thread_view import ThreadViews
-from apr_jax.tasks.countdown.task import COUNTDOWN
-from apr_jax.train.rl import rollouts
-from apr_jax.train.rl.dynamic_sampling import Sample
-from apr_jax.train.rl.kept_rollouts import keep_rollouts, kept_records
-from tests.train.rl.test_rollouts import CONFIG, PROBLEM, TOKENIZER, _two_rollouts
+from apr_jax.train.metrics import MetricsWriter
+from apr_jax.train.rl.kept_rollouts import kept_records
+from apr_jax.train.rl.sample import Sample
+from tests.train.rl.test_sequences import CONFIG, TOKENIZER, scored_rollouts, two_rollouts
 
 
 def made_sample(advantages, shares=()):
     """Two groups of two rollouts."""
-    asked = [PROBLEM] * 4
-    scored = rollouts.score(_two_rollouts() * 2, asked, CONFIG.grpo, COUNTDOWN)
-    scored = dataclasses.replace(scored, advantages=np.asarray(advantages), shares=shares)
-    return Sample(scored, asked, scored, rounds=1, dropped=0)
+    scored = scored_rollouts(two_rollouts() * 2)
+    scored = [dataclasses.replace(each, advantage=value) for each, value in zip(scored, advantages, strict=True)]
+    if shares:
+        scored = [dataclasses.replace(each, shares=own) for each, own in zip(scored, shares, strict=True)]
+    return Sample(scored, scored, rounds=1, dropped=0)
 
 
 def test_the_first_group_with_a_signal_is_kept():
@@ -38,7 +38,9 @@ def test_a_call_has_its_own_share():
 
 def test_the_report_shows_what_a_step_kept(tmp_path):
     for step in (2, 10):
-        keep_rollouts(tmp_path, step, made_sample([0.5, -0.5, 0.0, 0.0]), CONFIG, TOKENIZER)
+        records = kept_records(made_sample([0.5, -0.5, 0.0, 0.0]), CONFIG, TOKENIZER)
+        with MetricsWriter(tmp_path, ("grpo",), "grpo", 0) as writer:
+            writer.write_rollouts(step, records)
     data = add_run_views(ThreadViews(), tmp_path).data
     assert [r["label"] for r in data["rollouts"]] == ["GRPO step 2"] * 2 + ["GRPO step 10"] * 2
     assert data["rollouts"][1]["threads"][0]["calls"][0]["advantage"] == -0.5

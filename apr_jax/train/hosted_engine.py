@@ -1,4 +1,4 @@
-"""An engine on every host, that together look like one: each runs its share of the programs on its own devices."""
+"""The engine of a run. In a job each host has its own, and together they look like one."""
 
 import dataclasses
 import time
@@ -17,7 +17,7 @@ from apr_jax.evaluation.run import RunsPrograms
 from apr_jax.model.llama import Params, abstract_params, logical_axes
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import RULES, param_shardings
-from apr_jax.reasoning.policy_engine import policy_engine, workers
+from apr_jax.reasoning.policy_engine import EngineHolder, policy_engine, workers
 from apr_jax.train.signals import StopSignal
 
 
@@ -28,13 +28,30 @@ class RolloutEngine(RunsPrograms, Protocol):
     def warm_up(self) -> float: ...
 
 
+class RunEngine:
+    """The one engine of a run, compiled once for all stages. The trainer works on `mesh`."""
+
+    def __init__(self, config: Config, mesh: Mesh, tokenizer: Tokenizer, stop: StopSignal) -> None:
+        self._config, self._mesh, self._tokenizer, self._stop = config, mesh, tokenizer, stop
+        self._holder: EngineHolder[RolloutEngine] = EngineHolder()
+
+    def holding(self, params: Params) -> RolloutEngine:
+        """Return the engine with these weights, which lie on the trainer's mesh. Raises as `make_engine`."""
+
+        def make() -> RolloutEngine:
+            return make_engine(self._config, self._mesh, self._tokenizer, params, self._stop)
+
+        with self._stop.interrupting():  # compiling takes a while
+            return self._holder.get("run", make, params)
+
+
 def plan_engine(config: Config, mesh: Mesh) -> EnginePlan:
     """Plan each host's engine. Raises ConfigError for sizes that don't divide, or don't fit a device."""
     return EnginePlan.of(config.model, config.engine, hosts.rollout_mesh(mesh), *workers(config))
 
 
 def make_engine(config: Config, mesh: Mesh, tokenizer: Tokenizer, params: Params, stop: StopSignal) -> RolloutEngine:
-    """The engine of a run whose trainer works on `mesh`, where `params` lie. Raises ConfigError as `plan_engine`."""
+    """Make an engine for a trainer that works on `mesh`, where `params` lie. Raises ConfigError as `plan_engine`."""
 
     def on_this_host(params: Params) -> Engine:
         return policy_engine(config, hosts.rollout_mesh(mesh), tokenizer, params)
@@ -48,27 +65,31 @@ def make_engine(config: Config, mesh: Mesh, tokenizer: Tokenizer, params: Params
 
 
 class HostedEngine:
-    """Gives each host's engine its share of the programs, and every host all rollouts.
+    """An engine of several hosts: each host's own runs a share of the programs, and every host gets all rollouts.
 
-    A rollout depends on weights, seed, temperature, its key and its program only (`Engine.run`), so that it is the same
-    on whichever host it runs.
+    A rollout depends on weights, seed, temperature, its key and its program only (`Engine.run`), so it is the same on
+    whichever host it runs.
     """
 
     def __init__(self, engine: Engine, localise: Callable[[Any], Any], stop: StopSignal) -> None:
-        """`localise` brings parameters from the job's mesh to the engine's. `engine` holds the first ones already."""
+        """Take this host's engine, which holds its first parameters.
+
+        Args:
+          localise: brings parameters from the job's mesh to the engine's.
+        """
         self._engine, self._localise, self._stop = engine, localise, stop
 
     @property
     def model(self) -> ModelConfig:
-        """What every host decodes with."""
+        """The model that every host decodes with."""
         return self._engine.model
 
     def set_params(self, params: Params) -> None:
-        """New weights, from the job's mesh. Called by all hosts."""
+        """Take new weights from the job's mesh. All hosts call it."""
         self._engine.set_params(self._localise(params))
 
     def warm_up(self) -> float:
-        """Compiles all that runs will use. Returns the seconds it took."""
+        """Compile all that runs will use. Returns the seconds it took."""
         return self._engine.warm_up()
 
     def run(
@@ -79,7 +100,9 @@ class HostedEngine:
         temperature: float,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> list[Rollout]:
-        """As `Engine.run`, called by all hosts with the same programs. Progress is this host's, scaled up to all.
+        """Run programs as `Engine.run` does. All hosts call it, with the same programs.
+
+        Progress is this host's, scaled up to all.
 
         Raises StoppedError on every host when any of them was asked to stop.
         """

@@ -1,0 +1,188 @@
+"""The device side of a GRPO step: rows on the mesh, gradients of microbatches, and the optimiser's update."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from apr_jax.config import Config
+from apr_jax.data.packing import pack, pad_rows
+from apr_jax.data.tokenizer import Tokenizer
+from apr_jax.engine import policy_masks, sampling
+from apr_jax.engine.constraints import Gate
+from apr_jax.model.attention import takes_branches
+from apr_jax.model.llama import Params
+from apr_jax.model.placement import model_shardings
+from apr_jax.parallel.mesh import replicated
+from apr_jax.reasoning.outcome import banned_tokens, spawn_gate
+from apr_jax.train.losses import LogProbs
+from apr_jax.train.optimizer import make_optimizer
+from apr_jax.train.rl.objective import Terms, Tokens, choose_objective
+from apr_jax.train.rl.sample import Scored
+from apr_jax.train.rl.sequences import training_sequences
+from apr_jax.train.scorer import Batch, make_scorer, to_mesh
+from apr_jax.train.state import TrainState, apply_gradients, state_shardings
+
+Sums = tuple[Params, Terms]
+
+
+class Updater:
+    """The jitted parts of a GRPO update. Compiled once for each size of a microbatch, whatever their number."""
+
+    def __init__(self, config: Config, mesh: Mesh, tokenizer: Tokenizer) -> None:
+        self._config, self._mesh = config, mesh
+        self.optimizer = make_optimizer(config.grpo.optimizer, config.grpo.num_steps * config.grpo.inner_updates)
+        self._objective = choose_objective(config.grpo)
+        self._gate = spawn_gate(config, tokenizer)
+        policy = _sampling_policy(config, tokenizer, self._gate)
+        self._scorer = make_scorer(config.model, mesh, policy, ("bans", "allowed") if self._gate else ())
+        self._reference = jax.jit(lambda params, batch: self._scorer(params, batch).logprob_BT)
+        self._accumulate = jax.jit(self._add_gradients, donate_argnums=0)
+        self._apply = jax.jit(
+            lambda state, grads, loss: apply_gradients(state, grads, loss, self.optimizer),
+            donate_argnums=0,
+            out_shardings=(state_shardings(mesh, config.model, self.optimizer), None),
+        )
+        self._mean = jax.jit(_mean_metrics)  # one program: some forty small ones a step can lock up XLA's CPU devices
+        self._zeros = jax.jit(
+            lambda params: (jax.tree.map(jnp.zeros_like, params), _zero_terms()),
+            out_shardings=(model_shardings(mesh, config.model), replicated(mesh)),
+        )
+
+    def sequences(self, scored: Sequence[Scored]) -> list[dict[str, np.ndarray]]:
+        """Return what the update learns from (`training_sequences`), with branches where the attention takes them."""
+        model, platform = self._config.model, self._mesh.devices.flat[0].platform
+        branches = takes_branches(model.attention, platform, jnp.dtype(model.compute_dtype), model.head_dim)
+        return training_sequences(self._config.grpo, scored, self._gate, branches=branches)
+
+    def rows(self, sequences: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Pack sequences into rows `[B, row_len]`."""
+        return pack(sequences, self._config.grpo.row_len).rows
+
+    def microbatches(self, sequences: Sequence[dict[str, np.ndarray]]) -> list[Batch]:
+        """Pack sequences into rows, and rows into microbatches on the mesh.
+
+        What remains after the last full one goes into halves, quarters, .. of one: an empty row fills it up only where
+        the mesh's rows would not divide otherwise.
+        """
+        if not sequences:
+            return []
+        shards = self._config.mesh.data * self._config.mesh.fsdp
+        rows = pad_rows(self.rows(sequences), shards)
+        sizes = microbatch_sizes(len(rows["tokens"]), self._config.grpo.rows_per_microbatch, shards)
+        ends = np.cumsum(sizes)
+        return [
+            to_mesh({name: rows_BT[end - size : end] for name, rows_BT in rows.items()}, self._mesh)
+            for end, size in zip(ends.tolist(), sizes, strict=True)
+        ]
+
+    def update(
+        self, state: TrainState, microbatches: Sequence[Batch], reference: Params | None
+    ) -> tuple[TrainState, dict[str, Any], list[jax.Array]]:
+        """Take `grpo.inner_updates` optimiser steps on one set of rollouts. The state given is donated.
+
+        The first update is on-policy: its old log-probabilities are its own, with ratio exactly 1, and the later
+        updates refer to the same ones. So they cost no pass of their own.
+
+        Args:
+          reference: the reference policy, read when kl_coef > 0.
+        Returns: the state, device metrics (means over the updates), and the old log-probabilities per microbatch.
+        """
+        references = [None if reference is None else self._reference(reference, batch) for batch in microbatches]
+        old: list[jax.Array | None] = [None] * len(microbatches)
+        updates: list[tuple[Terms, dict[str, jax.Array]]] = []
+        for _ in range(self._config.grpo.inner_updates):
+            sums: Sums = self._zeros(state.params)
+            new = []
+            for batch, old_BT, reference_BT in zip(microbatches, old, references, strict=True):
+                sums, logprob_BT = self._accumulate(sums, state.params, batch, old_BT, reference_BT)
+                new.append(logprob_BT)
+            old = [logprob_BT if old_BT is None else old_BT for logprob_BT, old_BT in zip(new, old, strict=True)]
+            grads, terms = sums
+            state, applied = self._apply(state, grads, terms.loss)
+            updates.append((terms, applied))
+        return state, self._mean(updates), [old_BT for old_BT in old if old_BT is not None]
+
+    def _add_gradients(
+        self, sums: Sums, params: Params, batch: Batch, old_BT: jax.Array | None, reference_BT: jax.Array | None
+    ) -> tuple[Sums, jax.Array]:
+        def loss_fn(params: Params) -> tuple[jax.Array, tuple[Terms, jax.Array]]:
+            logprob_BT = self._scorer(params, batch).logprob_BT
+            tokens = Tokens(
+                logprob_BT=logprob_BT,
+                old_logprob_BT=logprob_BT if old_BT is None else old_BT,
+                reference_logprob_BT=logprob_BT if reference_BT is None else reference_BT,
+                rollout_logprob_BT=batch["rollout_logprob"],
+                advantage_BT=batch["advantage"],
+                policy_weight_BT=batch["policy_weight"],
+                kl_weight_BT=batch["kl_weight"],
+                call_BT=_call_ids(batch),
+            )
+            terms = self._objective.terms(self._config.grpo, tokens)
+            return terms.loss, (terms, logprob_BT)
+
+        (_, (terms, logprob_BT)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        return jax.tree.map(jnp.add, sums, (grads, terms)), logprob_BT
+
+
+def microbatch_sizes(rows: int, full: int, shards: int) -> list[int]:
+    """Return sizes that add up to `rows`, a multiple of `shards`: full ones, then halves of halves for the rest."""
+    sizes, size = [], full
+    while rows:
+        while size > rows:
+            size = max(shards, size // 2 // shards * shards)
+        sizes.append(size)
+        rows -= size
+    return sizes
+
+
+def _sampling_policy(config: Config, tokenizer: Tokenizer, gate: Gate | None) -> LogProbs:
+    """Return the engine's policy: a function of logits `[B, T, V]` and, with a gate, of `bans` and `allowed`."""
+    mask_V = np.zeros(config.model.vocab_size, bool)
+    mask_V[list(banned_tokens(tokenizer, config.model.vocab_size))] = True
+    banned_V = jnp.asarray(mask_V)
+    log_probs = functools.partial(sampling.log_probs, temperature=config.rollout.temperature)
+    if gate is None:
+        return functools.partial(log_probs, banned_mask=banned_V)
+    masks = jax.tree.map(jnp.asarray, policy_masks.gate_masks(gate, config.model.vocab_size))
+    mask_row = jax.vmap(policy_masks.banned_mask, (None, None, 0, 0))
+
+    def constrained(logits_BTV: jax.Array, bans_BT: jax.Array, allowed_BTD: jax.Array) -> jax.Array:
+        banned_BTV = jax.vmap(mask_row, (None, None, 0, 0))(banned_V, masks, bans_BT, allowed_BTD - 1)
+        return log_probs(logits_BTV, banned_mask=banned_BTV)
+
+    return constrained
+
+
+def _call_ids(batch: Batch) -> jax.Array:
+    """Return ids in [0, T] that tell the calls of a row apart, `[B, T]`: segments, or their branches."""
+    ids_BT = batch["segment_ids"]
+    if "call" not in batch:
+        return ids_BT
+    begins = [jnp.pad(x[:, 1:] != x[:, :-1], ((0, 0), (1, 0))) for x in (ids_BT, batch["call"])]
+    return jnp.cumsum(begins[0] | begins[1], axis=1, dtype=jnp.int32)
+
+
+def _zero_terms() -> Terms:
+    zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+    return Terms(policy_loss=zero, kl_loss=zero, clipped=none, k3=zero, tokens=none)
+
+
+def _mean_metrics(updates: Sequence[tuple[Terms, Mapping[str, jax.Array]]]) -> dict[str, jax.Array]:
+    metrics = [{**_device_metrics(terms), **applied} for terms, applied in updates]
+    return {name: jnp.asarray(sum(m[name] for m in metrics) / len(metrics)) for name in metrics[0]}
+
+
+def _device_metrics(terms: Terms) -> dict[str, jax.Array]:
+    tokens = jnp.maximum(terms.tokens, 1)
+    return {
+        "loss": terms.loss,
+        "policy_loss": terms.policy_loss,
+        "kl_loss": terms.kl_loss,
+        "kl": terms.k3 / tokens,
+        "clip_fraction": terms.clipped / tokens,
+    }
