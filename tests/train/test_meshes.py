@@ -11,9 +11,9 @@ import pytest
 
 from apr_jax.model.llama import init_params
 from apr_jax.parallel.mesh import make_mesh
-from apr_jax.train import grpo
 from apr_jax.train.losses import normalise
 from apr_jax.train.optimizer import make_optimizer, schedule
+from apr_jax.train.rl.update import Updater
 from apr_jax.train.scorer import to_mesh
 from apr_jax.train.sft import make_sft_step
 from apr_jax.train.state import create_state
@@ -84,7 +84,7 @@ def _grpo(shape):
     """
     config = _on(CONFIG, shape)
     mesh = make_mesh(config.mesh)
-    updater = grpo.Updater(config, mesh, TOKENIZER)
+    updater = Updater(config, mesh, TOKENIZER)
     state = create_state(mesh, config.model, updater.optimizer)
     reference, losses = create_state(mesh, config.model, updater.optimizer, seed=1).params, []
     for seed in range(2):

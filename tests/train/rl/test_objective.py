@@ -30,8 +30,10 @@ def tokens_of(advantage, policy, kl, rollout=None, call=None):
     """Target tokens without log-probabilities."""
     rollout = np.zeros_like(policy) if rollout is None else rollout
     call = np.ones_like(policy) if call is None else call
-    floats = [jnp.asarray(x, jnp.float32) for x in (policy, policy, policy, rollout, advantage, policy, kl)]
-    return Tokens(*floats, call_BT=jnp.asarray(call, jnp.int32))
+    arrays = {"advantage_BT": advantage, "policy_weight_BT": policy, "kl_weight_BT": kl, "rollout_logprob_BT": rollout}
+    floats = {name: jnp.asarray(x, jnp.float32) for name, x in arrays.items()}
+    unknown = dict.fromkeys(("logprob_BT", "old_logprob_BT", "reference_logprob_BT"), floats["advantage_BT"])
+    return Tokens(**floats, **unknown, call_BT=jnp.asarray(call, jnp.int32))
 
 
 def loss_of(grpo, tokens, new, old, reference):
