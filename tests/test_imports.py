@@ -93,3 +93,17 @@ def test_host_side_needs_no_jax(place: str):
     for path in files:
         found = {name for name in _imports(path) if name.split(".")[0] in ("jax", "jaxlib", "flax", "optax")}
         assert not found, f"{path} imports {found}"
+
+
+INSTRUMENTS = sorted(path for room in ("bench", "aot") for path in (ROOT / "apr_jax" / room).glob("*.py"))
+
+
+@pytest.mark.parametrize("path", INSTRUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_instruments_use_public_doors(path: pathlib.Path):
+    private = [
+        f"line {node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
+        if ast.unparse(node.value) not in ("self", "cls")
+    ]
+    assert not private

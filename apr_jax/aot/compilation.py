@@ -27,16 +27,13 @@ from apr_jax.engine.lanes import DecodeLanes, PrefillLanes
 from apr_jax.engine.plan import EnginePlan
 from apr_jax.engine.sharded import PAGES, SHARDED
 from apr_jax.engine.steps import Sampling, Steps
-from apr_jax.engine.threads import MAX_STOP_TOKENS, Call, Rollout, RolloutKey, Stop, StopReason
-from apr_jax.engine.work_counters import Work
+from apr_jax.engine.threads import MAX_STOP_TOKENS
 from apr_jax.model.attention import choose_impl
 from apr_jax.model.decode_weights import layout_shardings, to_layout
 from apr_jax.model.llama import abstract_params, num_params
-from apr_jax.model.placement import abstract_params_on
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import BATCH_AXES, make_mesh, partition_spec
 from apr_jax.train.optimizer import make_optimizer, schedule
-from apr_jax.train.rl.sample import Scored
 from apr_jax.train.rl.update import Updater
 from apr_jax.train.sft import make_sft_step
 from apr_jax.train.state import abstract_state
@@ -45,7 +42,7 @@ _shape: Callable[..., Any] = jax.ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class PlannedProgram:
     """A program before it is compiled."""
 
     jitted: Any
@@ -78,7 +75,7 @@ def engine_mesh(mesh: MeshConfig, devices_per_host: int) -> MeshConfig:
     return MeshConfig(data=devices_per_host // mesh.tensor, fsdp=1, tensor=mesh.tensor)
 
 
-def tasks(config: Config, devices: Sequence[Any]) -> dict[str, Task]:
+def planned_programs(config: Config, devices: Sequence[Any]) -> dict[str, PlannedProgram]:
     """Return the run's programs on the config's mesh of `devices`, by name. Lowers and compiles nothing.
 
     Raises ConfigError for a mesh that the model, the batches or the engine cannot have.
@@ -90,46 +87,41 @@ def tasks(config: Config, devices: Sequence[Any]) -> dict[str, Task]:
         kernel = choose_impl(platform, jnp.dtype(model.compute_dtype), model.head_dim)
         model = dataclasses.replace(model, attention=kernel)  # type: ignore[arg-type]
         config = dataclasses.replace(config, model=model)
-    engine = engine_tasks(config, rollout_mesh)
+    engine = engine_programs(config, rollout_mesh)
     plan = EnginePlan.of(model, config.engine, rollout_mesh)
     engine_bytes = plan.memory.weights + plan.memory.pages + plan.memory.rows
-    return _training_tasks(config, mesh, engine_bytes, engine)
+    return _training_programs(config, mesh, engine_bytes, engine)
 
 
-def _training_tasks(config: Config, mesh: Mesh, engine_bytes: int, engine: dict[str, Task]) -> dict[str, Task]:
+def _training_programs(
+    config: Config, mesh: Mesh, engine_bytes: int, engine: dict[str, PlannedProgram]
+) -> dict[str, PlannedProgram]:
     model, sft = config.model, config.sft
     sft_optimizer = make_optimizer(sft.optimizer, sft.num_steps)
     rate = schedule(sft.optimizer, sft.num_steps, sft.optimizer.learning_rate)
     updater = Updater(config, mesh, load_tokenizer(config.data.tokenizer))
-    state = abstract_state(mesh, model, updater.optimizer)
-    params = abstract_params_on(mesh, model)
+    programs = updater.programs()
+    gradients, update = programs["grpo_gradients"], programs["grpo_update"]
+    state, params, _ = update[1]
     reference = _bytes(params) if config.grpo.kl_coef > 0 else 0
-    batch, score = grpo_batch(config, updater, mesh)
-    sums = jax.eval_shape(updater._zeros, state.params)
-    sums = (params, jax.tree.map(lambda x: _on(x, mesh), sums[1]))
-    old = [score] if config.grpo.inner_updates > 1 else [None]
-    arguments = (sums, state.params, batch, old[0], score if reference else None)
 
     def shared(traced: Any) -> float:
         return count_flops(traced.jaxpr) / mesh.size
 
-    scalar = _on(_shape((), jnp.float32), mesh)
     trained = _bytes(state) + reference
     return {
-        "sft_step": Task(
+        "sft_step": PlannedProgram(
             make_sft_step(model, sft_optimizer, rate, mesh),
             (abstract_state(mesh, model, sft_optimizer), sft_batch(config, mesh)),
             mesh,
             shared,
             held=0,
         ),
-        "grpo_gradients": Task(
-            updater._accumulate, arguments, mesh, shared, held=trained - _bytes(state.params) + engine_bytes
-        ),
-        "grpo_update": Task(updater._apply, (state, params, scalar), mesh, shared, held=reference + engine_bytes),
+        "grpo_gradients": PlannedProgram(*gradients, mesh, shared, held=trained - _bytes(params) + engine_bytes),
+        "grpo_update": PlannedProgram(*update, mesh, shared, held=reference + engine_bytes),
         **{
-            name: dataclasses.replace(task, held=trained + max(0, engine_bytes - _bytes(task.arguments)))
-            for name, task in engine.items()
+            name: dataclasses.replace(program, held=trained + max(0, engine_bytes - _bytes(program.arguments)))
+            for name, program in engine.items()
         },
     }
 
@@ -142,17 +134,7 @@ def sft_batch(config: Config, mesh: Mesh) -> dict[str, Any]:
     return {name: _on(_shape((*shape, *x.shape[1:]), x.dtype), mesh, spec) for name, x in row.items()}
 
 
-def grpo_batch(config: Config, updater: Updater, mesh: Mesh) -> tuple[dict[str, Any], Any]:
-    """A GRPO microbatch `[B, T]`, as training packs rollouts, and an array of scores of its tokens."""
-    call = Call((), _INTS[:1], _INTS[1:], _FLOATS[1:], Stop(StopReason.LENGTH, None), 0, 0.0, 0.0)
-    rollout = Rollout(RolloutKey(0, 0), None, (call,), 1, 0.0, Work())
-    row = updater.rows(updater.sequences([Scored(None, rollout, True, 1.0, 1.0, np.ones(1))]))
-    rows, spec = config.grpo.rows_per_microbatch, partition_spec(BATCH_AXES)
-    batch = {name: _on(_shape((rows, *x.shape[1:]), x.dtype), mesh, spec) for name, x in row.items()}
-    return batch, _on(_shape((rows, config.grpo.row_len), jnp.float32), mesh, spec)
-
-
-def engine_tasks(config: Config, mesh: Mesh) -> dict[str, Task]:
+def engine_programs(config: Config, mesh: Mesh) -> dict[str, PlannedProgram]:
     """Prefill and decode as `Engine` runs them, without a gate."""
     model = config.model
     plan = EnginePlan.of(model, config.engine, mesh)
@@ -186,11 +168,11 @@ def engine_tasks(config: Config, mesh: Mesh) -> dict[str, Task]:
         ).flops,
     }
 
-    def task(jitted: Any, arguments: tuple[Any, ...], flops: float) -> Task:
-        return Task(jitted, arguments, mesh, lambda _: flops / tensor, held=0)
+    def planned(jitted: Any, arguments: tuple[Any, ...], flops: float) -> PlannedProgram:
+        return PlannedProgram(jitted, arguments, mesh, lambda _: flops / tensor, held=0)
 
     programs = steps.programs(pages, rows, params, lanes, sampling, prefill)
-    return {name: task(step.jitted, each, flops.get(name, 0.0)) for name, (step, each) in programs.items()}
+    return {name: planned(step.jitted, each, flops.get(name, 0.0)) for name, (step, each) in programs.items()}
 
 
 def full_context(model: ModelConfig, lanes: int, pages: int, page_size: int) -> float:
@@ -204,27 +186,27 @@ def _prefill_flops(model: ModelConfig, tokens: int) -> float:
     return tokens * (2 * num_params(model).non_embedding + attention)
 
 
-def compile_task(task: Task, on_text: Callable[[str], None] | None = None) -> Compiled:
-    """Traces, lowers and compiles. `on_text` gets the optimised program.
+def compile_program(planned: PlannedProgram, on_text: Callable[[str], None] | None = None) -> Compiled:
+    """Trace, lower and compile. `on_text` gets the optimised program.
 
     Raises jax.errors.JaxRuntimeError where the compiler refuses, as a TPU's does when memory runs out.
     """
     start = time.perf_counter()
-    traced = task.jitted.trace(*task.arguments)
-    flops = task.flops(traced)
+    traced = planned.jitted.trace(*planned.arguments)
+    flops = planned.flops(traced)
     compiled = traced.lower().compile()
     seconds = time.perf_counter() - start
     text, memory = compiled.as_text(), compiled.memory_analysis()
     if on_text is not None:
         on_text(text)
     program = Program(text)
-    found = program.collectives(task.mesh.size)
+    found = program.collectives(planned.mesh.size)
     return Compiled(
         compile_seconds=seconds,
         arguments=memory.argument_size_in_bytes,
         outputs=max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
         temporaries=memory.temp_size_in_bytes,
-        held=task.held,
+        held=planned.held,
         cost=Cost(flops=flops, bytes=program.bytes_moved(), sent=sum(c.sent for c in found)),
         collectives=tuple(found),
     )

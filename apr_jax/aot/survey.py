@@ -9,11 +9,11 @@ import jax
 
 from apr_jax.aot.compilation import (
     Compiled,
-    compile_task,
+    compile_program,
     engine_mesh,
     extrapolate,
     grpo_step_seconds,
-    tasks,
+    planned_programs,
 )
 from apr_jax.aot.mesh_search import Candidate, candidates, estimate, fit, rows_per_shard
 from apr_jax.aot.peaks import Estimate, Peaks
@@ -72,7 +72,7 @@ class Survey:
             "engine_mesh": dataclasses.asdict(engine_mesh(config.mesh, self.devices_per_host)),
             "settings": settings(config),
             "programs": {name: program_row(program, peaks) for name, program in programs.items()},
-            "refused": [name for name in tasks(config, self.devices) if name not in programs],
+            "refused": [name for name in planned_programs(config, self.devices) if name not in programs],
             "grpo_step_seconds": step,
         }
 
@@ -104,13 +104,13 @@ class Survey:
         at_depth: list[dict[str, Compiled]] = []
         for depth in depths:
             model = dataclasses.replace(config.model, num_layers=depth)
-            todo = tasks(dataclasses.replace(config, model=model), self.devices)
+            todo = planned_programs(dataclasses.replace(config, model=model), self.devices)
             at_depth.append({})
             for name in todo if only is None else (only,):
                 label = f"{name} mesh {_mesh(config.mesh)}" + (f" {depth} layers" if quick else "")
                 try:
                     on_text = self.on_text and _labelled(self.on_text, label)
-                    at_depth[-1][name] = compile_task(todo[name], on_text)
+                    at_depth[-1][name] = compile_program(todo[name], on_text)
                 except jax.errors.JaxRuntimeError as error:
                     if "RESOURCE_EXHAUSTED" not in str(error):
                         raise
@@ -120,7 +120,7 @@ class Survey:
         if not quick:
             return at_depth[0]
         # What a run holds beside a program is known without compiling.
-        held = {name: task.held for name, task in tasks(config, self.devices).items()}
+        held = {name: planned.held for name, planned in planned_programs(config, self.devices).items()}
         both = [name for name in at_depth[0] if name in at_depth[1]]
         layers = config.model.num_layers
         grown = {name: extrapolate(at_depth[0][name], at_depth[1][name], layers) for name in both}

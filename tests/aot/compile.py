@@ -34,9 +34,9 @@ def paper_config(data: int, tensor: int) -> Config:
 
 def programs(config: Config, mesh: Any) -> dict[str, Any]:
     """What the engine runs, lowered for the mesh's devices."""
-    from apr_jax.aot.compilation import engine_tasks
+    from apr_jax.aot.compilation import engine_programs
 
-    return {name: task.jitted.lower(*task.arguments) for name, task in engine_tasks(config, mesh).items()}
+    return {name: planned.jitted.lower(*planned.arguments) for name, planned in engine_programs(config, mesh).items()}
 
 
 def training_attention(config: Config, mesh: Any, impl: str) -> Any:

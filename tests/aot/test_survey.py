@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from apr_jax.aot import compilation
-from apr_jax.aot.compilation import Compiled, compile_task, engine_mesh, extrapolate, grpo_step_seconds, tasks
+from apr_jax.aot.compilation import (
+    Compiled,
+    compile_program,
+    engine_mesh,
+    extrapolate,
+    grpo_step_seconds,
+    planned_programs,
+)
 from apr_jax.aot.hlo import Collective
 from apr_jax.aot.mesh_search import fit
 from apr_jax.aot.peaks import Cost, Peaks
@@ -69,10 +76,10 @@ def test_memory_is_all_that_is_on_the_device():
 def test_programs_are_those_that_a_run_compiles():
     """What the engine's plan says is held, and what the batches hold, is what goes into the programs."""
     config = fit(small_config(), MeshConfig(data=2, fsdp=1, tensor=1), 2)
-    found = tasks(config, jax.devices()[:2])
+    found = planned_programs(config, jax.devices()[:2])
     assert found.keys() - {"prefill_write"} == PROGRAMS
     packed = dataclasses.replace(config, engine=dataclasses.replace(config.engine, decode_attention="packed"))
-    assert tasks(packed, jax.devices()[:2]).keys() == {*PROGRAMS, "prefill_write"}
+    assert planned_programs(packed, jax.devices()[:2]).keys() == {*PROGRAMS, "prefill_write"}
     plan = EnginePlan.of(config.model, config.engine, make_mesh(config.mesh))
     pages = compilation._bytes(found["decode"].arguments[0])
     assert pages == plan.memory.pages
@@ -87,10 +94,10 @@ def test_programs_are_those_that_a_run_compiles():
 
 def test_a_compiled_step_holds_the_state_and_reduces_gradients():
     config = fit(small_config(), MeshConfig(data=2, fsdp=1, tensor=1), 2)
-    task = tasks(config, jax.devices()[:2])["sft_step"]
+    planned = planned_programs(config, jax.devices()[:2])["sft_step"]
     texts = []
-    compiled = compile_task(task, texts.append)
-    assert compiled.arguments >= compilation._bytes(task.arguments[0])
+    compiled = compile_program(planned, texts.append)
+    assert compiled.arguments >= compilation._bytes(planned.arguments[0])
     assert compiled.outputs < compiled.arguments / 2, "the state is donated"
     assert "all-reduce" in {found.kind for found in compiled.collectives}
     assert compiled.cost.sent > 0
@@ -101,11 +108,11 @@ def test_a_compiled_step_holds_the_state_and_reduces_gradients():
 def compilers_stand_in(monkeypatch):
     """Programs of known cost in place of compiled ones: fsdp is slower, and its layers larger."""
 
-    def compile_task(task, on_text=None):
-        fsdp = task.mesh.shape["fsdp"]
-        return made(flops=1e12 * fsdp, bytes=1e9, arguments=10**9, temporaries=10**9 * fsdp, held=task.held)
+    def compile_program(planned, on_text=None):
+        fsdp = planned.mesh.shape["fsdp"]
+        return made(flops=1e12 * fsdp, bytes=1e9, arguments=10**9, temporaries=10**9 * fsdp, held=planned.held)
 
-    monkeypatch.setattr("apr_jax.aot.survey.compile_task", compile_task)
+    monkeypatch.setattr("apr_jax.aot.survey.compile_program", compile_program)
 
 
 def survey(**changes):
@@ -135,10 +142,10 @@ def test_a_forced_mesh_is_the_only_one(compilers_stand_in):
 
 
 def test_what_the_compiler_refuses_is_told(monkeypatch):
-    def refuse(task, on_text=None):
+    def refuse(planned, on_text=None):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm")
 
-    monkeypatch.setattr("apr_jax.aot.survey.compile_task", refuse)
+    monkeypatch.setattr("apr_jax.aot.survey.compile_program", refuse)
     said = []
     figures = survey(say=said.append).run(MeshConfig(data=2, fsdp=1, tensor=1))
     assert set(figures["refused"]) - {"prefill_write"} == PROGRAMS

@@ -7,17 +7,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import Config
 from apr_jax.data.packing import pack, pad_rows
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine import policy_masks, sampling
 from apr_jax.engine.constraints import Gate
+from apr_jax.engine.threads import Call, Rollout, RolloutKey, Stop, StopReason
+from apr_jax.engine.work_counters import Work
 from apr_jax.model.attention import takes_branches
 from apr_jax.model.llama import Params
-from apr_jax.model.placement import model_shardings
-from apr_jax.parallel.mesh import replicated
+from apr_jax.model.placement import model_shardings, with_sharding
+from apr_jax.parallel.mesh import BATCH_AXES, partition_spec, replicated
 from apr_jax.reasoning.outcome import banned_tokens, spawn_gate
 from apr_jax.train.losses import LogProbs
 from apr_jax.train.optimizer import make_optimizer
@@ -25,7 +27,7 @@ from apr_jax.train.rl.objective import Terms, Tokens, choose_objective
 from apr_jax.train.rl.sample import Scored
 from apr_jax.train.rl.sequences import training_sequences
 from apr_jax.train.scorer import Batch, make_scorer, to_mesh
-from apr_jax.train.state import TrainState, apply_gradients, state_shardings
+from apr_jax.train.state import TrainState, abstract_state, apply_gradients, state_shardings
 
 Sums = tuple[Params, Terms]
 
@@ -106,6 +108,37 @@ class Updater:
             state, applied = self._apply(state, grads, terms.loss)
             updates.append((terms, applied))
         return state, self._mean(updates), [old_BT for old_BT in old if old_BT is not None]
+
+    def programs(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+        """Return the jitted functions of a full microbatch by name, each with its arguments as shapes with places."""
+        grpo, everywhere = self._config.grpo, replicated(self._mesh)
+        state = abstract_state(self._mesh, self._config.model, self.optimizer)
+        batch, score_BT = self._abstract_microbatch()
+        terms = jax.tree.map(lambda x: with_sharding(x, everywhere), jax.eval_shape(_zero_terms))
+        old_BT = score_BT if grpo.inner_updates > 1 else None
+        reference_BT = score_BT if grpo.kl_coef > 0 else None
+        scored = {"grpo_reference": (self._reference, (state.params, batch))} if grpo.kl_coef > 0 else {}
+        gradients = (state.params, terms), state.params, batch, old_BT, reference_BT
+        return {
+            "grpo_gradients": (self._accumulate, gradients),
+            "grpo_update": (self._apply, (state, state.params, terms.policy_loss)),
+            **scored,
+        }
+
+    def _abstract_microbatch(self) -> tuple[dict[str, Any], Any]:
+        """Return the shapes of a full microbatch, as rollouts are packed, and of scores of its tokens `[B, T]`."""
+        ints, floats = np.zeros(2, np.int32), np.zeros(1, np.float32)
+        call = Call((), ints[:1], ints[1:], floats, Stop(StopReason.LENGTH, None), 0, 0.0, 0.0)
+        rollout = Rollout(RolloutKey(0, 0), None, (call,), 1, 0.0, Work())
+        row = self.rows(self.sequences([Scored(None, rollout, True, 1.0, 1.0, np.ones(1))]))
+        size, place = self._config.grpo.rows_per_microbatch, NamedSharding(self._mesh, partition_spec(BATCH_AXES))
+
+        def on_mesh(shape: tuple[int, ...], dtype: Any) -> Any:
+            whole: Any = jax.ShapeDtypeStruct
+            return whole((size, *shape), dtype, sharding=place)
+
+        batch = {name: on_mesh(x.shape[1:], x.dtype) for name, x in row.items()}
+        return batch, on_mesh((self._config.grpo.row_len,), jnp.float32)
 
     def _add_gradients(
         self, sums: Sums, params: Params, batch: Batch, old_BT: jax.Array | None, reference_BT: jax.Array | None
