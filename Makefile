@@ -1,11 +1,13 @@
-# make train | make test | make test-slow | make test-browser | make test-peers | make peers | make test-aot | make compile-aot |
-# make gpu-check | make screenshots | make lint | make lock
+# make train | make test | make test-fast | make test-slow | make test-browser | make test-peers | make peers | make test-aot |
+# make compile-aot | make gpu-check | make screenshots | make lint | make lock
 # METHOD=serial trains another way of reasoning (configs/methods.py).
+# ROOM=engine tests one room of the package, tests/engine (test, test-fast, test-slow).
 # PYTHON=python3.13 picks another interpreter (and its own environment).
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv-$(notdir $(PYTHON))
 BIN := $(VENV)/bin
 METHOD ?=
+ROOM ?=
 CONFIG ?= $(if $(METHOD),configs/methods.py:$(METHOD),configs/grpo.py)
 WORKDIR ?=
 
@@ -14,7 +16,7 @@ TOPOLOGY ?= tpu:v5e:4x4
 
 COMPARISON ?= docs/results/laptop
 
-.PHONY: train test test-slow test-browser screenshots test-peers peers test-aot compile-aot gpu-check lint format lock env clean
+.PHONY: train test test-fast test-slow test-browser screenshots test-peers peers test-aot compile-aot gpu-check lint format lock env clean
 
 env: $(VENV)/.installed
 
@@ -27,14 +29,20 @@ $(VENV)/.installed: requirements.lock setup.py
 train: env
 	$(BIN)/python launch/train.py --config=$(CONFIG) $(if $(WORKDIR),--workdir=$(WORKDIR))
 
+PYTEST := $(BIN)/python -m pytest -n 2 $(if $(ROOM),tests/$(ROOM))
+
 test: env
-	$(BIN)/python -m pytest -n 2
+	$(PYTEST)
 
-# What `make test` leaves out because it is exhaustive: every mesh shape, many kills.
+# Two minutes, some tests of every room: what one runs while editing.
+test-fast: env
+	$(PYTEST) -m "not slow and not heavy"
+
+# Exhaustive tests, which `make test` leaves out: every mesh shape, many kills.
 test-slow: env
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(PYTEST) -m slow
 
-# The pages in a real browser, which is not a Python package: Debian's, or any that CHROMIUM names.
+# The pages in a real browser, which no Python package brings: Debian's, or the one that CHROMIUM names.
 test-browser: browser
 	$(BIN)/python -m pytest -m browser
 
@@ -52,14 +60,14 @@ test-peers: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
 	$(BIN)/python -m pytest -m peers
 
-# One environment for each other system that launch/benchmark_{decode,train}.py --peers measure; PEERS="hf tunix" makes only those.
+# An environment for each system of launch/benchmark_{decode,train}.py --peers; PEERS="hf tunix" makes only those.
 peers:
 	$(PYTHON) launch/peers/install.py $(PEERS)
 
 test-aot: .venv-aot/.installed
 	.venv-aot/bin/python -m pytest tests/aot
 
-# FLAGS="--mesh=4,4,1 --json=scale.json" and others: launch/compile_aot.py says which there are.
+# FLAGS="--mesh=4,4,1 --json=scale.json": more are in launch/compile_aot.py.
 compile-aot: .venv-aot/.installed
 	.venv-aot/bin/python launch/compile_aot.py --config=$(CONFIG) --topology=$(TOPOLOGY) $(FLAGS)
 

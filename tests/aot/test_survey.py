@@ -26,6 +26,8 @@ from apr_jax.engine.plan import EnginePlan
 from apr_jax.parallel.mesh import make_mesh
 from tests.train.small import small_config
 
+pytestmark = pytest.mark.heavy
+
 PROGRAMS = {"sft_step", "grpo_gradients", "grpo_update", "prefill", "copy_pages", "decode"}
 ROUND = Peaks(flops=1e3, memory=1000, memory_bandwidth=100.0, link_bandwidth=10.0, source="made up")
 

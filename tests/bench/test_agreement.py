@@ -66,6 +66,7 @@ def test_wrong_positions_do_not_agree(calls):
     assert not agreement(calls, other, sharp_params(MODEL, 0)).within(0.8)
 
 
+@pytest.mark.heavy
 def test_regret_is_what_the_best_tokens_have_on_those_written(calls):
     """Nothing for the argmax of plain forwards, whatever was fed before; all of it for the least likely token."""
     params = sharp_params(MODEL, 0)

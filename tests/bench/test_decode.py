@@ -13,6 +13,8 @@ from apr_jax.model.llama import init_params, num_params
 from configs.grpo import get_config
 from tests.engine.helpers import MODEL, make_mesh
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def config():

@@ -12,6 +12,8 @@ from configs.benchmark_decode import get_config
 from tests.engine.helpers import MODEL, make_engine
 from tests.reasoning.fixtures import SMALL, TOKENIZER, call_tokens, demonstrations
 
+pytestmark = pytest.mark.heavy
+
 CONTEXT = 512
 
 

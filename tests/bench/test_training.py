@@ -1,9 +1,12 @@
 """What the training benchmark counts."""
 
 import numpy as np
+import pytest
 
 from apr_jax.bench.training import training_flops
 from tests.train.small import small_config
+
+pytestmark = pytest.mark.heavy
 
 
 def test_flops_are_those_of_tokens_and_of_what_they_see():

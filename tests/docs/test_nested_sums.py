@@ -118,6 +118,7 @@ def test_credit_that_reads_countdowns_traces_is_refused(tmp_path):
         score(grpo, [], [], TOKENIZER, sums.NESTED_SUMS)
 
 
+@pytest.mark.heavy
 def test_the_projects_own_trainer_runs_it_from_data_to_report(tmp_path):
     summary = train(tiny_config(tmp_path / "data"), tmp_path / "run")
     assert summary["before"]["num_problems"] == summary["after"]["num_problems"] == 4

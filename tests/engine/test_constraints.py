@@ -26,6 +26,8 @@ from tests.engine.helpers import (
     prompt,
 )
 
+pytestmark = pytest.mark.heavy
+
 VOCAB, STOP, GATE, END = MODEL.vocab_size, 1, 5, 6
 DRAWN = (STOP, 2, 3, 4, GATE, 40, 41, 42, 43)  # what a free thread may draw, here
 BANNED = tuple(sorted(set(range(VOCAB)) - {*DRAWN, END}))

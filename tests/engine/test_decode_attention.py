@@ -27,6 +27,8 @@ from tests.engine.helpers import (
 )
 from tests.engine.hlo import aliases, collectives, collectives_over_data, copies_of, local_sizes, programs_of, text_of
 
+pytestmark = pytest.mark.heavy
+
 needs_kernels = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here")
 
 

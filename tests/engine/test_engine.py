@@ -25,6 +25,8 @@ from tests.engine.helpers import (
     searching,
 )
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def engine():

@@ -8,12 +8,15 @@ import collections
 import random
 
 import numpy as np
+import pytest
 from flax import nnx
 
 from apr_jax.engine.threads import Append, Decode, Join, Open, Spawn, StopReason, Truncate
 from apr_jax.model.llama import graphdef
 from tests.engine.helpers import BANNED, MODEL, TOLERANCE, all_calls, keyed, make_engine, make_params, prompt
 from tests.model.naive import naive_logits
+
+pytestmark = pytest.mark.heavy
 
 STOPS = (1, 2, 3, 4)
 OPERATIONS = ("open", "fork", "decode", "truncate", "append", "spawn", "join", "cancel")

@@ -22,6 +22,8 @@ from tests.engine.helpers import (
 from tests.engine.hlo import collectives_over_data, programs_of, text_of
 from tests.engine.shared_naive import naive_logprobs
 
+pytestmark = pytest.mark.heavy
+
 HEADERS = (2, 5, 1)
 
 

@@ -12,6 +12,8 @@ from apr_jax.model.kv_cache import copy_pages
 from tests.engine.helpers import make_engine, make_mesh
 from tests.engine.hlo import aliases, collectives, collectives_over_data, copies_of, groups, local_sizes, step_texts
 
+pytestmark = pytest.mark.heavy
+
 DONATED = ("decode", "prefill_write", "copy_pages")
 
 

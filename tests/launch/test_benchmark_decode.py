@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.heavy
+
 ROOT = pathlib.Path(__file__).parents[2]
 SMOKE = "--config=configs/benchmark_decode.py:smoke"
 

@@ -6,6 +6,10 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.heavy
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 

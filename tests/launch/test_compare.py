@@ -17,6 +17,8 @@ from apr_jax.model.llama import init_params
 from tests.evaluation.test_run import INTERFACE_KEYS
 from tests.launch.test_evaluate import ROOT, launched, small_config
 
+pytestmark = pytest.mark.heavy
+
 _compare = functools.partial(launched, "compare.py")
 
 

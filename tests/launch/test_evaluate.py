@@ -17,6 +17,8 @@ from apr_jax.model.llama import init_params
 from configs.grpo import get_config
 from tests.evaluation.test_run import INTERFACE_KEYS
 
+pytestmark = pytest.mark.heavy
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 

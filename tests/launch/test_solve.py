@@ -7,6 +7,8 @@ import pytest
 
 from tests.launch.test_evaluate import ROOT, launched, make_home
 
+pytestmark = pytest.mark.heavy
+
 solve = functools.partial(launched, "solve.py")
 
 

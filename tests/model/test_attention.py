@@ -23,6 +23,8 @@ from apr_jax.model.attention import (
 from apr_jax.model.window_attention import window_attention, window_lengths
 from apr_jax.parallel.mesh import make_mesh
 
+pytestmark = pytest.mark.heavy
+
 compiled = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here")
 
 

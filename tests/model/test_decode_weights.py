@@ -14,6 +14,8 @@ from apr_jax.model.decode_weights import choose_layout, layout_shardings, num_by
 from apr_jax.model.llama import WeightLayout
 from tests.engine.helpers import MODEL, make_mesh
 
+pytestmark = pytest.mark.heavy
+
 ARRANGED = ("plain", "transposed", *(["panels", "paired_panels"] if native.is_available() else []))
 LAYOUTS = [WeightLayout(*choices) for choices in itertools.product((False, True), ARRANGED, (False, True))]
 

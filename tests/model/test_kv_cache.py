@@ -22,6 +22,8 @@ from apr_jax.model.kv_cache import (
     write_rows,
 )
 
+pytestmark = pytest.mark.heavy
+
 PAGE, K, N, H, NUM_PAGES = 8, 2, 4, 16, 80
 LAYOUT = RowLayout.of(300, PAGE)
 CONFIG = types.SimpleNamespace(num_layers=1, num_kv_heads=K, head_dim=H, compute_dtype="float32")

@@ -17,7 +17,7 @@ from apr_jax.model import attention, native, training_kernels
 from apr_jax.model.paged_attention import PLAIN, choose_impl, write_then_attend
 from apr_jax.model.rope import apply_rope, rope_angles
 
-pytestmark = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here")
+pytestmark = [pytest.mark.heavy, pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here")]
 
 
 DTYPES = ("float32", "bfloat16")

@@ -20,6 +20,8 @@ from apr_jax.model.paged_attention import HeadTile, check_page_size, choose_impl
 from apr_jax.model.paged_view import PagedView
 from apr_jax.parallel.mesh import make_mesh
 
+pytestmark = pytest.mark.heavy
+
 PAGE, ROW = 16, 4
 LENGTHS = (0, 1, PAGE, PAGE + 1, 3 * PAGE - 1, ROW * PAGE)  # nothing, one, and around the borders of pages
 TILES = {"plain": HeadTile(), "pairs": HeadTile(2, 96), "padded": HeadTile(1, 112)}

@@ -13,6 +13,8 @@ from apr_jax.model.rope import apply_rope, rope_angles
 from apr_jax.model.training_kernels import product, rms_norm, rotate, swiglu
 from apr_jax.parallel.mesh import make_mesh
 
+pytestmark = pytest.mark.heavy
+
 compiled = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here")
 
 

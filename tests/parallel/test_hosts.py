@@ -14,6 +14,8 @@ from apr_jax.config import ConfigError, MeshConfig
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import make_mesh
 
+pytestmark = pytest.mark.heavy
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 

@@ -51,6 +51,7 @@ def random_batch() -> dict[str, jax.Array]:
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions, "segment_ids": segment_ids}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("shape", "tied"), [((8, 1, 1), True), ((1, 8, 1), False), ((2, 2, 2), True), ((1, 4, 2), False)]
 )
@@ -158,6 +159,7 @@ def test_the_platform_is_that_of_the_ambient_mesh() -> None:
             assert ambient_platform() == platform
 
 
+@pytest.mark.heavy
 def test_loss_and_gradients_are_the_same_under_an_ambient_mesh():
     params, batch = llama.init_params(MODEL, 0), random_batch()
     expected = jax.jit(loss_and_grads, static_argnums=0)(MODEL, params, batch)

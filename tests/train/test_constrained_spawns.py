@@ -30,6 +30,8 @@ from apr_jax.train.rl.step_metrics import gap_metrics
 from apr_jax.train.state import create_state
 from tests.train.small import on_mesh, small_config
 
+pytestmark = pytest.mark.heavy
+
 LINES = (
     "Generated Node #0,0: 24:[4, 5] Operation: 3+2=5\n",
     "Generated Node #0,1: 24:[4, 6] Operation: 2*3=6\n",

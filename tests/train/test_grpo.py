@@ -31,6 +31,8 @@ from apr_jax.train.signals import StoppedError, StopSignal
 from apr_jax.train.state import create_state
 from tests.train.small import on_mesh, open_phase, small_config
 
+pytestmark = pytest.mark.heavy
+
 TOKENIZER = load_tokenizer("builtin")
 CONFIG = small_config(
     **{

@@ -20,6 +20,8 @@ from apr_jax.train.state import create_state
 from tests.train.small import on_mesh, random_rows, small_config
 from tests.train.test_grpo import TOKENIZER, made_up_rollouts
 
+pytestmark = pytest.mark.heavy
+
 CONFIG = small_config(
     **{
         "model.num_heads": 8,

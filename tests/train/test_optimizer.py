@@ -49,6 +49,7 @@ def test_muon_updates_hidden_matrices_and_adam_the_rest():
     assert any("scale" in name for name in adam)
 
 
+@pytest.mark.heavy
 def test_first_update_has_the_size_that_each_rule_says():
     params = init_params(CONFIG.model, 0)
     grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)

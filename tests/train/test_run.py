@@ -16,6 +16,8 @@ from apr_jax.train.run import train
 from apr_jax.train.signals import StoppedError
 from tests.train.small import on_mesh, small_config
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Config:

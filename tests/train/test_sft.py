@@ -20,6 +20,8 @@ from apr_jax.train.signals import StoppedError, StopSignal
 from apr_jax.train.state import create_state
 from tests.train.small import on_mesh, open_phase, random_rows, small_config
 
+pytestmark = pytest.mark.heavy
+
 CONFIG = small_config()
 
 

@@ -15,6 +15,8 @@ from configs.methods import get_config
 from tests.engine.helpers import BANNED, MODEL, keyed, make_engine, make_mesh, make_params
 from tests.engine.test_shared_cache import sharing
 
+pytestmark = pytest.mark.heavy
+
 
 def sequence_of(rollout):
     calls = rollout.calls

@@ -15,6 +15,8 @@ from tests.train.test_grpo import CONFIG as GRPO_CONFIG
 from tests.train.test_grpo import TOKENIZER, made_up_rollouts, sequences_of
 from tests.train.test_sft import Rows, train_on
 
+pytestmark = pytest.mark.heavy
+
 SETTINGS = {"sft.num_steps": 3, "sft.optimizer.schedule": "constant", "faults.max_skipped_steps": 2}
 CONFIG = small_config(**SETTINGS)
 
