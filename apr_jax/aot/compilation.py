@@ -54,7 +54,7 @@ class PlannedProgram:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What a compiled program does on one device. Sizes in bytes."""
+    """The figures of a compiled program on one device. Sizes in bytes."""
 
     compile_seconds: float
     arguments: int
@@ -71,7 +71,7 @@ class Compiled:
 
 
 def engine_mesh(mesh: MeshConfig, devices_per_host: int) -> MeshConfig:
-    """The mesh of one host's engine: its weights over "tensor" as in training, its lanes over all else."""
+    """Return the mesh of one host's engine: its weights over "tensor" as in training, its lanes over all else."""
     return MeshConfig(data=devices_per_host // mesh.tensor, fsdp=1, tensor=mesh.tensor)
 
 
@@ -127,7 +127,7 @@ def _training_programs(
 
 
 def sft_batch(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """An SFT step's batch `[M, B / M, T]`, as the pipeline packs it."""
+    """Return the shapes of an SFT step's batch `[M, B / M, T]`, as the pipeline packs it."""
     sft = config.sft
     row = pack([{"tokens": _INTS, "targets": _INTS, "weights": _FLOATS}], sft.row_len).rows
     shape, spec = (sft.microbatches, sft.rows_per_step // sft.microbatches), partition_spec(None, BATCH_AXES)
@@ -135,7 +135,7 @@ def sft_batch(config: Config, mesh: Mesh) -> dict[str, Any]:
 
 
 def engine_programs(config: Config, mesh: Mesh) -> dict[str, PlannedProgram]:
-    """Prefill and decode as `Engine` runs them, without a gate."""
+    """Return prefill and decode as `Engine` runs them, without a gate."""
     model = config.model
     plan = EnginePlan.of(model, config.engine, mesh)
     limits, tensor = plan.limits, mesh.shape["tensor"]
@@ -176,12 +176,12 @@ def engine_programs(config: Config, mesh: Mesh) -> dict[str, PlannedProgram]:
 
 
 def full_context(model: ModelConfig, lanes: int, pages: int, page_size: int) -> float:
-    """Positions of a lane when all pages are in use, or its context is full."""
+    """Return the positions of a lane when all pages are in use, or its context is full."""
     return min(model.max_seq_len, (pages - 1) * page_size / lanes)
 
 
 def _prefill_flops(model: ModelConfig, tokens: int) -> float:
-    """Of one data shard: every weight but embedding and head, and attention to a full row."""
+    """Count FLOPs of one data shard: every weight but embedding and head, and attention to a full row."""
     attention = 4 * model.num_layers * model.num_heads * model.head_dim * model.max_seq_len
     return tokens * (2 * num_params(model).non_embedding + attention)
 
@@ -213,7 +213,7 @@ def compile_program(planned: PlannedProgram, on_text: Callable[[str], None] | No
 
 
 def extrapolate(one: Compiled, two: Compiled, layers: int) -> Compiled:
-    """What a program of `layers` layers would be, from those of one and of two: layers are unrolled and alike."""
+    """Estimate a program of `layers` layers from those of one and of two: layers are unrolled and alike."""
 
     def grow(first: Any, second: Any) -> Any:
         if isinstance(first, tuple):
@@ -242,7 +242,7 @@ def _grow_collectives(
 def grpo_step_seconds(
     config: Config, programs: dict[str, Compiled], peaks: Peaks, num_hosts: int, shards: int
 ) -> float:
-    """The least time of a GRPO step whose rollouts each generate a full context, `model.max_seq_len` tokens in all.
+    """Return the least time of a GRPO step whose rollouts each generate a full context of `model.max_seq_len` tokens.
 
     Decode with every lane busy, then gradients of rows that are full, `inner_updates` times, each with an update.
     Prefill and the reference's scores are left out.
@@ -269,6 +269,6 @@ def _on(x: Any, mesh: Mesh, spec: PartitionSpec | None = None) -> Any:
 
 
 def _bytes(tree: Any) -> int:
-    """Of one device."""
+    """Count the bytes of a tree on one device."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize for x in leaves)

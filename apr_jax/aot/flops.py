@@ -13,7 +13,7 @@ from jax.extend import core
 
 
 def count_flops(jaxpr: Any) -> int:
-    """FLOPs of all devices: 2 a multiply-add, half of a causal attention kernel's square. A `while` counts once."""
+    """Count FLOPs of all devices: 2 a multiply-add, half of a causal attention's square. A `while` counts once."""
     return sum(_of(equation) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 
 
@@ -43,7 +43,7 @@ def _of(equation: Any) -> int:
 
 
 def _visited(equation: Any, grid: tuple[Any, ...]) -> float:
-    """The share of a splash kernel's blocks that causality leaves; the others are in its grid and are skipped."""
+    """Return the share of a splash kernel's blocks that causality leaves; its grid has the others, and skips them."""
     if "splash" not in str(equation.params.get("name", equation.params.get("name_and_src_info", ""))):
         return 1.0
     blocks = int(grid[-1])

@@ -64,7 +64,7 @@ class Instruction:
     line: str
 
     def called(self, *kinds: str) -> list[str]:
-        """The computations that it names under attributes of these kinds."""
+        """Return the computations that it names under attributes of these kinds."""
         return [name for kind, names in _CALLED.findall(self.rest) if kind in kinds for name in _OPERAND.findall(names)]
 
 
@@ -89,7 +89,7 @@ class Program:
         self._moved: dict[str, int] = {}
 
     def bytes_moved(self) -> int:
-        """Bytes that one device reads from and writes to its memory.
+        """Count the bytes that one device reads from and writes to its memory.
 
         What lies in a TPU's vector memory (`S(1)`) costs nothing, of a slice only its part counts, and of a condition
         the branch that moves most.
@@ -97,7 +97,7 @@ class Program:
         return self._moved_by(self.entry)
 
     def collectives(self, num_devices: int) -> list[Collective]:
-        """By kind. A TPU's asynchronous collectives appear in several fusions: each channel counts once."""
+        """Sum collectives by kind. A TPU's asynchronous ones appear in several fusions: each channel counts once."""
         counts: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0, 0.0])
         seen, runs = set(), self._runs
         for name, computation in self.computations.items():
@@ -118,7 +118,7 @@ class Program:
 
     @functools.cached_property
     def _runs(self) -> dict[str, int]:
-        """How often each computation runs."""
+        """Count how often each computation runs."""
         runs = dict.fromkeys(self.computations, 0)
         runs[self.entry] = 1
         for name in _callers_first(self.computations, self.entry):
@@ -137,7 +137,7 @@ class Program:
         return self._moved[name]
 
     def _trips(self, loop: Instruction) -> int:
-        """How often a loop's body runs, where its condition compares a counter that starts at 0 with a constant."""
+        """Count the runs of a loop's body, where its condition compares a counter that starts at 0 with a constant."""
         if known := _TRIPS.search(loop.line):
             return int(known[1])
         (condition,) = loop.called("condition")
@@ -203,7 +203,7 @@ class Program:
 
 
 def _payload(instruction: Instruction, computation: Computation, kind: str, is_start: bool) -> int:
-    """Bytes of a collective's results, of a reduce-scatter's operands. A started one's shape may name both."""
+    """Count bytes of a collective's results, of a reduce-scatter's operands. A started one's shape may name both."""
     operands = sum(_bytes_of(computation[name].shape) for name in instruction.operands if name in computation)
     result = _bytes_of(instruction.shape)
     if kind == "reduce-scatter":
@@ -214,7 +214,7 @@ def _payload(instruction: Instruction, computation: Computation, kind: str, is_s
 
 
 def group_size(line: str, num_devices: int) -> int:
-    """How many devices a collective's line lets talk to each other."""
+    """Count the devices that a collective's line lets talk to each other."""
     if named := _AXES.search(line):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", named[2]))
@@ -224,7 +224,7 @@ def group_size(line: str, num_devices: int) -> int:
 
 
 def groups(line: str, num_devices: int) -> list[list[int]]:
-    """The places in the mesh's order of devices that a collective's line lets talk to each other."""
+    """Return the places in the mesh's order of devices that a collective's line lets talk to each other."""
     if iota := _IOTA.search(line):
         shape, order = (list(map(int, part.split(","))) for part in iota.groups()[:2])
         ids = np.arange(math.prod(order)).reshape(order)
@@ -237,7 +237,7 @@ def groups(line: str, num_devices: int) -> list[list[int]]:
 
 
 def sent_bytes(kind: str, payload: int, size: int) -> float:
-    """Bytes that each of `size` devices sends in a collective on a ring.
+    """Count the bytes that each of `size` devices sends in a collective on a ring.
 
     Args:
         payload: of all-gather and all-to-all the whole result, of reduce-scatter the whole operand, of the others
@@ -278,7 +278,7 @@ def _instruction(line: str, found: re.Match[str]) -> Instruction | None:
 
 
 def _closing(text: str) -> int:
-    """The place behind the parenthesis that closes the first one."""
+    """Return the place behind the parenthesis that closes the first one."""
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -288,7 +288,7 @@ def _closing(text: str) -> int:
 
 
 def _callers_first(computations: dict[str, Computation], entry: str) -> list[str]:
-    """Computations in an order in which each comes behind all that call it."""
+    """Sort computations so that each comes behind all that call it."""
     order: list[str] = []
     done = set()
     stack = [(entry, False)]
@@ -305,19 +305,19 @@ def _callers_first(computations: dict[str, Computation], entry: str) -> list[str
 
 
 def _source(computation: Computation, name: str) -> str:
-    """The instruction behind bitcasts and copies."""
+    """Return the instruction behind bitcasts and copies."""
     while name in computation and computation[name].opcode in ("bitcast", "copy", "convert", "reshape"):
         name = computation[name].operands[0]
     return name
 
 
 def _parts(shape: str) -> list[str]:
-    """The arrays of a tuple's shape, as written."""
+    """Return the arrays of a tuple's shape, as written."""
     return [found[0] for found in re.finditer(_SHAPE, shape)]
 
 
 def _bytes_of(shape: str, in_hbm: bool = False) -> int:
-    """Bytes of an array or of all arrays of a tuple; `in_hbm`: without those in another memory space."""
+    """Count bytes of an array or of all arrays of a tuple; `in_hbm`: without those in another memory space."""
     total = 0
     for dtype, dims, layout in _SHAPE.findall(shape):
         if in_hbm and re.search(r"S\([1-9]\d*\)", layout):

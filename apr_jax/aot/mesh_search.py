@@ -1,4 +1,4 @@
-"""Which meshes a config could train on, given a number of devices: all shapes that divide, the promising ones first.
+"""A search for the mesh that a config trains on best: all shapes that divide the devices, the promising ones first.
 
 The estimate is arithmetic on sizes, made in microseconds; what is worth more than that is compiled (`aot.py`).
 """
@@ -33,7 +33,7 @@ class Candidate:
 
 
 def shapes(num_devices: int) -> list[MeshConfig]:
-    """Every (data, fsdp, tensor) whose product is the number of devices."""
+    """Return every (data, fsdp, tensor) whose product is the number of devices."""
     divisors = [d for d in range(1, num_devices + 1) if num_devices % d == 0]
     return [
         MeshConfig(data=num_devices // fsdp // tensor, fsdp=fsdp, tensor=tensor)
@@ -44,7 +44,7 @@ def shapes(num_devices: int) -> list[MeshConfig]:
 
 
 def parse_mesh(text: str, num_devices: int) -> MeshConfig:
-    """`DATA,FSDP,TENSOR` as a mesh. Raises ConfigError for anything else, and for another number of devices."""
+    """Parse `DATA,FSDP,TENSOR`. Raises ConfigError for anything else, and for another number of devices."""
     parts = text.split(",")
     if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
         raise ConfigError(f"--mesh={text}: give DATA,FSDP,TENSOR as three numbers above 0, such as {num_devices},1,1")
@@ -55,7 +55,7 @@ def parse_mesh(text: str, num_devices: int) -> MeshConfig:
 
 
 def fit(config: Config, mesh: MeshConfig, devices_per_host: int, rows_per_shard: int | None = None) -> Config:
-    """The config on another mesh: what is per device stays so, and the global batch of SFT stays what it is.
+    """Fit the config to another mesh: sizes per device and the global batch of SFT stay what they are.
 
     Rows of a microbatch grow with the shards that they are split over; the number of microbatches falls.
 
@@ -88,7 +88,7 @@ def fit(config: Config, mesh: MeshConfig, devices_per_host: int, rows_per_shard:
 
 
 def candidates(config: Config, num_devices: int, devices_per_host: int, peaks: Peaks) -> list[Candidate]:
-    """Every mesh that divides, fitted: those that seem to fit the memory first, then the faster first.
+    """Return every mesh that divides, fitted: those that seem to fit the memory first, then the faster first.
 
     Where a microbatch seems too large for the memory its rows are halved.
     """
@@ -108,12 +108,12 @@ def candidates(config: Config, num_devices: int, devices_per_host: int, peaks: P
 
 
 def rows_per_shard(config: Config) -> int:
-    """Rows of an SFT microbatch on one device."""
+    """Count the rows of an SFT microbatch on one device."""
     return config.sft.rows_per_step // config.sft.microbatches // (config.mesh.data * config.mesh.fsdp)
 
 
 def estimate(config: Config, peaks: Peaks) -> Candidate:
-    """An SFT step on the config's mesh, by arithmetic.
+    """Estimate an SFT step on the config's mesh, by arithmetic.
 
     FLOPs: 6 a weight and token, 8 with full remat, and causal attention (Kaplan et al. 2020, section 2.1). Links, on
     rings: each microbatch gathers the layers' weights over "fsdp" twice and scatters their gradients once, reduces
@@ -149,7 +149,7 @@ def estimate(config: Config, peaks: Peaks) -> Candidate:
 
 
 def _engine_bytes(config: Config) -> float:
-    """Weights and pages of one device of a host's engine."""
+    """Count the bytes of weights and pages on one device of a host's engine."""
     model, engine, mesh = config.model, config.engine, config.mesh
     positions = engine.pages * engine.page_size
     cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * positions

@@ -1,4 +1,4 @@
-"""What accelerators can do, from their makers' pages, and the least time that a program can take on them.
+"""The peaks of accelerators, from their makers' pages, and the least time that a program can take on them.
 
 The roofline model (Williams, Waterman and Patterson 2009) with a third limit, the links between devices: a program
 takes at least the longest of its time to compute, to move bytes to and from memory, and to send bytes to other devices.
@@ -47,7 +47,7 @@ PEAKS: dict[str, Peaks] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one device does in one program."""
+    """The work of one device in one program."""
 
     flops: float
     bytes: float  # read from and written to its memory

@@ -26,7 +26,7 @@ RANKED_BY = "sft_step"  # the program that is compiled for every candidate
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What to compile, and for what."""
+    """A survey of a configuration's programs on an accelerator."""
 
     config: Config
     topology: Topology
@@ -41,7 +41,7 @@ class Survey:
         return sum(device.process_index == self.devices[0].process_index for device in self.devices)
 
     def run(self, mesh: MeshConfig | None = None) -> dict[str, Any]:
-        """All figures, as plain JSON. With `mesh` no other is tried.
+        """Return all figures, as plain JSON. With `mesh` no other is tried.
 
         Raises ConfigError when the mesh does not divide, and when no mesh fits the memory.
         """
@@ -77,7 +77,7 @@ class Survey:
         }
 
     def _rank(self, peaks: Peaks) -> tuple[list[Candidate], list[dict[str, Any]]]:
-        """Candidates, best first by what compiling says of the promising ones; and a row for each."""
+        """Rank candidates, best first by what compiling says of the promising ones. Returns a row for each, too."""
         every = candidates(self.config, len(self.devices), self.devices_per_host, peaks)
         if not every:
             raise ConfigError(
@@ -128,7 +128,7 @@ class Survey:
 
 
 def settings(config: Config) -> dict[str, int]:
-    """The settings that make this plan of the config, as overrides of `--config`."""
+    """Return the settings that make this plan of the config, as overrides of `--config`."""
     mesh, sft, grpo = config.mesh, config.sft, config.grpo
     return {
         "mesh.data": mesh.data,
@@ -141,7 +141,7 @@ def settings(config: Config) -> dict[str, int]:
 
 
 def program_row(program: Compiled, peaks: Peaks) -> dict[str, Any]:
-    """One program as plain JSON, its roofline estimate included."""
+    """Describe one program as plain JSON, its roofline estimate included."""
     least = Estimate.of(program.cost, peaks)
     return {
         **dataclasses.asdict(program),
@@ -176,7 +176,7 @@ def _mesh(mesh: MeshConfig | dict[str, int]) -> str:
 
 
 def tables(figures: dict[str, Any]) -> str:
-    """The survey as Markdown."""
+    """Write the survey as Markdown."""
     return "\n\n".join([_about(figures), _candidates_table(figures["candidates"]), _programs_table(figures)])
 
 
@@ -209,7 +209,7 @@ def _candidates_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _short(value: float) -> str:
-    """Three digits: 7,260 and 0.00123."""
+    """Write three digits: 7,260 and 0.00123."""
     digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
     return f"{round(value, digits):,.{max(0, digits)}f}" if value >= 1e-6 else "0"
 

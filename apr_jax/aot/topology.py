@@ -54,7 +54,7 @@ class Topology:
 
 
 def parse_topology(name: str) -> Topology:
-    """Raises ConfigError for a name that is none, and says which was probably meant."""
+    """Parse a topology's name. Raises ConfigError for any other name, with the one that was probably meant."""
     found = re.fullmatch(r"(tpu|gpu):(\w+):(\d+(?:x\d+)*)", name)
     kind = found and f"{found[1]}:{found[2]}"
     if not found or kind not in _KINDS:
@@ -73,7 +73,7 @@ def parse_topology(name: str) -> Topology:
 
 
 def prepare_process(topology: Topology) -> None:
-    """Sets what JAX and the compilers read from the environment. To be called before JAX is imported.
+    """Set what JAX and the compilers read from the environment. Call it before JAX is imported.
 
     Raises ConfigError, with what to install, when the compiler is not there.
     """
@@ -96,7 +96,7 @@ def prepare_process(topology: Topology) -> None:
 
 
 def compile_only_devices(topology: Topology) -> list[Any]:
-    """Devices that programs can be compiled for and nothing can run on, in the order of their hosts.
+    """Return devices that programs can be compiled for and nothing can run on, in the order of their hosts.
 
     Their `process_index` says which of them share a host. One process can have them of one platform only. Raises
     ConfigError for a shape that the compiler does not know.
@@ -120,7 +120,7 @@ def compile_only_devices(topology: Topology) -> list[Any]:
 
 
 def _offer_cudnn() -> None:
-    """Loads cuDNN for XLA, and answers for it where JAX would ask a GPU."""
+    """Load cuDNN for XLA, and answer for it where JAX would ask a GPU."""
     from jax._src.cudnn import fused_attention_stablehlo
 
     ctypes.CDLL(str(_nvidia() / "cudnn" / "lib" / "libcudnn.so.9"), mode=ctypes.RTLD_GLOBAL)

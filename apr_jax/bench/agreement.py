@@ -1,4 +1,4 @@
-"""Whether a device decodes what a plain forward on the CPU says it should: the measure behind `launch/gpu_check.py`.
+"""A comparison of what a device decodes with a plain forward pass on the CPU, for `launch/gpu_check.py`.
 
 The reference is the dense forward in float32, without cache, engine or kernel. It scores what the device wrote, so one
 difference does not hide the tokens after it.
@@ -23,7 +23,7 @@ from apr_jax.model.llama import Params, graphdef, init_params
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How far greedy tokens and their log-probabilities are from the reference's."""
+    """The distance of greedy tokens and their log-probabilities from the reference's."""
 
     num_tokens: int
     num_other: int  # tokens that are not the reference's argmax
@@ -32,7 +32,7 @@ class Agreement:
     mean_difference: float
 
     def within(self, tolerance: float) -> bool:
-        """Whether every token is the best up to ties within the tolerance, and every log-probability equal within it.
+        """Return True where each token is the best, up to ties, and each log-probability equal, within the tolerance.
 
         On average they must be four times as close.
         """
@@ -41,7 +41,7 @@ class Agreement:
 
 
 def compare(written_T: np.ndarray, logprobs_T: np.ndarray, reference_TV: np.ndarray) -> Agreement:
-    """Compares greedy tokens and their log-probabilities with the reference's of the whole vocabulary."""
+    """Compare greedy tokens and their log-probabilities with the reference's of the whole vocabulary."""
     own_T, regret_T = _own_and_regret(written_T, reference_TV)
     difference_T = np.abs(own_T - logprobs_T)
     return Agreement(
@@ -54,7 +54,7 @@ def compare(written_T: np.ndarray, logprobs_T: np.ndarray, reference_TV: np.ndar
 
 
 def sharp_params(config: ModelConfig, seed: int) -> Params:
-    """Random weights under which the next token hangs on what is attended to; fresh ones give an almost even policy.
+    """Make random weights under which the next token depends on what is attended to; fresh ones give an even policy.
 
     With positions rotated wrongly (another RoPE base), log-probabilities are off by 3.4 on average (D=1024, 4 layers).
     """
@@ -73,7 +73,7 @@ def decode_greedily(
 
 
 def agreement(calls: Sequence[Call], model: ModelConfig, params: Params) -> Agreement:
-    """Compares all that greedy calls wrote with the reference on the CPU."""
+    """Compare all that greedy calls wrote with the reference on the CPU."""
     tokens = np.concatenate([call.tokens for call in calls])
     logprobs = np.concatenate([call.logprobs for call in calls])
     reference = _reference(model, params, [(call.context, call.tokens) for call in calls])
@@ -81,14 +81,14 @@ def agreement(calls: Sequence[Call], model: ModelConfig, params: Params) -> Agre
 
 
 def regret(context: Sequence[int], tokens: Sequence[int], model: ModelConfig, params: Params) -> float:
-    """How much less likely the tokens are than the likeliest ones, nats a token, by the reference."""
+    """Return how much less likely the tokens are than the likeliest ones, in nats a token, by the reference."""
     written_T = np.asarray(tokens)
     (reference_TV,) = _reference(model, params, [(np.asarray(context), written_T)])
     return float(_own_and_regret(written_T, reference_TV)[1].mean())
 
 
 def _own_and_regret(written_T: np.ndarray, reference_TV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The reference's log-probability of each token written, and how much less that is than its best one."""
+    """Return the reference's log-probability of each token written, and how much less that is than its best one."""
     own_T = np.take_along_axis(reference_TV, written_T[:, None], axis=1)[:, 0]
     return own_T, reference_TV.max(axis=1) - own_T
 
@@ -112,7 +112,7 @@ def _programs(model: ModelConfig, page: int, max_steps: int, rng: np.random.Gene
 
 
 def _reference(model: ModelConfig, params: Params, texts: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
-    """Log-probabilities `[tokens written, V]` of each context and its tokens, by full float32 forwards on the CPU."""
+    """Compute log-probabilities `[tokens written, V]` of each context and its tokens by float32 forwards on the CPU."""
     model = dataclasses.replace(model, compute_dtype="float32", attention="xla", remat="none")
     width = max(len(context) + len(tokens) for context, tokens in texts)
     cpu = jax.devices("cpu")[0]

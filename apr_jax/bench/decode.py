@@ -32,7 +32,7 @@ class Lengths:
     new: int
 
     def check(self, config: Config) -> None:
-        """Raises ConfigError where a thread would not fit, or where no visit would be left to measure."""
+        """Raise ConfigError where a thread would not fit, or where no visit would be left to measure."""
         if self.prompt + self.new > config.model.max_seq_len:
             raise ConfigError(
                 f"{self.prompt} prompt and {self.new} new tokens exceed model.max_seq_len={config.model.max_seq_len}"
@@ -51,7 +51,7 @@ def benchmark_decode(
     lengths: Lengths | None = None,
     on_lanes: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measures each lane count with an engine of its own, and the machine's limits before each and at the end.
+    """Measure each lane count with an engine of its own, and the machine's limits before each and at the end.
 
     A row holds `tokens_per_second`, `ms_per_step`, `host_share`, `context` (positions a lane held on average),
     `first_visit_seconds` (the prefill is in it) and `roofline_share`: the least time of a step under the limits over
@@ -84,12 +84,12 @@ def benchmark_decode(
 
 
 def mesh_for(config: Config, lanes: int) -> MeshConfig:
-    """The configuration's mesh, or the same with one data shard where its shards don't divide the lanes."""
+    """Return the configuration's mesh, or the same with one data shard where its shards don't divide the lanes."""
     return config.mesh if lanes % config.mesh.data == 0 else dataclasses.replace(config.mesh, data=1)
 
 
 def about(config: Config) -> dict[str, Any]:
-    """The device and the model, for a report."""
+    """Describe the device and the model, for a report."""
     return {
         "device": device_name(),
         "mesh": dataclasses.asdict(config.mesh),
@@ -98,7 +98,7 @@ def about(config: Config) -> dict[str, Any]:
 
 
 def make_prompts(config: Config, lanes: int, lengths: Lengths) -> list[list[int]]:
-    """Random prompts; those of fewer lanes are the first of those of more."""
+    """Draw random prompts; those of fewer lanes are the first of those of more."""
     rng = np.random.default_rng(config.seed)
     prompts: list[list[int]] = rng.integers(0, config.model.vocab_size, (lanes, lengths.prompt)).tolist()
     return prompts
@@ -164,7 +164,7 @@ def _decode(prompt: list[int], new: int) -> Program:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result for people."""
+    """Write the result for people."""
     limits, lengths = result["limits"], result["lengths"]
     lines = [
         f"{result['device']}, {result['model']['num_params']:,} parameters in {result['model']['compute_dtype']}, "

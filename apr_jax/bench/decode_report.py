@@ -7,7 +7,7 @@ from apr_jax.bench.peers import doubt
 
 
 def peers_table(figures: dict[str, Any]) -> str:
-    """Tokens per second of ours and of every peer's every mode by lane count, and ours over theirs.
+    """Compare tokens per second of ours and of every peer's every mode by lane count, and ours over theirs.
 
     Ours stands there twice, measured before the peers and after them: how far the two differ says how far to trust a
     ratio. Ratios are to the first. A peer without figures says why.
@@ -33,7 +33,7 @@ def peers_table(figures: dict[str, Any]) -> str:
 
 
 def write_plot(path: str | pathlib.Path, figures: dict[str, Any]) -> None:
-    """Draws tokens per second by lane count, ours, the roofline's and the peers', in the format of the file's name."""
+    """Draw tokens per second by lane count, ours, the roofline's and the peers', in the format of the file's name."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")

@@ -28,7 +28,7 @@ _OURS = ("PYTHONPATH", "PYTHONHOME", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_PL
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What every peer is given. The first L prompts are the batch of L lanes, decoded greedily.
+    """The work that every peer is given. The first L prompts are the batch of L lanes, decoded greedily.
 
     `model` is a folder written by `apr_jax.model.hf.save_hf`. Each lane writes `new_tokens` tokens (at least 2: the
     first belongs to the prefill and is not timed). `seconds_limit` holds for one peer as a whole.
@@ -46,7 +46,7 @@ class Workload:
 def run_peers(
     names: Sequence[str], workload: Workload, regret: Regret, root: pathlib.Path = _ROOT
 ) -> dict[str, dict[str, Any]]:
-    """Runs each named peer, one after the other; what each reported, by name, in the order given.
+    """Run the named peers one after the other, and return what each reported by name.
 
     A report holds `name`, `version`, `method` (how decode was told from prefill) and, by lane count, `lanes[L]`:
     `tokens_per_second`, `ms_per_step`, `prefill_seconds`, `warm_up_seconds`, `mode` (the fastest one in `modes`) and
@@ -71,7 +71,7 @@ def run_peers(
 
 
 def judge(greedy_tokens: Mapping[str, Sequence[int]], regret: Regret) -> dict[str, Any]:
-    """Whether all modes of a peer compute our model, by what each wrote greedily after the first prompt.
+    """Return True where all modes of a peer compute our model, by what each wrote greedily after the first prompt.
 
     Two correct implementations part ways at the first near-tie of two logits, and never meet again after it, so that
     equality cannot be asked for; in bfloat16 the first token may be one. Asked is how much less likely than the best
@@ -85,7 +85,7 @@ def judge(greedy_tokens: Mapping[str, Sequence[int]], regret: Regret) -> dict[st
 
 
 def doubt(report: Mapping[str, Any]) -> str:
-    """What casts doubt on a peer's figures, or why there are none; empty where nothing does."""
+    """Describe what casts doubt on a peer's figures, or why there are none; empty where nothing does."""
     parts = []
     if report.get("same_model") is False:
         regrets = ", ".join(f"{mode} {value:.2g}" for mode, value in report["regret"].items())
@@ -96,25 +96,25 @@ def doubt(report: Mapping[str, Any]) -> str:
 
 
 def summary(name: str, report: Mapping[str, Any]) -> str:
-    """One line for people: tokens per second by lane count, and whatever casts doubt on them."""
+    """Write a line for people: tokens per second by lane count, and whatever casts doubt on them."""
     rates = [f"{row['tokens_per_second']:,.1f} at {lanes}" for lanes, row in report.get("lanes", {}).items()]
     parts = [f"{', '.join(rates)} lanes"] if rates else []
     return f"{name}: {'; '.join(filter(None, [*parts, doubt(report)]))}"
 
 
 def peer_environment(threads: int) -> dict[str, str]:
-    """The environment variables of a peer's process: ours, less what steers our own process."""
+    """Return the environment variables of a peer's process: ours, less what steers our own process."""
     environment = {key: value for key, value in os.environ.items() if key not in _OURS}
     return environment | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def peer_python(name: str, root: pathlib.Path) -> pathlib.Path:
-    """The interpreter of a peer's own environment."""
+    """Return the interpreter of a peer's own environment."""
     return root / ".venv-peers" / name / "bin" / "python"
 
 
 def why_not_installed(name: str, root: pathlib.Path) -> str | None:
-    """Why a peer has no environment, or None where it has one."""
+    """Report why a peer has no environment; None where it has one."""
     failed = root / ".venv-peers" / f"{name}.failed"
     if failed.exists():
         return f"not installed: {last_lines(failed.read_text(errors='replace'))}"
@@ -144,7 +144,7 @@ def _run(name: str, workload: Workload, root: pathlib.Path) -> dict[str, Any]:
 
 
 def _call(command: Sequence[str], stream: Any, workload: Workload) -> str:
-    """Runs a peer to its end, or ends it and its children when its time is over. Returns what went wrong, or ""."""
+    """Run a peer to its end, or end it and its children when its time is over. Returns what went wrong, or ""."""
     environment = peer_environment(workload.threads)
     process = subprocess.Popen(
         command, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -159,7 +159,7 @@ def _call(command: Sequence[str], stream: Any, workload: Workload) -> str:
 
 
 def end_peer(process: subprocess.Popen[bytes]) -> None:
-    """Ends whatever is left of a peer: it leads a process group of its own."""
+    """End whatever is left of a peer, which leads a process group of its own."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -168,6 +168,6 @@ def end_peer(process: subprocess.Popen[bytes]) -> None:
 
 
 def last_lines(text: str) -> str:
-    """The end of a peer's output, in one line."""
+    """Return the end of a peer's output, in one line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " | ".join(lines[-_REASON_LINES:])

@@ -35,7 +35,7 @@ class ReplayedCall:
 
 
 def read_calls(demonstration: Demonstration, tokenizer: Tokenizer) -> list[ReplayedCall]:
-    """The parent's calls, each with the children that it spawns."""
+    """Return the parent's calls, each with the children that it spawns."""
     children = iter([call for call in demonstration.calls if call.depth == 1])
 
     def read(call: Call) -> ReplayedCall:
@@ -52,7 +52,7 @@ def read_calls(demonstration: Demonstration, tokenizer: Tokenizer) -> list[Repla
 
 
 def replay(calls: Sequence[ReplayedCall]) -> Program:
-    """A program that does what a thread's calls did, and its children's."""
+    """Run a program that does what a thread's calls did, and its children's."""
     thread = yield Open(calls[0].context)
     yield Decode(thread, (), max_tokens=len(calls[0].tokens))
     for before, call in itertools.pairwise(calls):
@@ -65,7 +65,7 @@ def replay(calls: Sequence[ReplayedCall]) -> Program:
 
 
 def make_replays(config: Config, tokenizer: Tokenizer, count: int | None) -> list[list[ReplayedCall]]:
-    """The parent's calls of the solver's search on the first `count` test problems that fit the limits.
+    """Return the parent's calls of the solver's search on the first `count` test problems that fit the limits.
 
     None: as many as there are, up to MAX_PROBLEMS. Raises ConfigError when the test split has fewer than asked for.
     """
@@ -95,7 +95,7 @@ def make_replays(config: Config, tokenizer: Tokenizer, count: int | None) -> lis
 
 
 def _fits(calls: Sequence[ReplayedCall], config: Config) -> bool:
-    """Whether all threads stay within `model.max_seq_len` and `rollout.max_steps`."""
+    """Return True where all threads stay within `model.max_seq_len` and `rollout.max_steps`."""
     threads = [calls, *([child] for call in calls for child in call.children)]
     longest = max(len(call.context) + len(call.tokens) for thread in threads for call in thread)
     most = max(sum(len(call.tokens) for call in thread) for thread in threads)
@@ -105,7 +105,7 @@ def _fits(calls: Sequence[ReplayedCall], config: Config) -> bool:
 def benchmark_replays(
     engine: Engine, replays: Sequence[Sequence[ReplayedCall]], seed: int, on_progress: Callable[[Progress], None] | None
 ) -> dict[str, Any]:
-    """Runs the replays to their end on a warm engine, and says how well it was used.
+    """Run the replays to their end on a warm engine, and report how well it was used.
 
     Times are in ms, as mean, median and 99th percentile: over calls `ttft`, from the request to the first token known
     to the host (queueing and prefill included), and `tpot`, the call's time per token (tokens reach the host in visits,
@@ -132,7 +132,7 @@ def benchmark_replays(
 
 
 def show(figures: dict[str, Any]) -> str:
-    """The figures of `benchmark_replays` for people."""
+    """Write the figures of `benchmark_replays` for people."""
     ttft, tpot = figures["ttft_ms"], figures["tpot_ms"]
     return (
         f"{figures['problems']} problems with {figures['children_per_problem']:.1f} children each: "

@@ -1,4 +1,4 @@
-"""What the machine could do: measured limits, and the least time that a decode step can take under them.
+"""The machine's limits, measured, and the least time that a decode step can take under them.
 
 The roofline model (Williams, Waterman and Patterson 2009): a step moves bytes and does floating-point operations, and
 takes at least the longer of the two times. The limits are the best rates that the mesh's devices reach together, on
@@ -37,14 +37,14 @@ class Limits:
     flops_per_second: float
 
     def better(self, other: "Limits") -> "Limits":
-        """The higher of each: noise only ever slows a measurement down."""
+        """Return the higher of each, because noise only ever slows a measurement down."""
         return Limits(
             max(self.bytes_per_second, other.bytes_per_second), max(self.flops_per_second, other.flops_per_second)
         )
 
 
 def measure_limits(mesh: Mesh, dtype: str) -> Limits:
-    """Reads a large matrix (in a sum, and in a product with a vector), and multiplies large square matrices in `dtype`.
+    """Read a large matrix (in a sum, and in a product with a vector), and multiply large square matrices in `dtype`.
 
     What is read is float32, which every backend reads at its memory's rate. A CPU also multiplies by our own kernel,
     and the faster way counts: XLA's CPU backend is as slow in bfloat16 as in float32.
@@ -77,7 +77,7 @@ def _square_by_panels(mesh: Mesh, x: jax.Array) -> jax.Array:
 
 
 def _best(step: Callable[[Any], Any], argument: Any) -> float:
-    """Seconds of the fastest of some calls, after one that compiles."""
+    """Return the seconds of the fastest of some calls, after one that compiles."""
     wait: Callable[[Any], Any] = jax.block_until_ready
     wait(step(argument))
     times = []
@@ -90,14 +90,14 @@ def _best(step: Callable[[Any], Any], argument: Any) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class StepCost:
-    """What one decode step of all lanes must read and compute; activations, which stay in caches, are left out."""
+    """The reads and operations of one decode step of all lanes, without activations, which stay in caches."""
 
     bytes: float
     flops: float
 
     @classmethod
     def of(cls, model: ModelConfig, lanes: int, context: float) -> "StepCost":
-        """`context`: positions that a lane's new token attends to, on average. Weights are read once for all lanes."""
+        """Count for new tokens that attend to `context` positions on average. Weights are read once for all."""
         layout = WeightLayout(own_head=True)
         size = jnp.dtype(model.compute_dtype).itemsize
         kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * size
@@ -107,5 +107,5 @@ class StepCost:
         return cls(read, lanes * (2 * matrices + attention))
 
     def seconds(self, limits: Limits) -> float:
-        """The least time under the limits."""
+        """Return the least time under the limits."""
         return max(self.bytes / limits.bytes_per_second, self.flops / limits.flops_per_second)

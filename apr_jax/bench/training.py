@@ -53,7 +53,7 @@ _SAME_LOSS = 1e-3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Session:
-    """How a benchmark is run."""
+    """The settings of a benchmark."""
 
     peers: Sequence[str]  # names of `peers.PEERS` that take part
     turns: int  # counted ones
@@ -62,7 +62,7 @@ class Session:
 
 
 def take_turns(contestants: Mapping[str, Contestant], turns: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Passes in turns; by name the seconds of a step in each counted turn, the last pass's losses, or an `error`.
+    """Run passes in turns. Returns by name each counted turn's seconds of a step, the last losses, or an `error`.
 
     A pass counts with the median of its steps: the first finds caches and memory as the last contestant left them.
     """
@@ -84,7 +84,7 @@ def take_turns(contestants: Mapping[str, Contestant], turns: int, say: Callable[
 
 
 def compare(rows: Mapping[str, Mapping[str, Any]], references: Sequence[str], tokens: float) -> dict[str, Any]:
-    """Adds to each row its median step, tokens/s, and how many times as long as each reference's a step took.
+    """Add to each row its median step, tokens/s, and how many times as long as each reference's a step took.
 
     `over` has, by reference, the median over the turns and the least and the most.
     """
@@ -103,7 +103,7 @@ def compare(rows: Mapping[str, Mapping[str, Any]], references: Sequence[str], to
 
 
 def packed_rows(config: Config, tokenizer: Tokenizer, batches: int) -> list[Rows]:
-    """Batches of an SFT run's rows, with weights that sum to 1."""
+    """Make batches of an SFT run's rows, with weights that sum to 1."""
     problems = generate_problems(config, "train")
     demonstrations = [
         task_of(config).demonstrate(
@@ -132,7 +132,7 @@ def packed_rows(config: Config, tokenizer: Tokenizer, batches: int) -> list[Rows
 
 
 def training_flops(config: Config, segment_ids: np.ndarray) -> float:
-    """Floating-point operations of a step's forward and backward pass over rows `[B, T]`, padding left out.
+    """Count the floating-point operations of a step's forward and backward pass over rows `[B, T]` without padding.
 
     Six per matrix element and token, and 12 H N L per pair of a token and one that it sees (Kaplan et al. 2020, table
     1, with the factor of causality counted exactly). What is recomputed is not counted, nor is the optimiser.
@@ -150,7 +150,7 @@ def training_flops(config: Config, segment_ids: np.ndarray) -> float:
 
 
 def benchmark_sft(config: Config, mesh: Mesh, session: Session) -> dict[str, Any]:
-    """SFT steps with AdamW, ours and `hf`'s on the same batches, and ours with the config's own optimizer beside them.
+    """Measure SFT steps with AdamW, ours and `hf`'s on the same batches, and ours with the config's own optimizer.
 
     The learning rate is constant, so that losses agree step by step: `same_model` says whether they do.
     """
@@ -199,7 +199,7 @@ def _sft_pass(
 
 
 def benchmark_grpo(config: Config, mesh: Mesh, session: Session) -> dict[str, Any]:
-    """GRPO steps of `grpo.prompts_per_step * group_size` rollouts, rollouts included, ours and TRL's.
+    """Measure GRPO steps of `grpo.prompts_per_step * group_size` rollouts, rollouts included, ours and TRL's.
 
     The rollouts have the lengths of the solver's searches, `group_size` of each problem. Ours runs them as this method
     does, children in threads of their own; beside it ours and TRL's write each as one thread of as many tokens. Rewards
@@ -244,7 +244,7 @@ def benchmark_grpo(config: Config, mesh: Mesh, session: Session) -> dict[str, An
 
 
 def _with_room(config: Config, tokens: int) -> Config:
-    """The same for threads of so many tokens: longer contexts and rows, and pages for every lane.
+    """Return the configuration for threads of so many tokens: longer contexts and rows, and pages for every lane.
 
     A row of the update takes several of them, since one or two to a row would leave much of it empty.
     """
@@ -306,7 +306,7 @@ def _measure(
     model: tuple[Config, Params],
     tokens: float,
 ) -> dict[str, Any]:
-    """Takes turns, with every mode of the peer among them where it is asked for; a peer that cannot run says why.
+    """Take turns, with every mode of the peer among them where it is asked for; a peer that cannot run says why.
 
     `references` are those of ours that everyone is compared with. `model` is what the peer is given, `tokens` how many
     a step has.

@@ -34,7 +34,7 @@ class Peer:
     def __init__(
         self, name: str, workload: Mapping[str, Any], seconds_limit: float, root: pathlib.Path = _ROOT
     ) -> None:
-        """`seconds_limit` holds for all passes together, loading and compiling included."""
+        """Start the peer. `seconds_limit` holds for all passes together, loading and compiling included."""
         if reason := why_not_installed(name, root):
             raise PeerError(reason)
         self._folder = tempfile.TemporaryDirectory(prefix=f"peer-{name}-")
@@ -64,7 +64,7 @@ class Peer:
         self.version, self.method, self.modes = about["version"], about["method"], tuple(about["modes"])
 
     def run(self, mode: str) -> dict[str, Any]:
-        """One pass: `seconds` and `losses` of its steps, `contention` (waiting for a core per second). PeerError."""
+        """Run a pass: `seconds` and `losses` of its steps, `contention` (seconds without a core). Raises PeerError."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(f"{mode}\n".encode())
@@ -84,7 +84,7 @@ class Peer:
         self._folder.cleanup()
 
     def _answer(self) -> dict[str, Any]:
-        """The next line that it writes."""
+        """Return the next line that it writes."""
         assert self._process.stdout is not None
         start, line = time.perf_counter(), b""
         with selectors.DefaultSelector() as selector:

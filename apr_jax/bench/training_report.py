@@ -15,7 +15,7 @@ _TITLES = {"sft": "SFT", "grpo": "GRPO step"}
 
 
 def measure(config: Config, phases: Sequence[str], session: Session) -> dict[str, Any]:
-    """Measures the phases, and the machine's limits before and after each (the better ones count)."""
+    """Measure the phases, and the machine's limits before and after each (the better ones count)."""
     mesh = make_mesh(config.mesh)
     limits = measure_limits(mesh, config.model.compute_dtype)
     figures: dict[str, Any] = about(config)
@@ -31,7 +31,7 @@ def measure(config: Config, phases: Sequence[str], session: Session) -> dict[str
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures for people."""
+    """Write the figures for people."""
     limits = figures["limits"]
     lines = [
         f"{figures['device']}, {figures['model']['num_params']:,} parameters in {figures['model']['compute_dtype']}, "
@@ -56,7 +56,7 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def write_plot(path: str | pathlib.Path, figures: dict[str, Any]) -> None:
-    """Draws tokens per second of every contestant, in the format of the file's name."""
+    """Draw tokens per second of every contestant, in the format of the file's name."""
     from matplotlib.figure import Figure
 
     phases = [name for name in _TITLES if name in figures]

@@ -28,7 +28,7 @@ from apr_jax.parallel import hosts
 
 
 class Restored(NamedTuple):
-    """What a checkpoint holds."""
+    """The contents of a checkpoint."""
 
     trees: dict[str, Any]
     position: Any  # in the data: JSON-able, in global batches, so that it depends on neither mesh nor process count

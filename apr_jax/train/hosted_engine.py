@@ -22,7 +22,7 @@ from apr_jax.train.signals import StopSignal
 
 
 class RolloutEngine(RunsPrograms, Protocol):
-    """What training needs of an engine, besides what evaluation does."""
+    """An engine that takes new weights between runs."""
 
     def set_params(self, params: Params) -> None: ...
     def warm_up(self) -> float: ...

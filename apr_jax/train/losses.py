@@ -1,4 +1,4 @@
-"""The losses, as pure functions. Shapes: B rows, T time, D embed, V vocab, C chunks.
+"""Scores of target tokens, and the loss of SFT. Shapes: B rows, T time, D embed, V vocab, C chunks.
 
 Every loss is `sum_t weight_t * loss_t` with weights that the host computed once for the global batch. So gradient
 accumulation, packing and sharding only reorder one sum and cannot change what is learnt.
@@ -22,14 +22,14 @@ LogProbs = Callable[..., jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenScores:
-    """What one forward pass says about given target tokens."""
+    """The scores of given target tokens from one forward pass."""
 
     logprob_BT: jax.Array  # float32, log pi(target)
     top_BT: jax.Array  # bool: the target is the most probable token
 
 
 def num_chunks(batch: int, time: int, vocab: int, max_logits: int = MAX_LOGITS) -> int:
-    """The smallest divisor C of `time` with batch * (time / C) * vocab <= max_logits, or `time` if there is none."""
+    """Return the least divisor C of `time` with batch * (time / C) * vocab <= max_logits, or else `time`."""
     return next((c for c in range(1, time + 1) if time % c == 0 and batch * (time // c) * vocab <= max_logits), time)
 
 
@@ -42,7 +42,7 @@ def token_scores(
     max_logits: int = MAX_LOGITS,
     given: tuple[jax.Array, ...] = (),
 ) -> TokenScores:
-    """Scores the targets without ever holding [B, T, V] logits when they are many.
+    """Score the targets in chunks of time, so that [B, T, V] logits never exist when they are many.
 
     Args:
       hidden_BTD: the model's final hidden states.
@@ -50,7 +50,7 @@ def token_scores(
       logits: hidden [..., D] -> float32 logits [..., V].
       log_probs: logits [..., V] and the same positions of `given` -> float32 normalised log-probabilities
         (`jax.nn.log_softmax` in SFT, the engine's sampling policy in GRPO).
-      vocab: V, which with `max_logits`, of a device, sets how many chunks of time there are; each is recomputed in the
+      vocab: V. Each device holds at most `max_logits` elements of logits at a time; chunks are recomputed in the
         backward pass.
       given: arrays [B, T, ...].
     """
@@ -76,12 +76,12 @@ def token_scores(
 
 
 def weighted_nll(logprob_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
-    """SFT: sum_t weight_t * -log pi(target_t). Weights of a global batch sum to 1 (`normalise`)."""
+    """Return SFT's loss, sum_t weight_t * -log pi(target_t). Weights of a global batch sum to 1 (`normalise`)."""
     return -jnp.sum(weights_BT * logprob_BT)
 
 
 def normalise(weights: np.ndarray) -> np.ndarray:
-    """Scales a global batch's weights to sum 1 (float32). Raises ValueError when no token carries weight."""
+    """Scale a global batch's weights to sum 1 (float32). Raises ValueError when no token carries weight."""
     total = float(np.sum(weights, dtype=np.float64))
     if total <= 0:
         raise ValueError(f"a batch of shape {weights.shape} has no token to learn from: its weights sum to {total}")

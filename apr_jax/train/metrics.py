@@ -1,4 +1,4 @@
-"""What a run writes about itself: deterministic numbers apart from times.
+"""The metrics files of a run, with times apart from numbers that a rerun reproduces.
 
 `metrics.jsonl` holds only values that the seed determines, so that a run which was killed and resumed leaves the same
 file, byte for byte, as one that was not. Times and rates go to `timings.jsonl`; TensorBoard gets both.
@@ -21,11 +21,10 @@ _NOWHERE = pathlib.Path(os.devnull)
 
 
 class MetricsWriter:
-    """Appends one JSON object a step to a run folder. Use as a context manager.
+    """A writer that appends one JSON object a step to files in a run folder. Use as a context manager.
 
-    On opening, what a killed run wrote after its last complete checkpoint is cut: lines of `phase` beyond `step`,
-    lines of later phases, and a torn last line. With `writes` off, as on all hosts of a job but the first, nothing
-    reaches the folder.
+    On opening it cuts the lines that a killed run wrote after its last complete checkpoint (`cut`). With `writes` off,
+    as on all hosts of a job but the first, nothing reaches the folder.
     """
 
     def __init__(
@@ -42,9 +41,9 @@ class MetricsWriter:
         self._board = SummaryWriter(folder, purge_step=step + 1, flush_secs=10, write_to_disk=writes)
 
     def write(self, phase: str, step: int, metrics: Values) -> None:
-        """Writes a step's metrics. A value that is not finite is null where an update was skipped (`skipped_rate`).
+        """Write a step's metrics. Values that are not finite become null where `skipped_rate` is above 0.
 
-        Elsewhere it raises FloatingPointError: nothing after it would mean anything.
+        Elsewhere such a value raises FloatingPointError, because nothing after it would mean anything.
         """
         broken = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
         if broken and not metrics.get("skipped_rate"):
@@ -63,7 +62,7 @@ class MetricsWriter:
             files.write_jsonl(self._workdir / "grpo_rollouts" / f"{step}.jsonl", records)
 
     def sync(self) -> None:
-        """Makes the lines so far survive a crash of the machine: before a checkpoint that counts on them."""
+        """Make the lines so far survive a crash of the machine. A checkpoint that counts on them comes after it."""
         for file in (self._metrics, self._timings):
             file.flush()
             if self._writes:
@@ -87,7 +86,7 @@ class MetricsWriter:
 
 
 def cut(path: pathlib.Path, phases: tuple[str, ...], phase: str, step: int) -> None:
-    """Drops lines after (`phase`, `step`) in the order of `phases`, and a torn last line. Atomic."""
+    """Drop lines after (`phase`, `step`) in the order of `phases`, and a torn last line."""
     if not path.exists():
         return
     kept = []

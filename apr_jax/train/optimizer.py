@@ -12,10 +12,10 @@ from apr_jax.model.llama import logical_axes
 
 
 def schedule(config: OptimizerConfig, num_steps: int, peak: float) -> optax.Schedule:
-    """Learning rate of the update at a step (0 is the first).
+    """Return the learning rate as a function of the step, of which 0 is the first.
 
-    Linear from initial_scale * peak to peak over warmup_steps; then constant, or a cosine that ends at final_scale *
-    peak at step num_steps (Loshchilov and Hutter 2017, eq. 5 without restarts).
+    It rises linearly from initial_scale * peak to peak over warmup_steps. Then it is constant, or a cosine that ends at
+    final_scale * peak at step num_steps (Loshchilov and Hutter 2017, eq. 5 without restarts).
     """
     rest = max(num_steps - config.warmup_steps, 1)
     if config.schedule == "cosine":
@@ -29,10 +29,10 @@ def schedule(config: OptimizerConfig, num_steps: int, peak: float) -> optax.Sche
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clips by global norm, then AdamW; or Muon for the hidden matrices with Nesterov's Adam for the rest.
+    """Make an optimiser that clips by global norm and then takes a step of AdamW, or of Muon.
 
-    Weight decay is decoupled and spares norms; under Muon also embeddings and head. Muon: Jordan et al. 2024,
-    orthogonalised Nesterov momentum.
+    Muon (orthogonalised Nesterov momentum, Jordan et al. 2024) updates the hidden matrices, and Adam with Nesterov
+    momentum the rest. Weight decay is decoupled and spares norms; under Muon also embeddings and head.
     """
     adam_rate = schedule(config, num_steps, config.learning_rate)
     if config.name == "adamw":
@@ -52,10 +52,9 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 
 
 def muon_dimensions(params: Any) -> Any:
-    """Muon's matrices [in, out] (optax.contrib.MuonDimensionNumbers); None for what Adam updates.
+    """Return optax.contrib.MuonDimensionNumbers for Muon's matrices [in, out], and None for what Adam updates.
 
-    Embeddings and head are matrices too, but rows of a table rather than a map between hidden spaces: they stay with
-    Adam, as do the norms.
+    Embeddings and head are tables of rows rather than maps between hidden spaces. They stay with Adam, as do the norms.
     """
 
     def dimensions(param: jax.Array, axes: Any) -> optax.contrib.MuonDimensionNumbers | None:

@@ -1,4 +1,4 @@
-"""What SFT and GRPO share: where a phase goes on from, what it leaves behind, and how it ends early."""
+"""The part of a training loop that SFT and GRPO share: going on from a checkpoint, saving, and ending early."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Batches on their way to the mesh, and the forward pass that both trainers share."""
+"""The forward pass that both trainers share, and batches on their way to the mesh and back."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ Scorer = Callable[[Params, Batch], TokenScores]
 
 
 def make_scorer(model: ModelConfig, mesh: Mesh, log_probs: LogProbs, given: Sequence[str] = ()) -> Scorer:
-    """A function (params, batch of packed rows) -> scores of the batch's targets.
+    """Make a function (params, batch of packed rows) -> scores of the batch's targets.
 
     The batch's arrays named in `given` go to `log_probs`, after the logits. Attention kernels are mapped over the mesh,
     activations keep their rows on it, and the loss counts its chunks per device. A batch with `reach` has
@@ -44,7 +44,7 @@ def make_scorer(model: ModelConfig, mesh: Mesh, log_probs: LogProbs, given: Sequ
 
 
 def to_mesh(rows: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int | None = None) -> Batch:
-    """Puts rows [B, T] on the mesh, split over its batch axes; with `microbatches` M as [M, B / M, T].
+    """Put rows [B, T] on the mesh, split over its batch axes; with `microbatches` M as [M, B / M, T].
 
     In a job of several hosts each gives all rows; only its own devices' go to the mesh.
     """
@@ -60,5 +60,5 @@ def to_mesh(rows: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int | None
 
 
 def fetch(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Device scalars as Python floats; waits for them."""
+    """Wait for device scalars, and return them as Python floats."""
     return {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}

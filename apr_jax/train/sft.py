@@ -28,7 +28,7 @@ Metrics = dict[str, jax.Array]
 
 
 class RowIterator(Protocol):
-    """What training reads from: packed rows of a global batch, and a JSON-able position."""
+    """The source of training: packed rows, a global batch at a time, and a JSON-able position in them."""
 
     def __next__(self) -> Rows: ...
     def get_state(self) -> Any: ...
@@ -38,7 +38,7 @@ class RowIterator(Protocol):
 def make_sft_step(
     model: ModelConfig, optimizer: optax.GradientTransformation, rate: optax.Schedule, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted update: (state, batch [M, B / M, T]) -> (state, metrics). The state given is donated.
+    """Make the jitted update (state, batch [M, B / M, T]) -> (state, metrics). The state given is donated.
 
     Gradients of the M microbatches are summed; `weights` sum to 1 over the whole batch, so the result does not depend
     on M. `rate` is only logged.
@@ -69,7 +69,7 @@ def make_sft_step(
 
 
 def make_validation(model: ModelConfig, mesh: Mesh) -> Callable[[Params, Batch], Metrics]:
-    """A jitted (params, batch [M, B / M, T]) -> validation metrics."""
+    """Make a jitted function (params, batch [M, B / M, T]) -> validation metrics."""
     loss_fn = functools.partial(_loss, make_scorer(model, mesh, jax.nn.log_softmax))
 
     @jax.jit
@@ -133,17 +133,16 @@ def train_sft(
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """A dispatched step, and the host's rows that it trains on; for these the host waited `waited` seconds, while the
-    device was still at work on the step before."""
+    """A dispatched step."""
 
     number: int
-    batch: Rows
-    waited: float
+    batch: Rows  # on the host
+    waited: float  # seconds that the host waited for `batch`, while the device was at work on the step before
     metrics: Metrics
 
 
 class _Log:
-    """Writes a step's metrics when the next step is under way, so that the host never waits for the device."""
+    """A log that writes a step's metrics when the next step is under way, so the host never waits for the device."""
 
     def __init__(self, phase: Phase) -> None:
         self._phase = phase

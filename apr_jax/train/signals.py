@@ -22,7 +22,7 @@ class StoppedError(Exception):
 
 
 class StopSignal:
-    """Turns SIGTERM and SIGINT into a request that loops ask about; a second signal ends the process at once."""
+    """A request to stop, made by SIGTERM or SIGINT, which loops ask about. A second signal ends the process at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -31,7 +31,7 @@ class StopSignal:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["StopSignal"]:
-        """Handles the signals within the block. Main thread only."""
+        """Handle the signals within the block. Main thread only."""
         before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield self
@@ -41,7 +41,7 @@ class StopSignal:
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Within the block a signal raises StoppedError at once: for long work that is redone from its start anyway."""
+        """Let a signal raise StoppedError at once within the block, for long work that a restart repeats anyway."""
         self.check()
         self._interrupting = True
         try:
@@ -50,22 +50,22 @@ class StopSignal:
             self._interrupting = False
 
     def agreed(self) -> bool:
-        """Whether to stop now. All hosts of a job ask once a step, and get the same answer."""
+        """Return True when it is time to stop. All hosts of a job ask once a step, and get the same answer."""
         return self.requested
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """What `work` returns on each host. All hosts of a job call it; `work` itself calls nothing that they share.
+        """Do `work` on all hosts of a job, and return each host's result. `work` itself calls nothing that they share.
 
-        It is redone from its start anyway, so a signal on any host raises StoppedError at once, on all.
+        A restart repeats the work anyway, so a signal on any host raises StoppedError at once on all.
         """
         with self.interrupting():
             return [work()]
 
     def listen(self) -> None:
-        """Within `together`'s work, now and then: raises StoppedError when another host was asked to stop."""
+        """Raise StoppedError when another host was asked to stop. `together`'s work calls it now and then."""
 
     def check(self) -> None:
-        """Raises StoppedError once a stop was requested."""
+        """Raise StoppedError once a stop was requested."""
         if self.requested:
             raise StoppedError("stopped by a signal")
 
@@ -80,7 +80,7 @@ class StopSignal:
 
 
 class StopTogether(StopSignal):
-    """The stop signal of a job of several hosts, of which any may be asked. A step later, all know it."""
+    """The stop signal of a job of several hosts, any of which may be asked to stop. A step later all know it."""
 
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class StopTogether(StopSignal):
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Interrupts nothing: a host must not leave alone what it does with others. See `together`."""
+        """Interrupt nothing, because a host must not leave work that it shares with others (see `together`)."""
         yield
 
     def together(self, work: Callable[[], T]) -> list[T]:
@@ -118,5 +118,5 @@ class StopTogether(StopSignal):
 
 
 def stop_signal(mesh: Mesh) -> StopSignal:
-    """The stop signal of this process, which is one of a job's hosts where there are several. `mesh` is the job's."""
+    """Make the stop signal of this process, which may be one host of a job over `mesh`."""
     return StopSignal() if jax.process_count() == 1 else StopTogether(mesh)

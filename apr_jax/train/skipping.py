@@ -1,7 +1,7 @@
-"""Steps whose loss or gradient was not finite: their update is left out on the device, and here they are counted.
+"""Counting steps whose update the device left out, because the loss or the gradient was not finite.
 
-`state.apply_gradients` decides; nothing waits for its decision. The host learns of it with the step's other metrics, in
-SFT one step late, and by then the device has gone on from the weights that the skipped step left as they were.
+`state.apply_gradients` decides. The host learns of it with the step's other metrics, in SFT one step late. By then the
+device has gone on from the weights that the skipped step left as they were.
 """
 
 import pathlib
@@ -13,7 +13,7 @@ import numpy as np
 
 
 class SkippedSteps:
-    """Counts skipped steps in a row, and ends the run after too many, with the last one's batch saved.
+    """The count of skipped steps in a row. Too many end the run, with the last one's batch saved.
 
     Attributes:
       in_a_row: steps, up to the last one noted, with an update that was left out.
@@ -24,7 +24,7 @@ class SkippedSteps:
         self._workdir, self._limit = workdir, limit
 
     def note(self, phase: str, step: int, skipped_rate: float, batch: Callable[[], Mapping[str, np.ndarray]]) -> None:
-        """Takes a step's share of updates that were left out, and what gives the host's rows that it trained on.
+        """Count a step with its share of updates that were left out. `batch` makes the rows that it trained on.
 
         Raises FloatingPointError at the `limit`-th step in a row with a share above 0.
         """

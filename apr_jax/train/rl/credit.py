@@ -1,4 +1,4 @@
-"""Which calls of a rollout its advantage goes to (`grpo.credit`)."""
+"""Credit: the share that each call has in its rollout's advantage (`grpo.credit`)."""
 
 import numpy as np
 
@@ -8,13 +8,13 @@ from apr_jax.tasks.countdown import trace
 
 
 def every_call(rollout: Rollout, tokenizer: Tokenizer) -> np.ndarray:
-    """`credit="rollout"`, the paper's: every call has the whole advantage. float64, one a call."""
+    """Give every call the whole advantage, as the paper does (`credit="rollout"`): float64, one a call."""
     del tokenizer
     return np.ones(len(rollout.calls))
 
 
 def used_threads(rollout: Rollout, tokenizer: Tokenizer) -> np.ndarray:
-    """`credit="used"`, ours: 1 for the calls of the root and of every *used* thread, 0 for the rest.
+    """Give the advantage to the calls of the root and of every *used* thread (`credit="used"`): 1 for these, else 0.
 
     A thread below the root is used if it handed back a winning path and the rollout's answer contains that path, word
     for word. So in a rollout that solved its problem, credit goes to the root and to the chain of threads that found
@@ -38,7 +38,7 @@ def _is_used(last: Call, answer: str | None, tokenizer: Tokenizer) -> bool:
 
 
 def _winning_path(last: Call, tokenizer: Tokenizer) -> str | None:
-    """Of a thread whose last call is `last`."""
+    """Return the winning path that a thread handed back with its last call, or None if it handed back none."""
     if last.stop.reason is not StopReason.TOKEN or last.stop.token != tokenizer.eos_id:
         return None
     text = tokenizer.decode([*last.context.tolist()[1:], *last.tokens.tolist()[:-1]])

@@ -138,12 +138,12 @@ def token_weights(config: GRPOConfig, rollouts: Sequence[int], tokens: Sequence[
 
 
 def clip_tokens(config: GRPOConfig, tokens: Tokens) -> Terms:
-    """PPO's clipped surrogate of each token's ratio (arXiv 1707.06347, eq. 7): GRPO, Dr. GRPO and DAPO."""
+    """Return the terms of PPO's surrogate of each token's ratio (arXiv 1707.06347, eq. 7): GRPO, Dr. GRPO, DAPO."""
     return loss_terms(config, tokens, *clipped_surrogate(config, tokens.log_ratio_BT, tokens.advantage_BT))
 
 
 def clip_calls(config: GRPOConfig, tokens: Tokens) -> Terms:
-    """GSPO: the clipped surrogate of a call's ratio, the geometric mean of its tokens' ratios.
+    """Return GSPO's terms: the clipped surrogate of a call's ratio, the geometric mean of its tokens' ratios.
 
     A call lies within one row, so sums over a row's calls suffice, however rows are split.
     """
@@ -154,7 +154,7 @@ def clip_calls(config: GRPOConfig, tokens: Tokens) -> Terms:
 
 
 def clip_weights(config: GRPOConfig, tokens: Tokens) -> Terms:
-    """CISPO: the clipped ratio weighs the log-probability, and no gradient flows through it, so every token learns.
+    """Return CISPO's terms: the clipped ratio, without its gradient, weighs the log-probability, so every token learns.
 
     The paper has no lower bound: `clip_ratio` >= 1.
     """
