@@ -1,4 +1,4 @@
-"""docs/meshes.md says what is sharded how; here it is held against the shardings that the code makes."""
+"""docs/meshes.md describes the sharding; here it is compared with the shardings that the code makes."""
 
 import pathlib
 
