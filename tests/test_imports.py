@@ -32,7 +32,8 @@ LEAVES = {
 MAY_USE_LEAVES = {"reasoning", "evaluation", "checkpoints", "train", "library", "bench", "aot", "launch"}
 NO_JAX = ["apr_jax/tasks", "apr_jax/data", "apr_jax/engine/pages.py", "apr_jax/engine/threads.py"]
 NO_JAX += ["apr_jax/engine/scheduler.py", "apr_jax/engine/constraints.py", "apr_jax/bench/peers.py"]
-NO_JAX += ["apr_jax/engine/programs.py", "apr_jax/engine/rollout_tree.py", "apr_jax/engine/groups.py"]
+NO_JAX += ["apr_jax/engine/driver.py", "apr_jax/engine/rollout_tree.py", "apr_jax/engine/groups.py"]
+NO_JAX += [f"apr_jax/engine/{name}.py" for name in ("cancellation", "limits", "recorder", "thread_cache")]
 NO_JAX += ["apr_jax/config.py"]
 
 

@@ -4,9 +4,10 @@ One *visit*: the scheduler fills lanes and reserves pages, new tokens are prefil
 chunk for all lanes, and the programs whose Decode ended go on.
 """
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,14 +16,15 @@ from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ConfigError, EngineConfig, ModelConfig, RolloutConfig
 from apr_jax.engine.constraints import Gate
+from apr_jax.engine.driver import Driver
 from apr_jax.engine.lanes import LaneFiller, Place, Written
 from apr_jax.engine.pack_arrays import Packed, pack
 from apr_jax.engine.plan import EnginePlan
 from apr_jax.engine.policy_masks import gate_masks
-from apr_jax.engine.programs import Programs
-from apr_jax.engine.scheduler import PrefillChunk, Scheduler
+from apr_jax.engine.scheduler import Scheduler
 from apr_jax.engine.sharded import SHARDED
 from apr_jax.engine.steps import COPIES_PER_CALL, Sampling, Steps
+from apr_jax.engine.thread_cache import PrefillChunk
 from apr_jax.engine.threads import Observer, Program, Progress, Rollout, RolloutKey
 from apr_jax.model.decode_weights import layout_shardings, to_layout
 from apr_jax.model.llama import logical_axes
@@ -31,7 +33,7 @@ from apr_jax.parallel.mesh import RULES, param_shardings, partition_spec
 
 @dataclasses.dataclass
 class EngineStats:
-    """What one run did."""
+    """Counts and times of one run."""
 
     visits: int = 0
     decode_steps: int = 0  # of the longest shard, summed over visits
@@ -79,7 +81,7 @@ class Engine:
         max_workers: int = 0,
         expects_groups: bool = True,
     ):
-        """Allocates the cache and places the weights.
+        """Allocate the cache and place the weights.
 
         Args:
             model: the model of `params`.
@@ -111,24 +113,31 @@ class Engine:
         self._banned_mask[list(banned_tokens)] = True
         self._gate, self._expects_groups = gate, expects_groups and max_workers > 0
         self._gate_masks = None if gate is None else gate_masks(gate, model.vocab_size)
-        self._scheduler = Scheduler(self.limits)
         layout = plan.weights
         self._steps = Steps(model, self.limits, mesh, layout, plan.decode)
-        self._filler = LaneFiller(self._scheduler, self._steps.layout.pages_per_row, gate)
         self._to_layout = jax.jit(
             lambda params: to_layout(params, model, layout), out_shardings=layout_shardings(mesh, model, layout)
         )
-        self._pages, self._rows = jax.jit(plan.caches, out_shardings=plan.cache_sharding)()
+        self._make_caches = jax.jit(plan.caches, out_shardings=plan.cache_sharding)
         self._params = self._place(params)
+        self._pages: Any = None
+        self._rows: Any = None
+        self._unfinished = True  # a run, or an attempt to start anew
+        self._start_anew()
 
     def set_params(self, params: Any) -> None:
-        """New weights, a new policy: nothing that older weights computed is ever read again."""
+        """Take new weights: nothing that older ones computed is ever read again."""
+        self._scheduler.cache.new_policy()
         self._params = self._place(params)
-        self._scheduler.new_policy()
 
     def warm_up(self) -> float:
-        """Compiles all that runs will use. Returns the seconds it took."""
+        """Compile all that runs will use. Returns the seconds it took."""
         start = time.perf_counter()
+        with self._anew_after_errors():
+            self._warm_up()
+        return time.perf_counter() - start
+
+    def _warm_up(self) -> None:
         sampling, lanes = self._sampling(1.0), self._pack(self._filler.decode()[0])
         prefill = self._prefill_lanes([])
         shared = self._pack(self._filler.shared()[0]) if self._expects_groups else None
@@ -138,7 +147,6 @@ class Engine:
         jax.device_get(self._decode(lanes, sampling))
         if shared is not None:
             jax.device_get(self._decode_shared(shared, sampling))
-        return time.perf_counter() - start
 
     def run(
         self,
@@ -149,89 +157,101 @@ class Engine:
         on_progress: Callable[[Progress], None] | None = None,
         observer: Observer | None = None,
     ) -> list[Rollout]:
-        """Runs all programs to their end and returns their rollouts in the order given.
+        """Run all programs to their end and return their rollouts in the order given.
 
-        A rollout's tokens depend on the weights, `seed`, `temperature`, its key and its program only. An exception
-        inside a program propagates; the engine can be used again afterwards. `on_progress` is called after each visit,
+        A rollout's tokens depend on the weights, `seed`, `temperature`, its key and its program only. After any
+        exception, an interrupt included, the engine can be used again. `on_progress` is called after each visit,
         `observer` whenever something happens to a thread.
         """
         if temperature < 0:
             raise ValueError(f"temperature={temperature} must be >= 0 (0 is greedy)")
-        begin = time.perf_counter()
-        compiled, preempted, reused = (
-            self._steps.num_compilations,
-            self._scheduler.preemptions,
-            self._scheduler.reused_tokens,
-        )
-        self.stats = EngineStats()
-        self._idle_since = begin
-        run = Programs(
-            programs,
-            self._scheduler,
-            seed=seed,
-            max_seq_len=self.model.max_seq_len,
-            max_steps=self._max_steps,
-            max_total_tokens=self._max_total_tokens,
-            now=time.perf_counter,
-            gate=self._gate,
-            observer=observer,
-        )
-        sampling = self._sampling(temperature)
-        try:
-            while True:
-                self._scheduler.admit(run.start_next)
-                if not self._scheduler.num_running:
-                    break
-                self._visit(run, sampling)
-                if on_progress is not None:
-                    elapsed = time.perf_counter() - begin
-                    on_progress(Progress(run.finished, len(programs), self.stats.generated, elapsed))
-        except BaseException:
-            run.abandon()
-            raise
-        self.stats.seconds = time.perf_counter() - begin
-        self.stats.compilations = self._steps.num_compilations - compiled
-        self.stats.preemptions = self._scheduler.preemptions - preempted
-        self.stats.reused = self._scheduler.reused_tokens - reused
-        return run.results()
+        with self._anew_after_errors():
+            begin, compiled = time.perf_counter(), self._steps.num_compilations
+            preempted, reused = self._scheduler.preemptions, self._scheduler.cache.reused_tokens
+            self.stats, self._idle_since = EngineStats(), begin
+            driver = Driver(
+                programs,
+                self._scheduler,
+                seed=seed,
+                max_steps=self._max_steps,
+                max_total_tokens=self._max_total_tokens,
+                now=time.perf_counter,
+                gate=self._gate,
+                observer=observer,
+            )
+            sampling = self._sampling(temperature)
+            with contextlib.closing(driver):
+                while True:
+                    self._scheduler.admit(driver.start_next)
+                    if not self._scheduler.num_running:
+                        break
+                    self._visit(driver, sampling)
+                    if on_progress is not None:
+                        elapsed = time.perf_counter() - begin
+                        on_progress(Progress(driver.finished, len(programs), self.stats.generated, elapsed))
+            self.stats.seconds = time.perf_counter() - begin
+            self.stats.compilations = self._steps.num_compilations - compiled
+            self.stats.preemptions = self._scheduler.preemptions - preempted
+            self.stats.reused = self._scheduler.cache.reused_tokens - reused
+            return driver.results()
 
-    def _visit(self, run: Programs, sampling: Sampling) -> None:
-        stats = self.stats
-        self._copy(self._scheduler.take_copies())
+    @contextlib.contextmanager
+    def _anew_after_errors(self) -> Iterator[None]:
+        """Start anew after any exception: it may have come between a donating call and its result.
+
+        An interrupt may come at any point, here as well; then the next run starts anew.
+        """
+        if self._unfinished:
+            self._start_anew()
+        self._unfinished = True
+        try:
+            yield
+        except BaseException:
+            self._start_anew()
+            raise
+        self._unfinished = False
+
+    def _start_anew(self) -> None:
+        """Make an empty cache, and a scheduler without threads."""
+        self._scheduler = Scheduler(self.limits)
+        self._filler = LaneFiller(self._scheduler, self._steps.layout.pages_per_row, self._gate)
+        self._pages = self._rows = None  # the old ones' memory is free before the new ones take theirs
+        self._pages, self._rows = self._make_caches()
+        self._unfinished = False
+
+    def _visit(self, driver: Driver, sampling: Sampling) -> None:
+        stats, cache = self.stats, self._scheduler.cache
+        self._copy(cache.take_copies())
         while self._prefill_next():
             pass
-        held = [self._scheduler.waste()]  # when the chunk's pages are reserved, and when its tokens are there
+        held = [cache.waste()]  # when the chunk's pages are reserved, and when its tokens are there
         lanes, placed = self._filler.decode()
         packed = self._pack(lanes)
         shared, workers = self._filler.shared() if self.limits.max_workers else (None, [])
         if placed or not workers:
-            self._take(run, jax.device_get(self._decode(packed, sampling)), placed)
+            self._take(driver, jax.device_get(self._decode(packed, sampling)), placed)
         if workers:
-            self._take(run, jax.device_get(self._decode_shared(self._pack(shared), sampling)), workers)
-        held.append(self._scheduler.waste())
-        run.drain()
+            self._take(driver, jax.device_get(self._decode_shared(self._pack(shared), sampling)), workers)
+        held.append(cache.waste())
+        driver.drain()
         stats.visits += 1
         stats.wasted_places += sum(waste for waste, _ in held)
         stats.page_places += sum(places for _, places in held)
 
     def _prefill_next(self) -> bool:
-        """Launches the next prefill call; False where there is nothing to prefill."""
-        try:
-            shards = range(self.limits.num_shards)
-            chunks = [chunk for shard in shards for chunk in self._steps.prefill.take(self._scheduler, shard)]
-            if chunks:
-                prefill = self._prefill_lanes(chunks)
-                self._launched()
-                self._pages = self._steps.prefill(self._pages, self._params, prefill)
-        except BaseException:
-            self._scheduler.new_policy()  # what was taken counts as computed, and may be published
-            raise
+        """Launch the next prefill call; False where there is nothing to prefill."""
+        shards = range(self.limits.num_shards)
+        chunks = [chunk for shard in shards for chunk in self._steps.prefill.take(self._scheduler, shard)]
+        if chunks:
+            prefill = self._prefill_lanes(chunks)
+            self._launched()
+            self._pages = self._steps.prefill(self._pages, self._params, prefill)
         self.stats.prefill_calls += bool(chunks)
         self.stats.prefilled += sum(chunk.count for chunk in chunks)
         return bool(chunks)
 
-    def _take(self, run: Programs, written: Written, placed: Sequence[Place]) -> None:
-        """Hands what a decode call wrote to the threads at `placed` (shard, lane)."""
+    def _take(self, driver: Driver, written: Written, placed: Sequence[Place]) -> None:
+        """Hand what a decode call wrote to the threads at `placed`."""
         stats, self._idle_since = self.stats, time.perf_counter()
         counts = written.counts.tolist()
         tokens, logprobs = _by_lane(written.tokens), _by_lane(written.logprobs)
@@ -240,13 +260,13 @@ class Engine:
             count = counts[shard][lane]
             stats.generated += count
             shut = () if shut_logprobs is None else shut_logprobs[shard][lane][:count]
-            run.decoded(thread, tokens[shard][lane][:count], logprobs[shard][lane][:count], shut)
+            driver.decoded(thread, tokens[shard][lane][:count], logprobs[shard][lane][:count], shut)
         steps = int(written.steps.max())
         stats.decode_steps += steps
         stats.lane_steps += steps * written.counts.size
 
     def _launched(self) -> None:
-        """The device is about to get work: until now it may have waited for the host."""
+        """Note that the device is about to get work: until now it may have waited for the host."""
         if self._idle_since is not None:
             self.stats.host_seconds += time.perf_counter() - self._idle_since
             self._idle_since = None
@@ -262,7 +282,7 @@ class Engine:
         return written
 
     def _copy(self, copies: list[list[Any]], *, force: bool = False) -> None:
-        """Makes the page copies in order; `force` calls the device even without any."""
+        """Make the page copies in order; `force` calls the device even without any."""
         calls = max(-(-len(shard) // COPIES_PER_CALL) for shard in copies)
         for call in range(max(calls, int(force))):
             pairs = np.zeros((2, self.limits.num_shards, COPIES_PER_CALL), np.int32)
@@ -290,7 +310,7 @@ class Engine:
         return jax.device_put(tree, NamedSharding(self._mesh, SHARDED))
 
     def _place(self, params: Any) -> Any:
-        """The weights in decode's layout, made on the devices; those of other devices are brought over first."""
+        """Bring the weights to the devices, in decode's layout."""
         devices = set(self._mesh.devices.flat)
         if any(set(leaf.devices()) != devices for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)):
             rules = dataclasses.replace(RULES, embed=None)
@@ -299,6 +319,6 @@ class Engine:
 
 
 def _by_lane(written: Any) -> list[list[list[Any]]]:
-    """An array `[shards, steps, L]` as lists of lists, `[shards][L][steps]`: one call, where lanes' slices are many."""
+    """Return an array `[shards, steps, L]` as lists `[shards][L][steps]`, in one call instead of one for each lane."""
     by_lane: list[list[list[Any]]] = np.swapaxes(written, 1, 2).tolist()
     return by_lane

@@ -53,7 +53,7 @@ class Group:
 
     def attended_across(self) -> int:
         """Keys of other workers that the workers' tokens have attended to; those of its own row each counts itself."""
-        return attended_across([(self.headers[worker], worker.work.decoded) for worker in self.workers])
+        return attended_across([(self.headers[worker], worker.cached.work.decoded) for worker in self.workers])
 
 
 def row_limit(window: int, prompt: int, size: int, number: int) -> int:

@@ -8,7 +8,8 @@ import numpy as np
 
 from apr_jax.engine.constraints import FREE, Gate, words
 from apr_jax.engine.policy_masks import LaneConstraints, LaneRegisters
-from apr_jax.engine.scheduler import PrefillChunk, Scheduler
+from apr_jax.engine.scheduler import Scheduler
+from apr_jax.engine.thread_cache import PrefillChunk
 from apr_jax.engine.threads import MAX_STOP_TOKENS, Thread
 
 Place = tuple[int, int, Thread]  # shard, lane, and the thread that stands there
@@ -74,7 +75,7 @@ class LaneFiller:
         limits, scheduler = self.scheduler.limits, self.scheduler
         shape = (limits.num_shards, limits.lanes)
         placed = [
-            (shard, thread.lane, thread)
+            (shard, thread.turn.lane, thread)
             for shard in range(limits.num_shards)
             for thread in scheduler.running(shard)
             if thread.group is None and scheduler.can_decode(thread)
@@ -114,7 +115,7 @@ class LaneFiller:
         tables = np.zeros((*shape, self.pages_per_row), np.int32)
         used = [0] * limits.num_shards
         for chunk in chunks:
-            thread, shard, end = chunk.thread, chunk.thread.shard, chunk.start + chunk.count
+            thread, shard, end = chunk.thread, chunk.thread.cached.shard, chunk.start + chunk.count
             starts = range(chunk.start, end, width)
             first, used[shard] = used[shard], used[shard] + len(starts)
             start[shard, first : used[shard]] = starts
@@ -141,8 +142,7 @@ class LaneFiller:
         return DecodeLanes(token, length, remaining, stop_tokens, key_data, generated, tables)  # type: ignore[arg-type]
 
     def _fill_table(self, rows: np.ndarray, thread: Thread) -> None:
-        assert thread.table is not None
-        pages = self.scheduler.allocators[thread.shard].pages(thread.table)
+        pages = self.scheduler.cache.pages(thread)
         rows[..., : len(pages)] = pages
 
 

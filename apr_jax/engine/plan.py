@@ -9,8 +9,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ConfigError, EngineConfig, ModelConfig
 from apr_jax.engine.decode_cache import DecodePlan
+from apr_jax.engine.limits import Limits
 from apr_jax.engine.memory import MemoryPlan, activation_bytes, shared_row_bytes, with_shardings
-from apr_jax.engine.scheduler import Limits
 from apr_jax.engine.sharded import PAGES
 from apr_jax.model.decode_weights import choose_layout, layout_shardings, to_layout
 from apr_jax.model.kv_cache import PagedKVCache, RowBuffers

@@ -14,9 +14,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.engine.decode_cache import DecodePlan
 from apr_jax.engine.lanes import PrefillLanes
+from apr_jax.engine.limits import Limits
 from apr_jax.engine.pack_arrays import Packed, unpack
-from apr_jax.engine.scheduler import Limits, PrefillChunk, Scheduler
+from apr_jax.engine.scheduler import Scheduler
 from apr_jax.engine.sharded import PAGES, SHARDED, ShardedStep
+from apr_jax.engine.thread_cache import PrefillChunk
 from apr_jax.model.kv_cache import Block, PagedKVCache, PrefillView, RowLayout, write_rows
 from apr_jax.model.llama import Llama
 from apr_jax.model.paged_view import PagedView
@@ -74,7 +76,7 @@ class PagePerLane:
         """Take one chunk a thread: a thread's next page attends to this one, which must be written before."""
         chunks = scheduler.prefill_chunks(shard)
         for chunk in chunks:
-            scheduler.prefilled(chunk)
+            scheduler.cache.prefilled(chunk)
         return chunks
 
     def arguments(self, pages: PagedKVCache, params: Any, lanes: Any) -> dict[str, tuple[Any, ...]]:
@@ -112,7 +114,7 @@ class PositionsInPlace:
                 if chunk.count > lanes:
                     return taken
                 lanes -= chunk.count
-                scheduler.prefilled(chunk)
+                scheduler.cache.prefilled(chunk)
                 taken.append(chunk)
         return taken
 

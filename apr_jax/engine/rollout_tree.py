@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from apr_jax.engine.groups import Group
-from apr_jax.engine.threads import Call, Join, Path, Program, RolloutKey, Stop, StopReason, Thread
+from apr_jax.engine.threads import Call, Join, Path, Program, RolloutKey, Thread
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -47,12 +47,17 @@ class Node:
     succeeded: bool = False
     cutoff: int | None = None  # the clock at which a sibling's success (or an ancestor's sibling's) ends it
 
+    @property
+    def joined(self) -> list["Node"]:
+        """The children that the program waits for; none where it waits for no spawn."""
+        return [] if self.join is None else self.spawns[self.join.handle.ordinal]
+
     def written(self) -> int:
-        """Tokens generated in the subtree; those of cancelled threads up to their cutoff."""
+        """Count the tokens generated in the subtree; those of cancelled threads up to their cutoff."""
         return sum(len(call.tokens) for node in self.subtree() for call in node.calls)
 
     def subtree(self) -> Iterator["Node"]:
-        """The node and all below it, parents first."""
+        """Yield the node and all below it, parents first."""
         yield self
         for children in self.spawns:
             for child in children:
@@ -61,27 +66,8 @@ class Node:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class RolloutState:
-    """Which rollout a tree is."""
+    """The rollout that a tree belongs to."""
 
     ordinal: int  # in its run
     key: RolloutKey
     started: float  # seconds, on the run's clock
-
-
-def can_end(node: Node) -> bool:
-    """Whether a program may still end by its cutoff: it, or something it waits for, is behind the cutoff."""
-    if node.ended:
-        return False
-    if node.join is not None:
-        return any(can_end(child) for child in node.spawns[node.join.handle.ordinal])
-    return node.call is None or node.cutoff is None or node.clock < node.cutoff
-
-
-def trim(call: Call, cutoff: int) -> Call:
-    """The call as it was at the clock `cutoff`: what it wrote later is left out."""
-    keep = cutoff - call.clock_start
-    if len(call.tokens) <= keep:
-        return call
-    stop = Stop(StopReason.CANCELLED, None)
-    masks = None if call.masks is None else call.masks.first(keep)
-    return dataclasses.replace(call, tokens=call.tokens[:keep], logprobs=call.logprobs[:keep], stop=stop, masks=masks)

@@ -22,10 +22,10 @@ from apr_jax.config import ModelConfig
 from apr_jax.engine import policy_masks
 from apr_jax.engine.decode_cache import DecodeCache, DecodePlan, View, open_cache
 from apr_jax.engine.lanes import DecodeLanes, SharedLanes, Written
+from apr_jax.engine.limits import Limits
 from apr_jax.engine.pack_arrays import Packed, unpack
 from apr_jax.engine.prefill import choose_prefill
 from apr_jax.engine.sampling import log_probs, sample, uniforms
-from apr_jax.engine.scheduler import Limits
 from apr_jax.engine.sharded import PAGES, SHARDED, ShardedStep
 from apr_jax.engine.shared_cache import SharedCache
 from apr_jax.model import native

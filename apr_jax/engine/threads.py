@@ -43,7 +43,7 @@ class Stop:
 
 
 class Status(enum.Enum):
-    """A thread's state. In all but RUNNING and DONE its pages may have been taken (`Thread.table` is None)."""
+    """A thread's state. In all but RUNNING and DONE its pages may have been taken (`Cached.table` is None)."""
 
     IDLE = "idle"  # its program has asked for nothing yet, or is about to
     READY = "ready"  # wants to decode, has no lane
@@ -52,30 +52,48 @@ class Status(enum.Enum):
     DONE = "done"
 
 
+@dataclasses.dataclass(slots=True)
+class Turn:
+    """A thread's place in the schedule. The scheduler alone writes it."""
+
+    status: Status = Status.IDLE
+    lane: int = 0  # while running
+
+
+@dataclasses.dataclass(slots=True)
+class Cached:
+    """What the cache has of a thread. The `ThreadCache` alone writes it."""
+
+    shard: int = 0
+    table: int | None = None  # handle of its page table in the shard's allocator; None: no pages
+    computed: int = 0  # leading tokens whose keys and values are in the pages; < len(tokens)
+    # Keys of its leading pages that were computed by prefill alone, a whole page at a time: they may be shared.
+    block_keys: list[bytes] = dataclasses.field(default_factory=list)
+    work: Work = dataclasses.field(default_factory=Work)  # in its life
+
+
 @dataclasses.dataclass(eq=False, slots=True)
 class Thread:
-    """One sequence of tokens. Programs read `path`, `tokens`, `generated` and `logprob`; the rest is the engine's."""
+    """One sequence of tokens. Programs read `path`, `tokens`, `generated` and `logprob`.
+
+    What is not in `turn` or `cached` the driver alone writes.
+    """
 
     path: Path  # () for the root; a child's is its parent's + (spawn ordinal, child ordinal)
     tokens: list[int]  # the whole context now
     rollout: int  # ordinal of its rollout in the run
     key: tuple[int, int]  # counter-based random key (two uint32), see thread_key
-    status: Status = Status.IDLE
     max_length: int = sys.maxsize  # tokens that it may hold
-    generated: int = 0  # tokens decoded in its life, truncated ones included
-    logprob: float = 0.0  # the sum of their log-probabilities under the sampling policy, of Decodes that have ended
-    max_generated: int = 0  # what `generated` may reach in this Decode
-    stop_tokens: tuple[int, ...] = ()
-    shard: int = 0
-    table: int | None = None  # handle of its page table in the shard's allocator; None: no pages
-    computed: int = 0  # leading tokens whose keys and values are in the pages; < len(tokens)
-    lane: int = 0  # its lane while running
-    # Keys of its leading pages that were computed by prefill alone, a whole page at a time: they may be shared.
-    block_keys: list[bytes] = dataclasses.field(default_factory=list)
-    work: Work = dataclasses.field(default_factory=Work)  # in its life
-    constraint: Constraint | None = None  # what its Decode holds it to
-    rejected: int = 0  # draws in its life that its grammar refused; like `generated` they count as random numbers used
     group: "Group | None" = None  # the workers whose cache it shares
+    generated: int = 0  # tokens decoded in its life, truncated ones included
+    rejected: int = 0  # draws in its life that its grammar refused; like `generated` they count as random numbers used
+    logprob: float = 0.0  # the sum of their log-probabilities under the sampling policy, of Decodes that have ended
+    # What its Decode asks for.
+    stop_tokens: tuple[int, ...] = ()
+    max_generated: int = 0  # what `generated` may reach
+    constraint: Constraint | None = None
+    turn: Turn = dataclasses.field(default_factory=Turn)
+    cached: Cached = dataclasses.field(default_factory=Cached)
 
     @property
     def priority(self) -> tuple[int, int, Path]:

@@ -8,7 +8,8 @@ that is stale, shared wrongly, copied late or adopted wrongly makes every later 
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from apr_jax.engine.scheduler import PrefillChunk, Scheduler
+from apr_jax.engine.scheduler import Scheduler
+from apr_jax.engine.thread_cache import PrefillChunk
 from apr_jax.engine.threads import Thread
 
 
@@ -53,17 +54,17 @@ class SimulatedDevice:
 
     def row(self, thread: Thread, *, after_copies: bool = False) -> list[Place | None]:
         """What the pages of a thread hold for its computed positions, before or after the copies that are pending."""
-        assert thread.table is not None
-        memory = self.memory[thread.shard]
+        assert thread.cached.table is not None
+        memory = self.memory[thread.cached.shard]
         moved: dict[int, list[Place | None]] = {}
         if after_copies:
-            for copy in self.scheduler._copies[thread.shard]:
+            for copy in self.scheduler.cache._copies[thread.cached.shard]:
                 moved[copy.target] = moved.get(copy.source, memory[copy.source])
-        pages = self.scheduler.allocators[thread.shard].pages(thread.table)
-        return [place for page in pages for place in moved.get(page, memory[page])][: thread.computed]
+        pages = self.scheduler.cache.allocators[thread.cached.shard].pages(thread.cached.table)
+        return [place for page in pages for place in moved.get(page, memory[page])][: thread.cached.computed]
 
     def copy(self) -> None:
-        for shard, copies in enumerate(self.scheduler.take_copies()):
+        for shard, copies in enumerate(self.scheduler.cache.take_copies()):
             for copy in copies:
                 self.memory[shard][copy.target] = list(self.memory[shard][copy.source])
                 self.copies += 1
@@ -81,7 +82,7 @@ class SimulatedDevice:
             computed = [self._compute(chunk) for chunk in chunks]
             self._write([(chunk.thread, chunk.start, new) for chunk, new in zip(chunks, computed, strict=True)])
             for chunk in chunks:
-                self.scheduler.prefilled(chunk)
+                self.scheduler.cache.prefilled(chunk)
                 if chunk.publish_as is not None:
                     told = tuple(chunk.thread.tokens[: chunk.start + chunk.count])
                     assert self.published.setdefault(chunk.publish_as, (self.version, told)) == (self.version, told)
@@ -94,13 +95,13 @@ class SimulatedDevice:
         written, writes = [], []
         limits = self.scheduler.limits
         for shard in range(limits.num_shards):
-            blocks = sum(-(-thread.computed // limits.block_size) for thread in self.scheduler.running(shard))
+            blocks = sum(-(-thread.cached.computed // limits.block_size) for thread in self.scheduler.running(shard))
             assert blocks <= limits.row_blocks, "more blocks than a step reads"
             for thread in self.scheduler.running(shard):
                 assert self.scheduler.can_decode(thread), "a thread with a lane was not prefilled"
                 if thread.group is not None and thread in thread.group.stopped:
                     continue
-                row = self._read(thread, thread.computed)
+                row = self._read(thread, thread.cached.computed)
                 place = follow(row[-1] if row else begin(self.version), thread.tokens[-1], alone=False)
                 tokens, new = draw(thread, place), [place]
                 if not tokens:
@@ -108,14 +109,14 @@ class SimulatedDevice:
                     new = []  # it was to be prefilled
                 for token in tokens[:-1]:
                     new.append(follow(new[-1], token, alone=False))
-                writes.append((thread, thread.computed, new))
+                writes.append((thread, thread.cached.computed, new))
                 written.append((thread, tokens))
         self._write(writes)
         return written
 
     def _compute(self, chunk: PrefillChunk) -> list[Place]:
         thread, end = chunk.thread, chunk.start + chunk.count
-        assert chunk.start == thread.computed
+        assert chunk.start == thread.cached.computed
         assert chunk.start // self.page_size == (end - 1) // self.page_size, "a prefill chunk crosses a page"
         row = self._read(thread, chunk.start)
         place, new = row[-1] if row else begin(self.version), []
@@ -135,11 +136,11 @@ class SimulatedDevice:
     def _write(self, writes: list[tuple[Thread, int, list[Place]]]) -> None:
         owners: dict[tuple[int, int], Thread] = {}
         for thread, start, places in writes:
-            allocator = self.scheduler.allocators[thread.shard]
+            allocator = self.scheduler.cache.allocators[thread.cached.shard]
             for position, place in enumerate(places, start=start):
-                page = allocator.pages(thread.table)[position // self.page_size]
+                page = allocator.pages(thread.cached.table)[position // self.page_size]
                 assert page != 0, "a thread writes to the trash page"
                 assert allocator._refcounts[page] == 1, "a page that is written is shared"
                 assert page not in allocator._key_of, "a page that is written is published"
-                assert owners.setdefault((thread.shard, page), thread) is thread, "two threads write to one page"
-                self.memory[thread.shard][page][position % self.page_size] = place
+                assert owners.setdefault((thread.cached.shard, page), thread) is thread, "two threads write to one page"
+                self.memory[thread.cached.shard][page][position % self.page_size] = place

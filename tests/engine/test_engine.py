@@ -56,7 +56,7 @@ def test_greedy_equals_naive_decoding_in_a_tenth_of_the_cache():
     rollouts = small.run(keyed(mixed_programs()), seed=0, temperature=0.0)
     assert small.stats.preemptions > 0
     small._scheduler.check()
-    assert all(allocator.num_held == 0 for allocator in small._scheduler.allocators)
+    assert all(allocator.num_held == 0 for allocator in small._scheduler.cache.allocators)
     for rollout, program in zip(rollouts, mixed_programs(), strict=True):
         assert_equals_naive(rollout, program)
 
@@ -205,7 +205,7 @@ def test_a_first_success_frees_its_siblings_pages_in_the_same_visit(engine):
 
         def note(_):
             engine._scheduler.check()
-            pages.append(engine._scheduler.allocators[0].num_held)
+            pages.append(engine._scheduler.cache.allocators[0].num_held)
 
         engine.run(keyed([parent(success)]), seed=0, temperature=1.0, on_progress=note)
         return pages
@@ -310,7 +310,7 @@ def test_an_exception_in_a_program_propagates_and_the_engine_goes_on(engine):
         engine.run(keyed([plain(1), broken(), plain(2)]), seed=0, temperature=1.0)
     engine._scheduler.check()
     assert engine._scheduler.num_running == 0
-    assert all(allocator.num_held == 0 for allocator in engine._scheduler.allocators)
+    assert all(allocator.num_held == 0 for allocator in engine._scheduler.cache.allocators)
     assert len(engine.run(keyed([plain(1)]), seed=0, temperature=1.0)) == 1
 
 
@@ -326,11 +326,13 @@ def test_new_params_are_used_and_old_pages_never_read(engine):
         raise KeyError("a bug")
 
     before = engine.run(programs(), seed=0, temperature=0.0)
+    assert len(engine._scheduler.cache.allocators[0]._published) >= 5
     with pytest.raises(KeyError):  # threads that held published pages when the run ended
         engine.run(keyed([plain(1, length=40), broken()]), seed=0, temperature=0.0)
-    assert len(engine._scheduler.allocators[0]._published) >= 5
+    engine.run(programs(), seed=0, temperature=0.0)
+    assert len(engine._scheduler.cache.allocators[0]._published) >= 5
     engine.set_params(make_params(seed=1))
-    assert not engine._scheduler.allocators[0]._published
+    assert not engine._scheduler.cache.allocators[0]._published
     after = engine.run(programs(), seed=0, temperature=0.0)
     fresh = make_engine()
     fresh.set_params(make_params(seed=1))

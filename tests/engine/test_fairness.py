@@ -39,7 +39,7 @@ class Watched(StandIn):
         self.run.start_next = start
 
     def ready(self):
-        return [thread for *_, thread in self.scheduler._ready if thread.status is Status.READY]
+        return [thread for *_, thread in self.scheduler._ready if thread.turn.status is Status.READY]
 
     def running(self):
         return [t for shard in range(self.scheduler.limits.num_shards) for t in self.scheduler.running(shard)]

@@ -4,8 +4,9 @@ import random
 
 import pytest
 
-from apr_jax.engine.programs import Programs
-from apr_jax.engine.scheduler import Limits, Scheduler
+from apr_jax.engine.driver import Driver
+from apr_jax.engine.limits import Limits
+from apr_jax.engine.scheduler import Scheduler
 from apr_jax.engine.threads import Append, Decode, Join, Open, RolloutKey, Share, Spawn
 from tests.engine.simulated import SimulatedDevice
 
@@ -53,9 +54,9 @@ def draws(limits):
 def run(programs, limits):
     """All results, how often a group was admitted beside others, and preemptions; groups are checked at each visit."""
     scheduler = Scheduler(limits)
-    how = {"seed": 0, "max_seq_len": limits.max_seq_len, "max_steps": 60, "max_total_tokens": 10**6}
+    how = {"seed": 0, "max_steps": 60, "max_total_tokens": 10**6}
     todo = [(RolloutKey(index, 0), program) for index, program in enumerate(programs)]
-    running = Programs(todo, scheduler, now=lambda: 0.0, **how)
+    running = Driver(todo, scheduler, now=lambda: 0.0, **how)
     device, together = SimulatedDevice(scheduler), 0
     while True:
         scheduler.admit(running.start_next)
@@ -67,7 +68,7 @@ def run(programs, limits):
             groups = scheduler.groups(shard)
             together += bool(groups) and any(thread.group is None for thread in lanes)
             assert len(groups) <= limits.max_groups
-            holders = {thread.group for thread in scheduler._holders[shard] if thread.group is not None}
+            holders = {thread.group for thread in scheduler.cache.holders[shard] if thread.group is not None}
             assert holders == set(groups), "pages without lanes"
             for group in groups:
                 assert all(each in lanes for each in group.workers), "half a group"
@@ -79,7 +80,7 @@ def run(programs, limits):
             running.decoded(thread, tokens, [0.0] * len(tokens))
         running.drain()
         scheduler.check()
-    assert all(allocator.num_held == 0 for allocator in scheduler.allocators)
+    assert all(allocator.num_held == 0 for allocator in scheduler.cache.allocators)
     return running.results(), together, scheduler.preemptions
 
 

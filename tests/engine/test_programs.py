@@ -13,8 +13,9 @@ import pytest
 from hypothesis import example, given, settings
 
 from apr_jax.config import ConfigError
-from apr_jax.engine.programs import Programs
-from apr_jax.engine.scheduler import Limits, Scheduler
+from apr_jax.engine.driver import Driver
+from apr_jax.engine.limits import Limits
+from apr_jax.engine.scheduler import Scheduler
 from apr_jax.engine.threads import (
     Append,
     Decode,
@@ -48,11 +49,10 @@ class StandIn:
     def __init__(self, limits, programs, max_steps=25, max_total_tokens=10**6, observer=None):
         self.scheduler = Scheduler(limits)
         self.memory = [np.full((limits.pages, PAGE), -1) for _ in range(limits.num_shards)]
-        self.run = Programs(
+        self.run = Driver(
             [(RolloutKey(i, 0), program) for i, program in enumerate(programs)],
             self.scheduler,
             seed=0,
-            max_seq_len=limits.max_seq_len,
             max_steps=max_steps,
             max_total_tokens=max_total_tokens,
             now=lambda: 0.0,
@@ -70,17 +70,19 @@ class StandIn:
             self.visit()
             self.visits += 1
             assert self.visits < 5000, "no progress"
-        assert all(allocator.num_held == 0 for allocator in self.scheduler.allocators), "pages outlive their threads"
+        assert all(allocator.num_held == 0 for allocator in self.scheduler.cache.allocators), (
+            "pages outlive their threads"
+        )
         return self.run.results()
 
     def write(self, thread, start, tokens):
-        pages = self.scheduler.allocators[thread.shard].pages(thread.table)
+        pages = self.scheduler.cache.pages(thread)
         for position, token in enumerate(tokens, start=start):
-            self.memory[thread.shard][pages[position // PAGE], position % PAGE] = token
+            self.memory[thread.cached.shard][pages[position // PAGE], position % PAGE] = token
 
     def visit(self):
         limits = self.scheduler.limits
-        for shard, copies in enumerate(self.scheduler.take_copies()):
+        for shard, copies in enumerate(self.scheduler.cache.take_copies()):
             for copy in copies:
                 self.memory[shard][copy.target] = self.memory[shard][copy.source]
         for shard in range(limits.num_shards):
@@ -90,16 +92,18 @@ class StandIn:
                     end = chunk.start + chunk.count
                     assert chunk.start // PAGE == (end - 1) // PAGE, "a prefill chunk crosses a page"
                     self.write(chunk.thread, chunk.start, chunk.thread.tokens[chunk.start : end])
-                    self.scheduler.prefilled(chunk)
+                    self.scheduler.cache.prefilled(chunk)
         written = []
         for shard in range(limits.num_shards):
             for thread in self.scheduler.running(shard):
                 assert self.scheduler.can_decode(thread)
-                pages = self.scheduler.allocators[shard].pages(thread.table)
-                held = self.memory[shard][pages].reshape(-1)[: thread.computed]
-                assert held.tolist() == thread.tokens[: thread.computed], "the pages hold another thread's tokens"
+                pages = self.scheduler.cache.allocators[shard].pages(thread.cached.table)
+                held = self.memory[shard][pages].reshape(-1)[: thread.cached.computed]
+                assert held.tolist() == thread.tokens[: thread.cached.computed], (
+                    "the pages hold another thread's tokens"
+                )
                 tokens = self.draw(thread, limits.steps_per_visit)
-                self.write(thread, thread.computed, [thread.tokens[-1], *tokens[:-1]])
+                self.write(thread, thread.cached.computed, [thread.tokens[-1], *tokens[:-1]])
                 written.append((thread, tokens))
         for thread, tokens in written:
             self.run.decoded(thread, tokens, [float(token) for token in tokens])
@@ -246,7 +250,7 @@ def test_first_success_cancels_siblings_and_frees_their_pages_at_once():
     machine.scheduler.admit(machine.run.start_next)
     machine.visit()
     assert machine.scheduler.num_running == 0
-    assert machine.scheduler.allocators[0].num_held == 0
+    assert machine.scheduler.cache.allocators[0].num_held == 0
     rollout = machine.finish()[0]
     assert rollout.result == [3, None, 7]
     assert rollout.sequential_tokens == 7 + 25

@@ -114,7 +114,7 @@ def test_random_programs_decode_as_naively_under_every_policy():
             RandomThread(10 * turn + index, (), journal, counts).program() for index, journal in enumerate(journals)
         ]
         rollouts = engine.run(keyed(programs), seed=0, temperature=0.0, on_progress=lambda _: engine._scheduler.check())
-        assert all(allocator.num_held == 0 for allocator in engine._scheduler.allocators)
+        assert all(allocator.num_held == 0 for allocator in engine._scheduler.cache.allocators)
         counts["preempt"] += engine.stats.preemptions
         counts["reused"] += engine.stats.reused
         for rollout, journal in zip(rollouts, journals, strict=True):

@@ -135,7 +135,7 @@ def test_a_small_cache_runs_every_group_whole_and_takes_pages_of_others(engine):
     small = make_engine(max_workers=3, pages=1 + 3 * 12)
     rollouts = small.run(keyed(programs()), seed=2, temperature=1.0)
     small._scheduler.check()
-    assert all(allocator.num_held == 0 for allocator in small._scheduler.allocators)
+    assert all(allocator.num_held == 0 for allocator in small._scheduler.cache.allocators)
     for one, other in zip(expected, rollouts, strict=True):
         assert_close(one, other)
 
@@ -173,7 +173,7 @@ def test_the_clock_counts_lockstep_steps_once_and_a_success_cuts_the_others(engi
     assert [value is None for value in cut.result] == [False, True, False]
     engine._scheduler.check()
     assert engine._scheduler.num_running == 0
-    assert all(allocator.num_held == 0 for allocator in engine._scheduler.allocators)
+    assert all(allocator.num_held == 0 for allocator in engine._scheduler.cache.allocators)
 
 
 def test_workers_that_cannot_decode_are_no_part_of_the_cache(engine):
@@ -258,7 +258,7 @@ def test_what_a_worker_may_not_do_is_refused_and_the_engine_goes_on(engine, prog
         engine.run(keyed([sharing(2), program()]), seed=0, temperature=1.0)
     engine._scheduler.check()
     assert engine._scheduler.num_running == 0
-    assert all(allocator.num_held == 0 for allocator in engine._scheduler.allocators)
+    assert all(allocator.num_held == 0 for allocator in engine._scheduler.cache.allocators)
     assert len(engine.run(keyed([sharing(1)]), seed=0, temperature=1.0)) == 1
 
 

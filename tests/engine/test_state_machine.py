@@ -19,8 +19,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from apr_jax.engine.limits import Limits
 from apr_jax.engine.pages import PageAllocator, block_key, root_key
-from apr_jax.engine.scheduler import Limits, Scheduler
+from apr_jax.engine.scheduler import Scheduler
+from apr_jax.engine.thread_cache import ThreadCache
 from apr_jax.engine.threads import Status, Thread
 from tests.engine.simulated import SimulatedDevice, chain, follow
 
@@ -59,7 +61,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.since_policy = 0
 
     def threads(self, *statuses):
-        return [thread for thread in self.model if thread.status in (statuses or LIVE)]
+        return [thread for thread in self.model if thread.turn.status in (statuses or LIVE)]
 
     def pick(self, data, *statuses):
         return data.draw(st.sampled_from(self.threads(*statuses)))
@@ -94,11 +96,11 @@ class CacheMachine(RuleBasedStateMachine):
             if len(tokens) < MAX_LEN:
                 counts["fork"] += 1
                 child = Thread((*parent.path, ordinal, number), tokens, parent.rollout, (0, 0))
-                self.scheduler.fork(parent, child)
+                self.scheduler.cache.fork(parent, child)
                 self.children[parent].append(child)
                 self.add(child)
-        if waits and parent.status is Status.IDLE and self.children[parent]:
-            parent.status = Status.WAITING_ON_CHILDREN
+        if waits and parent.turn.status is Status.IDLE and self.children[parent]:
+            self.scheduler.wait_for_children(parent)
 
     @precondition(lambda self: any(self.can_decode(thread) for thread in self.threads(Status.IDLE)))
     @rule(data=st.data(), visits=st.integers(0, 4))
@@ -123,7 +125,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.cut(thread, data.draw(st.integers(1, len(thread.tokens))))
 
     def cut(self, thread, length):
-        self.scheduler.truncate(thread, length)
+        del thread.tokens[length:]
+        self.scheduler.cache.truncate(thread, length)
         del self.model[thread][length:]
 
     @precondition(lambda self: self.threads(Status.IDLE))
@@ -147,7 +150,7 @@ class CacheMachine(RuleBasedStateMachine):
         for child in self.children[parent]:
             self.end(child)
         self.children[parent] = []
-        parent.status = Status.IDLE
+        self.scheduler.resume(parent)
         self.cut(parent, min(keep, len(parent.tokens)))
         self.extend(parent, tokens)
 
@@ -157,20 +160,20 @@ class CacheMachine(RuleBasedStateMachine):
         """Ends a thread and all below it, whatever they do; what they alone held is available at once."""
         counts["cancel"] += 1
         thread = self.pick(data)
-        doomed = [each for each in self.subtree(thread) if each.status is not Status.DONE]
-        held = [allocator.num_held for allocator in self.scheduler.allocators]
+        doomed = [each for each in self.subtree(thread) if each.turn.status is not Status.DONE]
+        held = [allocator.num_held for allocator in self.scheduler.cache.allocators]
         alone = [len(self.held_alone(shard, doomed)) for shard in range(len(held))]
         self.end(thread)
-        assert [allocator.num_held for allocator in self.scheduler.allocators] == [
+        assert [allocator.num_held for allocator in self.scheduler.cache.allocators] == [
             before - freed for before, freed in zip(held, alone, strict=True)
         ]
 
     def held_alone(self, shard, threads):
         """The pages that these threads hold and no other thread does."""
-        allocator = self.scheduler.allocators[shard]
-        holders = list(self.scheduler._holders[shard])
-        ours = {page for t in holders if t in threads for page in allocator.pages(t.table)}
-        return ours - {page for t in holders if t not in threads for page in allocator.pages(t.table)}
+        allocator = self.scheduler.cache.allocators[shard]
+        holders = list(self.scheduler.cache.holders[shard])
+        ours = {page for t in holders if t in threads for page in allocator.pages(t.cached.table)}
+        return ours - {page for t in holders if t not in threads for page in allocator.pages(t.cached.table)}
 
     @precondition(lambda self: self.since_policy > 40)
     @rule()
@@ -180,7 +183,7 @@ class CacheMachine(RuleBasedStateMachine):
         for thread in list(self.model):
             if thread in self.model:
                 self.end(thread)
-        self.scheduler.new_policy()
+        self.scheduler.cache.new_policy()
         self.device.version += 1
         self.since_policy = 0
 
@@ -200,16 +203,18 @@ class CacheMachine(RuleBasedStateMachine):
         self.device.prefill()
         for thread, tokens in self.device.decode(self.draw):
             assert tokens == self.predict(thread, len(tokens))
-            self.scheduler.decoded(thread, tokens)
+            self.scheduler.cache.decoded(thread, len(tokens), len(tokens))
+            thread.tokens.extend(tokens)
+            thread.generated += len(tokens)
             self.model[thread].extend(tokens)
             if tokens[-1] == STOP or not self.can_decode(thread):
-                self.scheduler.leave_lane(thread, Status.IDLE)
+                self.scheduler.leave_lane(thread)
 
     def waits_for_idle_threads(self):
         """Nobody may decode: only because threads that go first hold pages and ask for nothing (no program does so)."""
         first = min(thread.priority for thread in self.threads(Status.READY))
-        holders = [thread for holders in self.scheduler._holders for thread in holders]
-        assert any(thread.priority < first and thread.status is not Status.READY for thread in holders)
+        holders = [thread for holders in self.scheduler.cache.holders for thread in holders]
+        assert any(thread.priority < first and thread.turn.status is not Status.READY for thread in holders)
 
     def draw(self, thread, place):
         """Up to a chunk of tokens, each a function of the numbers in the thread's pages."""
@@ -235,18 +240,20 @@ class CacheMachine(RuleBasedStateMachine):
         self.scheduler.check()
         for thread, tokens in self.model.items():
             assert thread.tokens == tokens
-            assert thread.computed < len(tokens)
-            if thread.table is not None:
+            assert thread.cached.computed < len(tokens)
+            if thread.cached.table is not None:
                 row = self.device.row(thread, after_copies=True)
-                assert [place.number for place in row] == chain(self.device.version, tokens[: thread.computed])
-                assert thread.block_keys == self.keys(tokens)[: len(thread.block_keys)]
-                assert all(place.alone for place in row[: len(thread.block_keys) * PAGE]), "decoded, and to be shared"
-        waiting = {thread for *_, thread in self.scheduler._ready if thread.status is Status.READY}
+                assert [place.number for place in row] == chain(self.device.version, tokens[: thread.cached.computed])
+                assert thread.cached.block_keys == self.keys(tokens)[: len(thread.cached.block_keys)]
+                assert all(place.alone for place in row[: len(thread.cached.block_keys) * PAGE]), (
+                    "decoded, and to be shared"
+                )
+        waiting = {thread for *_, thread in self.scheduler._ready if thread.turn.status is Status.READY}
         assert waiting == set(self.threads(Status.READY)), "a thread is lost, or stands twice"
         self.published_pages_hold_what_their_keys_say()
 
     def published_pages_hold_what_their_keys_say(self):
-        for shard, allocator in enumerate(self.scheduler.allocators):
+        for shard, allocator in enumerate(self.scheduler.cache.allocators):
             for page, key in allocator._key_of.items():
                 version, tokens = self.device.published[key]
                 assert version == self.device.version, "a page of old weights may be adopted"
@@ -256,7 +263,7 @@ class CacheMachine(RuleBasedStateMachine):
                 assert all(place.alone for place in places)
 
     def keys(self, tokens):
-        key, keys = root_key(self.scheduler._policy_version), []
+        key, keys = root_key(self.scheduler.cache._policy_version), []
         for start in range(0, len(tokens) - PAGE + 1, PAGE):
             key = block_key(key, tokens[start : start + PAGE])
             keys.append(key)
@@ -265,11 +272,11 @@ class CacheMachine(RuleBasedStateMachine):
     def teardown(self):
         if hasattr(self, "scheduler"):
             counts["copies"] += self.device.copies
-            counts["reused"] += self.scheduler.reused_tokens
+            counts["reused"] += self.scheduler.cache.reused_tokens
             for thread in list(self.model):
                 if thread in self.model:
                     self.end(thread)
-            assert all(allocator.num_held == 0 for allocator in self.scheduler.allocators), (
+            assert all(allocator.num_held == 0 for allocator in self.scheduler.cache.allocators), (
                 "pages outlive their threads"
             )
 
@@ -303,21 +310,20 @@ def no_copy_on_write(allocator, table, index):
     return None
 
 
-def no_new_pages_after_a_cut(scheduler, thread, length):
+def no_new_pages_after_a_cut(cache, thread, length):
     """Forgets that the pages' keys named what was cut off."""
-    del thread.tokens[length:]
-    thread.computed = min(thread.computed, length - 1)
-    if thread.table is not None:
-        scheduler.allocators[thread.shard].truncate(thread.table, length)
+    thread.cached.computed = min(thread.cached.computed, length - 1)
+    if thread.cached.table is not None:
+        cache.allocators[thread.cached.shard].truncate(thread.cached.table, length)
 
 
-def no_new_keys(scheduler):
+def no_new_keys(cache):
     """Goes on with pages of the old weights."""
 
 
-def no_copies(scheduler):
+def no_copies(cache):
     """Loses the copies of forked pages."""
-    return [[] for _ in scheduler._copies]
+    return [[] for _ in cache._copies]
 
 
 def keep_published(allocator, page, unpublish=PageAllocator._unpublish):
@@ -329,10 +335,10 @@ def keep_published(allocator, page, unpublish=PageAllocator._unpublish):
 def lose_preempted(scheduler, thread):
     """Takes a thread's pages and lane and does not put it back in the queue."""
     scheduler.preemptions += 1
-    scheduler._free_pages(thread)
-    if thread.status is Status.RUNNING:
+    scheduler.cache.free(thread)
+    if thread.turn.status is Status.RUNNING:
         scheduler._clear_lane(thread)
-        thread.status = Status.READY
+        thread.turn.status = Status.READY
 
 
 @pytest.mark.parametrize(
@@ -340,9 +346,9 @@ def lose_preempted(scheduler, thread):
     [
         (PageAllocator, "make_writable", no_copy_on_write),
         (PageAllocator, "_unpublish", keep_published),
-        (Scheduler, "truncate", no_new_pages_after_a_cut),
-        (Scheduler, "new_policy", no_new_keys),
-        (Scheduler, "take_copies", no_copies),
+        (ThreadCache, "truncate", no_new_pages_after_a_cut),
+        (ThreadCache, "new_policy", no_new_keys),
+        (ThreadCache, "take_copies", no_copies),
         (Scheduler, "_preempt", lose_preempted),
     ],
 )

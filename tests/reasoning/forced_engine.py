@@ -6,8 +6,9 @@ lanes side by side, in chunks, with pages that are taken away and computed anew.
 
 from collections.abc import Callable, Sequence
 
-from apr_jax.engine.programs import Programs
-from apr_jax.engine.scheduler import Limits, Scheduler
+from apr_jax.engine.driver import Driver
+from apr_jax.engine.limits import Limits
+from apr_jax.engine.scheduler import Scheduler
 from apr_jax.engine.threads import Path, Program, Rollout, RolloutKey, Thread
 from tests.engine.simulated import Place, SimulatedDevice
 from tests.reasoning.fixtures import MODEL
@@ -52,11 +53,10 @@ class ForcedEngine:
 
     def run(self, programs: Sequence[tuple[RolloutKey, Program]]) -> list[Rollout]:
         limits = self.scheduler.limits
-        run = Programs(
+        run = Driver(
             programs,
             self.scheduler,
             seed=0,
-            max_seq_len=limits.max_seq_len,
             max_steps=limits.max_seq_len,
             max_total_tokens=self._max_total_tokens,
             now=lambda: 0.0,
@@ -73,7 +73,7 @@ class ForcedEngine:
                 run.decoded(thread, tokens, [self._logprob(thread.path)] * len(tokens))
             run.drain()
             self.scheduler.check()
-            self.held.append(self.scheduler.allocators[0].num_held)
+            self.held.append(self.scheduler.cache.allocators[0].num_held)
 
     def _draw(self, thread: Thread, place: Place) -> list[int]:
         room = min(thread.max_generated - thread.generated, thread.max_length - len(thread.tokens))

@@ -68,7 +68,7 @@ class ScriptedEngine:
             self._threads: list[Thread] = []
             result, clock, _ = self._drive(program, (), 0, calls, self._max_total_tokens)
             calls.sort(key=lambda call: call.path)
-            work = sum((thread.work for thread in self._threads), Work())
+            work = sum((thread.cached.work for thread in self._threads), Work())
             rollouts.append(Rollout(key, result, tuple(calls), clock, latency_ms=clock / 10, work=work))
         return rollouts
 
@@ -92,7 +92,7 @@ class ScriptedEngine:
             match request:
                 case Open(tokens, fork_of, max_length):
                     thread.tokens = [*prompt, *(fork_of.tokens if fork_of else ()), *tokens]
-                    thread.computed = fork_of.computed if fork_of else 0
+                    thread.cached.computed = fork_of.cached.computed if fork_of else 0
                     thread.max_length = min(self._max_seq_len, max_length or sys.maxsize)
                     reply = thread
                 case Prefill(asked):
@@ -110,7 +110,7 @@ class ScriptedEngine:
                 case Truncate(_, length):
                     assert 1 <= length <= len(thread.tokens)
                     del thread.tokens[length:]
-                    thread.computed = min(thread.computed, length - 1)
+                    thread.cached.computed = min(thread.cached.computed, length - 1)
                     reply = None
                 case Append(_, tokens):
                     thread.tokens += tokens
@@ -139,7 +139,7 @@ class ScriptedEngine:
                 for other in workers:
                     if other is not worker:
                         seen = min(headers[other] + time, headers[other] + other.generated - 1)
-                        worker.work += Work(attended=seen)
+                        worker.cached.work += Work(attended=seen)
 
     def _join(self, ended: list[tuple[Any, int]], success: Any, clock: int) -> tuple[list[Any], int]:
         """Values in spawn order. With `success`, what ends after the first success is None (calls stay whole)."""
@@ -164,8 +164,8 @@ class ScriptedEngine:
         end = clock + len(written)
         if written:
             self._prefill(thread)
-            thread.work = thread.work.with_decode(thread.computed, len(written))
-            thread.computed += len(written)
+            thread.cached.work = thread.cached.work.with_decode(thread.cached.computed, len(written))
+            thread.cached.computed += len(written)
             thread.logprob += len(written) * self._logprob(thread.path)
             logprobs = np.full(len(written), self._logprob(thread.path), np.float32)
             shared = len(thread.group.prompt) if thread.group else 0
@@ -176,6 +176,6 @@ class ScriptedEngine:
         return stop, end
 
     def _prefill(self, thread: Thread) -> None:
-        missing = len(thread.tokens) - 1 - thread.computed
-        thread.work = thread.work.with_prefill(thread.computed, missing)
-        thread.computed += missing
+        missing = len(thread.tokens) - 1 - thread.cached.computed
+        thread.cached.work = thread.cached.work.with_prefill(thread.cached.computed, missing)
+        thread.cached.computed += missing
