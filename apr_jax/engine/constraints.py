@@ -1,8 +1,8 @@
-"""Constrained decoding on the host: what a thread may draw next, kept in step with the device. No JAX.
+"""Constrained decoding on the host: the tokens that a thread may draw next, in step with the device. No JAX.
 
 A thread that decodes under a `Grammar` is in one of two modes. *Free*: it draws from the policy without the gate's
 reserved tokens, and without the gate token itself except where the gate is open. The gate token leads into the second
-mode. *Held*: an `Automaton`, made for what the thread has written, lists the tokens that may come next, until it ends.
+mode. *Guided*: an `Automaton`, made for what the thread has written, lists the tokens that may come next to its end.
 
 The distribution is the policy's, renormalised over what may be drawn at each position. Whether the gate is open may
 depend on text that the device wrote a token ago, and reading text is the host's work. So the device draws as if the
@@ -23,15 +23,15 @@ FREE, START = 0, 1  # states that every automaton has
 NO_LIMIT = np.iinfo(np.int32).max
 EDGE_FIELDS = 5  # source, token, target, low, high; the words of leaves follow
 
-# What a free position bans beyond the tokens that nobody may draw.
+# Bans of a free position, beyond the tokens that nobody may draw.
 BANS_NOTHING, BANS_RESERVED, BANS_GATE = 0, 1, 2  # a thread without grammar; the gate is open; it is shut
 
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """What constrained decoding needs to know before it compiles."""
+    """Facts of constrained decoding that are known before anything is compiled."""
 
-    token: int  # leads from free to held
+    token: int  # leads from free to guided
     reserved: tuple[int, ...]  # tokens that only an automaton writes
     follows: frozenset[int]  # the gate token stands directly after one of these
     max_edges: int  # of an automaton
@@ -39,12 +39,12 @@ class Gate:
 
     @property
     def num_choices(self) -> int:
-        """The most tokens that a held position allows."""
+        """The most tokens that a guided position allows."""
         return self.max_leaves + 1
 
     @property
     def num_words(self) -> int:
-        """int32 words that hold a bit for each leaf."""
+        """The int32 words that hold a bit for each leaf."""
         return -(-self.max_leaves // 32)
 
     @property
@@ -70,7 +70,7 @@ class Edge:
 
 @dataclasses.dataclass(frozen=True)
 class Registers:
-    """Where a walk over an automaton is."""
+    """The place of a walk over an automaton."""
 
     state: int = START
     used: int = 0  # bit mask of leaves
@@ -84,7 +84,7 @@ class Automaton:
     """
 
     def __init__(self, gate: Gate, edges: Sequence[Edge]) -> None:
-        """Edges in any order, the states' numbers free but for FREE and START.
+        """Take edges in any order, the states' numbers free but for FREE and START.
 
         Raises ValueError where they don't fit the gate's limits.
         """
@@ -111,11 +111,11 @@ class Automaton:
         self._table: np.ndarray | None = None
 
     def choices(self, registers: Registers) -> tuple[int, ...]:
-        """The tokens that may come next."""
+        """Return the tokens that may come next."""
         return tuple(edge.token for edge in self._open(registers))
 
     def step(self, registers: Registers, token: int) -> Registers:
-        """After one of the choices. Raises StopIteration for another token."""
+        """Return the registers after one of the choices. Raises StopIteration for another token."""
         edge = next(edge for edge in self._open(registers) if edge.token == token)
         if edge.target != START:
             return dataclasses.replace(registers, state=edge.target)
@@ -142,31 +142,34 @@ class Automaton:
 
 
 class Grammar(Protocol):
-    """What one Decode holds its thread to. Read on the host, from the thread's tokens alone."""
+    """The rule that one Decode puts on its thread, read on the host from the thread's tokens alone."""
 
     closed: bool  # True: the gate is shut throughout
 
     def is_open(self, tokens: Sequence[int]) -> bool:
-        """Whether the gate token may follow `tokens`, the last of which is in `Gate.follows`. Not asked if `closed`."""
+        """Return True where the gate token may follow `tokens`, which end in a token of `Gate.follows`.
+
+        Not asked if `closed`.
+        """
 
     def automaton(self, tokens: Sequence[int]) -> Automaton:
-        """What must follow `tokens`, which end in the gate token, drawn where the gate was open."""
+        """Return what must follow `tokens`, which end in the gate token, drawn where the gate was open."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Masks:
-    """What a constrained Decode might have drawn, for each of its T tokens: what a trainer needs to score them."""
+    """The tokens that a constrained Decode might have drawn in each of its T places; a trainer scores with them."""
 
-    bans: np.ndarray  # int8 [T]: BANS_RESERVED or BANS_GATE; not read at held positions
-    allowed: np.ndarray  # int32 [T, any]: the ids that a held position allows, filled with -1; all -1 where free
+    bans: np.ndarray  # int8 [T]: BANS_RESERVED or BANS_GATE; not read at guided positions
+    allowed: np.ndarray  # int32 [T, any]: the ids that a guided position allows, filled with -1; all -1 where free
 
     def first(self, count: int) -> "Masks":
-        """Of the first `count` tokens."""
+        """Return the masks of the first `count` tokens."""
         return Masks(self.bans[:count], self.allowed[:count])
 
 
 class Constraint:
-    """One Decode's way through its grammar, token by token as the device did it."""
+    """The walk of one Decode through its grammar, token by token as the device did it."""
 
     def __init__(self, gate: Gate, grammar: Grammar) -> None:
         self._gate, self._grammar = gate, grammar
@@ -184,7 +187,7 @@ class Constraint:
     def take(
         self, context: Sequence[int], tokens: Sequence[int], logprobs: Sequence[float], shut: Sequence[float]
     ) -> tuple[list[int], list[float]]:
-        """Follows tokens that the device drew after `context`; returns those that stand and their log-probabilities.
+        """Follow tokens that the device drew after `context`; return those that stand and their log-probabilities.
 
         Args:
             logprobs: as drawn.
@@ -212,7 +215,7 @@ class Constraint:
         return seen[len(context) :], kept
 
     def masks(self) -> Masks:
-        """Of all tokens taken so far."""
+        """Return the masks of all tokens taken so far."""
         width = max(map(len, self._allowed), default=0)
         allowed = np.full((len(self._allowed), width), -1, np.int32)
         for row, ids in zip(allowed, self._allowed, strict=True):
@@ -228,5 +231,5 @@ class Constraint:
 
 
 def words(leaves: int, count: int) -> np.ndarray:
-    """A bit mask as int32 `[count]`, the lowest 32 bits first."""
+    """Return a bit mask as int32 `[count]`, the lowest 32 bits first."""
     return np.asarray([leaves >> (32 * word) & 0xFFFFFFFF for word in range(count)], np.uint32).view(np.int32)

@@ -38,7 +38,7 @@ class Group:
     stopped: set[Thread] = dataclasses.field(default_factory=set)
 
     def decide(self, worker: Thread | None) -> bool:
-        """One worker more has asked for its Decode (None: it won't decode). Whether the group can start now."""
+        """Note that a worker asked for its Decode (None: it won't decode). Return True where the group can start."""
         self.undecided -= 1
         if worker is not None:
             self.workers.append(worker)
@@ -47,22 +47,22 @@ class Group:
         return self.undecided == 0 and bool(self.workers)
 
     def stop(self, worker: Thread) -> bool:
-        """The worker writes no more. Whether that was the last one."""
+        """Note that the worker writes no more. Return True where that was the last one."""
         self.stopped.add(worker)
         return len(self.stopped) == len(self.workers)
 
     def attended_across(self) -> int:
-        """Keys of other workers that the workers' tokens have attended to; those of its own row each counts itself."""
+        """Count the keys of other workers that the workers' tokens attended to; each counts those of its own row."""
         return attended_across([(self.headers[worker], worker.cached.work.decoded) for worker in self.workers])
 
 
 def row_limit(window: int, prompt: int, size: int, number: int) -> int:
-    """Tokens that worker `number` of `size` may hold with a prompt of so many, so that all fit a window together."""
+    """Return the tokens that worker `number` of `size` may hold, prompt included, so that all fit a window."""
     return prompt + max(0, window - prompt + number) // size
 
 
 def attended_across(workers: Sequence[tuple[int, int]]) -> int:
-    """Keys of other workers that all workers attended to; of each the tokens of its header, and its draws.
+    """Count the keys of other workers that all workers attended to, from each one's header tokens and draws.
 
     At time t a worker that draws sees of another with a header of h tokens and m draws the first min(h + t, h + m - 1)
     tokens.

@@ -1,4 +1,4 @@
-"""What an engine will hold on each device, told and checked before anything is allocated."""
+"""The memory that an engine will take on each device, told and checked before anything is allocated."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ class MemoryPlan:
 
     @classmethod
     def of(cls, mesh: Mesh, *, weights: Any, pages: Any, rows: Any, activations: int) -> Self:
-        """`weights`, `pages` and `rows` are trees of `jax.ShapeDtypeStruct` with shardings."""
+        """Make a plan; `weights`, `pages` and `rows` are trees of `jax.ShapeDtypeStruct` with shardings."""
         parts = {"weights": _local_bytes(weights), "pages": _local_bytes(pages), "rows": _local_bytes(rows)}
         return cls(**parts, activations=activations, limit=_device_bytes(mesh))
 
@@ -38,7 +38,7 @@ class MemoryPlan:
         return self.weights + self.pages + self.rows + self.activations
 
     def check(self) -> None:
-        """Raises ConfigError, with the numbers, when it is more than a device has."""
+        """Raise ConfigError, with the numbers, when it is more than a device has."""
         if self.limit is not None and self.total > self.limit:
             raise ConfigError(
                 f"the engine does not fit a device: {self}; lower engine.pages or engine.lanes, or split the "
@@ -52,7 +52,7 @@ class MemoryPlan:
 
 
 def activation_bytes(model: ModelConfig, lanes: int, prefill_tokens: int, tensor: int) -> int:
-    """The larger of decode's logits (raw, masked and their exponentials) and a prefill call's widest layer; float32.
+    """Return the larger of decode's logits (raw, masked, exponentials) and a prefill call's widest layer, in float32.
 
     Args:
         lanes: of a data shard.
@@ -65,13 +65,13 @@ def activation_bytes(model: ModelConfig, lanes: int, prefill_tokens: int, tensor
 
 
 def shared_row_bytes(model: ModelConfig, lanes: int, row_len: int, tensor: int) -> int:
-    """The rows that a decode step on shared caches gathers for `lanes` workers of a data shard."""
+    """Return the bytes of the rows that decode on shared caches gathers for `lanes` workers of a data shard."""
     elements = 2 * model.num_layers * lanes * row_len * model.num_kv_heads * model.head_dim // tensor
     return elements * jnp.dtype(model.compute_dtype).itemsize
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
-    """The tree of shapes with shardings: a tree of them, or one for all."""
+    """Return the tree of shapes with shardings: a tree of them, or one for all."""
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, shapes)
     shape: Callable[..., Any] = jax.ShapeDtypeStruct
@@ -84,7 +84,7 @@ def _local_bytes(tree: Any) -> int:
 
 
 def _device_bytes(mesh: Mesh) -> int | None:
-    """What one device of the mesh has: of a CPU's memory, which its devices share, an equal part."""
+    """Return the memory of one device of the mesh: of a CPU's, which its devices share, an equal part."""
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // mesh.size

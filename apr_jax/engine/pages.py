@@ -20,24 +20,24 @@ TRASH_PAGE = 0
 
 
 class OutOfPagesError(Exception):
-    """More pages were asked for than are free or cached. Nothing was changed."""
+    """An error: more pages were asked for than are free or cached. Nothing was changed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PageCopy:
-    """The device must copy page `source` to page `target` before either is written again."""
+    """A copy of page `source` to page `target` that the device must make before either is written again."""
 
     source: int
     target: int
 
 
 def root_key(policy_version: int) -> bytes:
-    """The parent of every first block's key. Keys of different policy versions never meet."""
+    """Return the parent of every first block's key. Keys of different policy versions never meet."""
     return f"policy {policy_version}".encode()
 
 
 def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """The 128-bit name of one full page: its tokens, and by the parent's key all tokens before them and the policy."""
+    """Return the 128-bit name of a full page: its tokens and, by the parent's key, all tokens before and the policy."""
     digest = hashlib.blake2b(parent, digest_size=16)
     digest.update(np.asarray(tokens, np.int32).tobytes())
     return digest.digest()
@@ -66,7 +66,7 @@ class PageAllocator:
 
     @property
     def num_available(self) -> int:
-        """Pages that can be handed out now: free, or cached and not held."""
+        """The pages that can be handed out now: free, or cached and not held."""
         return len(self._free) + len(self._cached)
 
     @property
@@ -74,32 +74,32 @@ class PageAllocator:
         return self.num_usable - self.num_available
 
     def pages(self, table: int) -> list[int]:
-        """The table's pages. The list is the allocator's: read it, don't keep it."""
+        """Return the table's pages. The list is the allocator's: read it, don't keep it."""
         return self._tables[table]
 
     def pages_for(self, length: int) -> int:
-        """Pages that hold `length` tokens."""
+        """Count the pages that hold `length` tokens."""
         return -(-length // self.page_size)
 
     def missing(self, table: int, length: int) -> int:
-        """Pages that `grow(table, length)` would take."""
+        """Count the pages that `grow(table, length)` would take."""
         return max(0, self.pages_for(length) - len(self._tables[table]))
 
     def open(self) -> int:
-        """A new, empty table."""
+        """Return a new, empty table."""
         table = self._next_table
         self._next_table += 1
         self._tables[table] = []
         return table
 
     def grow(self, table: int, length: int) -> None:
-        """Makes room for `length` tokens. Raises OutOfPagesError, and then takes nothing."""
+        """Make room for `length` tokens. Raises OutOfPagesError, and then takes nothing."""
         missing = self.missing(table, length)
         self._require(missing)
         self._tables[table].extend(self._take() for _ in range(missing))
 
     def truncate(self, table: int, length: int) -> None:
-        """Drops the pages that hold only positions >= `length`."""
+        """Drop the pages that hold only positions >= `length`."""
         pages = self._tables[table]
         keep = self.pages_for(length)
         for page in reversed(pages[keep:]):
@@ -107,7 +107,7 @@ class PageAllocator:
         del pages[keep:]
 
     def fork(self, table: int, length: int) -> tuple[int, PageCopy | None]:
-        """A table for the first `length` tokens: full pages are shared, a partial last page is copied.
+        """Return a table of the first `length` tokens: full pages are shared, a partial last page is copied.
 
         Raises:
             ValueError: the table holds fewer than `length` tokens.
@@ -129,7 +129,7 @@ class PageAllocator:
         return new, PageCopy(pages[full], target)
 
     def make_writable(self, table: int, index: int) -> PageCopy | None:
-        """Makes page `index` of the table safe to write: shared with nobody, and no longer published.
+        """Make page `index` of the table safe to write: shared with nobody, and no longer published.
 
         Returns the copy that the device must make first, if the page was shared. Raises OutOfPagesError.
         """
@@ -149,14 +149,14 @@ class PageAllocator:
         del self._tables[table]
 
     def publish(self, table: int, index: int, key: bytes) -> None:
-        """Offers page `index`, whose contents are computed, to later tables. The first page under a key stays."""
+        """Offer page `index`, whose contents are computed, to later tables. The first page under a key stays."""
         page = self._tables[table][index]
         if key not in self._published and page not in self._key_of:
             self._published[key] = page
             self._key_of[page] = key
 
     def adopt(self, table: int, index: int, key: bytes) -> bool:
-        """Puts the page published under `key`, if any, in place of page `index` (one past the last: appends it)."""
+        """Put the page published under `key`, if any, in place of page `index` (one past the last: appends it)."""
         page = self._published.get(key)
         if page is None:
             return False
@@ -171,12 +171,12 @@ class PageAllocator:
         return True
 
     def forget_published(self) -> None:
-        """Unpublishes every page (a new policy): what was cached is free, what is held stays with its tables."""
+        """Unpublish every page (a new policy): what was cached is free, what is held stays with its tables."""
         for page in list(self._key_of):
             self._unpublish(page)
 
     def check(self) -> None:
-        """Raises AssertionError unless every page is in exactly one state and refcounts equal table entries."""
+        """Raise AssertionError unless every page is in exactly one state and refcounts equal table entries."""
         references = collections.Counter(page for pages in self._tables.values() for page in pages)
         held, cached, free = set(references), set(self._cached), set(self._free)
         assert len(self._free) == len(free), "a page is twice on the free list"

@@ -70,7 +70,7 @@ class EnginePlan:
         return plan
 
     def caches(self) -> tuple[PagedKVCache, RowBuffers]:
-        """An empty cache and empty buffers; jit it with `cache_sharding`."""
+        """Return an empty cache and empty buffers; jit it with `cache_sharding`."""
         limits = self.limits
         pages = PagedKVCache.create(
             self.model, limits.num_shards, limits.pages, limits.page_size, self.decode.layout.tile
@@ -83,7 +83,7 @@ class EnginePlan:
 
     @functools.cached_property
     def memory(self) -> MemoryPlan:
-        """What the engine will hold on each device."""
+        """The memory that the engine will take on each device."""
         model, mesh, limits = self.model, self.mesh, self.limits
         pages, rows = with_shardings(jax.eval_shape(self.caches), self.cache_sharding)
         weights = jax.eval_shape(lambda params: to_layout(params, model, self.weights), abstract_params(model))

@@ -1,4 +1,4 @@
-"""Constrained decoding on the device: `constraints` for one lane at one step, lifted over lanes by its callers."""
+"""Constrained decoding on the device: `constraints.py` for one lane at one step, lifted over lanes by its callers."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ class GateMasks:
 class LaneRegisters:
     """`constraints.Registers` of the lanes, [...]."""
 
-    state: jax.Array  # int32; FREE: not held
+    state: jax.Array  # int32; FREE: not guided
     used: jax.Array  # int32 [.., W], a bit mask
     count: jax.Array  # int32
 
@@ -50,7 +50,7 @@ class LaneConstraints:
 
 
 def gate_masks(gate: Gate, vocab_size: int) -> GateMasks:
-    """The gate's arrays (NumPy) for a model of `vocab_size`."""
+    """Return the gate's arrays (NumPy) for a model of `vocab_size`."""
     reserved_mask, follows_mask = np.zeros((2, vocab_size), bool)
     reserved_mask[list(gate.reserved)] = True
     follows_mask[list(gate.follows)] = True
@@ -58,23 +58,23 @@ def gate_masks(gate: Gate, vocab_size: int) -> GateMasks:
 
 
 def banned_mask(banned_mask_V: jax.Array, gate: GateMasks, bans: jax.Array, allowed_D: jax.Array) -> jax.Array:
-    """bool [V]: what may not be drawn at one position. Engine and trainer both ask here.
+    """Return what may not be drawn at one position, bool [V]. Engine and trainer both ask here.
 
     Args:
         banned_mask_V: bool, tokens that nobody may draw.
         bans: int32 scalar, BANS_NOTHING, BANS_RESERVED or BANS_GATE; read at a free position.
-        allowed_D: int32, ids that a held position allows, -1 elsewhere; all -1 at a free position.
+        allowed_D: int32, ids that a guided position allows, -1 elsewhere; all -1 at a free position.
     """
     size = banned_mask_V.shape[0]
     free_V = banned_mask_V | (gate.reserved_mask & (bans >= BANS_RESERVED))
     free_V = free_V | ((jnp.arange(size) == gate.token) & (bans >= BANS_GATE))
     # -1 would count from the end: out of range it is dropped.
-    held_V = jnp.ones((size,), bool).at[jnp.where(allowed_D < 0, size, allowed_D)].set(False, mode="drop")
-    return jnp.where(jnp.any(allowed_D >= 0), held_V, free_V)
+    guided_V = jnp.ones((size,), bool).at[jnp.where(allowed_D < 0, size, allowed_D)].set(False, mode="drop")
+    return jnp.where(jnp.any(allowed_D >= 0), guided_V, free_V)
 
 
 def open_edges(edges_EF: jax.Array, registers: LaneRegisters, num_choices: int) -> tuple[jax.Array, jax.Array]:
-    """The edges `[D, F]` from a state's first on, and which of them (bool `[D]`) may be taken."""
+    """Return the edges `[D, F]` from a state's first on, and which of them (bool `[D]`) may be taken."""
     state = registers.state
     edges_DF = jax.lax.dynamic_slice_in_dim(edges_EF, jnp.maximum(state - 1, 0), num_choices, axis=0)
     leaves_DW = edges_DF[:, EDGE_FIELDS:]
@@ -86,7 +86,7 @@ def open_edges(edges_EF: jax.Array, registers: LaneRegisters, num_choices: int) 
 
 
 def follow(edges_DF: jax.Array, open_D: jax.Array, registers: LaneRegisters, drawn: jax.Array) -> LaneRegisters:
-    """The registers after `drawn`; unchanged where no edge is open."""
+    """Return the registers after `drawn`; unchanged where no edge is open."""
     taken_D = open_D & (edges_DF[:, 1] == drawn)
     edge_F = jnp.sum(jnp.where(taken_D[:, None], edges_DF, 0), axis=0)  # at most one is taken
     any_taken = jnp.any(taken_D)

@@ -1,4 +1,4 @@
-"""Threads, what programs ask of the engine, and what a rollout leaves behind. No JAX.
+"""Threads, the requests of programs, and the rollouts that they leave behind. No JAX.
 
 A *program* is a generator that yields the requests below and is resumed with their results. It owns one thread, a
 sequence of tokens with pages of KV cache. Children that it spawns are programs of their own.
@@ -25,7 +25,7 @@ Path = tuple[int, ...]
 
 
 class StopReason(enum.Enum):
-    """Why a Decode ended."""
+    """The reason why a Decode ended."""
 
     TOKEN = "token"  # it wrote one of its stop tokens
     LENGTH = "length"  # the thread is full: model.max_seq_len tokens, or what its Open allows
@@ -36,7 +36,7 @@ class StopReason(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Stop:
-    """How a Decode ended. `token` is the stop token, which stays in the thread, or None."""
+    """The end of a Decode. `token` is the stop token, which stays in the thread, or None."""
 
     reason: StopReason
     token: int | None
@@ -103,7 +103,7 @@ class Thread:
 
 @dataclasses.dataclass(frozen=True)
 class Open:
-    """Opens the program's thread: `tokens`, after the tokens of `fork_of` if given, whose full pages it then shares.
+    """A request to open the program's thread: `tokens`, after those of `fork_of` if given, whose full pages it shares.
 
     A fork of an untouched thread shares what a Prefill of that has computed, a copy of its partial last page included.
     `max_length` is how many tokens the thread may hold, where that is less than model.max_seq_len: its Decodes stop
@@ -117,7 +117,7 @@ class Open:
 
 @dataclasses.dataclass(frozen=True)
 class Prefill:
-    """Computes all tokens of the thread but the last, so that forks may share them. Resumed with None.
+    """A request to compute all tokens of the thread but the last, so that forks may share them. Resumed with None.
 
     A Decode does so by itself. A thread that is full is left as it is: nothing can be decoded after it.
     """
@@ -127,7 +127,7 @@ class Prefill:
 
 @dataclasses.dataclass(frozen=True)
 class Decode:
-    """Decodes until one of `stop_tokens` (at most MAX_STOP_TOKENS) or a limit. Resumed with a Stop.
+    """A request to decode until one of `stop_tokens` (at most MAX_STOP_TOKENS) or a limit. Resumed with a Stop.
 
     A thread that is already full, out of steps or out of its rollout's tokens stops at once, and no Call is recorded.
     With a `grammar`, which takes an engine with a gate (else ValueError), the thread writes only what that allows
@@ -142,7 +142,7 @@ class Decode:
 
 @dataclasses.dataclass(frozen=True)
 class Truncate:
-    """Keeps the first `length` tokens (1 <= length <= now) and frees the pages after them. Resumed with None."""
+    """A request to keep the first `length` tokens (1 <= length <= now) and free what follows. Resumed with None."""
 
     thread: Thread
     length: int
@@ -150,7 +150,7 @@ class Truncate:
 
 @dataclasses.dataclass(frozen=True)
 class Append:
-    """Appends tokens, computed at the next Decode. A thread that grows past what it may hold stops there (LENGTH)."""
+    """A request to append tokens, computed at the next Decode. A thread that is then too long stops there (LENGTH)."""
 
     thread: Thread
     tokens: Sequence[int]
@@ -161,7 +161,7 @@ Program = Generator[Any, Any, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Spawn:
-    """Starts child programs, which run at once and beside their parent. Resumed with a SpawnHandle, to be joined.
+    """A request to start child programs beside their parent. Resumed with a SpawnHandle, to be joined.
 
     What the parent has left of its rollout's tokens is split equally: each of n children gets one part in n + 1, the
     parent keeps the rest and takes back at the join what the children did not use. So no rollout generates more than
@@ -173,7 +173,7 @@ class Spawn:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Starts worker programs that decode in lockstep and see each other's tokens as they come (`engine/groups.py`).
+    """A request to start workers that decode in lockstep and see each other's tokens as they come (`engine/groups.py`).
 
     Resumed with a SpawnHandle, to be joined as a Spawn's; the rollout's tokens are shared out alike. A worker's Open
     gives its own header, at least one token, which is put after `prompt`; after it comes one Decode without a grammar,
@@ -195,7 +195,7 @@ class SpawnHandle:
 
 @dataclasses.dataclass(frozen=True)
 class Join:
-    """Waits for a spawn's children. Resumed with their return values, in spawn order.
+    """A request to wait for a spawn's children. Resumed with their return values, in spawn order.
 
     With `success`, the first child (on the clock of sequential tokens) whose value succeeds cancels its siblings:
     they keep what they wrote up to that clock and their value is None, unless they had ended by then. So what is
@@ -211,7 +211,7 @@ Request = Open | Prefill | Decode | Truncate | Append | Spawn | Share | Join
 
 @dataclasses.dataclass(frozen=True)
 class RolloutKey:
-    """Which sample of which problem. With the seed it determines every random draw of the rollout."""
+    """A sample of a problem. With the seed it determines every random draw of the rollout."""
 
     problem: int
     sample: int
@@ -219,7 +219,7 @@ class RolloutKey:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What one Decode wrote."""
+    """The tokens that one Decode wrote, and all that is known of them."""
 
     path: Path
     context: np.ndarray  # int32, all tokens before it
@@ -236,7 +236,7 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """What one root program and all below it did.
+    """The work of one root program and all below it.
 
     Calls, and the counts that are made of them, depend on the rollout's key and program alone; `work` and `latency_ms`
     also on how it was scheduled.
@@ -251,7 +251,7 @@ class Rollout:
 
     @property
     def generated_tokens(self) -> int:
-        """Tokens that all threads wrote, each once."""
+        """The tokens that all threads wrote, each once."""
         return sum(len(call.tokens) for call in self.calls)
 
     @property
@@ -271,12 +271,12 @@ class Rollout:
 
     @property
     def num_threads(self) -> int:
-        """Threads that wrote at least one token."""
+        """The threads that wrote at least one token."""
         return len({call.path for call in self.calls})
 
 
 class Happening(enum.Enum):
-    """What may happen to a thread in the sight of an observer."""
+    """An event in a thread's life that an observer is told of."""
 
     OPENED = "opened"
     WROTE = "wrote"  # the device decoded tokens for it
@@ -293,7 +293,7 @@ Observer = Callable[[RolloutKey, Thread, Happening], None]
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a run is."""
+    """The progress of a run."""
 
     finished: int  # rollouts
     total: int
@@ -302,6 +302,6 @@ class Progress:
 
 
 def thread_key(seed: int, rollout: RolloutKey, path: Path) -> tuple[int, int]:
-    """Key data (two uint32) of one thread: a BLAKE2b hash of what it is, equal on every machine."""
+    """Return the key data (two uint32) of one thread: a BLAKE2b hash of what it is, equal on every machine."""
     digest = hashlib.blake2b(repr((seed, rollout.problem, rollout.sample, path)).encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")

@@ -1,4 +1,4 @@
-"""What a device computes for a thread, in tokens and keys, and what that is in floating-point operations. No JAX."""
+"""The work that a device does for a thread, in tokens, keys and floating-point operations. No JAX."""
 
 import dataclasses
 
@@ -18,11 +18,11 @@ class Work:
     attended: int = 0  # keys, summed over all these tokens; a token at position p attends to p + 1, its own included
 
     def with_prefill(self, start: int, count: int) -> "Work":
-        """And that of the positions `[start, start + count)`."""
+        """Return this and the work of prefilling the positions `[start, start + count)`."""
         return Work(self.prefilled + count, self.decoded, self.attended + _attended(start, count))
 
     def with_decode(self, start: int, count: int) -> "Work":
-        """And that of `count` draws; the first has the token at position `start` as its input."""
+        """Return this and the work of `count` draws, the first with the token at position `start` as its input."""
         return Work(self.prefilled, self.decoded + count, self.attended + _attended(start, count))
 
     def __add__(self, other: "Work") -> "Work":
@@ -30,11 +30,11 @@ class Work:
 
     @property
     def computed(self) -> int:
-        """Tokens that went through the layers."""
+        """The tokens that went through the layers."""
         return self.prefilled + self.decoded
 
     def flops(self, model: ModelConfig) -> int:
-        """FLOPs of all matrix products, 2 a multiply-add; the rest (norms, softmax, rotations) is bound by bytes.
+        """Count the FLOPs of all matrix products, 2 a multiply-add; norms, softmax and rotations are bound by bytes.
 
         With L layers, width D, N query and K key/value heads of size H, MLP width F and vocabulary V: a computed token
         takes 2 L D (2 N H + 2 K H + 3 F), a decoded one 2 D V more for its logits, and an attended key 4 L N H, for its
@@ -49,5 +49,5 @@ class Work:
 
 
 def _attended(start: int, count: int) -> int:
-    """The sum of p + 1 over p in `[start, start + count)`."""
+    """Return the sum of p + 1 over p in `[start, start + count)`."""
     return count * (2 * start + count + 1) // 2

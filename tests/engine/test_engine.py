@@ -326,11 +326,11 @@ def test_new_params_are_used_and_old_pages_never_read(engine):
         raise KeyError("a bug")
 
     before = engine.run(programs(), seed=0, temperature=0.0)
-    assert len(engine._scheduler.cache.allocators[0]._published) >= 5
+    assert len(engine._scheduler.cache.allocators[0]._published) >= 4
     with pytest.raises(KeyError):  # threads that held published pages when the run ended
         engine.run(keyed([plain(1, length=40), broken()]), seed=0, temperature=0.0)
     engine.run(programs(), seed=0, temperature=0.0)
-    assert len(engine._scheduler.cache.allocators[0]._published) >= 5
+    assert len(engine._scheduler.cache.allocators[0]._published) >= 4
     engine.set_params(make_params(seed=1))
     assert not engine._scheduler.cache.allocators[0]._published
     after = engine.run(programs(), seed=0, temperature=0.0)

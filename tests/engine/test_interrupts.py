@@ -120,17 +120,26 @@ def test_new_weights_whose_placing_was_interrupted_leave_no_old_prefix(engine, e
     assert_as_new(engine, expected)
 
 
-def test_signals_at_any_moment(engine, expected):
-    """Thirty interrupts by a timer, from the run's first moments to its last ones."""
+@pytest.fixture(scope="module")
+def engine_seconds(engine):
+    """The length of a run that compiles nothing."""
+    for _ in range(2):
+        engine.run(programs(), seed=3, temperature=1.0)
+    return engine.stats.seconds
+
+
+def test_signals_at_any_moment(engine, engine_seconds, expected):
+    """Interrupts by a timer, from the run's first moments to its last ones."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
+    engine.run(programs(), seed=3, temperature=1.0)
     before, interrupted = signal.signal(signal.SIGALRM, interrupt), 0
     try:
-        for turn in range(30):
+        for turn in range(1, 25):
             try:
-                signal.setitimer(signal.ITIMER_REAL, 0.001 + 0.004 * turn)
+                signal.setitimer(signal.ITIMER_REAL, engine_seconds * turn / 24)
                 engine.run(programs(), seed=3, temperature=1.0)
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except KeyboardInterrupt:
