@@ -36,7 +36,7 @@ class ModelConfig:
     tie_embeddings: bool
     compute_dtype: Literal["float32", "bfloat16"]  # weights stay float32
     # The training kernel; auto = the best of the backend.
-    attention: Literal["auto", "cpu", "windows", "xla", "splash", "cudnn"]
+    attention: Literal["auto", "cpu", "xla", "splash", "cudnn"]
     # What the backward pass of a layer recomputes: nothing, all but products and attention, or the whole layer.
     remat: Literal["none", "dots", "full"]
 
@@ -144,7 +144,7 @@ class EngineConfig:
     page_size: int  # tokens a page
     steps_per_visit: int  # tokens decoded on device between two visits of the host
     prefill_lanes: int  # threads prefilled together; each advances up to one page a call
-    decode_attention: Literal["auto", "packed", "paged"]  # rows gathered once a visit, or pages where they lie
+    decode_attention: Literal["auto", "xla"]  # the platform's kernel where there is one, or XLA
     prefix_reuse: bool  # threads whose prompts begin alike share those pages
 
     def __post_init__(self) -> None:

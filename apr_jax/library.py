@@ -24,7 +24,7 @@ from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import Observer, Program, Progress, Rollout, RolloutKey
 from apr_jax.evaluation.metrics import record_rollout
 from apr_jax.evaluation.policy import choose_config, choose_tokenizer
-from apr_jax.model.llama import Params
+from apr_jax.model.params import Params
 from apr_jax.parallel.mesh import make_mesh, offer_cpu_devices
 from apr_jax.reasoning.outcome import Outcome, Settings, make_settings
 from apr_jax.reasoning.policy_engine import EngineHolder, policy_engine

@@ -53,7 +53,7 @@ def check(config: Config) -> dict[str, dict[str, Any]]:
     rollout = dataclasses.replace(config.rollout, max_steps=2 * STEPS)
     results = {}
     for dtype, tolerance in TOLERANCES.items():
-        for attention in ("packed", "paged"):
+        for attention in ("xla", "auto"):
             model = dataclasses.replace(config.model, compute_dtype=dtype)  # type: ignore[arg-type]
             sizes = dataclasses.replace(config.engine, lanes=8, decode_attention=attention)
             calls = decode_greedily(model, sizes, rollout, make_mesh(config.mesh), params, config.seed)
@@ -61,7 +61,7 @@ def check(config: Config) -> dict[str, dict[str, Any]]:
             agrees = found.within(tolerance)
             results[f"{attention} {dtype}"] = {**dataclasses.asdict(found), "agrees": agrees}
             print(
-                f"{attention:>7} {dtype:<9} {'agrees' if agrees else 'DIFFERS'}: {found.num_tokens} tokens, "
+                f"{attention:>5} {dtype:<9} {'agrees' if agrees else 'DIFFERS'}: {found.num_tokens} tokens, "
                 f"{found.num_other} not the reference's best (by {found.max_regret:.1e} at most), log-probabilities "
                 f"differ by {found.max_difference:.1e} at most, {found.mean_difference:.1e} on average"
             )
@@ -74,7 +74,7 @@ def measure(config: Config, lanes: tuple[int, ...]) -> dict[str, Any]:
     from apr_jax.bench.agreement import sharp_params
 
     speed, params = {}, sharp_params(config.model, config.seed)
-    for attention in ("packed", "paged") if lanes else ():
+    for attention in ("xla", "auto") if lanes else ():
         sizes = dataclasses.replace(config.engine, decode_attention=attention)
         figures = decode.benchmark_decode(dataclasses.replace(config, engine=sizes), params, lanes)
         print(f"\n{attention}: {decode.table(figures)}")

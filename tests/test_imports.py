@@ -10,6 +10,7 @@ LAYERS = [
     "config",
     "parallel",
     "model",
+    "kernels",
     "checkpoints",
     "engine",
     "reasoning",

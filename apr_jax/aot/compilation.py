@@ -28,9 +28,7 @@ from apr_jax.engine.plan import EnginePlan
 from apr_jax.engine.sharded import PAGES, SHARDED
 from apr_jax.engine.steps import Sampling, Steps
 from apr_jax.engine.threads import MAX_STOP_TOKENS
-from apr_jax.model.attention import choose_impl
-from apr_jax.model.decode_weights import layout_shardings, to_layout
-from apr_jax.model.llama import abstract_params, num_params
+from apr_jax.model.params import num_params
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import BATCH_AXES, make_mesh, partition_spec
 from apr_jax.train.optimizer import make_optimizer, schedule
@@ -82,14 +80,9 @@ def planned_programs(config: Config, devices: Sequence[Any]) -> dict[str, Planne
     """
     mesh = make_mesh(config.mesh, devices)
     rollout_mesh = hosts.rollout_mesh(mesh)  # of host 0
-    model, platform = config.model, mesh.devices.flat[0].platform
-    if model.attention == "auto":  # asks JAX's own backend, which is the CPU
-        kernel = choose_impl(platform, jnp.dtype(model.compute_dtype), model.head_dim)
-        model = dataclasses.replace(model, attention=kernel)  # type: ignore[arg-type]
-        config = dataclasses.replace(config, model=model)
     engine = engine_programs(config, rollout_mesh)
-    plan = EnginePlan.of(model, config.engine, rollout_mesh)
-    engine_bytes = plan.memory.weights + plan.memory.pages + plan.memory.rows
+    plan = EnginePlan.of(config.model, config.engine, rollout_mesh)
+    engine_bytes = plan.memory.weights + plan.memory.pages
     return _training_programs(config, mesh, engine_bytes, engine)
 
 
@@ -139,16 +132,17 @@ def engine_programs(config: Config, mesh: Mesh) -> dict[str, PlannedProgram]:
     model = config.model
     plan = EnginePlan.of(model, config.engine, mesh)
     limits, tensor = plan.limits, mesh.shape["tensor"]
-    steps = Steps(model, limits, mesh, plan.weights, plan.decode)
+    steps = Steps(limits, mesh, plan.weights, plan.kernels)
 
     def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
         return _on(_shape(shape, dtype), mesh, SHARDED)
 
-    params = jax.eval_shape(lambda p: to_layout(p, model, plan.weights), abstract_params(model))
-    shardings = layout_shardings(mesh, model, plan.weights)
-    params = jax.tree.map(lambda x, at: _shape(x.shape, x.dtype, sharding=at), params, shardings)
-    pages, rows = jax.tree.map(lambda x: _on(x, mesh, PAGES), jax.eval_shape(plan.caches))
-    L, R = (limits.num_shards, limits.lanes), steps.layout.pages_per_row
+    weights = plan.weights
+    params = jax.tree.map(
+        lambda x, at: _shape(x.shape, x.dtype, sharding=at), weights.abstract(), weights.shardings(mesh)
+    )
+    pages = jax.tree.map(lambda x: _on(x, mesh, PAGES), jax.eval_shape(plan.pages))
+    L, R = (limits.num_shards, limits.lanes), steps.pages_per_row
     lanes = DecodeLanes(
         token=array(L),
         length=array(L),
@@ -171,7 +165,7 @@ def engine_programs(config: Config, mesh: Mesh) -> dict[str, PlannedProgram]:
     def planned(jitted: Any, arguments: tuple[Any, ...], flops: float) -> PlannedProgram:
         return PlannedProgram(jitted, arguments, mesh, lambda _: flops / tensor, held=0)
 
-    programs = steps.programs(pages, rows, params, lanes, sampling, prefill)
+    programs = steps.programs(pages, params, lanes, sampling, prefill)
     return {name: planned(step.jitted, each, flops.get(name, 0.0)) for name, (step, each) in programs.items()}
 
 

@@ -9,7 +9,7 @@ import math
 
 from apr_jax.aot.peaks import Cost, Estimate, Peaks
 from apr_jax.config import Config, ConfigError, MeshConfig
-from apr_jax.model.llama import num_params
+from apr_jax.model.params import num_params
 
 _MASTER, _COMPUTE = 4, 2  # bytes of a weight: float32, and bfloat16 where it is multiplied and gathered
 _MOMENTS = 2  # of Adam, float32

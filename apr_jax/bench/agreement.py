@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 
 from apr_jax.config import EngineConfig, ModelConfig, RolloutConfig
 from apr_jax.engine.engine import Engine
-from apr_jax.engine.sampling import log_probs
 from apr_jax.engine.threads import Append, Call, Decode, Open, Program, RolloutKey, Truncate
-from apr_jax.model.llama import Params, graphdef, init_params
+from apr_jax.model.params import Params, graphdef, init_params
+from apr_jax.model.sampling import log_probs
+from apr_jax.model.views.training import training_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +121,8 @@ def _reference(model: ModelConfig, params: Params, texts: Sequence[tuple[np.ndar
     @jax.jit
     def forward(params: Params, tokens_T: jax.Array) -> jax.Array:
         llama = nnx.merge(graphdef(model), params)
-        hidden, _ = llama(tokens_T[None], jnp.arange(width)[None])
-        return log_probs(llama.logits(hidden[0]), 1.0, jnp.zeros((model.vocab_size,), bool))
+        hidden, _ = llama(tokens_T, training_rows(model, jnp.arange(width)))
+        return log_probs(llama.logits(hidden), 1.0, jnp.zeros((model.vocab_size,), bool))
 
     params = jax.device_put(params, cpu)
     scored = []

@@ -15,7 +15,7 @@ from apr_jax.bench.roofline import Limits, StepCost, measure_limits
 from apr_jax.config import Config, ConfigError, MeshConfig
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import Decode, Open, Program, Progress, RolloutKey
-from apr_jax.model.llama import num_params
+from apr_jax.model.params import num_params
 from apr_jax.parallel.machine import device_name
 from apr_jax.parallel.mesh import make_mesh
 

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ModelConfig
-from apr_jax.model import decode_weights, native
-from apr_jax.model.llama import WeightLayout, num_params
+from apr_jax.kernels import cpu_kernels
+from apr_jax.model.held_weights import HeldWeights
+from apr_jax.model.ops import XLA, Ops
+from apr_jax.model.params import num_params
 from apr_jax.parallel.mesh import AXES, partition_spec
 
 _BYTES = 256 << 20  # that each device reads
@@ -56,8 +58,8 @@ def measure_limits(mesh: Mesh, dtype: str) -> Limits:
     seconds = min(_best(read, matrix) for read in (_sum_rows, _apply))
     del matrix
     ways: list[Callable[[Any], Any]] = [_square]
-    if on_cpu and native.is_available():
-        ways.append(functools.partial(_square_by_panels, mesh))
+    if cpu := cpu_kernels(mesh.devices.flat[0].platform):
+        ways.append(functools.partial(_square_by_kernel, mesh, cpu.DECODING[dtype]))
     flops = 0.0
     for size in (1024, 2048) if on_cpu else (4096, 8192):
         squares = jnp.ones((devices, size, size), dtype, device=split)
@@ -65,12 +67,13 @@ def measure_limits(mesh: Mesh, dtype: str) -> Limits:
     return Limits(devices * _BYTES / seconds, flops)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _square_by_panels(mesh: Mesh, x: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _square_by_kernel(mesh: Mesh, ops: Ops, x: jax.Array) -> jax.Array:
     def local(x_1AB: jax.Array) -> jax.Array:
         size = x_1AB.shape[-1]
-        panels = x_1AB.reshape(native.panels_shape(size, size, paired=x.dtype == jnp.bfloat16))
-        return native.product(x_1AB, panels, size)
+        held = jax.eval_shape(ops.hold, x_1AB[0])
+        (product,) = ops.matmul(x_1AB, [x_1AB.reshape(held.shape)], [size])
+        return product
 
     spec = partition_spec(AXES)
     return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec)(x)
@@ -98,10 +101,9 @@ class StepCost:
     @classmethod
     def of(cls, model: ModelConfig, lanes: int, context: float) -> "StepCost":
         """Count for new tokens that attend to `context` positions on average. Weights are read once for all."""
-        layout = WeightLayout(own_head=True)
         size = jnp.dtype(model.compute_dtype).itemsize
         kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * size
-        read = decode_weights.num_bytes(model, layout) + lanes * context * kv_bytes
+        read = HeldWeights.of(model, XLA, own_head=True).num_bytes() + lanes * context * kv_bytes
         matrices = num_params(model).non_embedding + model.embed_dim * model.vocab_size
         attention = 4 * model.num_layers * model.num_heads * model.head_dim * context
         return cls(read, lanes * (2 * matrices + attention))

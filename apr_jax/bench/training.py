@@ -27,7 +27,7 @@ from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import Decode, Open, Program, RolloutKey
 from apr_jax.model.hf import save_hf
-from apr_jax.model.llama import Params, init_params, num_params
+from apr_jax.model.params import Params, init_params, num_params
 from apr_jax.reasoning.outcome import banned_tokens
 from apr_jax.tasks import task_of
 from apr_jax.tasks.generation import generate_problems

@@ -26,8 +26,7 @@ from apr_jax.engine.sharded import SHARDED
 from apr_jax.engine.steps import COPIES_PER_CALL, Sampling, Steps
 from apr_jax.engine.thread_cache import PrefillChunk
 from apr_jax.engine.threads import Observer, Program, Progress, Rollout, RolloutKey
-from apr_jax.model.decode_weights import layout_shardings, to_layout
-from apr_jax.model.llama import logical_axes
+from apr_jax.model.params import logical_axes
 from apr_jax.parallel.mesh import RULES, param_shardings, partition_spec
 
 
@@ -113,15 +112,11 @@ class Engine:
         self._banned_mask[list(banned_tokens)] = True
         self._gate, self._expects_groups = gate, expects_groups and max_workers > 0
         self._gate_masks = None if gate is None else gate_masks(gate, model.vocab_size)
-        layout = plan.weights
-        self._steps = Steps(model, self.limits, mesh, layout, plan.decode)
-        self._to_layout = jax.jit(
-            lambda params: to_layout(params, model, layout), out_shardings=layout_shardings(mesh, model, layout)
-        )
-        self._make_caches = jax.jit(plan.caches, out_shardings=plan.cache_sharding)
+        self._steps = Steps(self.limits, mesh, plan.weights, plan.kernels)
+        self._hold = jax.jit(plan.weights.hold, out_shardings=plan.weights.shardings(mesh))
+        self._make_pages = jax.jit(plan.pages, out_shardings=plan.cache_sharding)
         self._params = self._place(params)
         self._pages: Any = None
-        self._rows: Any = None
         self._unfinished = True  # a run, or an attempt to start anew
         self._start_anew()
 
@@ -141,7 +136,7 @@ class Engine:
         sampling, lanes = self._sampling(1.0), self._pack(self._filler.decode()[0])
         prefill = self._prefill_lanes([])
         shared = self._pack(self._filler.shared()[0]) if self._expects_groups else None
-        self._steps.compile(self._pages, self._rows, self._params, lanes, sampling, prefill, shared)
+        self._steps.compile(self._pages, self._params, lanes, sampling, prefill, shared)
         self._copy([[] for _ in range(self.limits.num_shards)], force=True)
         self._pages = self._steps.prefill(self._pages, self._params, prefill)
         jax.device_get(self._decode(lanes, sampling))
@@ -214,9 +209,9 @@ class Engine:
     def _start_anew(self) -> None:
         """Make an empty cache, and a scheduler without threads."""
         self._scheduler = Scheduler(self.limits)
-        self._filler = LaneFiller(self._scheduler, self._steps.layout.pages_per_row, self._gate)
-        self._pages = self._rows = None  # the old ones' memory is free before the new ones take theirs
-        self._pages, self._rows = self._make_caches()
+        self._filler = LaneFiller(self._scheduler, self._steps.pages_per_row, self._gate)
+        self._pages = None  # the old ones' memory is free before the new ones take theirs
+        self._pages = self._make_pages()
         self._unfinished = False
 
     def _visit(self, driver: Driver, sampling: Sampling) -> None:
@@ -273,7 +268,7 @@ class Engine:
 
     def _decode(self, lanes: Packed, sampling: Sampling) -> Written:
         self._launched()
-        self._pages, self._rows, written = self._steps.decode(self._pages, self._rows, self._params, lanes, sampling)
+        self._pages, written = self._steps.decode(self._pages, self._params, lanes, sampling)
         return written
 
     def _decode_shared(self, shared: Packed, sampling: Sampling) -> Written:
@@ -315,7 +310,7 @@ class Engine:
         if any(set(leaf.devices()) != devices for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)):
             rules = dataclasses.replace(RULES, embed=None)
             params = jax.device_put(params, param_shardings(self._mesh, params, logical_axes(params), rules))
-        return self._to_layout(params)
+        return self._hold(params)
 
 
 def _by_lane(written: Any) -> list[list[list[Any]]]:

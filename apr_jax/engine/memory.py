@@ -21,21 +21,20 @@ class MemoryPlan:
 
     weights: int  # in decode's layout; the trainer's own come on top
     pages: int
-    rows: int  # buffers of packed rows
     activations: (
         int  # an estimate: the logits of all lanes, or the widest layer of a prefill call; gathered shared rows
     )
     limit: int | None  # what the device has; None where it does not say
 
     @classmethod
-    def of(cls, mesh: Mesh, *, weights: Any, pages: Any, rows: Any, activations: int) -> Self:
-        """Make a plan; `weights`, `pages` and `rows` are trees of `jax.ShapeDtypeStruct` with shardings."""
-        parts = {"weights": _local_bytes(weights), "pages": _local_bytes(pages), "rows": _local_bytes(rows)}
+    def of(cls, mesh: Mesh, *, weights: Any, pages: Any, activations: int) -> Self:
+        """Make a plan; `weights` and `pages` are trees of `jax.ShapeDtypeStruct` with shardings."""
+        parts = {"weights": _local_bytes(weights), "pages": _local_bytes(pages)}
         return cls(**parts, activations=activations, limit=_device_bytes(mesh))
 
     @property
     def total(self) -> int:
-        return self.weights + self.pages + self.rows + self.activations
+        return self.weights + self.pages + self.activations
 
     def check(self) -> None:
         """Raise ConfigError, with the numbers, when it is more than a device has."""
@@ -46,7 +45,7 @@ class MemoryPlan:
             )
 
     def __str__(self) -> str:
-        parts = [f"{name} {getattr(self, name) / _GB:.2f}" for name in ("weights", "pages", "rows", "activations")]
+        parts = [f"{name} {getattr(self, name) / _GB:.2f}" for name in ("weights", "pages", "activations")]
         available = "" if self.limit is None else f" of {self.limit / _GB:.1f} GB"
         return f"{self.total / _GB:.2f} GB a device{available} ({', '.join(parts)})"
 

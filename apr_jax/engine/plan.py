@@ -8,13 +8,12 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ConfigError, EngineConfig, ModelConfig
-from apr_jax.engine.decode_cache import DecodePlan
 from apr_jax.engine.limits import Limits
 from apr_jax.engine.memory import MemoryPlan, activation_bytes, shared_row_bytes, with_shardings
 from apr_jax.engine.sharded import PAGES
-from apr_jax.model.decode_weights import choose_layout, layout_shardings, to_layout
-from apr_jax.model.kv_cache import PagedKVCache, RowBuffers
-from apr_jax.model.llama import WeightLayout, abstract_params
+from apr_jax.kernels import DecodeKernels, for_decoding
+from apr_jax.model.held_weights import HeldWeights
+from apr_jax.model.paged_cache import PagedKVCache, pages_per_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +22,8 @@ class EnginePlan:
 
     model: ModelConfig
     limits: Limits
-    decode: DecodePlan
-    weights: WeightLayout
+    kernels: DecodeKernels
+    weights: HeldWeights
     mesh: Mesh
     expects_groups: bool
 
@@ -45,7 +44,7 @@ class EnginePlan:
             raise ConfigError(
                 f"model.num_kv_heads={model.num_kv_heads} must be a multiple of mesh.tensor={mesh.shape['tensor']}"
             )
-        decode = DecodePlan.of(model, sizes.decode_attention, sizes.page_size, mesh)
+        kernels = for_decoding(model, sizes.decode_attention, sizes.page_size, mesh)
         limits = Limits(
             num_shards=mesh.shape["data"],
             lanes=sizes.lanes,
@@ -55,8 +54,6 @@ class EnginePlan:
             steps_per_visit=sizes.steps_per_visit,
             prefill_lanes=sizes.prefill_lanes,
             prefix_reuse=sizes.prefix_reuse,
-            block_size=decode.layout.block_size,
-            row_blocks=decode.row_blocks(sizes.lanes, sizes.pages),
             max_workers=max_workers,
         )
         needed = max_workers * -(-model.max_seq_len // sizes.page_size)
@@ -65,17 +62,17 @@ class EnginePlan:
                 f"{max_workers} workers on a shared cache may need {needed} pages of engine.page_size="
                 f"{sizes.page_size}, and a data shard has {sizes.pages - 1} usable ones; raise engine.pages"
             )
-        plan = cls(model, limits, decode, choose_layout(model, mesh, decode.impl == "cpu"), mesh, expects_groups)
+        weights = HeldWeights.of(model, kernels.ops, kernels.own_head)
+        plan = cls(model, limits, kernels, weights, mesh, expects_groups)
         plan.memory.check()
         return plan
 
-    def caches(self) -> tuple[PagedKVCache, RowBuffers]:
-        """Return an empty cache and empty buffers; jit it with `cache_sharding`."""
+    def pages(self) -> PagedKVCache:
+        """Return an empty cache; jit it with `cache_sharding`."""
         limits = self.limits
-        pages = PagedKVCache.create(
-            self.model, limits.num_shards, limits.pages, limits.page_size, self.decode.layout.tile
+        return PagedKVCache.create(
+            self.model, limits.num_shards, limits.pages, limits.page_size, self.kernels.attention.tile
         )
-        return pages, self.decode.buffers(self.model, limits.num_shards, limits.row_blocks, limits.lanes)
 
     @property
     def cache_sharding(self) -> NamedSharding:
@@ -85,16 +82,14 @@ class EnginePlan:
     def memory(self) -> MemoryPlan:
         """The memory that the engine will take on each device."""
         model, mesh, limits = self.model, self.mesh, self.limits
-        pages, rows = with_shardings(jax.eval_shape(self.caches), self.cache_sharding)
-        weights = jax.eval_shape(lambda params: to_layout(params, model, self.weights), abstract_params(model))
+        pages = with_shardings(jax.eval_shape(self.pages), self.cache_sharding)
         prefill_tokens = limits.prefill_lanes * limits.page_size
-        layout, tensor = self.decode.layout, mesh.shape["tensor"]
+        row, tensor = pages_per_row(model.max_seq_len, limits.page_size) * limits.page_size, mesh.shape["tensor"]
         workers = limits.max_groups * limits.max_workers if self.expects_groups else 0
-        shared = shared_row_bytes(model, workers, layout.num_blocks * layout.block_size, tensor)
+        shared = shared_row_bytes(model, workers, row, tensor)
         return MemoryPlan.of(
             mesh,
-            weights=with_shardings(weights, layout_shardings(mesh, model, self.weights)),
+            weights=with_shardings(self.weights.abstract(), self.weights.shardings(mesh)),
             pages=pages,
-            rows=rows,
             activations=shared + activation_bytes(model, limits.lanes, prefill_tokens, tensor),
         )

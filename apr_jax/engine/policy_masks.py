@@ -15,7 +15,7 @@ from apr_jax.engine.constraints import (
     START,
     Gate,
 )
-from apr_jax.engine.sampling import probability_of_others
+from apr_jax.model.sampling import probability_of_others
 
 
 @jax.tree_util.register_dataclass

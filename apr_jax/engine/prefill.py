@@ -12,16 +12,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from apr_jax.engine.decode_cache import DecodePlan
 from apr_jax.engine.lanes import PrefillLanes
 from apr_jax.engine.limits import Limits
 from apr_jax.engine.pack_arrays import Packed, unpack
 from apr_jax.engine.scheduler import Scheduler
 from apr_jax.engine.sharded import PAGES, SHARDED, ShardedStep
 from apr_jax.engine.thread_cache import PrefillChunk
-from apr_jax.model.kv_cache import Block, PagedKVCache, PrefillView, RowLayout, write_rows
+from apr_jax.kernels import DecodeKernels
+from apr_jax.model.head_tile import HeadTile
 from apr_jax.model.llama import Llama
-from apr_jax.model.paged_view import PagedView
+from apr_jax.model.online_softmax import Block
+from apr_jax.model.paged_attention import PagedAttention
+from apr_jax.model.paged_cache import PagedKVCache, write_rows
+from apr_jax.model.views.decode import paged_lanes
+from apr_jax.model.views.prefill import prefill_rows
 from apr_jax.parallel.mesh import partition_spec
 
 POSITIONS_PER_BLOCK = 32  # lanes that `PositionsInPlace` computes together
@@ -47,24 +51,24 @@ class Prefill(Protocol):
         ...
 
 
-def choose_prefill(structure: Any, plan: DecodePlan, limits: Limits, mesh: Mesh) -> Prefill:
-    """Return the strategy for an engine whose decode attention is `plan`; `structure` is the model's graph."""
-    return (PositionsInPlace if plan.impl == "cpu" else PagePerLane)(structure, plan, limits, mesh)
+def choose_prefill(structure: Any, kernels: DecodeKernels, limits: Limits, mesh: Mesh) -> Prefill:
+    """Return the strategy for an engine with these kernels; `structure` is the model's graph."""
+    return (PositionsInPlace if kernels.writes_first else PagePerLane)(structure, kernels, limits, mesh)
 
 
 class PagePerLane:
     """Each lane computes up to one page of one thread's new positions; all are written after they are computed."""
 
-    def __init__(self, structure: Any, plan: DecodePlan, limits: Limits, mesh: Mesh):
+    def __init__(self, structure: Any, kernels: DecodeKernels, limits: Limits, mesh: Mesh):
         self.num_lanes, self.width = limits.prefill_lanes, limits.page_size
         self._fresh_sharding = NamedSharding(mesh, PAGES)
-        layout = plan.layout
+        tile = kernels.attention.tile
 
         def compute(pages: PagedKVCache, params: Any, lanes: PrefillLanes | Packed) -> tuple[Block, ...]:
-            return compute_pages(nnx.merge(structure, params), layout, pages, unpack(lanes))
+            return compute_pages(nnx.merge(structure, params), tile, pages, unpack(lanes))
 
         def write(pages: PagedKVCache, lanes: PrefillLanes | Packed, fresh: tuple[Block, ...]) -> PagedKVCache:
-            fresh, each = jax.tree.map(layout.tile.pack, fresh), unpack(lanes)
+            fresh, each = jax.tree.map(tile.pack, fresh), unpack(lanes)
             return write_rows(pages, each.tables, each.start, each.count, fresh, 1)
 
         whole, out = partition_spec(), self._fresh_sharding
@@ -95,12 +99,12 @@ class PositionsInPlace:
 
     width = 1
 
-    def __init__(self, structure: Any, plan: DecodePlan, limits: Limits, mesh: Mesh):
+    def __init__(self, structure: Any, kernels: DecodeKernels, limits: Limits, mesh: Mesh):
         blocks = -(-limits.prefill_lanes * limits.page_size // POSITIONS_PER_BLOCK)
         self.num_lanes = blocks * POSITIONS_PER_BLOCK
 
         def prefill(pages: PagedKVCache, params: Any, lanes: PrefillLanes | Packed) -> PagedKVCache:
-            return compute_positions(nnx.merge(structure, params), plan, pages, unpack(lanes))
+            return compute_positions(nnx.merge(structure, params), kernels.attention, pages, unpack(lanes))
 
         out = NamedSharding(mesh, PAGES)
         self._prefill = ShardedStep(prefill, mesh, (SHARDED, partition_spec(), SHARDED), out)
@@ -126,46 +130,35 @@ class PositionsInPlace:
         return written
 
 
-def compute_pages(model: Llama, layout: RowLayout, pages: PagedKVCache, lanes: PrefillLanes) -> tuple[Block, ...]:
+def compute_pages(model: Llama, tile: HeadTile, pages: PagedKVCache, lanes: PrefillLanes) -> tuple[Block, ...]:
     """Compute keys and values of up to one page of new positions for each lane of a shard (no shard axis).
 
-    Pages are only read. They are written by a program of its own: in one program XLA would copy every page, since
-    branches read them.
+    Pages are only read. They are written by a program of its own: in one program XLA would copy every page.
 
     Returns:
         Per layer keys and values, each `[L, K, W, H]`.
     """
-    num_spans = layout.spans_for(jnp.max(jnp.where(lanes.count > 0, lanes.start, 0)))
-
-    def lane(table_R: jax.Array, tokens_W: jax.Array, start: jax.Array) -> tuple[Block, ...]:
-        view = PrefillView(pages, table_R, (), start, num_spans, layout)
-        _, successor = model(tokens_W, start + jnp.arange(tokens_W.shape[0]), cache=view)
-        assert successor is not None
-        fresh: tuple[Block, ...] = successor.fresh
-        return fresh
-
-    return jax.vmap(lane)(lanes.tables, lanes.tokens, lanes.start)
+    starts_L = jnp.where(lanes.count > 0, lanes.start, 0)
+    view = prefill_rows(model.config, pages, starts_L, lanes.tables, lanes.tokens.shape[1], tile)
+    _, view = model(lanes.tokens, view)
+    return view.fresh
 
 
-def compute_positions(model: Llama, plan: DecodePlan, pages: PagedKVCache, lanes: PrefillLanes) -> PagedKVCache:
+def compute_positions(
+    model: Llama, attention: PagedAttention, pages: PagedKVCache, lanes: PrefillLanes
+) -> PagedKVCache:
     """Compute and write lanes of one position each, as decode does it (no shard axis).
 
     A loop over POSITIONS_PER_BLOCK lanes at a time, as many as are used. Outside of a loop XLA would copy the pages.
     """
-    assert plan.impl == "cpu"
-
-    def lane(pages: PagedKVCache, lane: PrefillLanes) -> PagedKVCache:
-        view = PagedView(pages, lane.tables, lane.start, jnp.int32(0), lane.count > 0, "cpu", plan.layout.tile)
-        _, successor = model(lane.tokens, lane.start[None], cache=view)
-        assert successor is not None
-        written: PagedKVCache = successor.pages
-        return written
 
     def block(index: jax.Array, pages: PagedKVCache) -> PagedKVCache:
-        def part(x: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(x, index * POSITIONS_PER_BLOCK, POSITIONS_PER_BLOCK)
-
-        return jax.vmap(lane, in_axes=(None, 0), out_axes=None)(pages, jax.tree.map(part, lanes))
+        part = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, index * POSITIONS_PER_BLOCK, POSITIONS_PER_BLOCK), lanes
+        )
+        view = paged_lanes(model.config, pages, part.start, part.count > 0, part.tables, attention)
+        _, view = model(part.tokens[:, 0], view)
+        return view.pages
 
     used = jnp.sum((lanes.count > 0).astype(jnp.int32))
     return jax.lax.fori_loop(0, (used + POSITIONS_PER_BLOCK - 1) // POSITIONS_PER_BLOCK, block, pages)

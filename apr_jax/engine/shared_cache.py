@@ -5,24 +5,27 @@ pages at the end. It is a program of its own (`Steps.decode_shared`), which an e
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from apr_jax.engine.decode_cache import View
-from apr_jax.model.kv_cache import Block, PagedKVCache, RowBuffers, RowLayout, write_rows
-from apr_jax.model.shared_view import SharedView, Spans
+from apr_jax.config import ModelConfig
+from apr_jax.model.head_tile import HeadTile
+from apr_jax.model.online_softmax import Block
+from apr_jax.model.paged_cache import PagedKVCache, pages_per_span, write_rows
+from apr_jax.model.rope import rope_angles
+from apr_jax.model.views.shared import SharedWorkers, Spans
 
 Carried = tuple[tuple[Block, ...], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class SharedCache:
-    """Lane `a * workers + w` is worker w of group a."""
+    """The caches of groups: lane `a * workers + w` is worker w of group a."""
 
+    config: ModelConfig
+    tile: HeadTile
     pages: PagedKVCache
-    layout: RowLayout
     rows: tuple[Spans, ...]
     num_spans: jax.Array
     tables_LR: jax.Array
@@ -30,82 +33,75 @@ class SharedCache:
     prompts_L: jax.Array
     steps: int
     workers: int
-    rope_theta: float
-    carried_axis: int | None = None
 
     @classmethod
     def open(
         cls,
+        config: ModelConfig,
+        tile: HeadTile,
         pages: PagedKVCache,
-        layout: RowLayout,
         tables_LR: jax.Array,
         lengths_L: jax.Array,
         prompts_L: jax.Array,
         *,
         steps: int,
         workers: int,
-        rope_theta: float,
     ) -> "SharedCache":
-        """The cache of a chunk of up to `steps` tokens a lane (one shard, no shard axis)."""
-        num_spans = layout.spans_for(jnp.max(lengths_L))
-        rows = tuple(_gather(k, v, layout, tables_LR, num_spans) for k, v in zip(pages.keys, pages.values, strict=True))
-        return cls(pages, layout, rows, num_spans, tables_LR, lengths_L, prompts_L, steps, workers, rope_theta)
+        """Open the cache of a chunk of up to `steps` tokens a lane (one shard, no shard axis)."""
+        span = pages_per_span(pages.page_size)
+        num_spans = (jnp.max(lengths_L) + span * pages.page_size - 1) // (span * pages.page_size)
 
-    @property
-    def view_axes(self) -> Any:
-        whole: Any = None
-        return SharedView(whole, whole, whole, whole, whole, whole, 0, whole, self.workers, self.rope_theta)  # type: ignore[arg-type]
+        def gather(layer_pages: jax.Array) -> jax.Array:
+            return _gather(layer_pages, tile, tables_LR, num_spans)
+
+        rows = tuple((gather(k), gather(v)) for k, v in zip(pages.keys, pages.values, strict=True))
+        return cls(config, tile, pages, rows, num_spans, tables_LR, lengths_L, prompts_L, steps, workers)
 
     def start(self) -> Carried:
-        _, K, _, H = self.rows[0][0][0].shape
-        L = len(self.lengths_L)
+        """See `DecodeCache`."""
+        _, L, K, _, H = self.rows[0][0].shape
         zeros = jnp.zeros((L, K, self.steps, H), self.pages.keys[0].dtype)
         return tuple((zeros, zeros) for _ in self.pages.keys), jnp.zeros((L,), jnp.int32)
 
-    def view(self, carried: Carried, step: jax.Array, live_L: jax.Array) -> View:
+    def view(self, carried: Carried, step: jax.Array, live_L: jax.Array) -> SharedWorkers:
+        """See `DecodeCache`."""
         fresh, seen_L = carried
-        return SharedView(
-            self.rows,
-            self.num_spans,
-            fresh,
-            seen_L + live_L.astype(jnp.int32),
-            self.lengths_L,
-            self.prompts_L,
-            self.lengths_L,
-            step,
-            self.workers,
-            self.rope_theta,
+        return SharedWorkers(
+            rope=rope_angles(self.lengths_L + step, self.config.head_dim, self.config.rope_theta),
+            rows=self.rows,
+            num_spans=self.num_spans,
+            fresh=fresh,
+            seen_L=seen_L + live_L.astype(jnp.int32),
+            lengths_L=self.lengths_L,
+            prompts_L=self.prompts_L,
+            step=step,
+            workers=self.workers,
+            rope_theta=self.config.rope_theta,
         )
 
-    def finish(self, carried: Carried, counts_L: jax.Array) -> tuple[PagedKVCache, RowBuffers]:
+    def carried(self, view: SharedWorkers) -> Carried:
+        """See `DecodeCache`."""
+        return view.fresh, view.seen_L
+
+    def finish(self, carried: Carried, counts_L: jax.Array) -> PagedKVCache:
+        """See `DecodeCache`."""
         touched = -(-(self.steps - 1) // self.pages.page_size) + 1
-        fresh = jax.tree.map(self.layout.tile.pack, carried[0])
-        pages = write_rows(self.pages, self.tables_LR, self.lengths_L, counts_L, fresh, touched)
-        return pages, RowBuffers(())
+        fresh = jax.tree.map(self.tile.pack, carried[0])
+        return write_rows(self.pages, self.tables_LR, self.lengths_L, counts_L, fresh, touched)
 
 
-def _gather(
-    k_pages: jax.Array, v_pages: jax.Array, layout: RowLayout, tables_LR: jax.Array, num_spans: jax.Array
-) -> Spans:
-    """One layer's rows `[L, K, S, H]`, span by span; those that no lane fills are zeros."""
-    width = layout.blocks_per_span * layout.pages_per_block
-    L = len(tables_LR)
+def _gather(pages: jax.Array, tile: HeadTile, tables_LR: jax.Array, num_spans: jax.Array) -> jax.Array:
+    """Gather one layer's rows `[spans, L, K, S, H]`; those that no lane fills are zeros."""
+    B = pages_per_span(pages.shape[2])
 
-    def gather(pages: jax.Array, span: int) -> jax.Array:
-        tables_LW = tables_LR[:, span * width : (span + 1) * width]
-        gathered_LWKCH = layout.tile.unpack(pages.at[tables_LW].get(mode="promise_in_bounds"))
-        _, _, K, _, H = gathered_LWKCH.shape
-        return gathered_LWKCH.transpose(0, 2, 1, 3, 4).reshape(L, K, layout.span_size, H)
+    def gather(span: jax.Array) -> jax.Array:
+        tables_LB = jax.lax.dynamic_slice_in_dim(tables_LR, span * B, B, axis=1)
+        gathered_LBKCH = tile.unpack(pages.at[tables_LB].get(mode="promise_in_bounds"))
+        L, _, K, C, H = gathered_LBKCH.shape
+        return gathered_LBKCH.transpose(0, 2, 1, 3, 4).reshape(L, K, B * C, H)
 
-    def both(span: int) -> Block:
-        return gather(k_pages, span), gather(v_pages, span)
+    def fill(span: jax.Array, rows: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(rows, gather(span), span, axis=0)
 
-    shapes = jax.eval_shape(lambda: both(0))
-    return tuple(
-        jax.lax.cond(
-            span < num_spans,
-            lambda span=span: both(span),
-            lambda: tuple(jnp.zeros(x.shape, x.dtype) for x in shapes),
-        )
-        for span in range(layout.num_spans)
-    )
+    shape = jax.eval_shape(gather, jnp.int32(0))
+    return jax.lax.fori_loop(0, num_spans, fill, jnp.zeros((tables_LR.shape[1] // B, *shape.shape), shape.dtype))

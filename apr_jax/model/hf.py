@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from apr_jax.config import ModelConfig
-from apr_jax.model.llama import Params, abstract_params
+from apr_jax.model.params import Params, abstract_params
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

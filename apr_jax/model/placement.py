@@ -6,7 +6,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ModelConfig
-from apr_jax.model.llama import Params, abstract_params, logical_axes
+from apr_jax.model.params import Params, abstract_params, logical_axes
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import param_shardings
 

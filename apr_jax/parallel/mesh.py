@@ -135,12 +135,6 @@ def split_over_data(sharding: NamedSharding, shape: Sequence[int]) -> NamedShard
     return NamedSharding(mesh, partition_spec(*(split or None for split in splits)))
 
 
-def ambient_platform() -> str:
-    """Return the platform ("cpu", "tpu", ..) of the ambient mesh, which may be compiled for from another machine."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return jax.default_backend() if device is None else str(device.platform)
-
-
 def over_mesh(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """Map a function that the partitioner cannot see into over the ambient mesh, if that has several devices."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -161,7 +155,7 @@ def split_rows(x: jax.Array) -> jax.Array:
     Left to itself the partitioner lets activations follow the weights' split over "fsdp", which takes far more memory
     and communication (docs/scale.md).
     """
-    if jax.sharding.get_abstract_mesh().empty or x.ndim < 3:
+    if jax.sharding.get_abstract_mesh().empty:
         return x
     constrain: Any = jax.lax.with_sharding_constraint
     rows: jax.Array = constrain(x, partition_spec(BATCH_AXES))

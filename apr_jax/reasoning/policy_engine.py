@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from apr_jax.config import Config
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.engine import Engine
-from apr_jax.model.llama import Params
+from apr_jax.model.params import Params
 from apr_jax.reasoning.outcome import banned_tokens, spawn_gate
 from apr_jax.tasks.countdown.demonstrations import SHARED_METHODS
 from apr_jax.tasks.countdown.hogwild_traces import NUM_WORKERS

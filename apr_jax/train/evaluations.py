@@ -11,7 +11,7 @@ from apr_jax.config import Config, to_dict
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.evaluation.run import ShownProgress, evaluate, load_problems, save_rollouts
 from apr_jax.files import read_json, write_json
-from apr_jax.model.llama import Params
+from apr_jax.model.params import Params
 from apr_jax.parallel import hosts
 from apr_jax.reasoning.outcome import make_settings
 from apr_jax.train.hosted_engine import RunEngine

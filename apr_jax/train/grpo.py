@@ -11,7 +11,7 @@ import time
 from jax.sharding import Mesh
 
 from apr_jax.config import Config
-from apr_jax.model.llama import Params
+from apr_jax.model.params import Params
 from apr_jax.parallel import hosts
 from apr_jax.progress import progress
 from apr_jax.train.phase import Phase

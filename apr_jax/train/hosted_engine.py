@@ -14,7 +14,7 @@ from apr_jax.engine.engine import Engine
 from apr_jax.engine.plan import EnginePlan
 from apr_jax.engine.threads import Program, Progress, Rollout, RolloutKey
 from apr_jax.evaluation.run import RunsPrograms
-from apr_jax.model.llama import Params, abstract_params, logical_axes
+from apr_jax.model.params import Params, abstract_params, logical_axes
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import RULES, param_shardings
 from apr_jax.reasoning.policy_engine import EngineHolder, policy_engine, workers

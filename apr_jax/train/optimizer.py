@@ -8,7 +8,7 @@ import optax
 import optax.contrib
 
 from apr_jax.config import OptimizerConfig
-from apr_jax.model.llama import logical_axes
+from apr_jax.model.params import logical_axes
 
 
 def schedule(config: OptimizerConfig, num_steps: int, peak: float) -> optax.Schedule:

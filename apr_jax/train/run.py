@@ -28,7 +28,7 @@ from apr_jax.evaluation.policy import check_vocabulary
 from apr_jax.evaluation.report.run_report import write_figure, write_report
 from apr_jax.evaluation.run import load_problems
 from apr_jax.files import write_json
-from apr_jax.model.llama import Params
+from apr_jax.model.params import Params
 from apr_jax.model.placement import abstract_params_on, place_params
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import make_mesh

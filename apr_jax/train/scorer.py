@@ -9,8 +9,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ModelConfig
-from apr_jax.model.llama import Params, graphdef
-from apr_jax.model.shared_attention import SharedRows
+from apr_jax.kernels import TrainingKernels, for_training
+from apr_jax.model.params import Params, graphdef
+from apr_jax.model.views.shared_training import SharedRows, shared_training_rows
+from apr_jax.model.views.training import training_rows
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import BATCH_AXES, partition_spec
 from apr_jax.train.losses import LogProbs, TokenScores, token_scores
@@ -27,20 +29,26 @@ def make_scorer(model: ModelConfig, mesh: Mesh, log_probs: LogProbs, given: Sequ
     segments with branches (`data/prefixes.py`), one with `seen` is of workers on shared caches
     (`data/shared_sequences.py`).
     """
-    structure = graphdef(model)
+    kernels = for_training(model, mesh.devices.flat[0].platform)
+    structure = graphdef(model, kernels.ops)
 
     def score(params: Params, batch: Batch) -> TokenScores:
         llama = nnx.merge(structure, params)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            ids_BT = batch["segment_ids"]
-            how: dict[str, Any] = {"segment_ids": ids_BT, "reach": batch.get("reach")}
-            if "seen" in batch:
-                how = {"shared": SharedRows(ids_BT, batch["workers"], batch["places"], batch["seen"])}
-            hidden_BTD, _ = llama(batch["tokens"], batch["positions"], **how)
+            hidden_BTD, _ = llama(batch["tokens"], _view(model, kernels, batch))
             arrays = tuple(batch[name] for name in given)
             return token_scores(hidden_BTD, batch["targets"], llama.logits, log_probs, model.vocab_size, given=arrays)
 
     return score
+
+
+def _view(model: ModelConfig, kernels: TrainingKernels, batch: Batch) -> Any:
+    """Return what the batch's tokens can see, a `View`."""
+    ids_BT, positions_BT = batch["segment_ids"], batch["positions"]
+    if "seen" in batch:
+        rows = SharedRows(ids_BT, batch["workers"], batch["places"], batch["seen"])
+        return shared_training_rows(model, positions_BT, rows)
+    return training_rows(model, positions_BT, ids_BT, batch.get("reach"), kernels.attention)
 
 
 def to_mesh(rows: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int | None = None) -> Batch:

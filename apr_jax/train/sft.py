@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from apr_jax.config import ModelConfig, SFTConfig
 from apr_jax.data.packing import pad_rows
-from apr_jax.model.llama import Params
+from apr_jax.model.params import Params
 from apr_jax.parallel import hosts
 from apr_jax.progress import progress
 from apr_jax.train.losses import normalise, weighted_nll

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ModelConfig
-from apr_jax.model.llama import Params, abstract_params, init_params
+from apr_jax.model.params import Params, abstract_params, init_params
 from apr_jax.model.placement import model_shardings, with_sharding
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import replicated, split_over_data

@@ -39,19 +39,19 @@ def programs(config: Config, mesh: Any) -> dict[str, Any]:
     return {name: planned.jitted.lower(*planned.arguments) for name, planned in engine_programs(config, mesh).items()}
 
 
-def training_attention(config: Config, mesh: Any, impl: str) -> Any:
-    """One layer's attention over a microbatch, forward and backward, with a training kernel."""
+def training_attention(config: Config, mesh: Any, platform: str) -> Any:
+    """One layer's attention over a microbatch, forward and backward, with the platform's kernel."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from apr_jax.model.attention import self_attention
+    from apr_jax.kernels import for_training
 
-    model = config.model
+    model, attend = config.model, for_training(config.model, platform).attention
     B, T = config.grpo.rows_per_microbatch, config.grpo.row_len
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
-        return jnp.sum(self_attention(q, k, v, segment_ids_BT=ids, impl=impl).astype(jnp.float32))
+        return jnp.sum(attend(q, k, v, ids, None).astype(jnp.float32))
 
     def array(shape: tuple[int, ...], dtype: Any, *axes: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
@@ -103,8 +103,7 @@ def compile_all(target: str, layers: int | None, hlo: str | None) -> dict[str, A
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=layers))
         mesh = make_mesh(config.mesh, found)
         lowered = programs(config, mesh)
-        kernel = "cudnn" if topology.platform == "gpu" else "splash"
-        lowered["train_attention"] = training_attention(config, mesh, kernel)
+        lowered["train_attention"] = training_attention(config, mesh, topology.platform)
         for name, program in lowered.items():
             result = describe(program, config, mesh)
             text = result.pop("text")

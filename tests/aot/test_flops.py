@@ -1,7 +1,6 @@
 """FLOPs of traced programs, against hand counts and against XLA's own where it has no loop."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from apr_jax.aot.flops import count_flops
 from apr_jax.config import MeshConfig
-from apr_jax.model.attention import self_attention
+from apr_jax.kernels.tpu.splash import splash_attention
 from apr_jax.parallel.mesh import make_mesh
 
 A, B = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((16, 4), jnp.float32)
@@ -56,7 +55,10 @@ def test_what_runs_on_every_shard_counts_for_all():
 def test_a_splash_kernel_counts_the_blocks_that_causality_leaves():
     heads = jax.ShapeDtypeStruct((2, 1024, 4, 64), jnp.bfloat16)
     square = 2 * 2 * 4 * 1024 * 1024 * 64
-    attend = functools.partial(self_attention, segment_ids_BT=None, impl="splash")
+
+    def attend(q, k, v):
+        return splash_attention(q, k, v, jnp.ones(q.shape[:2], jnp.int32))
+
     assert flops(attend, heads, heads, heads) == 2 * square * 3 // 4  # blocks of 512: three of four
 
     def loss(q, k, v):
@@ -67,7 +69,7 @@ def test_a_splash_kernel_counts_the_blocks_that_causality_leaves():
 
 def test_a_training_pass_is_six_or_eight_flops_a_weight_and_token():
     from apr_jax.config import MeshConfig
-    from apr_jax.model.llama import abstract_params, num_params
+    from apr_jax.model.params import abstract_params, num_params
     from apr_jax.parallel.mesh import make_mesh
     from apr_jax.train.scorer import make_scorer
     from tests.train.small import small_config

@@ -80,8 +80,8 @@ def test_programs_are_those_that_a_run_compiles():
     config = fit(small_config(), MeshConfig(data=2, fsdp=1, tensor=1), 2)
     found = planned_programs(config, jax.devices()[:2])
     assert found.keys() - {"prefill_write"} == PROGRAMS
-    packed = dataclasses.replace(config, engine=dataclasses.replace(config.engine, decode_attention="packed"))
-    assert planned_programs(packed, jax.devices()[:2]).keys() == {*PROGRAMS, "prefill_write"}
+    plain = dataclasses.replace(config, engine=dataclasses.replace(config.engine, decode_attention="xla"))
+    assert planned_programs(plain, jax.devices()[:2]).keys() == {*PROGRAMS, "prefill_write"}
     plan = EnginePlan.of(config.model, config.engine, make_mesh(config.mesh))
     pages = compilation._bytes(found["decode"].arguments[0])
     assert pages == plan.memory.pages

@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 from apr_jax.bench.agreement import agreement, compare, decode_greedily, regret, sharp_params
-from apr_jax.model.llama import graphdef
+from apr_jax.model.params import graphdef
+from apr_jax.model.views.training import training_rows
 from tests.engine.helpers import MODEL, ROLLOUT, SIZES, make_mesh
 
 REFERENCE_TV = np.log(np.asarray([[0.5, 0.3, 0.2], [0.4, 0.39999, 0.20001], [0.1, 0.1, 0.8]]))
@@ -51,7 +52,7 @@ def test_nothing_written_is_no_agreement():
 @pytest.fixture(scope="module")
 def calls():
     """What the CPU's engine writes from pages in place."""
-    sizes, rollout = dataclasses.replace(SIZES, decode_attention="paged"), dataclasses.replace(ROLLOUT, max_steps=8)
+    sizes, rollout = dataclasses.replace(SIZES, decode_attention="auto"), dataclasses.replace(ROLLOUT, max_steps=8)
     return decode_greedily(MODEL, sizes, rollout, make_mesh(), sharp_params(MODEL, 0), seed=0)
 
 
@@ -74,6 +75,6 @@ def test_regret_is_what_the_best_tokens_have_on_those_written(calls):
     assert regret(call.context, call.tokens, MODEL, params) == pytest.approx(0, abs=1e-4)
     llama = nnx.merge(graphdef(MODEL), params)
     context_T = jnp.asarray(call.context)
-    hidden, _ = llama(context_T, jnp.arange(len(context_T)))
+    hidden, _ = llama(context_T, training_rows(MODEL, jnp.arange(len(context_T))))
     logits_V = llama.logits(hidden)[-1]
     assert regret(call.context, [int(logits_V.argmin())], MODEL, params) == pytest.approx(np.ptp(logits_V), rel=1e-4)

@@ -4,7 +4,7 @@ import pytest
 
 from apr_jax.checkpoints.manager import Checkpoints
 from apr_jax.engine.threads import RolloutKey
-from apr_jax.model.llama import init_params
+from apr_jax.model.params import init_params
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.rules import Problem, verify
 from tests.docs.pages import run_page

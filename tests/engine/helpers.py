@@ -14,7 +14,6 @@ from jax.sharding import AxisType, Mesh
 from apr_jax.config import ModelConfig
 from apr_jax.engine.constraints import Gate
 from apr_jax.engine.engine import Engine
-from apr_jax.engine.sampling import log_probs
 from apr_jax.engine.threads import (
     Append,
     Call,
@@ -29,14 +28,16 @@ from apr_jax.engine.threads import (
     StopReason,
     Truncate,
 )
-from apr_jax.model.llama import graphdef, init_params
+from apr_jax.model.params import graphdef, init_params
+from apr_jax.model.sampling import log_probs
+from apr_jax.model.views.training import training_rows
 from tests.configs import LAPTOP, TINY_MODEL
 
 TOLERANCE = 1e-4
 BANNED = (60, 61, 62, 63)
 MODEL = TINY_MODEL
 SIZES = dataclasses.replace(
-    LAPTOP.engine, lanes=8, pages=8 * 12 + 1, page_size=8, steps_per_visit=8, prefill_lanes=4, decode_attention="packed"
+    LAPTOP.engine, lanes=8, pages=8 * 12 + 1, page_size=8, steps_per_visit=8, prefill_lanes=4, decode_attention="xla"
 )
 ROLLOUT = dataclasses.replace(
     LAPTOP.rollout,
@@ -117,8 +118,8 @@ def _forward(model: ModelConfig, banned_mask: bytes) -> Any:
 
     def forward(params: Any, tokens_T: jax.Array, last: jax.Array) -> jax.Array:
         llama = nnx.merge(graphdef(model), params)
-        hidden, _ = llama(tokens_T[None], jnp.arange(tokens_T.shape[0])[None])
-        return log_probs(llama.logits(hidden[0, last][None])[0], 1.0, jnp.asarray(mask))
+        hidden, _ = llama(tokens_T, training_rows(model, jnp.arange(tokens_T.shape[0])))
+        return log_probs(llama.logits(hidden[last]), 1.0, jnp.asarray(mask))
 
     return jax.jit(forward)
 

@@ -28,7 +28,7 @@ def programs_of(engine: Any) -> dict[str, Any]:
     filler, limits = engine._filler, engine.limits
     lanes, shared = engine._pack(filler.decode()[0]), engine._pack(filler.shared()[0]) if limits.max_workers else None
     sampling, prefill = engine._sampling(1.0), engine._prefill_lanes([])
-    return engine._steps.programs(engine._pages, engine._rows, engine._params, lanes, sampling, prefill, shared)
+    return engine._steps.programs(engine._pages, engine._params, lanes, sampling, prefill, shared)
 
 
 def text_of(step: Any, arguments: Any) -> str:

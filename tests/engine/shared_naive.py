@@ -2,7 +2,7 @@
 
 For each token the view is a list of tokens, [prompt][the others' segments][its own], and a token's place in this list
 is its position there. Keys are rotated to their place and the query to its own, anew for every token: no relative
-positions, no shifts, nothing of `model/shared_view.py`.
+positions, no shifts, nothing of `model/views/shared.py`.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 
 from apr_jax.config import ModelConfig
-from apr_jax.engine.sampling import log_probs
 from apr_jax.engine.threads import Call
-from apr_jax.model.llama import graphdef
+from apr_jax.model.params import graphdef
+from apr_jax.model.sampling import log_probs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +63,32 @@ def rotated(x_NH: np.ndarray, position: int, theta: float) -> np.ndarray:
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
+class _Projected:
+    """A view that keeps queries, keys and values as they are projected, not rotated."""
+
+    def __init__(self, model: ModelConfig):
+        self.half = model.head_dim // 2
+        self.projected: tuple[Any, ...] = ()
+
+    def angles(self) -> Any:
+        return jnp.ones((1, 1, self.half)), jnp.zeros((1, 1, self.half))
+
+    def attend(self, layer: int, *projected: Any) -> Any:
+        self.projected = projected
+        return projected[0], self
+
+
 def naive_logprobs(model: ModelConfig, params: Any, calls: Sequence[Call], banned: Sequence[int]) -> list[np.ndarray]:
     """For each worker, the log-probabilities `[written tokens, V]` at temperature 1 of what it could have written."""
     tokens = read_tokens(calls)
     views = [view_of(token, tokens) for token in tokens]
     llama = nnx.merge(graphdef(model), params)
     x = jnp.asarray(np.asarray(llama.embedding[...]))[np.array([token.token for token in tokens])]
-    unrotated = jnp.ones((1, 1, model.head_dim // 2)), jnp.zeros((1, 1, model.head_dim // 2))
     for block in llama.blocks:
-        projected = block.attention.project(block.attention_norm(x), unrotated)
-        q, k, v = (np.asarray(each, np.float64) for each in projected)
+        seen = _Projected(model)
+        x, normed = block.attention_norm(x)
+        block.attention(normed, seen)
+        q, k, v = (np.asarray(each, np.float64) for each in seen.projected)
         outs = []
         for index, view in enumerate(views):
             assert view[-1] == index
@@ -83,10 +99,12 @@ def naive_logprobs(model: ModelConfig, params: Any, calls: Sequence[Call], banne
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
             weights /= weights.sum(axis=1, keepdims=True)
             outs.append(np.einsum("ns,snh->nh", weights, v[view][:, heads]))
-        x = block._residuals(x, jnp.asarray(np.stack(outs), jnp.float32))
+        attended = jnp.asarray(np.stack(outs), jnp.float32).reshape(len(tokens), -1)
+        x, normed = block.mlp_norm(x + attended @ block.attention.out[...])
+        x = x + block.mlp(normed)
     mask = np.zeros((model.vocab_size,), bool)
     mask[list(banned)] = True
-    logprobs = np.asarray(log_probs(llama.logits(llama.final_norm(x)), 1.0, jnp.asarray(mask)))
+    logprobs = np.asarray(log_probs(llama.logits(llama.final_norm(x)[1]), 1.0, jnp.asarray(mask)))
     return [
         logprobs[[i for i, token in enumerate(tokens) if token.worker == worker and token.time >= 0]]
         for worker in range(len(calls))

@@ -99,7 +99,7 @@ def test_an_interrupt_while_the_engine_starts_anew(engine, expected, monkeypatch
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "_make_caches", interrupt)
+    monkeypatch.setattr(engine, "_make_pages", interrupt)
     with pytest.raises(KeyboardInterrupt):
         engine.run(programs(), seed=3, temperature=1.0, on_progress=interrupt)
     monkeypatch.undo()

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from apr_jax.engine.threads import Append, Decode, Join, Open, Spawn, StopReason, Truncate
-from apr_jax.model.llama import graphdef
+from apr_jax.model.params import graphdef
 from tests.engine.helpers import BANNED, MODEL, TOLERANCE, all_calls, keyed, make_engine, make_params, prompt
 from tests.model.naive import naive_logits
 

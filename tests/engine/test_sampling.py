@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from apr_jax.engine.sampling import log_probs, probability_of_others, sample, uniforms
 from apr_jax.engine.threads import RolloutKey, thread_key
+from apr_jax.model.sampling import log_probs, probability_of_others, sample, uniforms
 
 
 def test_log_probs_are_the_tempered_softmax_without_banned_tokens():

@@ -150,10 +150,10 @@ def test_a_mesh_changes_nothing(engine):
     assert collectives_over_data(text_of(*programs_of(sharded)["decode_shared"]), mesh) == []
 
 
-def test_pages_in_place_and_packed_rows_give_the_same(engine):
+def test_a_platforms_kernels_and_xla_give_the_same(engine):
     expected = engine.run(keyed([sharing(8)]), seed=5, temperature=1.0)[0]
-    paged = make_engine(max_workers=3, decode_attention="paged").run(keyed([sharing(8)]), seed=5, temperature=1.0)[0]
-    assert_close(expected, paged)
+    kernels = make_engine(max_workers=3, decode_attention="auto").run(keyed([sharing(8)]), seed=5, temperature=1.0)[0]
+    assert_close(expected, kernels)
 
 
 def test_the_clock_counts_lockstep_steps_once_and_a_success_cuts_the_others(engine):

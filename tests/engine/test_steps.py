@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from apr_jax.engine.sharded import PAGES, SHARDED, ShardedStep
-from apr_jax.model.kv_cache import copy_pages
+from apr_jax.model.paged_cache import copy_pages
 from tests.engine.helpers import make_engine, make_mesh
 from tests.engine.hlo import aliases, collectives, collectives_over_data, copies_of, groups, local_sizes, step_texts
 
@@ -33,10 +33,10 @@ def test_pages_are_never_copied(one_device):
 
 
 def test_pages_are_updated_in_place(one_device):
-    """Every page pool array of the output is the memory of the same one of the input; so are decode's row buffers."""
+    """Every page pool array of the output is the memory of the same one of the input."""
     engine, texts = one_device
     for name in DONATED:
-        arrays = len(jax.tree.leaves((engine._pages, engine._rows) if name == "decode" else engine._pages))
+        arrays = len(jax.tree.leaves(engine._pages))
         alias = aliases(texts[name])
         assert {output: alias.get(output) for output in range(arrays)} == {i: i for i in range(arrays)}, name
 

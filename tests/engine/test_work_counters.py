@@ -9,7 +9,8 @@ from flax import nnx
 
 from apr_jax.aot.flops import count_flops
 from apr_jax.engine.work_counters import Work
-from apr_jax.model.llama import abstract_params, graphdef
+from apr_jax.model.params import abstract_params, graphdef
+from apr_jax.model.views.training import training_rows
 from tests.train.small import small_config
 
 MODEL = dataclasses.replace(small_config().model, attention="xla", num_layers=2, num_heads=4, num_kv_heads=2)
@@ -32,7 +33,7 @@ def test_flops_are_those_of_the_models_own_forward(length, logits, tied):
 
     def forward(params, tokens):
         llama = nnx.merge(graphdef(model), params)
-        hidden, _ = llama(tokens, jnp.arange(length))
+        hidden, _ = llama(tokens, training_rows(model, jnp.arange(length)))
         return llama.logits(hidden[:logits]) if logits else hidden
 
     tokens = jax.ShapeDtypeStruct((length,), jnp.int32)

@@ -13,7 +13,7 @@ import pytest
 from apr_jax.checkpoints.manager import Checkpoints
 from apr_jax.config import from_config_dict, to_dict
 from apr_jax.evaluation.compare.store import read_records, read_results
-from apr_jax.model.llama import init_params
+from apr_jax.model.params import init_params
 from tests.evaluation.test_run import INTERFACE_KEYS
 from tests.launch.test_evaluate import ROOT, launched, small_config
 

@@ -13,7 +13,7 @@ from apr_jax.checkpoints.manager import Checkpoints
 from apr_jax.config import from_config_dict
 from apr_jax.data.tokenizer import load_tokenizer
 from apr_jax.model.hf import save_hf
-from apr_jax.model.llama import init_params
+from apr_jax.model.params import init_params
 from configs.grpo import get_config
 from tests.evaluation.test_run import INTERFACE_KEYS
 

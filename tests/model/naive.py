@@ -8,11 +8,12 @@ import numpy as np
 from flax import nnx
 
 from apr_jax.model.llama import Llama
+from apr_jax.model.views.training import training_rows
 
 
 @nnx.jit
 def _logits(model: Llama, tokens_T: jax.Array) -> jax.Array:
-    hidden, _ = model(tokens_T, jnp.arange(tokens_T.shape[0]))
+    hidden, _ = model(tokens_T, training_rows(model.config, jnp.arange(tokens_T.shape[0])))
     return model.logits(hidden)
 
 
@@ -29,7 +30,7 @@ def naive_decode(model: Llama, prompt: Sequence[int], num_tokens: int) -> list[i
 @nnx.jit
 def _batch_logits(model: Llama, tokens_BT: jax.Array) -> jax.Array:
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
-    hidden, _ = model(tokens_BT, positions_BT)
+    hidden, _ = model(tokens_BT, training_rows(model.config, positions_BT))
     return model.logits(hidden)
 
 

@@ -14,8 +14,9 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from apr_jax.model import llama
+from apr_jax.model import params as params_of
 from apr_jax.model.hf import HuggingFaceError, load_hf, save_hf
+from apr_jax.model.views.training import training_rows
 from tests.configs import TINY_MODEL
 
 ORACLES = pathlib.Path(__file__).parents[1] / "oracles"
@@ -73,7 +74,7 @@ def test_round_trip_is_bit_for_bit(name: str, tmp_path: pathlib.Path) -> None:
 def test_tied_embeddings_are_stored_once(tmp_path: pathlib.Path) -> None:
     config, _ = load_hf(ORACLES / "llama_tiny_gqa")
     config = dataclasses.replace(config, tie_embeddings=True)
-    params = llama.init_params(config, 0)
+    params = params_of.init_params(config, 0)
     save_hf(tmp_path, config, params)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     config_again, params_again = load_hf(tmp_path)
@@ -179,16 +180,16 @@ def test_transformers_loads_what_we_wrote(tied: bool, tmp_path: pathlib.Path) ->
         rms_norm_eps=1e-5,
         tie_embeddings=tied,
     )
-    params = jax.tree.map(lambda leaf: leaf * 3, llama.init_params(config, 0))
+    params = jax.tree.map(lambda leaf: leaf * 3, params_of.init_params(config, 0))
     save_hf(tmp_path, config, params, FakeTokenizer())
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert theirs.dtype == torch.float32
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 33))
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens)).logits.numpy()
-    model = nnx.merge(llama.graphdef(config), params)
+    model = nnx.merge(params_of.graphdef(config), params)
     positions = jnp.broadcast_to(jnp.arange(33)[None], (2, 33))
-    hidden, _ = model(jnp.asarray(tokens, jnp.int32), positions)
+    hidden, _ = model(jnp.asarray(tokens, jnp.int32), training_rows(config, positions))
     np.testing.assert_allclose(model.logits(hidden), expected, atol=1e-4)
     assert np.abs(expected).max() > 0.1
     theirs.save_pretrained(tmp_path / "theirs")

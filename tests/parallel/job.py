@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from apr_jax.config import ConfigError, MeshConfig
-from apr_jax.model.llama import abstract_params, init_params, logical_axes
+from apr_jax.model.params import abstract_params, init_params, logical_axes
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import RULES, make_mesh, param_shardings
 from apr_jax.train.signals import StoppedError, stop_signal

@@ -11,11 +11,11 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from apr_jax.config import ConfigError, MeshConfig, ModelConfig
-from apr_jax.model import llama
+from apr_jax.model import params as params_of
+from apr_jax.model.views.training import training_rows
 from apr_jax.parallel.mesh import (
     BATCH_AXES,
     Rules,
-    ambient_platform,
     make_mesh,
     num_row_shards,
     param_shardings,
@@ -36,8 +36,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def loss_and_grads(config: ModelConfig, params: Any, batch: dict[str, jax.Array]) -> Any:
     def loss(params: Any) -> jax.Array:
-        model = nnx.merge(llama.graphdef(config), params)
-        hidden, _ = model(batch["tokens"], batch["positions"], segment_ids=batch["segment_ids"])
+        model = nnx.merge(params_of.graphdef(config), params)
+        hidden, _ = model(batch["tokens"], training_rows(config, batch["positions"], batch["segment_ids"]))
         log_probs = jax.nn.log_softmax(model.logits(hidden))
         return -jnp.mean(jnp.take_along_axis(log_probs, batch["targets"][..., None], axis=-1))
 
@@ -57,11 +57,11 @@ def random_batch() -> dict[str, jax.Array]:
 )
 def test_sharded_loss_and_gradients_equal_one_device(shape: tuple[int, int, int], tied: bool) -> None:
     config = dataclasses.replace(MODEL, tie_embeddings=tied, remat="full" if tied else "none")
-    params, batch = llama.init_params(config, 0), random_batch()
+    params, batch = params_of.init_params(config, 0), random_batch()
     step = jax.jit(lambda params, batch: loss_and_grads(config, params, batch))
     expected_loss, expected_grads = step(params, batch)
     mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor"), shape, strict=True))))
-    shardings = param_shardings(mesh, params, llama.logical_axes(params))
+    shardings = param_shardings(mesh, params, params_of.logical_axes(params))
     params, batch = jax.device_put(params, shardings), jax.device_put(batch, batch_sharding(mesh))
     up = params["blocks"][0]["mlp"]["up"][...]
     assert up.addressable_shards[0].data.shape == (16 // shape[1], 24 // shape[2])
@@ -108,12 +108,12 @@ def test_collisions_and_unknown_names_are_refused() -> None:
     ],
 )
 def test_an_axis_that_does_not_divide_is_named(field: str, size: int, message: str) -> None:
-    params = llama.abstract_params(dataclasses.replace(MODEL, **{field: size}))
+    params = params_of.abstract_params(dataclasses.replace(MODEL, **{field: size}))
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     with pytest.raises(ConfigError, match=message):
-        param_shardings(mesh, params, llama.logical_axes(params))
+        param_shardings(mesh, params, params_of.logical_axes(params))
     if field == "vocab_size":
-        param_shardings(mesh, params, llama.logical_axes(params), Rules(vocab=None))
+        param_shardings(mesh, params, params_of.logical_axes(params), Rules(vocab=None))
 
 
 @pytest.mark.parametrize(
@@ -139,32 +139,20 @@ def test_the_longest_axis_that_divides_is_split_over_data(spec: Any, shape: Any,
 def test_activations_keep_their_rows_where_weights_are_split_over_fsdp():
     """And without an ambient mesh, as in the engine, nothing is touched."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    x_BTD, threads_TD = jnp.zeros((8, 4, 16)), jnp.zeros((4, 16))
+    x_BTD = jnp.zeros((8, 4, 16))
     assert split_rows(x_BTD) is x_BTD
     assert num_row_shards() == 1
     with jax.set_mesh(mesh):
         assert num_row_shards() == 4
-        assert split_rows(threads_TD) is threads_TD
         assert jax.jit(split_rows)(x_BTD).sharding.is_equivalent_to(batch_sharding(mesh), 3)
-
-
-def test_the_platform_is_that_of_the_ambient_mesh() -> None:
-    here, kind = jax.default_backend(), jax.sharding.AbstractMesh
-    assert ambient_platform() == here
-    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=1)).abstract_mesh
-    device = dataclasses.replace(mesh.abstract_device, platform="tpu")
-    elsewhere = kind(mesh.axis_sizes, mesh.axis_names, axis_types=mesh.axis_types, abstract_device=device)
-    for given, platform in ((mesh, here), (elsewhere, "tpu")):
-        with jax.sharding.use_abstract_mesh(given):
-            assert ambient_platform() == platform
 
 
 @pytest.mark.heavy
 def test_loss_and_gradients_are_the_same_under_an_ambient_mesh():
-    params, batch = llama.init_params(MODEL, 0), random_batch()
+    params, batch = params_of.init_params(MODEL, 0), random_batch()
     expected = jax.jit(loss_and_grads, static_argnums=0)(MODEL, params, batch)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    placed = jax.device_put(params, param_shardings(mesh, params, llama.logical_axes(params)))
+    placed = jax.device_put(params, param_shardings(mesh, params, params_of.logical_axes(params)))
     with jax.set_mesh(mesh):
         found = jax.jit(loss_and_grads, static_argnums=0)(MODEL, placed, jax.device_put(batch, batch_sharding(mesh)))
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):

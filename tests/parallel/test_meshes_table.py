@@ -9,8 +9,10 @@ from flax import nnx
 from apr_jax.config import MeshConfig, from_config_dict
 from apr_jax.engine.plan import EnginePlan
 from apr_jax.engine.sharded import SHARDED
-from apr_jax.model.llama import graphdef, init_params
+from apr_jax.kernels import for_training
+from apr_jax.model.params import graphdef, init_params
 from apr_jax.model.placement import place_params
+from apr_jax.model.views.training import training_rows
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.train.optimizer import make_optimizer
 from apr_jax.train.scorer import to_mesh
@@ -60,7 +62,7 @@ def test_rows_lanes_and_pages():
     config, mesh = from_config_dict(get_config("paper")), make_mesh(MESH)
     table = {name: row for name, row in _table(3).items() if not name.startswith("hidden")}
     plan = EnginePlan.of(config.model, config.engine, mesh)
-    pages = jax.eval_shape(plan.caches)[0].keys[0]
+    pages = jax.eval_shape(plan.pages).keys[0]
     shards, _, heads, *_ = pages.shape
     assert (shards, heads) == (2, config.model.num_kv_heads)
     rows = to_mesh({name: x[:4] for name, x in random_rows(64, 32, 40).items()}, mesh)
@@ -78,14 +80,16 @@ def test_rows_lanes_and_pages():
 def test_hidden_states():
     [split] = [row[1] for name, row in _table(3).items() if name.startswith("hidden")]
     model = small_config(**{"model.num_kv_heads": 2}).model
-    mesh, structure = make_mesh(MESH), graphdef(model)
+    mesh, structure = make_mesh(MESH), graphdef(model, for_training(model, "cpu").ops)
     params = place_params(init_params(model, 0), mesh, model)
     rows = to_mesh({name: x[:4] for name, x in random_rows(64, 32, 40).items()}, mesh)
 
     @jax.jit
     def hidden_BTD(params, rows):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # as train.batches.make_scorer
-            return nnx.merge(structure, params)(rows["tokens"], rows["positions"], segment_ids=rows["segment_ids"])[0]
+            return nnx.merge(structure, params)(
+                rows["tokens"], training_rows(model, rows["positions"], rows["segment_ids"])
+            )[0]
 
     out = hidden_BTD(params, rows)
     assert bool(jnp.isfinite(out).all())

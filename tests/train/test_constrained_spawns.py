@@ -16,7 +16,8 @@ from flax import nnx
 from apr_jax.data.tokenizer import BuiltinTokenizer
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import RolloutKey
-from apr_jax.model.llama import graphdef, init_params
+from apr_jax.model.params import graphdef, init_params
+from apr_jax.model.views.training import training_rows
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.reasoning import adaptive
 from apr_jax.reasoning.outcome import make_settings, spawn_gate
@@ -154,7 +155,7 @@ def _allowed(tokens: list[int], begin: int | None, depth: int, spawns: int) -> s
 @jax.jit
 def _logits(params, tokens_T):
     model = nnx.merge(graphdef(CONFIG.model), params)
-    hidden_TD, _ = model(tokens_T, jnp.arange(tokens_T.shape[0]))
+    hidden_TD, _ = model(tokens_T, training_rows(CONFIG.model, jnp.arange(tokens_T.shape[0])))
     return model.logits(hidden_TD)
 
 

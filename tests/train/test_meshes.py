@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from apr_jax.model.llama import init_params
+from apr_jax.model.params import init_params
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.train.losses import normalise
 from apr_jax.train.optimizer import make_optimizer, schedule

@@ -8,7 +8,7 @@ import numpy as np
 import optax.contrib
 import pytest
 
-from apr_jax.model.llama import init_params
+from apr_jax.model.params import init_params
 from apr_jax.train.optimizer import make_optimizer, muon_dimensions, schedule
 from tests.train.small import small_config
 

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from apr_jax.files import read_jsonl
-from apr_jax.model.llama import graphdef, init_params
+from apr_jax.model.params import graphdef, init_params
+from apr_jax.model.views.training import training_rows
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.train.losses import normalise
 from apr_jax.train.optimizer import make_optimizer, schedule
@@ -102,7 +103,7 @@ def test_loss_is_the_weighted_mean_of_an_independent_forward():
     @jax.jit
     def forward(tokens):
         model = nnx.merge(structure, params)
-        return jax.nn.log_softmax(model.logits(model(tokens, jnp.arange(len(tokens)))[0]))
+        return jax.nn.log_softmax(model.logits(model(tokens, training_rows(CONFIG.model, jnp.arange(len(tokens))))[0]))
 
     total = correct = 0.0
     for row in range(len(rows["tokens"])):  # one sequence at a time, unpacked

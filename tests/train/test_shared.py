@@ -8,7 +8,7 @@ import pytest
 from apr_jax.config import ConfigError, from_config_dict
 from apr_jax.data.packing import pack
 from apr_jax.data.shared_sequences import Segment, shared_sequence
-from apr_jax.engine.sampling import log_probs
+from apr_jax.model.sampling import log_probs
 from apr_jax.train.run import train
 from apr_jax.train.scorer import make_scorer, to_mesh
 from configs.methods import get_config

@@ -22,7 +22,7 @@ from apr_jax.evaluation.compare.grid import Cell, Row
 from apr_jax.evaluation.compare.store import Json, Results
 from apr_jax.evaluation.policy import choose_config, choose_tokenizer
 from apr_jax.evaluation.run import ShownProgress, evaluate
-from apr_jax.model.llama import Params
+from apr_jax.model.params import Params
 from apr_jax.parallel.machine import device_name
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.reasoning.outcome import make_settings

@@ -12,12 +12,13 @@ from jax.sharding import Mesh, NamedSharding
 from apr_jax.config import Config
 from apr_jax.data.packing import pack, pad_rows
 from apr_jax.data.tokenizer import Tokenizer
-from apr_jax.engine import policy_masks, sampling
+from apr_jax.engine import policy_masks
 from apr_jax.engine.constraints import Gate
 from apr_jax.engine.threads import Call, Rollout, RolloutKey, Stop, StopReason
 from apr_jax.engine.work_counters import Work
-from apr_jax.model.attention import takes_branches
-from apr_jax.model.llama import Params
+from apr_jax.kernels import for_training
+from apr_jax.model import sampling
+from apr_jax.model.params import Params
 from apr_jax.model.placement import model_shardings, with_sharding
 from apr_jax.parallel.mesh import BATCH_AXES, partition_spec, replicated
 from apr_jax.reasoning.outcome import banned_tokens, spawn_gate
@@ -58,7 +59,7 @@ class Updater:
     def sequences(self, scored: Sequence[Scored]) -> list[dict[str, np.ndarray]]:
         """Return what the update learns from (`training_sequences`), with branches where the attention takes them."""
         model, platform = self._config.model, self._mesh.devices.flat[0].platform
-        branches = takes_branches(model.attention, platform, jnp.dtype(model.compute_dtype), model.head_dim)
+        branches = for_training(model, platform).takes_branches
         return training_sequences(self._config.grpo, scored, self._gate, branches=branches)
 
     def rows(self, sequences: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

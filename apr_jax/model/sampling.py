@@ -1,4 +1,4 @@
-"""The sampling policy: what the engine draws from and the trainer scores with.
+"""The sampling policy: the engine draws from it, and the trainer scores with it.
 
 Randomness is counter-based. A thread's key is a 64-bit hash of (seed, problem, sample, path) (`threads.thread_key`),
 and its n-th generated token (counted over the thread's life, since truncation revisits positions) uses `fold_in(key,
@@ -15,7 +15,7 @@ KEY_IMPL = "threefry2x32"
 
 
 def log_probs(logits: jax.Array, temperature: jax.Array | float, banned_mask: jax.Array) -> jax.Array:
-    """Float32 log-probabilities `[..., V]` of the sampling policy.
+    """Compute float32 log-probabilities `[..., V]` of the sampling policy.
 
     Args:
         logits: `[..., V]`.
@@ -30,7 +30,7 @@ def log_probs(logits: jax.Array, temperature: jax.Array | float, banned_mask: ja
 
 
 def sample(logprobs_V: jax.Array, uniform: jax.Array, temperature: jax.Array | float) -> jax.Array:
-    """One token id (int32 scalar): the argmax at temperature 0, else by inverse CDF at `uniform` in [0, 1).
+    """Draw one token id (int32 scalar): the argmax at temperature 0, else by inverse CDF at `uniform` in [0, 1).
 
     The CDF is summed in two levels of about sqrt(V), so that no long scan is needed. A token of probability 0 is
     never drawn.
@@ -43,7 +43,7 @@ def sample(logprobs_V: jax.Array, uniform: jax.Array, temperature: jax.Array | f
 
 
 def probability_of_others(logprobs_V: jax.Array, token: jax.Array) -> jax.Array:
-    """The probability of all tokens but one, added up without it: exact also where it has nearly all."""
+    """Add up the probability of all tokens but one. Without it the sum is exact also where that one has nearly all."""
     probs = _grouped(jnp.exp(logprobs_V))
     group, place = token // probs.shape[1], token % probs.shape[1]
     other_groups = jnp.where(jnp.arange(probs.shape[0]) == group, 0.0, jnp.sum(probs, axis=1))
@@ -51,7 +51,7 @@ def probability_of_others(logprobs_V: jax.Array, token: jax.Array) -> jax.Array:
 
 
 def _argmax(x_V: jax.Array) -> jax.Array:
-    """The first index of the maximum. In columns, so that a CPU takes many elements at once."""
+    """Return the first index of the maximum, found in columns, so that a CPU takes many elements at once."""
     size = x_V.shape[0]
     width = math.isqrt(size - 1) + 1
     x_GW = jnp.pad(x_V, (0, -size % width), constant_values=-jnp.inf).reshape(-1, width)
@@ -62,7 +62,7 @@ def _argmax(x_V: jax.Array) -> jax.Array:
 
 
 def _grouped(probs_V: jax.Array) -> jax.Array:
-    """As `[groups, width]`, both about sqrt(V), filled with zeros."""
+    """Reshape to `[groups, width]`, both about sqrt(V), filled up with zeros."""
     size = probs_V.shape[0]
     width = math.isqrt(size - 1) + 1
     groups = -(-size // width)
@@ -80,7 +80,7 @@ def _inverse_cdf(probs_V: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def _first_above(cdf: jax.Array, threshold: jax.Array) -> jax.Array:
-    """The first index whose CDF exceeds the threshold; where rounding leaves none, the last that adds probability."""
+    """Return the first index whose CDF exceeds the threshold; if rounding leaves none, the last that adds to it."""
     previous = jnp.concatenate([jnp.zeros((1,), cdf.dtype), cdf[:-1]])
     adds = cdf > previous
     above = adds & (cdf > threshold)
@@ -89,7 +89,7 @@ def _first_above(cdf: jax.Array, threshold: jax.Array) -> jax.Array:
 
 
 def uniforms(key_data: jax.Array, first: jax.Array, count: int) -> jax.Array:
-    """Float32 `[count]` in [0, 1): one number for each of the thread's generated tokens `first`, `first + 1`, ...
+    """Draw float32 `[count]` in [0, 1): one number for each of a thread's generated tokens `first`, `first + 1`, ...
 
     Args:
         key_data: uint32 `[2]`.

@@ -255,14 +255,22 @@ void by_parts(ffi::ThreadPool& pool, int64_t threads, int64_t count, const Task&
 }
 
 // silu(gate) * up
-ffi::Error swiglu(ffi::ThreadPool pool, int64_t threads, Floats gates, Floats ups, ffi::Result<Floats> outs) {
-  const float *const gate = gates.typed_data(), *const up = ups.typed_data();
-  float* const out = outs->typed_data();
-  by_parts(pool, threads, gates.element_count(), [&](int64_t begin, int64_t end) {
+ffi::Error swiglu(ffi::ThreadPool pool, int64_t threads, ffi::AnyBuffer gates, ffi::AnyBuffer ups,
+                  ffi::Result<ffi::AnyBuffer> outs) {
+  if (ups.element_type() != gates.element_type()) return ffi::Error::InvalidArgument("gate and up must have one dtype");
+  return by_type(gates, [&](auto type) {
+    using T = decltype(type);
+    const T *const gate = data<T>(gates), *const up = data<T>(ups);
+    T* const out = data<T>(*outs);
+    by_parts(pool, threads, gates.element_count(), [&](int64_t begin, int64_t end) {
 #pragma omp simd
-    for (int64_t i = begin; i < end; ++i) out[i] = gate[i] * sigmoid(gate[i]) * up[i];
+      for (int64_t i = begin; i < end; ++i) {
+        const float x = number(gate[i]);
+        out[i] = rounded<T>(x * sigmoid(x) * number(up[i]));
+      }
+    });
+    return ffi::Error::Success();
   });
-  return ffi::Error::Success();
 }
 
 ffi::Error swiglu_backward(ffi::ThreadPool pool, int64_t threads, Floats gates, Floats ups, Floats douts,
@@ -373,9 +381,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_outer, outer,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_swiglu, swiglu,
                               bind_threaded()
-                                  .Arg<Floats>()    // gate
-                                  .Arg<Floats>()    // up
-                                  .Ret<Floats>());  // out
+                                  .Arg<ffi::AnyBuffer>()    // gate
+                                  .Arg<ffi::AnyBuffer>()    // up
+                                  .Ret<ffi::AnyBuffer>());  // out
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_swiglu_backward, swiglu_backward,
                               bind_threaded()

@@ -1,23 +1,26 @@
-"""Training attention over sequences whose workers shared their caches: the same function as `shared_view.py`'s.
+"""The view of training on sequences whose workers shared their caches: the same function as `shared.py`'s.
 
 A sequence is the common prompt and then every worker's segment, one after the other, and what the workers saw of each
 other stands in arrays beside the tokens (`SharedRows`). The view, and why queries are rotated, is told in
-`shared_view.py`. Among the others of a worker, the r-th in order (r = 1, 2, ..) is seen with the query rotated further
+`shared.py`. Among the others of a worker, the r-th in order (r = 1, 2, ..) is seen with the query rotated further
 by the tokens seen of the r-th and of those after it; the prompt with it rotated by those of all, as the first other is.
 So W workers need W rotations of a query: one as it comes, for its own segment, and W - 1 more.
 
-Plain XLA in blocks of queries against whole rows, each recomputed in the backward pass. Letters as in `llama.py`;
-besides, S keys, W workers.
+Plain XLA in blocks of queries against whole rows, each recomputed in the backward pass. Besides the letters
+of `model/__init__.py`: W workers.
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 
-from apr_jax.model.rope import Angles, apply_rope, rope_angles_once
+from apr_jax.config import ModelConfig
+from apr_jax.model.ops import Angles, apply_rope
+from apr_jax.model.rope import rope_angles_once
 
 _MASKED = -1e30
 _BLOCK = 128
@@ -26,18 +29,43 @@ _BLOCK = 128
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SharedRows:
-    """Who wrote the tokens of packed rows, and what they saw. Padding is 0 everywhere."""
+    """The tokens of packed rows: who wrote them, and what they saw. Padding is 0 everywhere."""
 
     segment_ids: jax.Array  # int32 [B, T], the sequences of a row: 1, 2, ..
     workers: jax.Array  # int32 [B, T]: 0 = the prompt, 1 + w = worker w
     places: jax.Array  # int32 [B, T]: the token's place in its worker's segment, from 0
-    seen: (
-        jax.Array
-    )  # int32 [B, T, W]: tokens of each worker's segment that the token sees; its own worker's is not read
+    seen: jax.Array  # int32 [B, T, W]: tokens of each worker's segment that a token sees; its own's is not read
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SharedTrainingRows:
+    """A `View` of packed rows whose sequences hold several workers."""
+
+    rope: Angles
+    rows: SharedRows
+    further: tuple[Angles, ...]  # of `shared_angles`
+
+    def angles(self) -> Angles:
+        """See `View`."""
+        return self.rope
+
+    def attend(self, layer: int, q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array) -> tuple[jax.Array, Self]:
+        """See `View`. The leading axes are B and T."""
+        del layer
+        return shared_attention(q_TNH, k_TKH, v_TKH, self.rows, self.further), self
+
+
+def shared_training_rows(config: ModelConfig, positions_BT: jax.Array, rows: SharedRows) -> SharedTrainingRows:
+    """Return the view of tokens whose positions count in each worker's own row (`shared.py`)."""
+    head_dim, theta = config.head_dim, config.rope_theta
+    return SharedTrainingRows(
+        rope_angles_once(positions_BT, head_dim, theta), rows, shared_angles(rows, head_dim, theta)
+    )
 
 
 def shared_angles(rows: SharedRows, head_dim: int, theta: float) -> tuple[Angles, ...]:
-    """The further rotations of the queries: for the first of the others (and the prompt), the second, and so on."""
+    """Compute the queries' further rotations: for the first of the others and the prompt, the second, and so on."""
     own_BT1 = rows.workers[..., None]
     rank_R = 1 + jnp.arange(rows.seen.shape[-1] - 1)[None, None]
     # The r-th other is worker r where that is before the query's own, else worker r + 1, both counted from 1.
@@ -49,10 +77,10 @@ def shared_angles(rows: SharedRows, head_dim: int, theta: float) -> tuple[Angles
 def shared_attention(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, rows: SharedRows, angles: Sequence[Angles]
 ) -> jax.Array:
-    """Softmax attention of each token to what its worker's view held; scores scaled by 1/sqrt(H).
+    """Attend from each token to what its worker's view held; scores are scaled by 1/sqrt(H).
 
     Args:
-        q_BTNH, k_BTKH, v_BTKH: rotated to the tokens' positions in their own worker's row (`shared_view.py`).
+        q_BTNH, k_BTKH, v_BTKH: rotated to the tokens' positions in their own worker's row (`shared.py`).
         rows: of the tokens.
         angles: of `shared_angles`.
 
@@ -98,7 +126,7 @@ def _attend_block(
 
 
 def _visible(queries: SharedRows, keys: SharedRows, start: int) -> jax.Array:
-    """bool `[B, T, S]`: T queries from column `start` on, S keys from column 0 on."""
+    """Return bool `[B, T, S]`: T queries from column `start` on, S keys from column 0 on."""
     T, S = queries.workers.shape[1], keys.workers.shape[1]
     causal_TS = jnp.arange(S)[None] <= start + jnp.arange(T)[:, None]
     key_workers_B1S = keys.workers[:, None]

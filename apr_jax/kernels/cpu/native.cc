@@ -178,47 +178,14 @@ void rotate_heads(const T* x, int64_t heads, const float* cosine, const float* s
   }
 }
 
-ffi::Error rotate(Floats x, Floats cosines, Floats sines, ffi::ResultBuffer<ffi::F32> out) {
+ffi::Error rotate(ffi::AnyBuffer x, Floats cosines, Floats sines, ffi::Result<ffi::AnyBuffer> out) {
   const int64_t W = x.dimensions().back(), half = cosines.dimensions().back(), rows = x.element_count() / W;
-  for (int64_t row = 0; row < rows; ++row) {
-    rotate_heads(x.typed_data() + row * W, W / (2 * half), cosines.typed_data() + row * half,
-                 sines.typed_data() + row * half, half, out->typed_data() + row * W);
-  }
-  return ffi::Error::Success();
-}
-
-// Rows of queries, keys and values side by side as one array each, queries and keys rotated.
-ffi::Error rotate_apart(ffi::AnyBuffer x, Floats cosines, Floats sines, ffi::Result<ffi::AnyBuffer> q,
-                        ffi::Result<ffi::AnyBuffer> k, ffi::Result<ffi::AnyBuffer> v) {
-  const int64_t half = cosines.dimensions().back(), rows = cosines.element_count() / half;
-  const int64_t Q = q->dimensions().back(), K = k->dimensions().back(), W = Q + 2 * K;
   return by_type(x, [&](auto type) {
     using T = decltype(type);
     for (int64_t row = 0; row < rows; ++row) {
-      const T* const from = data<T>(x) + row * W;
-      const float *const cosine = cosines.typed_data() + row * half, *const sine = sines.typed_data() + row * half;
-      rotate_heads(from, Q / (2 * half), cosine, sine, half, data<T>(*q) + row * Q);
-      rotate_heads(from + Q, K / (2 * half), cosine, sine, half, data<T>(*k) + row * K);
-      std::copy_n(from + Q + K, K, data<T>(*v) + row * K);
+      rotate_heads(data<T>(x) + row * W, W / (2 * half), cosines.typed_data() + row * half,
+                   sines.typed_data() + row * half, half, data<T>(*out) + row * W);
     }
-    return ffi::Error::Success();
-  });
-}
-
-// silu(gate) * up of rows that hold both, [2 F].
-ffi::Error swiglu_joined(ffi::ThreadPool pool, int64_t threads, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> out) {
-  const int64_t F = out->dimensions().back(), rows = out->element_count() / F;
-  return by_type(x, [&](auto type) {
-    using T = decltype(type);
-    parallel(pool, rows * F < kSmall / 16 ? 1 : threads, rows, [&](int64_t row) {
-      const T *const gates = data<T>(x) + 2 * row * F, *const ups = gates + F;
-      T* const to = data<T>(*out) + row * F;
-#pragma omp simd
-      for (int64_t f = 0; f < F; ++f) {
-        const float gate = number(gates[f]);
-        to[f] = rounded<T>(gate * sigmoid(gate) * number(ups[f]));
-      }
-    });
     return ffi::Error::Success();
   });
 }
@@ -302,23 +269,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_product, product_of_any,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_rotate, rotate,
                               ffi::Ffi::Bind()
-                                  .Arg<Floats>()    // x
-                                  .Arg<Floats>()    // cosines
-                                  .Arg<Floats>()    // sines
-                                  .Ret<Floats>());  // out
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_rotate_apart, rotate_apart,
-                              ffi::Ffi::Bind()
                                   .Arg<ffi::AnyBuffer>()    // x
                                   .Arg<Floats>()            // cosines
                                   .Arg<Floats>()            // sines
-                                  .Ret<ffi::AnyBuffer>()    // q
-                                  .Ret<ffi::AnyBuffer>()    // k
-                                  .Ret<ffi::AnyBuffer>());  // v
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_swiglu_joined, swiglu_joined,
-                              bind_threaded()
-                                  .Arg<ffi::AnyBuffer>()    // gate and up
                                   .Ret<ffi::AnyBuffer>());  // out
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_draw, draw,

@@ -1,0 +1,118 @@
+"""The one door to kernels: what a model computes with on a platform, in training and in decoding.
+
+Everywhere the plain maths of `apr_jax.model` will do, and here is where something faster is chosen instead. What exists
+for CPUs alone is a folder that may be missing.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from apr_jax.config import ConfigError, ModelConfig
+from apr_jax.kernels.gpu import cudnn
+from apr_jax.kernels.gpu import paged_attention as gpu
+from apr_jax.kernels.pairs import KernelPagedAttention
+from apr_jax.kernels.tpu import paged_attention as tpu
+from apr_jax.kernels.tpu import splash
+from apr_jax.model.attention import xla_attention
+from apr_jax.model.ops import XLA, Ops, rms_norm
+from apr_jax.model.paged_attention import PagedAttention, PlainPagedAttention
+from apr_jax.model.views.training import TrainingAttention
+from apr_jax.parallel.mesh import TENSOR_AXIS, split_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingKernels:
+    """What a training forward computes with, on rows `[B, T]` that are split over the ambient mesh."""
+
+    ops: Ops
+    attention: TrainingAttention
+    takes_branches: bool  # segments may have branches (`data/prefixes.py`)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeKernels:
+    """What an engine computes with on each data shard."""
+
+    ops: Ops
+    attention: PagedAttention
+    writes_first: bool  # all lanes write before any attends, so lanes may be neighbouring positions of one row
+    own_head: bool  # a head tied to the embedding is held as a matrix of its own
+
+
+def for_training(config: ModelConfig, platform: str) -> TrainingKernels:
+    """Choose for `model.attention` and the devices' platform ("cpu", "tpu", "gpu" or "cuda").
+
+    Raises:
+        ConfigError: "cpu" was asked for where it cannot be, or "cudnn" with another dtype than bfloat16.
+    """
+    cpu = cpu_kernels(platform)
+    has_ops = cpu is not None and config.compute_dtype == "float32"
+    ops: Ops = cpu.TRAINING if has_ops and cpu is not None else _SPLIT_XLA
+    possible = has_ops and cpu is not None and cpu.takes_heads(config.head_dim)
+    chosen: str = config.attention
+    if chosen == "auto":
+        chosen = "cpu" if possible else _best_attention(config, platform)
+    if chosen == "cpu":
+        if cpu is None or not possible:
+            raise ConfigError(
+                f"model.attention='cpu' takes float32, heads that are a multiple of 16 and a C++ compiler; here are "
+                f"model.compute_dtype='{config.compute_dtype}' and model.head_dim={config.head_dim}. Choose 'auto'"
+            )
+        return TrainingKernels(ops, cpu.training_attention, True)
+    if chosen == "splash":
+        return TrainingKernels(ops, splash.splash_attention, False)
+    if chosen == "cudnn":
+        if config.compute_dtype != "bfloat16":
+            raise ConfigError(
+                f"model.attention='cudnn' computes in bfloat16, and model.compute_dtype='{config.compute_dtype}'"
+            )
+        return TrainingKernels(ops, cudnn.cudnn_attention, True)
+    return TrainingKernels(ops, xla_attention, True)
+
+
+def for_decoding(config: ModelConfig, requested: str, page_size: int, mesh: Mesh) -> DecodeKernels:
+    """Choose for `engine.decode_attention` and the mesh. Raises ConfigError for a page that a kernel cannot take.
+
+    Accelerators' kernels compute in bfloat16, the CPU's also in float32. Where there is none, XLA does the work.
+    """
+    platform, whole = mesh.devices.flat[0].platform, mesh.shape[TENSOR_AXIS] == 1
+    on_cpu, plain = platform == "cpu", DecodeKernels(XLA, PlainPagedAttention(), False, platform == "cpu")
+    cpu = cpu_kernels(platform)
+    if requested == "xla" or (on_cpu and cpu is None) or not (on_cpu or config.compute_dtype == "bfloat16"):
+        return plain
+    if cpu is not None:
+        ops = cpu.DECODING[config.compute_dtype] if whole else XLA  # the partitioner cannot split a kernel
+        return DecodeKernels(ops, cpu.CpuPagedAttention(), True, True)
+    if platform == "tpu":
+        tpu.check_page_size(page_size)
+        tile = tpu.tile_of(config.head_dim, config.num_kv_heads // mesh.shape[TENSOR_AXIS])
+        return dataclasses.replace(plain, attention=KernelPagedAttention(tpu.attend, tile))
+    gpu.check_page_size(page_size)
+    return dataclasses.replace(plain, attention=KernelPagedAttention(gpu.attend))
+
+
+def cpu_kernels(platform: str) -> Any | None:
+    """Return `apr_jax.kernels.cpu` for a CPU that can have kernels of its own: there is a compiler, and the folder."""
+    if platform != "cpu" or importlib.util.find_spec(f"{__name__}.cpu") is None:
+        return None
+    cpu = importlib.import_module(f"{__name__}.cpu")
+    return cpu if cpu.is_available() else None
+
+
+def _best_attention(config: ModelConfig, platform: str) -> str:
+    if platform == "tpu":
+        return "splash"
+    takes_cudnn = config.compute_dtype == "bfloat16" and config.head_dim % 8 == 0 and config.head_dim <= 128
+    return "cudnn" if platform in ("gpu", "cuda", "rocm") and takes_cudnn else "xla"
+
+
+def _norm_of_split_rows(x: jax.Array, scale_D: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    return rms_norm(split_rows(x), scale_D, eps)
+
+
+_SPLIT_XLA = dataclasses.replace(XLA, norm=_norm_of_split_rows)

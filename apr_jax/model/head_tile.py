@@ -1,0 +1,59 @@
+"""Key/value heads side by side in a page, for kernels whose rows are wider than a head."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadTile:
+    """A layout of key/value heads in a page: `heads` neighbours side by side, then `padding` zeros.
+
+    Letters: J head groups of a page, W elements of a group in one position, M query heads of one group.
+    """
+
+    heads: int = 1
+    padding: int = 0
+
+    def head_dim(self, width: int) -> int:
+        """Return H for groups of `width` elements."""
+        return (width - self.padding) // self.heads
+
+    def pack(self, x: jax.Array) -> jax.Array:
+        """Lay heads `[..., K, C, H]` out as groups `[..., J, C, W]`."""
+        *lead, K, C, H = x.shape
+        grouped = jnp.swapaxes(x.reshape(*lead, K // self.heads, self.heads, C, H), -3, -2)
+        return _pad_last(grouped.reshape(*lead, K // self.heads, C, self.heads * H), self.padding)
+
+    def unpack(self, x: jax.Array) -> jax.Array:
+        """Take groups `[..., J, C, W]` apart into heads `[..., K, C, H]`."""
+        *lead, J, C, W = x.shape
+        H = self.head_dim(W)
+        grouped = x[..., : self.heads * H].reshape(*lead, J, C, self.heads, H)
+        return jnp.swapaxes(grouped, -3, -2).reshape(*lead, J * self.heads, C, H)
+
+    def pack_queries(self, q_LNH: jax.Array, J: int) -> jax.Array:
+        """Widen queries `[L, N, H]` to their groups `[L, J, M, W]`, zero where their neighbours' keys lie."""
+        L, N, H = q_LNH.shape
+        q_LJPGH = q_LNH.reshape(L, J, self.heads, N // J // self.heads, H)
+        places = [(place * H, (self.heads - 1 - place) * H + self.padding) for place in range(self.heads)]
+        spread = [
+            jnp.pad(q_LJPGH[:, :, place], ((0, 0), (0, 0), (0, 0), widths)) for place, widths in enumerate(places)
+        ]
+        return jnp.concatenate(spread, axis=2)
+
+    def unpack_outputs(self, out_LJMW: jax.Array) -> jax.Array:
+        """Pick `[L, N, H]` from `[L, J, M, W]`: what each query head found in its own head's values."""
+        L, J, M, W = out_LJMW.shape
+        H = self.head_dim(W)
+        out_LJPGW = out_LJMW.reshape(L, J, self.heads, M // self.heads, W)
+        own = [out_LJPGW[:, :, place, :, place * H : (place + 1) * H] for place in range(self.heads)]
+        return jnp.concatenate(own, axis=2).reshape(L, J * M, H)
+
+
+PLAIN = HeadTile()
+
+
+def _pad_last(x: jax.Array, count: int) -> jax.Array:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, count)]) if count else x

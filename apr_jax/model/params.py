@@ -1,0 +1,81 @@
+"""The weights of a decoder as a tree: fresh ones, their shapes, their number, and the logical axes of each."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+
+from apr_jax.config import ModelConfig
+from apr_jax.model.llama import Llama
+from apr_jax.model.ops import XLA, Ops
+from apr_jax.parallel.mesh import partition_spec
+
+Params = nnx.State[Any, Any]  # the weights as a pytree; its keys are the attributes of the modules
+
+_LOGICAL_AXES: dict[str, tuple[str | None, ...]] = {
+    "embedding": ("vocab", "embed"),
+    "head": ("embed", "vocab"),
+    "scale": (None,),
+    "query": ("embed", "heads"),
+    "key": ("embed", "kv_heads"),
+    "value": ("embed", "kv_heads"),
+    "out": ("heads", "embed"),
+    "gate": ("embed", "mlp"),
+    "up": ("embed", "mlp"),
+    "down": ("mlp", "embed"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamCount:
+    """Parameters of a model. The embedding share is the token embedding and, when untied, the output head."""
+
+    embedding: int
+    non_embedding: int
+
+    @property
+    def total(self) -> int:
+        """Add up both shares."""
+        return self.embedding + self.non_embedding
+
+
+def init_params(config: ModelConfig, seed: int) -> Params:
+    """Draw fresh float32 weights: norms are one, matrices normal with standard deviation 0.02 (see `llama.py`)."""
+    return nnx.state(Llama(config, rngs=nnx.Rngs(seed)))  # not jitted: XLA compiles a draw per shape, not per matrix
+
+
+def graphdef(config: ModelConfig, ops: Ops = XLA) -> nnx.GraphDef[Llama]:
+    """Build the model's structure without weights; `nnx.merge(graphdef(config), params)` is a model."""
+    return nnx.split(_abstract(config, ops))[0]
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """Return the params' tree with a `jax.ShapeDtypeStruct` for each array."""
+    return nnx.split(_abstract(config, XLA))[1]
+
+
+def logical_axes(params: Params) -> Params:
+    """Return the same tree with a `PartitionSpec` of logical axis names for each array (see `parallel.mesh`).
+
+    Raises KeyError for a parameter that has none: a new one must be given its axes here.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, _: partition_spec(*_LOGICAL_AXES[name_of(path)]), params)
+
+
+def num_params(config: ModelConfig) -> ParamCount:
+    """Count parameters without allocating them."""
+    sizes = {"embedding": 0, "non_embedding": 0}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
+        sizes["embedding" if name_of(path) in ("embedding", "head") else "non_embedding"] += math.prod(leaf.shape)
+    return ParamCount(**sizes)
+
+
+def name_of(path: Any) -> str:
+    """Return the attribute under which a parameter hangs in its module."""
+    return next(str(entry.key) for entry in reversed(path) if isinstance(entry, jax.tree_util.DictKey))
+
+
+def _abstract(config: ModelConfig, ops: Ops) -> Llama:
+    return nnx.eval_shape(lambda: Llama(config, ops, rngs=nnx.Rngs(0)))

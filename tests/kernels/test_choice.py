@@ -1,0 +1,114 @@
+"""The one door: which kernels a platform, a dtype and a configuration get."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from apr_jax.config import ConfigError
+from apr_jax.kernels import cpu_kernels, for_decoding, for_training
+from apr_jax.kernels.gpu import paged_attention as gpu
+from apr_jax.kernels.gpu.cudnn import cudnn_attention
+from apr_jax.kernels.pairs import KernelPagedAttention
+from apr_jax.kernels.tpu import paged_attention as tpu
+from apr_jax.kernels.tpu.splash import splash_attention
+from apr_jax.model.attention import xla_attention
+from apr_jax.model.head_tile import HeadTile
+from apr_jax.model.ops import XLA
+from apr_jax.model.paged_attention import PlainPagedAttention
+from tests.engine.helpers import MODEL, make_mesh
+
+HAS_CPU_KERNELS = cpu_kernels("cpu") is not None
+HALF = dataclasses.replace(MODEL, compute_dtype="bfloat16")
+
+
+def training(platform, dtype="float32", head_dim=64, attention="auto"):
+    return for_training(
+        dataclasses.replace(MODEL, compute_dtype=dtype, head_dim=head_dim, attention=attention), platform
+    )
+
+
+class Devices:
+    """A mesh of devices that are not there."""
+
+    def __init__(self, platform, tensor=1):
+        device = type("Device", (), {"platform": platform})
+        self.devices, self.shape = type("Array", (), {"flat": [device]}), {"tensor": tensor}
+
+
+def test_what_auto_means_in_training():
+    assert training("tpu").attention is splash_attention
+    assert training("gpu", "bfloat16").attention is training("cuda", "bfloat16").attention is cudnn_attention
+    assert training("gpu").attention is training("gpu", "bfloat16", 60).attention is xla_attention
+    assert training("cpu", "bfloat16").attention is training("cpu", head_dim=8).attention is xla_attention
+    assert (training("cpu").attention is not xla_attention) == HAS_CPU_KERNELS
+    assert training("cpu", attention="xla").attention is xla_attention
+
+
+def test_all_but_splash_take_branches():
+    assert not training("tpu").takes_branches
+    assert training("tpu", attention="xla").takes_branches
+    assert training("cpu").takes_branches
+    assert training("gpu", "bfloat16").takes_branches
+
+
+def test_only_a_cpu_in_float32_trains_with_ops_of_its_own():
+    assert (training("cpu").ops.matmul is not XLA.matmul) == HAS_CPU_KERNELS
+    for other in (training("cpu", "bfloat16"), training("tpu"), training("gpu", "bfloat16")):
+        assert other.ops.matmul is XLA.matmul
+
+
+def test_what_cannot_be_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"model\.head_dim=8\. Choose 'auto'"):
+        training("cpu", head_dim=8, attention="cpu")
+    with pytest.raises(ConfigError, match=r"model\.attention='cpu'"):
+        training("tpu", attention="cpu")
+    with pytest.raises(ConfigError, match=r"model\.compute_dtype='float32'"):
+        training("gpu", attention="cudnn")
+
+
+def test_what_auto_means_in_decoding():
+    on_tpu = for_decoding(HALF, "auto", 16, Devices("tpu"))
+    assert on_tpu.attention == KernelPagedAttention(tpu.attend, HeadTile(2, 96))
+    for platform in ("gpu", "cuda"):
+        assert for_decoding(HALF, "auto", 16, Devices(platform)).attention == KernelPagedAttention(gpu.attend)
+    for config, requested, platform in ((MODEL, "auto", "tpu"), (MODEL, "auto", "gpu"), (HALF, "xla", "tpu")):
+        chosen = for_decoding(config, requested, 16, Devices(platform))
+        assert (chosen.attention, chosen.ops) == (PlainPagedAttention(), XLA)
+        assert not chosen.writes_first
+    for config in (MODEL, HALF):
+        assert (for_decoding(config, "auto", 16, make_mesh()).attention != PlainPagedAttention()) == HAS_CPU_KERNELS
+        assert for_decoding(config, "xla", 16, make_mesh()).attention == PlainPagedAttention()
+
+
+def test_heads_that_a_mesh_splits_are_multiplied_by_xla():
+    chosen = for_decoding(MODEL, "auto", 16, make_mesh(data=2, tensor=2))
+    assert chosen.ops is XLA
+    assert chosen.writes_first == HAS_CPU_KERNELS
+
+
+def test_pages_that_a_kernel_cannot_take_are_refused():
+    for platform, page_size in (("tpu", 24), ("gpu", 32)):
+        for_decoding(HALF, "auto", page_size, Devices(platform))
+    for platform, page_size in (("tpu", 12), ("gpu", 48), ("gpu", 8)):
+        for_decoding(MODEL, "auto", page_size, Devices(platform))
+        with pytest.raises(ConfigError, match=f"engine.page_size={page_size}"):
+            for_decoding(HALF, "auto", page_size, Devices(platform))
+
+
+def test_without_the_cpus_folder_there_is_plain_xla(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cpu_kernels("cpu") is None
+    assert training("cpu").attention is xla_attention
+    assert for_decoding(MODEL, "auto", 16, make_mesh()).attention == PlainPagedAttention()
+
+
+def test_a_program_for_other_devices_has_no_kernel_of_the_cpus():
+    x = jax.ShapeDtypeStruct((2, 4, 16), jnp.float32)
+
+    def text(platform):
+        return jax.jit(training(platform).ops.swiglu).lower(x, x).as_text()
+
+    assert ("apr_swiglu" in text("cpu")) == HAS_CPU_KERNELS
+    assert "apr_" not in text("tpu")
