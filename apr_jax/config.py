@@ -52,7 +52,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """What the section of every task has; the task's own dataclass adds to it (`apr_jax/tasks/`)."""
+    """The fields of every task's section; a task's own dataclass adds to them (`apr_jax/tasks/`)."""
 
     name: str  # in `apr_jax.tasks.TASKS`
 
@@ -153,7 +153,7 @@ class EngineConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """What one rollout may cost, and how it is drawn."""
+    """Limits on one rollout, and its sampling."""
 
     max_steps: int  # tokens one thread may generate
     context_window: int  # of task.context_windows: what threads are told and held to; 0 = the largest
@@ -174,7 +174,7 @@ class RolloutConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TreeOfThoughtsConfig:
-    """How the method tree_of_thoughts searches (reasoning/tree_of_thoughts.py)."""
+    """The search of the method tree_of_thoughts (reasoning/tree_of_thoughts.py)."""
 
     search: Literal["breadth_first", "depth_first"]
     breadth: int  # breadth first: states that a level keeps
@@ -187,7 +187,7 @@ class TreeOfThoughtsConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """What a rollout earns (train/rl/reward.py): 1 where its answer is right, less the prices of what it took."""
+    """The reward of a rollout (train/rl/reward.py): 1 for a right answer, less the prices of tokens and threads."""
 
     sequential_token_price: float  # of a token on the longest causal chain, the engine's measured critical path
     token_price: float  # of a token of any thread
@@ -239,7 +239,7 @@ class GRPOConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FaultsConfig:
-    """What is kept against faults, and when a run gives up."""
+    """Settings against faults: the checkpoints that are kept, and the skipped steps after which a run gives up."""
 
     keep_checkpoints: int  # the newest of a phase; the best by validation stays besides
     max_skipped_steps: int  # a run stops after so many steps in a row whose loss or gradient was not finite
@@ -284,7 +284,7 @@ class Config:
 
 
 def check_consistent(config: Config) -> None:
-    """Checks what spans several sections. Raises ConfigError with the two numbers that disagree."""
+    """Check what spans several sections. Raise ConfigError with the two numbers that disagree."""
     model, engine, mesh = config.model, config.engine, config.mesh
     pages_per_thread = -(-model.max_seq_len // engine.page_size)
     batch_shards = mesh.data * mesh.fsdp
@@ -346,13 +346,13 @@ def _check_windows(config: Config) -> None:
 
 
 def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
-    """Converts a ConfigDict (or nested dict) to a Config. Raises ConfigError; never fills in a default."""
+    """Convert a ConfigDict (or nested dict) to a Config. Raise ConfigError; never fill in a default."""
     values = config.to_dict() if isinstance(config, ConfigDict) else config
     return typing.cast(Config, _convert(Config, values, ""))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The nested plain dict that `from_config_dict` takes back, as JSON has it: tuples become lists."""
+    """Return the nested plain dict that `from_config_dict` takes back, as JSON has it: tuples become lists."""
     return dataclasses.asdict(
         config, dict_factory=lambda items: {key: list(v) if isinstance(v, tuple) else v for key, v in items}
     )

@@ -13,12 +13,13 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDERS = ("apr_jax", "launch", "configs", "docs/examples")
 NOT_YET = (  # folders and files that still begin otherwise; to be empty
-    "apr_jax/config.py",
-    "apr_jax/data/countdown_builder.py",
     "apr_jax/data/hf_tokenizer.py",
     "apr_jax/data/shared_sequences.py",
     "apr_jax/data/tokenizer.py",
-    "apr_jax/engine",
+    "apr_jax/engine/decode_cache.py",
+    "apr_jax/engine/sampling.py",
+    "apr_jax/engine/shared_cache.py",
+    "apr_jax/engine/steps.py",
     "apr_jax/evaluation/compare",
     "apr_jax/evaluation/live.py",
     "apr_jax/evaluation/metrics.py",
@@ -33,7 +34,9 @@ NOT_YET = (  # folders and files that still begin otherwise; to be empty
     "docs/examples",
 )
 VERBS = frozenset((ROOT / "tests" / "verbs.txt").read_text().split())
-NOUNS = frozenset({"cache", "call", "count", "cut", "group", "index", "list", "mask", "place", "plan", "record", "run"})
+# Nouns that are verbs too.
+NOUNS = frozenset({"cache", "call", "count", "cut", "group", "index", "limit", "list", "mask", "place", "plan"})
+NOUNS |= {"record", "row", "run", "setting", "state", "step", "test", "trace"}
 # Words that begin an indirect question, a fragment or a sentence without a subject of its own.
 QUESTIONS = frozenset(
     {"also", "and", "as", "at", "both", "by", "for", "how", "if", "in", "its", "of", "on", "that", "what", "when"}
@@ -61,7 +64,9 @@ def _is_property(node: ast.AST) -> bool:
 
 def _is_verb(word: str) -> bool:
     """Return True for an imperative or a third person: read, reads, fetches, carries."""
-    return bool({word, word.removesuffix("s"), word.removesuffix("es"), word.removesuffix("ies") + "y"} & VERBS)
+    return bool(
+        {word, word.removesuffix("s"), word.removesuffix("es"), word.removesuffix("ies") + "y"} & (VERBS - NOUNS)
+    )
 
 
 def _fault(node: ast.AST, text: str) -> str | None:
@@ -71,7 +76,7 @@ def _fault(node: ast.AST, text: str) -> str | None:
         return "begins with an indirect question or a fragment"
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not _is_property(node) and word not in VERBS:
         return "a function's begins with an imperative verb (tests/verbs.txt lists them)"
-    if isinstance(node, ast.ClassDef) and _is_verb(word) and word not in NOUNS:
+    if isinstance(node, ast.ClassDef) and _is_verb(word):
         return "a class's begins with a noun"
     return None
 

@@ -16,10 +16,10 @@ _CANCELLED = Stop(StopReason.CANCELLED, None)
 
 
 class Cancellation:
-    """Applies first successes to the trees of a run."""
+    """The cancellation of programs whose siblings succeeded first."""
 
     def __init__(self, scheduler: Scheduler, recorder: Recorder, resume: Callable[[Node], None]):
-        """`resume` is called with a program whose joined children have all ended."""
+        """Call `resume` with each program whose joined children have all ended."""
         self._scheduler, self._recorder, self._resume = scheduler, recorder, resume
 
     def settle(self, node: Node) -> None:

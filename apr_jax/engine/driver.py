@@ -39,7 +39,7 @@ from apr_jax.engine.threads import (
 
 
 class Driver:
-    """Drives all programs of one run."""
+    """The driver of all programs of one run."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Driver:
         gate: Gate | None = None,
         observer: Observer | None = None,
     ):
-        """`max_steps` limits a thread's tokens, `max_total_tokens` a rollout's; `now` is a clock in seconds."""
+        """Limit a thread's tokens by `max_steps` and a rollout's by `max_total_tokens`; `now` is a clock in seconds."""
         self._waiting = collections.deque(enumerate(programs))
         self._scheduler = scheduler
         self._seed, self._gate = seed, gate

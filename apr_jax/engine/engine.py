@@ -65,7 +65,7 @@ class EngineStats:
 
 
 class Engine:
-    """Decodes programs with one model. Not thread-safe; one run at a time."""
+    """An engine that decodes programs with one model. Not thread-safe; one run at a time."""
 
     def __init__(
         self,

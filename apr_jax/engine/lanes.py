@@ -1,4 +1,4 @@
-"""What the host tells the device about each lane, as arrays, and what the device tells the host."""
+"""The arrays by which the host tells the device about each lane, and the device reports back."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ Place = tuple[int, int, Thread]  # shard, lane, and the thread that stands there
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeLanes:
-    """What the lanes of a decode chunk need from the host, [shards, L, ...]."""
+    """The host's arrays for the lanes of a decode chunk, [shards, L, ...]."""
 
     token: jax.Array  # int32: the thread's last token, not yet computed
     length: jax.Array  # int32: tokens before it = its position
@@ -42,7 +42,7 @@ class SharedLanes:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PrefillLanes:
-    """What a prefill call needs from the host, [shards, L, ...]; W is the strategy's `width` (`prefill.py`)."""
+    """The host's arrays for a prefill call, [shards, L, ...]; W is the strategy's `width` (`prefill.py`)."""
 
     tokens: jax.Array  # int32 [.., W]: neighbouring tokens of one thread
     start: jax.Array  # int32: position of the first
@@ -53,7 +53,7 @@ class PrefillLanes:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What a decode chunk wrote, [shards, ...]."""
+    """The tokens that a decode chunk wrote, [shards, ...]."""
 
     tokens: jax.Array  # int32 [steps, L]
     logprobs: jax.Array  # float32 [steps, L]
@@ -64,7 +64,7 @@ class Written:
 
 @dataclasses.dataclass(frozen=True)
 class LaneFiller:
-    """Fills the lanes' arrays (NumPy) from the scheduler's state."""
+    """A writer of the lanes' arrays (NumPy), from the scheduler's state."""
 
     scheduler: Scheduler
     pages_per_row: int

@@ -1,4 +1,4 @@
-"""What the host tells the lanes, brought to the devices as one array: each array of its own costs the host as much."""
+"""Packing of the lanes' arrays into one, because each array that goes to the devices costs the host as much."""
 
 import dataclasses
 from typing import Any
@@ -19,7 +19,7 @@ class Packed:
 
 
 def pack(tree: Any) -> Packed:
-    """Of NumPy arrays. Raises ValueError where their elements have other than 4 bytes."""
+    """Pack a tree of NumPy arrays. Raise ValueError for an array whose elements have other than 4 bytes."""
     leaves, structure = jax.tree.flatten(tree)
     if any(leaf.dtype.itemsize != 4 for leaf in leaves):
         raise ValueError(f"elements of 4 bytes can be packed, not {[str(leaf.dtype) for leaf in leaves]}")
@@ -29,7 +29,7 @@ def pack(tree: Any) -> Packed:
 
 
 def unpack(packed: Any) -> Any:
-    """On a shard: the tree again, of arrays [L, ...]. What is not packed stays as it is."""
+    """Unpack the tree on a shard, as arrays [L, ...]. What is not packed stays as it is."""
     if not isinstance(packed, Packed):
         return packed
     widths = [int(np.prod(shape)) for shape, _ in packed.parts]

@@ -47,7 +47,7 @@ class PageAllocator:
     """The pages of one data shard."""
 
     def __init__(self, num_pages: int, page_size: int):
-        """Raises ValueError when no page is left beside the trash page."""
+        """Make an allocator. Raise ValueError if no page is left beside the trash page."""
         if num_pages < 2:
             raise ValueError(f"num_pages={num_pages}: page {TRASH_PAGE} is reserved, so at least 2 are needed")
         self.num_pages = num_pages
@@ -144,7 +144,7 @@ class PageAllocator:
         return PageCopy(page, pages[index])
 
     def free(self, table: int) -> None:
-        """Ends a table. Its published pages stay cached while nobody needs the room."""
+        """End a table. Its published pages stay cached while nobody needs the room."""
         self.truncate(table, 0)
         del self._tables[table]
 

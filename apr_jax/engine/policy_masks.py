@@ -42,7 +42,7 @@ class LaneRegisters:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LaneConstraints:
-    """What the grammars of a decode chunk's lanes allow, [...]."""
+    """The grammars of a decode chunk's lanes and their states, [...]."""
 
     edges: jax.Array  # int32 [.., max_edges + num_choices, EDGE_FIELDS + W]
     gate_from: jax.Array  # int32: the chunk's first step at which the gate may stand; -1: a thread without grammar
@@ -101,7 +101,7 @@ def follow(edges_DF: jax.Array, open_D: jax.Array, registers: LaneRegisters, dra
 
 @dataclasses.dataclass(frozen=True)
 class StepConstraint:
-    """What one lane may draw at one step, and what follows from a draw."""
+    """The tokens that one lane may draw at one step, and the effect of a draw."""
 
     banned_mask: jax.Array  # bool [V]
     _gate: GateMasks

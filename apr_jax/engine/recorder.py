@@ -14,7 +14,7 @@ class Recorder:
     """The record of one run."""
 
     def __init__(self, num_rollouts: int, now: Callable[[], float], observer: Observer | None):
-        """`now` is a clock in seconds."""
+        """Make a recorder; `now` is a clock in seconds."""
         self.now, self._observer = now, observer
         self._rollouts: list[Rollout | None] = [None] * num_rollouts
         self.finished = 0

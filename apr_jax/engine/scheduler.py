@@ -1,12 +1,12 @@
-"""Which threads run, on which lanes. Host only, no JAX, deterministic.
+"""The scheduler: it chooses the threads that run, and their lanes. Host only, no JAX, deterministic.
 
 Order is `Thread.priority`: earlier rollouts first, and within a rollout deeper threads first. A thread may take pages
 only from threads that come after it, and gives up its own when there are none. The first thread that wants to decode
 can therefore always run (one full thread fits in a shard, which `Limits` checks), so every thread ends. A thread whose
 pages were taken keeps its tokens and is recomputed by prefill when it runs again.
 
-Workers on a shared cache (`groups.py`) come and go together and are never preempted: what they hold from their start
-suffices to their end, so those who wait for it wait no longer than a Decode takes.
+Workers on a shared cache (`groups.py`) come and go together and are never preempted: the pages they hold from their
+start suffice to their end, so threads that wait for them wait no longer than a Decode takes.
 """
 
 import heapq

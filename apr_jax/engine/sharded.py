@@ -27,7 +27,7 @@ class ShardedStep:
         out_shardings: Any,
         donated: tuple[int, ...] = (0,),
     ):
-        """`function` sees no shard axis; arguments whose spec is not SHARDED reach every shard whole."""
+        """Take a `function` that sees no shard axis. Arguments whose spec is not SHARDED reach every shard whole."""
 
         def local(*arguments: Any) -> Any:
             # A shard sees its slice of the leading axis, of size one.

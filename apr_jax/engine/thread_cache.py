@@ -1,6 +1,6 @@
-"""What the pages hold of each thread: page tables, computed tokens, and prefixes that other threads may adopt. No JAX.
+"""The cache of each thread: page tables, computed tokens, and prefixes that other threads may adopt. No JAX.
 
-A page may be shared only if it and all before it were computed by prefill in whole pages: then its contents are a
+A page may be shared only if it and all before it were computed by prefill in whole pages. Its contents are then a
 function of its tokens and the weights alone, bit for bit.
 """
 

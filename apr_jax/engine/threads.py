@@ -62,7 +62,7 @@ class Turn:
 
 @dataclasses.dataclass(slots=True)
 class Cached:
-    """What the cache has of a thread. The `ThreadCache` alone writes it."""
+    """A thread's part of the cache. The `ThreadCache` alone writes it."""
 
     shard: int = 0
     table: int | None = None  # handle of its page table in the shard's allocator; None: no pages
