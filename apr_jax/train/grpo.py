@@ -58,8 +58,9 @@ def train_grpo(config: Config, mesh: Mesh, phase: Phase, sampler: Sampler, refer
             metrics = validation | sample_metrics(sample, config, sampler.tokenizer) | fetch(terms)
             metrics |= gap_metrics(microbatches, old, grpo.importance_cap)
             metrics["packing"] = packing(sequences, microbatches)
+            ended = time.perf_counter()
             writer.write("grpo", step, metrics)
-            writer.write_timings("grpo", step, timings(sample.drawn, began, rolled_out, time.perf_counter()))
+            writer.write_timings("grpo", step, timings(sample.drawn, began, rolled_out, ended))
             bar.update(1, accuracy=metrics["accuracy"], children=metrics["children_per_rollout"])
             phase.skipped.note("grpo", step, metrics["skipped_rate"], functools.partial(updater.rows, sequences))
 

@@ -91,6 +91,8 @@ class Problems(Sequence[Any]):
 
 
 class _Run:
+    """The stages of a run, and the tokenizer, engine and stop signal that they share."""
+
     def __init__(self, config: Config, workdir: pathlib.Path, mesh: Mesh, stop: StopSignal) -> None:
         self.config, self.workdir, self.mesh, self.stop = config, workdir, mesh, stop
         self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer)
@@ -109,15 +111,16 @@ class _Run:
             if sft.is_extended() and has_reference(self.workdir):
                 self._reopen_sft(sft_step, grpo_step)
             started = has_reference(self.workdir)
-            phase, step = (PHASES[1], grpo_step) if started else (PHASES[0], sft_step)
-            self._build_data()
-            with MetricsWriter(self.workdir, PHASES, phase, step, writes=hosts.is_first()) as writer:
-                if not started:
-                    trained = self._given(checkpoint) if checkpoint else self._sft(start, self._phase(sft, writer))
-                    save_reference(self.workdir, trained)
+            current, step = (PHASES[1], grpo_step) if started else (PHASES[0], sft_step)
+            split = self._build_data()
+            with MetricsWriter(self.workdir, PHASES, current, step, writes=hosts.is_first()) as writer:
+                if checkpoint and not started:
+                    save_reference(self.workdir, self._given(checkpoint))
+                elif not started:
+                    save_reference(self.workdir, self._sft(split, start, self._phase(sft, writer)))
                 reference = load_reference(self.workdir, abstract_params_on(self.mesh, config.model))
                 summary = self.evaluations.run("before", reference)
-                policy = self._grpo(reference, self._phase(grpo, writer))
+                policy = self._grpo(split, reference, self._phase(grpo, writer))
                 summary |= self.evaluations.run("after", policy)
         if hosts.is_first():
             write_json(self.workdir / "summary.json", summary)
@@ -139,8 +142,8 @@ class _Run:
             )
         forget_reference(self.workdir)
 
-    def _build_data(self) -> None:
-        """Build the demonstrations where they are absent, under a progress bar for each split."""
+    def _build_data(self) -> Sequence[Demonstration]:
+        """Return the train split. Builds all splits where they are absent, under a progress bar for each."""
         bars: dict[str, Progress] = {}
 
         def on_progress(split: str, done: int, total: int) -> None:
@@ -155,7 +158,7 @@ class _Run:
             demonstrations.load_split(self.config, "train", on_progress)
 
         self.stop.together(build)
-        self.train_split = demonstrations.load_split(self.config, "train")
+        return demonstrations.load_split(self.config, "train")
 
     def _given(self, checkpoint: pathlib.Path) -> Params:
         """Return the policy at `checkpoint`, on the mesh. Raises ConfigError where its weights are another model's."""
@@ -170,7 +173,7 @@ class _Run:
             raise ConfigError(f"the policy of {checkpoint} is another model:\n" + "\n".join(wrong))
         return place_params(params, self.mesh, self.config.model)
 
-    def _sft(self, start: pathlib.Path | None, phase: Phase) -> Params:
+    def _sft(self, split: Sequence[Demonstration], start: pathlib.Path | None, phase: Phase) -> Params:
         """Return the policy after SFT, which starts from the policy at `start` or from fresh weights."""
         config = self.config
         sft = config.sft
@@ -188,7 +191,7 @@ class _Run:
                 **how,
             )
             rows = train_iterator(
-                self.train_split,
+                split,
                 self.tokenizer,
                 rows_per_batch=sft.rows_per_step,
                 seed=config.seed,
@@ -207,7 +210,7 @@ class _Run:
             params=None if start is None else self._given(start),
         )
 
-    def _grpo(self, reference: Params, phase: Phase) -> Params:
+    def _grpo(self, split: Sequence[Demonstration], reference: Params, phase: Phase) -> Params:
         config, grpo = self.config, self.config.grpo
         if grpo.num_steps == 0:
             return reference
@@ -215,7 +218,7 @@ class _Run:
         held_out: list[Any] = []
         if grpo.validate_every:
             held_out = load_problems(config, "validation", grpo.validation_problems)
-        sampler = Sampler(config, engine, Problems(self.train_split), held_out, self.tokenizer)
+        sampler = Sampler(config, engine, Problems(split), held_out, self.tokenizer)
         return train_grpo(config, self.mesh, phase, sampler, reference)
 
 
