@@ -31,13 +31,12 @@ from apr_jax.model.params import Params, init_params, num_params
 from apr_jax.reasoning.outcome import banned_tokens
 from apr_jax.tasks import task_of
 from apr_jax.tasks.generation import generate_problems
-from apr_jax.train.losses import normalise
 from apr_jax.train.optimizer import make_optimizer, schedule
 from apr_jax.train.rl.advantage import normalised
 from apr_jax.train.rl.sample import Scored
 from apr_jax.train.rl.update import Updater
 from apr_jax.train.scorer import to_mesh
-from apr_jax.train.sft import make_sft_step
+from apr_jax.train.sft import make_sft_step, normalise
 from apr_jax.train.state import create_state
 
 Rows = dict[str, np.ndarray]

@@ -1,4 +1,8 @@
-"""Supervised fine-tuning on demonstrations (paper section 4.2): every call of every thread is a training sequence."""
+"""Supervised fine-tuning on demonstrations (paper section 4.2): every call of every thread is a training sequence.
+
+The loss is `sum_t weight_t * -log pi(target_t)`, with weights that the host computed once for the global batch. So
+gradient accumulation, packing and sharding only reorder one sum and cannot change what is learnt.
+"""
 
 import dataclasses
 import functools
@@ -17,7 +21,6 @@ from apr_jax.data.packing import pad_rows
 from apr_jax.model.params import Params
 from apr_jax.parallel import hosts
 from apr_jax.progress import progress
-from apr_jax.train.losses import normalise, weighted_nll
 from apr_jax.train.optimizer import make_optimizer, schedule
 from apr_jax.train.phase import Phase
 from apr_jax.train.scorer import Batch, Scorer, fetch, make_scorer, to_mesh
@@ -182,3 +185,16 @@ def _loss(scorer: Scorer, params: Params, batch: Batch) -> tuple[jax.Array, Metr
 def _validation_batch(rows: Rows, mesh: Mesh, rows_per_microbatch: int) -> Batch:
     padded = pad_rows({**rows, "weights": normalise(rows["weights"])}, rows_per_microbatch)
     return to_mesh(padded, mesh, len(padded["tokens"]) // rows_per_microbatch)
+
+
+def weighted_nll(logprob_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
+    """Return SFT's loss, sum_t weight_t * -log pi(target_t). Weights of a global batch sum to 1 (`normalise`)."""
+    return -jnp.sum(weights_BT * logprob_BT)
+
+
+def normalise(weights: np.ndarray) -> np.ndarray:
+    """Scale a global batch's weights to sum 1 (float32). Raises ValueError when no token carries weight."""
+    total = float(np.sum(weights, dtype=np.float64))
+    if total <= 0:
+        raise ValueError(f"a batch of shape {weights.shape} has no token to learn from: its weights sum to {total}")
+    return (weights / total).astype(np.float32)

@@ -11,11 +11,10 @@ import pytest
 
 from apr_jax.model.params import init_params
 from apr_jax.parallel.mesh import make_mesh
-from apr_jax.train.losses import normalise
 from apr_jax.train.optimizer import make_optimizer, schedule
 from apr_jax.train.rl.update import Updater
 from apr_jax.train.scorer import to_mesh
-from apr_jax.train.sft import make_sft_step
+from apr_jax.train.sft import make_sft_step, normalise
 from apr_jax.train.state import create_state
 from tests.train.small import on_mesh, random_rows, small_config
 from tests.train.test_grpo import TOKENIZER, made_up_rollouts

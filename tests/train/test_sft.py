@@ -13,10 +13,9 @@ from apr_jax.files import read_jsonl
 from apr_jax.model.params import graphdef, init_params
 from apr_jax.model.views.training import training_rows
 from apr_jax.parallel.mesh import make_mesh
-from apr_jax.train.losses import normalise
 from apr_jax.train.optimizer import make_optimizer, schedule
 from apr_jax.train.scorer import to_mesh
-from apr_jax.train.sft import make_sft_step, train_sft
+from apr_jax.train.sft import make_sft_step, normalise, train_sft
 from apr_jax.train.signals import StoppedError, StopSignal
 from apr_jax.train.state import create_state
 from tests.train.small import on_mesh, open_phase, random_rows, small_config
@@ -195,3 +194,10 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path):
     assert ["validation_loss" in record for record in records] == [False, False, True] * 2
     assert not {"seconds", "tokens_per_second"} & set(records[0])
     assert read_jsonl(whole / "timings.jsonl")[0]["seconds"] > 0
+
+
+def test_normalise():
+    weights = normalise(np.asarray([[1, 0, 3]], np.float32))
+    np.testing.assert_allclose(weights, [[0.25, 0, 0.75]])
+    with pytest.raises(ValueError, match="no token to learn from"):
+        normalise(np.zeros((2, 3), np.float32))

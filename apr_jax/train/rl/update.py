@@ -22,12 +22,11 @@ from apr_jax.model.params import Params
 from apr_jax.model.placement import model_shardings, with_sharding
 from apr_jax.parallel.mesh import BATCH_AXES, partition_spec, replicated
 from apr_jax.reasoning.outcome import banned_tokens, spawn_gate
-from apr_jax.train.losses import LogProbs
 from apr_jax.train.optimizer import make_optimizer
 from apr_jax.train.rl.objective import Terms, Tokens, choose_objective
 from apr_jax.train.rl.sample import Scored
 from apr_jax.train.rl.sequences import training_sequences
-from apr_jax.train.scorer import Batch, make_scorer, to_mesh
+from apr_jax.train.scorer import Batch, LogProbs, make_scorer, to_mesh
 from apr_jax.train.state import TrainState, abstract_state, apply_gradients, state_shardings
 
 Sums = tuple[Params, Terms]

@@ -1,4 +1,4 @@
-"""Scores of targets in chunks, and weights."""
+"""Scores of targets in chunks."""
 
 import math
 import re
@@ -6,9 +6,9 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
-from apr_jax.train import losses
+from apr_jax.train.scorer import num_chunks, token_scores
+from apr_jax.train.sft import weighted_nll
 
 
 def test_chunked_scores_equal_whole_ones():
@@ -17,10 +17,10 @@ def test_chunked_scores_equal_whole_ones():
     targets = jax.random.randint(keys[2], (3, 12), 0, 32)
 
     def loss(head, max_logits):
-        scores = losses.token_scores(hidden, targets, lambda h: h @ head, jax.nn.log_softmax, 32, max_logits)
-        return losses.weighted_nll(scores.logprob_BT, jnp.full((3, 12), 1 / 36)), scores
+        scores = token_scores(hidden, targets, lambda h: h @ head, jax.nn.log_softmax, 32, max_logits)
+        return weighted_nll(scores.logprob_BT, jnp.full((3, 12), 1 / 36)), scores
 
-    assert losses.num_chunks(3, 12, 32, 3 * 3 * 32) == 4
+    assert num_chunks(3, 12, 32, 3 * 3 * 32) == 4
     (whole, scores), grad = jax.value_and_grad(loss, has_aux=True)(head, 1 << 24)
     (chunked, chunked_scores), chunked_grad = jax.value_and_grad(loss, has_aux=True)(head, 3 * 3 * 32)
     np.testing.assert_allclose(chunked, whole, rtol=1e-6)
@@ -31,13 +31,6 @@ def test_chunked_scores_equal_whole_ones():
     np.testing.assert_allclose(whole, expected, rtol=1e-6)
 
 
-def test_normalise():
-    weights = losses.normalise(np.asarray([[1, 0, 3]], np.float32))
-    np.testing.assert_allclose(weights, [[0.25, 0, 0.75]])
-    with pytest.raises(ValueError, match="no token to learn from"):
-        losses.normalise(np.zeros((2, 3), np.float32))
-
-
 def test_chunked_scores_never_hold_all_logits():
     """Neither forward nor backward has an array of B * T * V elements, and without chunks both have."""
     batch, time, dim, vocab = 2, 64, 8, 96
@@ -45,8 +38,8 @@ def test_chunked_scores_never_hold_all_logits():
     def program(max_logits):
         def loss(hidden, head):
             targets = jnp.zeros((batch, time), jnp.int32)
-            scores = losses.token_scores(hidden, targets, lambda h: h @ head, jax.nn.log_softmax, vocab, max_logits)
-            return losses.weighted_nll(scores.logprob_BT, jnp.ones((batch, time)))
+            scores = token_scores(hidden, targets, lambda h: h @ head, jax.nn.log_softmax, vocab, max_logits)
+            return weighted_nll(scores.logprob_BT, jnp.ones((batch, time)))
 
         shapes = jnp.zeros((batch, time, dim)), jnp.zeros((dim, vocab))
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*shapes).compile().as_text()
