@@ -42,7 +42,7 @@ def _files() -> list[pathlib.Path]:
     return sorted([*ROOT.glob("apr_jax/**/*.py"), *ROOT.glob("launch/**/*.py")])
 
 
-def _imports(path: pathlib.Path) -> set[str]:
+def imports(path: pathlib.Path) -> set[str]:
     """Absolute names of every module that a file imports, wherever in the file the import stands."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -71,7 +71,7 @@ def test_imports_run_one_way(path: pathlib.Path):
     own = _own_room(path)
     if own == "__init__":  # the package's front door may offer anything
         return
-    for module in _imports(path):
+    for module in imports(path):
         other = _room(module)
         if other is None or other == own:
             continue
@@ -93,7 +93,7 @@ def test_host_side_needs_no_jax(place: str):
     files = [ROOT / place] if place.endswith(".py") else list((ROOT / place).glob("**/*.py"))
     assert files
     for path in files:
-        found = {name for name in _imports(path) if name.split(".")[0] in ("jax", "jaxlib", "flax", "optax")}
+        found = {name for name in imports(path) if name.split(".")[0] in ("jax", "jaxlib", "flax", "optax")}
         assert not found, f"{path} imports {found}"
 
 
