@@ -68,8 +68,8 @@ class Updater:
     def microbatches(self, sequences: Sequence[dict[str, np.ndarray]]) -> list[Batch]:
         """Pack sequences into rows, and rows into microbatches on the mesh.
 
-        What remains after the last full one goes into halves, quarters, .. of one: an empty row fills it up only where
-        the mesh's rows would not divide otherwise.
+        The rows after the last full microbatch go into halves, quarters, .. of one. Empty rows are added only to make
+        the number of rows a multiple of the mesh's shards.
         """
         if not sequences:
             return []
@@ -87,8 +87,8 @@ class Updater:
     ) -> tuple[TrainState, dict[str, Any], list[jax.Array]]:
         """Take `grpo.inner_updates` optimiser steps on one set of rollouts. The state given is donated.
 
-        The first update is on-policy: its old log-probabilities are its own, with ratio exactly 1, and the later
-        updates refer to the same ones. So they cost no pass of their own.
+        The first update is on-policy: its old log-probabilities are its own, so its ratio is exactly 1. Later updates
+        refer to the same ones. So old log-probabilities cost no forward pass.
 
         Args:
           reference: the reference policy, read when kl_coef > 0.
