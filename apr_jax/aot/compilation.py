@@ -1,4 +1,4 @@
-"""A run's device programs, compiled for accelerators that are not there: what each needs, does and at least takes.
+"""A run's device programs, compiled for accelerators that are not there: memory, work and least time of each.
 
 Programs: the SFT step, GRPO's gradients of one microbatch and its update, the engine's prefill and decode. Trainer and
 engine are built as a run builds them, on shapes instead of arrays. Each host of a slice has an engine of its own over
@@ -56,7 +56,7 @@ class Compiled:
 
     compile_seconds: float
     arguments: int
-    outputs: int  # those that take an argument's memory left out
+    outputs: int  # without those that take an argument's memory
     temporaries: int
     held: int
     cost: Cost
@@ -238,8 +238,8 @@ def grpo_step_seconds(
 ) -> float:
     """Return the least time of a GRPO step whose rollouts each generate a full context of `model.max_seq_len` tokens.
 
-    Decode with every lane busy, then gradients of rows that are full, `inner_updates` times, each with an update.
-    Prefill and the reference's scores are left out.
+    The step decodes with every lane busy, and then computes gradients of full rows and an update, `inner_updates`
+    times. Prefill and the reference's scores are left out.
 
     Args:
         programs: at least "decode", "grpo_gradients" and "grpo_update".

@@ -1,8 +1,8 @@
 """Floating-point operations of a traced program: of its products and attention kernels, in all its loops.
 
-Counted in the jaxpr, before XLA: what a backward pass recomputes is in it, a scan counts as often as it runs, and the
-count is that of all devices together. (XLA counts a loop's body once, and what is inside a kernel not at all.)
-Everything but products is left out: it is bound by bytes.
+The count is of the jaxpr, before XLA, over all devices together. It includes what a backward pass recomputes, and a
+scan counts as often as it runs. (XLA counts a loop's body once, and the inside of a kernel not at all.) Everything but
+products is left out, because it is bound by bytes.
 """
 
 import math

@@ -1,8 +1,8 @@
-"""Reading optimised HLO: what a program moves through memory, and which devices talk to each other.
+"""Reading optimised HLO: the bytes that a program moves through memory, and the devices that talk to each other.
 
-XLA's own cost analysis counts a loop's body once, gives nothing for GPUs and says nothing of collectives. Here each
-computation counts as often as it runs: a loop's body as often as its condition, a comparison with a constant, lets it
-(once where that cannot be told, as in decode's loop, which ends when the lanes have stopped).
+XLA's own cost analysis counts a loop's body once, gives nothing for GPUs and knows no collectives. Here each
+computation counts as often as it runs. A loop's body runs as often as its condition says, where that compares with a
+constant. Other loops count once, such as decode's, which ends when the lanes have stopped.
 """
 
 import collections
@@ -91,8 +91,8 @@ class Program:
     def bytes_moved(self) -> int:
         """Count the bytes that one device reads from and writes to its memory.
 
-        What lies in a TPU's vector memory (`S(1)`) costs nothing, of a slice only its part counts, and of a condition
-        the branch that moves most.
+        Arrays in a TPU's vector memory (`S(1)`) cost nothing, a slice costs its own part, and a conditional costs the
+        branch that moves most.
         """
         return self._moved_by(self.entry)
 
@@ -240,8 +240,8 @@ def sent_bytes(kind: str, payload: int, size: int) -> float:
     """Count the bytes that each of `size` devices sends in a collective on a ring.
 
     Args:
-        payload: of all-gather and all-to-all the whole result, of reduce-scatter the whole operand, of the others
-            what each device holds.
+        payload: the whole result of all-gather and all-to-all, the whole operand of reduce-scatter, and each device's
+            part for the others.
     """
     if size < 2:
         return 0.0

@@ -1,6 +1,6 @@
 """A search for the mesh that a config trains on best: all shapes that divide the devices, the promising ones first.
 
-The estimate is arithmetic on sizes, made in microseconds; what is worth more than that is compiled (`aot.py`).
+The estimate is arithmetic on sizes and takes microseconds; promising meshes are then compiled (`survey.py`).
 """
 
 import dataclasses
@@ -115,9 +115,10 @@ def rows_per_shard(config: Config) -> int:
 def estimate(config: Config, peaks: Peaks) -> Candidate:
     """Estimate an SFT step on the config's mesh, by arithmetic.
 
-    FLOPs: 6 a weight and token, 8 with full remat, and causal attention (Kaplan et al. 2020, section 2.1). Links, on
-    rings: each microbatch gathers the layers' weights over "fsdp" twice and scatters their gradients once, reduces
-    gradients over "data", and reduces two activations a layer over "tensor" forward, backward and where recomputed.
+    FLOPs are 6 a weight and token, 8 with full remat, and those of causal attention (Kaplan et al. 2020, section 2.1).
+    Links are rings. Each microbatch gathers the layers' weights over "fsdp" twice and scatters their gradients once,
+    reduces gradients over "data", and reduces two activations a layer over "tensor" in every pass, recomputation
+    included.
     """
     model, sft, mesh = config.model, config.sft, config.mesh
     devices = mesh.data * mesh.fsdp * mesh.tensor

@@ -119,7 +119,7 @@ class Survey:
                     self.say(f"{label}: compiled in {at_depth[-1][name].compile_seconds:.0f} s")
         if not quick:
             return at_depth[0]
-        # What a run holds beside a program is known without compiling.
+        # The memory that a run holds beside a program is known without compiling.
         held = {name: planned.held for name, planned in planned_programs(config, self.devices).items()}
         both = [name for name in at_depth[0] if name in at_depth[1]]
         layers = config.model.num_layers

@@ -26,11 +26,11 @@ from apr_jax.config import ConfigError
 EXAMPLES = ("tpu:v5e:4x4", "tpu:v5p:2x2x1", "gpu:h100:8")
 INSTALL = "make compile-aot TOPOLOGY=... (or: pip install --no-deps -r tests/aot/requirements.txt)"
 
-_KINDS = {"tpu:v5e": 2, "tpu:v5p": 3, "gpu:h100": 1}  # numbers that its shape has
+_KINDS = {"tpu:v5e": 2, "tpu:v5p": 3, "gpu:h100": 1}  # how many numbers its shape has
 _COMPILERS = {"tpu": "libtpu", "gpu": "jax_plugins.xla_cuda12"}
 _ACCELERATOR = {"v5e": "v5litepod-{chips}", "v5p": "v5p-{cores}"}
 _MAX_GPUS = 8  # in one machine, joined by NVLink
-# libtpu asks the machine what it is; these answer for a machine that isn't a TPU's, and let it run beside another.
+# libtpu asks the machine about its TPU. These answer where there is none, and let it run beside another process.
 _LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 _CUDNN_VERSION = 91100  # what JAX would ask the GPU's machine for; cuDNN attention needs 9.10 or newer
 
@@ -83,12 +83,12 @@ def prepare_process(topology: Topology) -> None:
             f"{INSTALL}"
         )
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # its entries can only be read back where they can run
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # its entries can be read back only where they can run
     if topology.platform == "tpu":
         accelerator = _ACCELERATOR[topology.kind].format(chips=topology.num_devices, cores=2 * topology.num_devices)
         os.environ.update(_LIBTPU, TPU_ACCELERATOR_TYPE=accelerator)
     else:
-        # Nothing can be tuned by trying on a GPU that is not there; cuBLAS takes what Triton's matmuls would.
+        # A GPU that is not there cannot tune by trying. cuBLAS takes what Triton's matmuls would.
         os.environ["XLA_FLAGS"] = (
             "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false "
             f"--xla_gpu_cuda_data_dir={_nvidia() / 'cuda_nvcc'}"
@@ -114,7 +114,7 @@ def compile_only_devices(topology: Topology) -> list[Any]:
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=f"{topology.kind}:{shape}")
     except Exception as error:
-        # libtpu's error is a RuntimeError of several kinds; its text says what it knows
+        # libtpu raises several kinds of RuntimeError; the text names the shapes it knows
         raise ConfigError(f"--topology={topology.name}: the TPU compiler refuses it: {error}") from error
     return sorted(described.devices, key=lambda device: (device.process_index, device.id))
 

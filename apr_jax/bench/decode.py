@@ -55,8 +55,8 @@ def benchmark_decode(
 
     A row holds `tokens_per_second`, `ms_per_step`, `host_share`, `context` (positions a lane held on average),
     `first_visit_seconds` (the prefill is in it) and `roofline_share`: the least time of a step under the limits over
-    the time that it took. Lane counts that the mesh's data shards don't divide are measured on one data shard
-    (`data_shards` says so), against the limits of the whole mesh all the same.
+    the time that it took. Lane counts that the mesh's data shards don't divide are measured on one data shard, as
+    `data_shards` says, and still compared with the limits of the whole mesh.
     """
     lengths = lengths or Lengths(prompt=config.model.max_seq_len // 4, new=config.model.max_seq_len // 2)
     lengths.check(config)

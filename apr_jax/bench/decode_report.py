@@ -9,8 +9,8 @@ from apr_jax.bench.peers import doubt
 def peers_table(figures: dict[str, Any]) -> str:
     """Compare tokens per second of ours and of every peer's every mode by lane count, and ours over theirs.
 
-    Ours stands there twice, measured before the peers and after them: how far the two differ says how far to trust a
-    ratio. Ratios are to the first. A peer without figures says why.
+    Ours is measured twice, before the peers and after them. Their difference shows how much a ratio can be trusted.
+    Ratios are to the first. A peer without figures has its reason instead.
     """
     ours, lanes = figures["lanes"], figures["workload"]["lanes"]
     lines = [f"{'tokens/s at lanes':<20}" + "".join(f"{count:>20}" for count in lanes)]

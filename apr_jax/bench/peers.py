@@ -1,7 +1,7 @@
-"""Runs other systems' decoding on our weights: each peer is a script in an environment of its own, JSON in and out.
+"""Other systems' decoding on our weights. Each peer is a script in an environment of its own, with JSON in and out.
 
 `make peers` makes the environments (`launch/peers/install.py`); the scripts are `launch/peers/peer_NAME.py`. A peer
-that cannot run is reported as such, with the reason; it is never left out.
+that cannot run is reported with the reason, and never left out.
 """
 
 import dataclasses
@@ -73,12 +73,13 @@ def run_peers(
 def judge(greedy_tokens: Mapping[str, Sequence[int]], regret: Regret) -> dict[str, Any]:
     """Return True where all modes of a peer compute our model, by what each wrote greedily after the first prompt.
 
-    Two correct implementations part ways at the first near-tie of two logits, and never meet again after it, so that
-    equality cannot be asked for; in bfloat16 the first token may be one. Asked is how much less likely than the best
-    ones their tokens are, on average, by our float32 forward with their own text before them. Of `:laptop` that is 0 in
-    float32, up to 0.002 in bfloat16, 2.1 with another base of RoPE, and 3.7 for random tokens.
+    Two correct implementations part ways at the first near-tie of two logits, so equal texts cannot be asked for. The
+    measure is the regret: how much less likely than the best tokens a peer's are, on average, by our float32 forward
+    pass over the peer's own text. For `:laptop` it is 0 in float32, up to 0.002 in bfloat16, 2.1 with a wrong base of
+    RoPE, and 3.7 for random tokens.
 
-    Weights straight from `init_params` would prove little: the text repeats its last token, whatever attention does.
+    Weights straight from `init_params` would prove little, because their text repeats its last token whatever attention
+    does.
     """
     regrets = {mode: regret(tokens) for mode, tokens in greedy_tokens.items()}
     return {"regret": regrets, "same_model": all(0 <= value <= MAX_REGRET for value in regrets.values())}

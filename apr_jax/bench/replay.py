@@ -1,8 +1,8 @@
 """Adaptive parallel reasoning as a workload: real problems, their solver's spawns and joins, any model.
 
-A replay opens, decodes, spawns, joins, truncates and appends just as a policy that writes the demonstration would, but
-its tokens are whatever the model draws: speed depends on lengths only. So every model can be measured on the same
-work, a random one too.
+A replay opens, decodes, spawns, joins, truncates and appends as a policy that writes the demonstration would, but its
+tokens are whatever the model draws. Speed depends on lengths only, so every model can be measured on the same work,
+even a random one.
 """
 
 import dataclasses
@@ -67,7 +67,8 @@ def replay(calls: Sequence[ReplayedCall]) -> Program:
 def make_replays(config: Config, tokenizer: Tokenizer, count: int | None) -> list[list[ReplayedCall]]:
     """Return the parent's calls of the solver's search on the first `count` test problems that fit the limits.
 
-    None: as many as there are, up to MAX_PROBLEMS. Raises ConfigError when the test split has fewer than asked for.
+    With `count` None there are as many as the split has, up to MAX_PROBLEMS. Raises ConfigError when the test split has
+    fewer than asked for.
     """
     wanted = MAX_PROBLEMS if count is None else count
 
@@ -108,8 +109,8 @@ def benchmark_replays(
     """Run the replays to their end on a warm engine, and report how well it was used.
 
     Times are in ms, as mean, median and 99th percentile: over calls `ttft`, from the request to the first token known
-    to the host (queueing and prefill included), and `tpot`, the call's time per token (tokens reach the host in visits,
-    so that the first is not told from the next); over rollouts `e2e`.
+    to the host (queueing and prefill included), and `tpot`, the call's time per token; over rollouts `e2e`. Tokens
+    reach the host in visits, so the time of the first token is that of its visit.
     """
     programs = [(RolloutKey(number, 0), replay(calls)) for number, calls in enumerate(replays)]
     rollouts = engine.run(programs, seed=seed, temperature=1.0, on_progress=on_progress)

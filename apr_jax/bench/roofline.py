@@ -48,8 +48,8 @@ class Limits:
 def measure_limits(mesh: Mesh, dtype: str) -> Limits:
     """Read a large matrix (in a sum, and in a product with a vector), and multiply large square matrices in `dtype`.
 
-    What is read is float32, which every backend reads at its memory's rate. A CPU also multiplies by our own kernel,
-    and the faster way counts: XLA's CPU backend is as slow in bfloat16 as in float32.
+    The matrix that is read is float32, which every backend reads at its memory's rate. A CPU also multiplies by our own
+    kernel, and the faster way counts, because XLA's CPU backend is as slow in bfloat16 as in float32.
     """
     devices, on_cpu = mesh.size, mesh.devices.flat[0].platform == "cpu"
     split = NamedSharding(mesh, partition_spec(AXES))

@@ -63,7 +63,7 @@ class Session:
 def take_turns(contestants: Mapping[str, Contestant], turns: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Run passes in turns. Returns by name each counted turn's seconds of a step, the last losses, or an `error`.
 
-    A pass counts with the median of its steps: the first finds caches and memory as the last contestant left them.
+    A pass counts with the median of its steps, because the first step finds the caches of the contestant before.
     """
     rows: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in contestants}
     for turn in range(turns + 1):
@@ -85,7 +85,7 @@ def take_turns(contestants: Mapping[str, Contestant], turns: int, say: Callable[
 def compare(rows: Mapping[str, Mapping[str, Any]], references: Sequence[str], tokens: float) -> dict[str, Any]:
     """Add to each row its median step, tokens/s, and how many times as long as each reference's a step took.
 
-    `over` has, by reference, the median over the turns and the least and the most.
+    `over` has by reference the median, the least and the most over the turns.
     """
     compared: dict[str, Any] = {}
     for name, row in rows.items():
@@ -134,7 +134,7 @@ def training_flops(config: Config, segment_ids: np.ndarray) -> float:
     """Count the floating-point operations of a step's forward and backward pass over rows `[B, T]` without padding.
 
     Six per matrix element and token, and 12 H N L per pair of a token and one that it sees (Kaplan et al. 2020, table
-    1, with the factor of causality counted exactly). What is recomputed is not counted, nor is the optimiser.
+    1, with the factor of causality counted exactly). Neither recomputation nor the optimiser is counted.
     """
     model = config.model
     matrices = num_params(model).non_embedding + model.embed_dim * model.vocab_size
@@ -151,7 +151,7 @@ def training_flops(config: Config, segment_ids: np.ndarray) -> float:
 def benchmark_sft(config: Config, mesh: Mesh, session: Session) -> dict[str, Any]:
     """Measure SFT steps with AdamW, ours and `hf`'s on the same batches, and ours with the config's own optimizer.
 
-    The learning rate is constant, so that losses agree step by step: `same_model` says whether they do.
+    The learning rate is constant, so losses should agree step by step; `same_model` is true where they do.
     """
     batches = packed_rows(config, load_tokenizer(config.data.tokenizer), _SFT_STEPS)
     params = init_params(config.model, config.seed)
@@ -200,9 +200,9 @@ def _sft_pass(
 def benchmark_grpo(config: Config, mesh: Mesh, session: Session) -> dict[str, Any]:
     """Measure GRPO steps of `grpo.prompts_per_step * group_size` rollouts, rollouts included, ours and TRL's.
 
-    The rollouts have the lengths of the solver's searches, `group_size` of each problem. Ours runs them as this method
-    does, children in threads of their own; beside it ours and TRL's write each as one thread of as many tokens. Rewards
-    alternate between 0 and 1 and there is no reference policy, so every rollout is learnt from in one update.
+    The rollouts have the lengths of the solver's searches, `group_size` of each problem. One contestant of ours gives
+    children threads of their own. Another, like TRL, writes each rollout as one thread of as many tokens. Rewards
+    alternate between 0 and 1 and there is no reference policy, so one update learns from every rollout.
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     params = init_params(config.model, config.seed)
@@ -245,7 +245,7 @@ def benchmark_grpo(config: Config, mesh: Mesh, session: Session) -> dict[str, An
 def _with_room(config: Config, tokens: int) -> Config:
     """Return the configuration for threads of so many tokens: longer contexts and rows, and pages for every lane.
 
-    A row of the update takes several of them, since one or two to a row would leave much of it empty.
+    A row of the update holds several threads, because one or two would leave much of it empty.
     """
     page = config.engine.page_size
     length = -(-tokens // page) * page
@@ -307,8 +307,10 @@ def _measure(
 ) -> dict[str, Any]:
     """Take turns, with every mode of the peer among them where it is asked for; a peer that cannot run says why.
 
-    `references` are those of ours that everyone is compared with. `model` is what the peer is given, `tokens` how many
-    a step has.
+    Args:
+      references: contestants of ours that everyone is compared with.
+      model: the configuration and weights that the peer is given.
+      tokens: of a step.
     """
     entered, about, running = dict(contestants), {}, None
     with contextlib.ExitStack() as stack:

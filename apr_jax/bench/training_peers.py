@@ -1,6 +1,6 @@
-"""Runs other systems' training on our weights and batches, pass by pass, so that ours can run in between.
+"""Other systems' training on our weights and batches, pass by pass, so that ours can run in between.
 
-Each peer is a script of `launch/peers/` in an environment of its own (`make peers`), and stays up for as long as it is
+Each peer is a script of `launch/peers/` in an environment of its own (`make peers`), and stays up while it is
 asked for passes; `launch/peers/train_protocol.py` is its side. A peer that cannot run is reported as such.
 """
 
