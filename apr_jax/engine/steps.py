@@ -1,10 +1,10 @@
-"""What runs on the device: decode, page copies and (`prefill.py`) prefill, each compiled once.
+"""The device's programs: decode, page copies and (`prefill.py`) prefill, each compiled once.
 
 A step is one forward over the lanes' tokens. Each data shard runs its own lanes on its own pages (`shard_map` over the
 mesh axis "data"), with a loop of its own length and no communication. Within a shard, heads may be split over "tensor"
 by the compiler.
 
-Every shape is fixed by the configuration, and no floating-point reduction runs over lanes. So a lane's numbers don't
+Every shape is fixed by the configuration, and no floating-point reduction runs over lanes. So a lane's numbers do not
 depend on its neighbours, bit for bit.
 """
 
@@ -42,7 +42,7 @@ _constrain: Callable[..., jax.Array] = jax.lax.with_sharding_constraint
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn."""
+    """The parameters of drawing tokens."""
 
     temperature: jax.Array  # float32 scalar
     banned_mask: jax.Array  # bool [V]

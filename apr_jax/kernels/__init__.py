@@ -27,7 +27,7 @@ from apr_jax.parallel.mesh import TENSOR_AXIS, split_rows
 
 @dataclasses.dataclass(frozen=True)
 class TrainingKernels:
-    """What a training forward computes with, on rows `[B, T]` that are split over the ambient mesh."""
+    """The functions of a training forward, on rows `[B, T]` that are split over the ambient mesh."""
 
     ops: Ops
     attention: TrainingAttention
@@ -36,7 +36,7 @@ class TrainingKernels:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeKernels:
-    """What an engine computes with on each data shard."""
+    """The functions of an engine on each data shard."""
 
     ops: Ops
     attention: PagedAttention

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from apr_jax.model.online_softmax import MASKED_SCORE
+
 ATTENTION_NAME = "attention"  # a policy of `jax.checkpoint` may keep it, so that the backward pass need not attend anew
-_MASKED = -1e30  # finite: a masked score never makes a NaN
 _BLOCK = 128
 _UNROLLED = 1024  # up to this length every block is unrolled
 _SPANS = 8  # a longer row is that many spans of queries, each a loop over its blocks
@@ -95,7 +96,7 @@ def _attend_block(
     if ends_BS is not None:
         visible_BTS &= times_T1[None] < ends_BS[:, None, :]
     scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible_BTS[:, None, None], scores, _MASKED)
+    scores = jnp.where(visible_BTS[:, None, None], scores, MASKED_SCORE)
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)

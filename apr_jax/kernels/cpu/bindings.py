@@ -29,13 +29,6 @@ def to_panels(matrix_DF: jax.Array, paired: bool = False) -> jax.Array:
     return filled.reshape(steps, depth, panels, _PANEL).transpose(2, 0, 3, 1).reshape(panels, steps, -1)
 
 
-def from_panels(panels: jax.Array, inputs: int, outputs: int) -> jax.Array:
-    """Return the matrix `[inputs, outputs]` of which these are the panels."""
-    steps, depth = panels.shape[1], panels.shape[2] // _PANEL
-    split = panels.reshape(-1, steps, _PANEL, depth)
-    return split.transpose(1, 3, 0, 2).reshape(steps * depth, -1)[:inputs, :outputs]
-
-
 def product(x: jax.Array, panels: jax.Array, outputs: int, dtype: Any = None) -> jax.Array:
     """Multiply `x [..., D]` by a matrix `[D, outputs]`, into `[..., outputs]` of `dtype` (None: that of x).
 

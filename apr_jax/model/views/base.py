@@ -8,7 +8,7 @@ from apr_jax.model.ops import Angles
 
 
 class View(Protocol):
-    """What the tokens at hand can see: an immutable pytree.
+    """The tokens that the tokens at hand can see: an immutable pytree.
 
     Leading axes of all arrays are those of the tokens, such as `[B, T]` for rows of a batch and `[L]` for lanes that
     decode a token each.

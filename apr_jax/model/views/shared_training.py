@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from apr_jax.config import ModelConfig
+from apr_jax.model.online_softmax import MASKED_SCORE
 from apr_jax.model.ops import Angles, apply_rope
 from apr_jax.model.rope import rope_angles_once
 
-_MASKED = -1e30
 _BLOCK = 128
 
 
@@ -118,7 +118,7 @@ def _attend_block(
         turned = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
         scores = jnp.where((~own_BTS & (rank_BTS == rank))[:, None, None], turned, scores)
     visible_BTS = _visible(queries, keys, start)
-    scores = jnp.where(visible_BTS[:, None, None], scores, _MASKED)
+    scores = jnp.where(visible_BTS[:, None, None], scores, MASKED_SCORE)
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
