@@ -5,7 +5,7 @@ from typing import Any
 from apr_jax.checkpoints.phases import PhaseName
 from apr_jax.config import ConfigError
 
-# What a checkpoint's numbers depend on. The rest (mesh, evaluation, name, ...) may change from one start to the next.
+# The sections that a checkpoint's numbers depend on. The rest (mesh, evaluation, ..) may change between two starts.
 _SECTIONS = {
     "sft": ("seed", "model", "task", "data", "sft"),
     "grpo": ("seed", "model", "task", "data", "engine", "rollout", "grpo"),

@@ -32,7 +32,7 @@ def train_grpo(config: Config, mesh: Mesh, phase: Phase, sampler: Sampler, refer
     Raises:
       StoppedError: a signal came; the last finished step is saved.
       FloatingPointError: too many steps in a row had a loss or gradient that was not finite (`phase.skipped`).
-      Whatever a program or the engine raises: a bug is no reward.
+      Any error of a program or the engine: a bug is no reward.
     """
     grpo, engine, writer = config.grpo, sampler.engine, phase.writer
     updater = Updater(config, mesh, sampler.tokenizer)

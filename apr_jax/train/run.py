@@ -53,7 +53,7 @@ def train(
     checkpoint: pathlib.Path | None = None,
     start: pathlib.Path | None = None,
 ) -> dict[str, Any]:
-    """Run what of `config` is not done yet in `workdir`, and return the summary.
+    """Run the stages that are not done yet in `workdir`, and return the summary.
 
     Args:
       checkpoint: the policy to start GRPO from (`load_policy`); SFT is then left out.
@@ -99,7 +99,7 @@ class _Run:
         check_vocabulary(config.model, self.tokenizer)
         self.engine = RunEngine(config, mesh, self.tokenizer, stop)
         self.evaluations = Evaluations(config, workdir, self.tokenizer, self.engine, stop)
-        plan = plan_engine(config, mesh)  # what cannot fit is refused before any training
+        plan = plan_engine(config, mesh)  # an engine that cannot fit is refused before any training
         print(f"engine memory: {plan.memory}", file=hosts.messages())
 
     def run(self, checkpoint: pathlib.Path | None, start: pathlib.Path | None) -> dict[str, Any]:
@@ -222,7 +222,7 @@ class _Run:
         return train_grpo(config, self.mesh, phase, sampler, reference)
 
 
-# What must agree for weights to fit; the rest of ModelConfig may change from one run to the next.
+# The fields that must agree for weights to fit. The rest of ModelConfig may change from one run to the next.
 _WEIGHT_FIELDS = (
     "vocab_size",
     "num_layers",

@@ -67,7 +67,7 @@ def token_scores(
 
     def score(hidden_BUD: jax.Array, targets_BU: jax.Array, *given: jax.Array) -> TokenScores:
         logprobs_BUV = log_probs(logits(hidden_BUD), *given)
-        # A masked sum, whose gradient is a mask, too: that of an index would be a scatter.
+        # A masked sum has a mask as its gradient; an index would have a scatter.
         ids_BUV = jax.lax.broadcasted_iota(jnp.int32, logprobs_BUV.shape, logprobs_BUV.ndim - 1)
         chosen_BUV = targets_BU[..., None] == ids_BUV
         picked_BU = jnp.sum(jnp.where(chosen_BUV, logprobs_BUV, 0.0), axis=-1)

@@ -17,11 +17,10 @@ def used_threads(rollout: Rollout, tokenizer: Tokenizer) -> np.ndarray:
     """Give the advantage to the calls of the root and of every *used* thread (`credit="used"`): 1 for these, else 0.
 
     A thread below the root is used if it handed back a winning path and the rollout's answer contains that path, word
-    for word. So in a rollout that solved its problem, credit goes to the root and to the chain of threads that found
-    the solution; in one that gave an answer from a child's wrong path, that child is blamed with the root; a child
-    whose right path the parent miscopied is not blamed; and a child that found nothing, or what nobody took up, has no
-    part in the policy loss, whether the rollout was right or wrong. The weights (N, n_r, token counts) still count
-    every call, and so does the KL term.
+    for word. So a solved rollout credits the root and the chain of threads that found the solution. An answer from a
+    child's wrong path blames that child with the root. A child whose right path the parent miscopied is not blamed. A
+    child that found nothing, or a path that nobody took up, has no part in the policy loss. The weights (N, n_r, token
+    counts) still count every call, and so does the KL term.
     """
     answer: str | None = rollout.result.answer
     last = {call.path: call for call in rollout.calls}

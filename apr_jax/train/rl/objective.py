@@ -9,7 +9,7 @@ mesh change the loss. The surrogate is computed on the device. OBJECTIVES names 
     grpo       (r - mean)/(std + eps)  1/(N n_r T_c)  min(rho A, clip(rho) A)                      2402.03300 eq. 3,
                                                                                                    2504.15466 sec. 4.3
     dr_grpo    r - mean                1/(R M)        as grpo                                      2503.20783 sec. 3.2
-    dapo       as grpo                 1/sum_c T_c    as grpo                                      2503.14476 eq. 8
+    dapo       as grpo                 1/sum_c T_c    as grpo                                      2503.14476 eq. 8, 12
     gspo       as grpo                 1/(N n_r T_c)  min(s A, clip(s) A), s = exp(mean log rho)   2507.18071 eq. 5-7
     cispo      as grpo                 1/sum_c T_c    stop_gradient(clip(rho)) A new               2506.13585 eq. 4-5
 
