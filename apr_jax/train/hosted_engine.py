@@ -17,15 +17,12 @@ from apr_jax.evaluation.run import RunsPrograms
 from apr_jax.model.params import Params, abstract_params, logical_axes
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import RULES, param_shardings
-from apr_jax.reasoning.policy_engine import EngineHolder, policy_engine, workers
+from apr_jax.reasoning.policy_engine import EngineHolder, HeldEngine, policy_engine, workers
 from apr_jax.train.signals import StopSignal
 
 
-class RolloutEngine(RunsPrograms, Protocol):
-    """An engine that takes new weights between runs."""
-
-    def set_params(self, params: Params) -> None: ...
-    def warm_up(self) -> float: ...
+class RolloutEngine(RunsPrograms, HeldEngine, Protocol):
+    """An engine that runs programs and takes new weights between runs."""
 
 
 class RunEngine:
