@@ -12,8 +12,6 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-METHODS_WITHOUT_BUDGET = frozenset({"direct", "hogwild", "tree_of_thoughts"})  # their prompts never name one
-
 
 class ConfigError(ValueError):
     """A configuration that cannot work. The message names the field and says what to do."""
@@ -70,7 +68,7 @@ class DataConfig:
     """The demonstrations on disk and how they become training rows."""
 
     directory: str
-    method: Literal["adaptive", "direct", "hogwild", "pasta", "serial", "tree_of_thoughts"]
+    method: str  # the way of reasoning that is demonstrated and trained, in `apr_jax.reasoning.METHODS`
     tokenizer: str  # "builtin", or the path of a Hugging Face tokenizer.json
     num_train: int  # problems
     num_validation: int
@@ -311,8 +309,7 @@ def check_consistent(config: Config) -> None:
         raise ConfigError(f"model.embed_dim={model.embed_dim} must be a multiple of mesh.fsdp={mesh.fsdp}")
     _check_windows(config)
     config.task.check(config)
-    if config.data.condition_on_budget and config.data.method in METHODS_WITHOUT_BUDGET:
-        raise ConfigError(f"data.condition_on_budget=True: data.method={config.data.method!r} has no budget to name")
+    _check_method(config)
     if config.grpo.validate_every and config.grpo.validation_problems > config.data.num_validation:
         raise ConfigError(
             f"grpo.validation_problems={config.grpo.validation_problems} is more than "
@@ -332,6 +329,22 @@ def check_consistent(config: Config) -> None:
     ):
         if value % batch_shards:
             raise ConfigError(f"{field}={value} must be a multiple of mesh.data * mesh.fsdp = {batch_shards}")
+
+
+def _check_method(config: Config) -> None:
+    """Check that the task has what the method, and what is asked of it, need."""
+    from apr_jax.reasoning import METHODS  # as in `_task_section`
+    from apr_jax.tasks import task_of
+    from apr_jax.tasks.dialect import SpelledSpawnDialect
+
+    data, task = config.data, task_of(config)
+    check_choice("data.method", data.method, METHODS)
+    method = METHODS[data.method]
+    task.dialect(method.name, method.kind)
+    if data.condition_on_budget and method.budget is None:
+        raise ConfigError(f"data.condition_on_budget=True: data.method={data.method!r} has no budget to name")
+    if config.rollout.constrain_spawns:
+        task.dialect(method.name if method.budget == "children" else "adaptive", SpelledSpawnDialect)
 
 
 def _check_windows(config: Config) -> None:

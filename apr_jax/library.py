@@ -26,25 +26,26 @@ from apr_jax.evaluation.metrics import record_rollout
 from apr_jax.evaluation.policy import choose_config, choose_tokenizer
 from apr_jax.model.params import Params
 from apr_jax.parallel.mesh import make_mesh, offer_cpu_devices
-from apr_jax.reasoning.outcome import Outcome, Settings, make_settings
+from apr_jax.reasoning import METHODS
+from apr_jax.reasoning.base import Outcome, Settings
 from apr_jax.reasoning.policy_engine import EngineHolder, policy_engine
 from apr_jax.reasoning.programs import check_method, make_program
+from apr_jax.reasoning.sampling import innermost
+from apr_jax.reasoning.settings import make_settings
 from apr_jax.tasks import task_of
 from apr_jax.tasks.base import Task
-from apr_jax.tasks.countdown.demonstrations import SHARED_METHODS, innermost
-from apr_jax.tasks.countdown.rules import Problem
 
-Method = str | Callable[[Problem, Settings], Generator[Any, Any, Outcome]]
+Method = str | Callable[[Any, Settings], Generator[Any, Any, Outcome]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Solution:
-    """What a policy made of one problem."""
+    """The answer of a policy to one problem, with its price."""
 
-    problem: Problem
-    solved: bool  # by `tasks.countdown.verify`, whatever the policy claims
+    problem: Any
+    solved: bool  # by `Task.verify`, whatever the policy claims
     reason: str  # "correct", or in one snake_case word why it is not solved
-    expression: str | None  # of a solved problem, for people: "(53-22)*2"
+    expression: str | None  # of a solved problem, for people: "(53-22)*2" (`Task.express`)
     answer: str | None  # what the policy claims, as it wrote it
     total_tokens: int  # generated, by all threads
     sequential_tokens: int  # of them one after the other: the longest causal chain
@@ -78,7 +79,7 @@ class Policy:
         Where an earlier one lacks what `method` uses, another takes its place. Raises ConfigError where it does not fit
         the devices.
         """
-        shares = self._holder.made_for or innermost(method) in SHARED_METHODS  # an engine for shared caches runs all
+        shares = self._holder.made_for or METHODS[innermost(method)].shares_cache  # one for shared caches runs all
 
         def make() -> Engine:
             mesh = make_mesh(self.config.mesh)
@@ -92,7 +93,7 @@ class Policy:
 
     def solve(
         self,
-        problems: Sequence[Problem | tuple[int, Sequence[int]]],
+        problems: Sequence[Any],
         *,
         method: Method | None = None,
         temperature: float = 0.0,
@@ -101,24 +102,25 @@ class Policy:
         on_progress: Callable[[Progress], None] | None = None,
         observer: Observer | None = None,
     ) -> list[Solution]:
-        """Decodes each problem once, all at the same time, and verifies the answers.
+        """Decode each problem once, all at the same time, and verify the answers.
 
         Args:
-          problems: each a Problem, or its target and its numbers: `(27, [22, 26, 31, 53])`.
+          problems: as the task reads them (`Task.read_problem`): Countdown's are a Problem, or a target and numbers,
+            `(27, [22, 26, 31, 53])`.
           method: a way of reasoning as `reasoning.programs.make_program` takes it, or a program of your own
-            (docs/write_a_program.md); None is the one that the policy was trained for.
+            (docs/extending.md); None is the one that the policy was trained for.
           temperature: 0 is greedy.
           budget: written into prompts; sub calls, or for a serial method tokens. Other methods may have none.
           on_progress, observer: as of `Engine.run`.
         Raises: ValueError for no problem (`Problem`), an unknown method, several samples at temperature 0, a budget
           that the method has not, or a problem that the tokenizer cannot spell.
         """
-        asked = [problem if isinstance(problem, Problem) else _problem(problem) for problem in problems]
+        asked = [self.task.read_problem(problem) for problem in problems]
         name = method if isinstance(method, str) else self.config.data.method
         if not callable(method):
-            check_method(name, temperature, budget=budget)
+            check_method(name, self.task, temperature, budget=budget)
         settings = make_settings(self.config, self.tokenizer, name, budget=budget)
-        make: Callable[[Problem], Program] = (
+        make: Callable[[Any], Program] = (
             (lambda problem: method(problem, settings))
             if callable(method)
             else (lambda problem: make_program(name, problem, settings))
@@ -130,7 +132,7 @@ class Policy:
         name = getattr(method, "__name__", name) if callable(method) else name
         return [self._solution(problem, rollout, name) for problem, rollout in zip(asked, rollouts, strict=True)]
 
-    def _solution(self, problem: Problem, rollout: Rollout, method: str) -> Solution:
+    def _solution(self, problem: Any, rollout: Rollout, method: str) -> Solution:
         record = record_rollout(
             problem, rollout, self.tokenizer, self.config.model, method=method, keep_calls=False, task=self.task
         )
@@ -175,8 +177,3 @@ def load(
     given = fallback if config is None and saved is None else config
     chosen = choose_config(model, saved, given, overrides or {})
     return Policy(chosen, choose_tokenizer(folder, chosen, saved), params)
-
-
-def _problem(given: tuple[int, Sequence[int]]) -> Problem:
-    target, numbers = given
-    return Problem(tuple(numbers), target)

@@ -16,6 +16,7 @@ the configuration of each. Exit codes: 0 done, 1 failed, 2 bad arguments or conf
 to go on).
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import shlex
@@ -27,9 +28,9 @@ from absl import flags
 from apr_jax import entry
 from apr_jax.config import ConfigError
 from apr_jax.evaluation.compare.grid import Cell, make_cells, read_policies, read_rows
-from apr_jax.evaluation.rollout_sources import check_policy_folder, choose_split, newest_run, read_problems
+from apr_jax.evaluation.rollout_sources import check_policy_folder, choose_split, newest_run, policy_task, read_problems
+from apr_jax.tasks import task_of
 from apr_jax.tasks.base import SPLITS
-from apr_jax.tasks.countdown.rules import Problem
 
 if TYPE_CHECKING:
     from apr_jax.evaluation.compare.cells import Asked, Policy
@@ -47,7 +48,7 @@ _WINDOWS = flags.DEFINE_list("context_windows", [], "Tokens that a thread may ho
 _HELD_OUT = [split for split in SPLITS if split != "train"]
 _SPLIT = flags.DEFINE_enum("split", None, _HELD_OUT, "Which problems, held out by all policies [evaluation.split].")
 _NUM_PROBLEMS = flags.DEFINE_integer("num_problems", None, "How many [evaluation.num_problems].", lower_bound=2)
-_PROBLEMS = flags.DEFINE_string("problems", None, 'JSONL file, {"numbers": [3, 7, 12], "target": 40} a line.')
+_PROBLEMS = flags.DEFINE_string("problems", None, 'JSONL file, such as {"numbers": [3, 7, 12], "target": 40} a line.')
 _KEEP = flags.DEFINE_integer("keep_rollouts", 16, "Problems whose threads are kept for the viewer.", lower_bound=0)
 _JSON = entry.JsonFlag("rows and differences")
 _FIGURE = entry.define_output("figure", "Draw the policies' training curves here.", (".svg",))
@@ -55,19 +56,21 @@ _FIGURE = entry.define_output("figure", "Draw the policies' training curves here
 
 def main() -> int:
     # What can be refused is refused at once, before JAX and its friends have loaded.
-    _CONFIG.config()
-    own = read_problems(_PROBLEMS.value, _NUM_PROBLEMS.value) if _PROBLEMS.value else None
-    if own is not None and len(own) < 2:
-        raise ConfigError(f"--problems={_PROBLEMS.value}: a comparison takes 2 problems or more")
+    config = _CONFIG.config()
     entry.positive_numbers("context_windows", _WINDOWS.value)
     _temperatures(0.0)
     folders = {name: pathlib.Path(folder) for name, folder in read_policies(_POLICIES.value).items()}
     for name, folder in folders.items():
         check_policy_folder(folder, f"policies={name}")
-    try:
-        folders = folders or {(newest := newest_run(_RUNS)).name: newest}
-    except FileNotFoundError as error:
-        raise entry.FailedError(f"{error} (--policies=NAME=FOLDER)") from error
+    if not folders:
+        with contextlib.suppress(FileNotFoundError):
+            folders = {(newest := newest_run(_RUNS)).name: newest}
+    task = policy_task(next(iter(folders.values()), None), config, is_given=_CONFIG.is_given)
+    own = read_problems(task, _PROBLEMS.value, _NUM_PROBLEMS.value) if _PROBLEMS.value else None
+    if own is not None and len(own) < 2:
+        raise ConfigError(f"--problems={_PROBLEMS.value}: a comparison takes 2 problems or more")
+    if not folders:
+        raise entry.FailedError(f"no run with checkpoints in {_RUNS}/: train one first, or name --policies=NAME=FOLDER")
     from apr_jax.checkpoints.integrity import CheckpointError
     from apr_jax.evaluation.report.paired_report import draw_runs
     from apr_jax.model.hf import HuggingFaceError
@@ -89,14 +92,14 @@ def main() -> int:
     return 0
 
 
-def _compare(folders: dict[str, pathlib.Path], own: list[Problem] | None) -> None:
+def _compare(folders: dict[str, pathlib.Path], own: list[Any] | None) -> None:
     from apr_jax.evaluation.compare.cells import check_programs, run_cells
     from apr_jax.evaluation.compare.store import Results
 
     policies = _load(folders)
     cells = _cells(policies)
     asked = _asked(list(policies.values()), own)
-    check_programs(cells)
+    check_programs(cells, asked.task)
     workdir = pathlib.Path(_WORKDIR.value)
     rows = run_cells(
         cells,
@@ -135,13 +138,16 @@ def _cells(policies: "dict[str, Policy]") -> list[Cell]:
     )
 
 
-def _asked(policies: "list[Policy]", own: list[Problem] | None) -> "Asked":
+def _asked(policies: "list[Policy]", own: list[Any] | None) -> "Asked":
     """Return the user's problems, or those of a split."""
     from apr_jax.evaluation.compare.cells import Asked, held_out
 
     config = policies[0].config
     if own is not None and _PROBLEMS.value:
-        return Asked(tuple(own), _PROBLEMS.value, config.seed)
+        tasks = {policy.config.task.name for policy in policies}
+        if len(tasks) > 1:
+            raise ConfigError(f"--policies: they solve problems of several tasks: {', '.join(sorted(tasks))}")
+        return Asked(task_of(config), tuple(own), _PROBLEMS.value, config.seed)
     split, wanted = choose_split(config, _SPLIT.value, _NUM_PROBLEMS.value)
     return held_out(policies, split, wanted)
 

@@ -1,4 +1,4 @@
-"""Evaluate a policy on held-out Countdown problems.
+"""Evaluate a policy on held-out problems of its task.
 
     python launch/evaluate.py                                       # the newest run in runs/
     python launch/evaluate.py --checkpoint=runs/laptop --temperature=1 --json=figures.json
@@ -13,6 +13,7 @@ Exit codes: 0 done, 1 failed, 2 bad arguments or config.
 
 import pathlib
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -23,10 +24,10 @@ from apr_jax.evaluation.rollout_sources import (
     check_policy_folder,
     choose_split,
     newest_run,
+    policy_task,
     read_problems,
 )
 from apr_jax.tasks.base import SPLITS
-from apr_jax.tasks.countdown.rules import Problem
 
 _RUNS = "runs"
 _CONFIG = entry.define_config("grpo.py")
@@ -35,7 +36,7 @@ _CHECKPOINT = flags.DEFINE_string(
 )
 _SPLIT = flags.DEFINE_enum("split", None, list(SPLITS), "Which problems [evaluation.split].")
 _NUM_PROBLEMS = flags.DEFINE_integer("num_problems", None, "How many [evaluation.num_problems].", lower_bound=1)
-_PROBLEMS = flags.DEFINE_string("problems", None, 'JSONL file, {"numbers": [3, 7, 12], "target": 40} a line.')
+_PROBLEMS = flags.DEFINE_string("problems", None, 'JSONL file, such as {"numbers": [3, 7, 12], "target": 40} a line.')
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy [evaluation.temperature].", lower_bound=0.0)
 _BUDGET = flags.DEFINE_integer("budget", None, "Written into prompts: sub calls; serial: tokens.", lower_bound=1)
 _METHOD = flags.DEFINE_string("method", None, "Way of reasoning, such as serial or cons@8:adaptive [the policy's own].")
@@ -48,16 +49,17 @@ _ROLLOUTS = entry.define_output("rollouts", "Write the first problems' threads h
 
 def main() -> None:
     # What can be refused is refused at once, before JAX and its friends have loaded.
-    _CONFIG.config()
-    if _METHOD.value is not None:
-        check_method_flag(_METHOD.value, _TEMPERATURE.value, _BUDGET.value)
-    own_problems = read_problems(_PROBLEMS.value, _NUM_PROBLEMS.value) if _PROBLEMS.value else None
+    config = _CONFIG.config()
     if _CHECKPOINT.value:
         check_policy_folder(pathlib.Path(_CHECKPOINT.value))
     try:
         checkpoint = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else newest_run(_RUNS)
     except FileNotFoundError as error:
         raise entry.FailedError(str(error)) from error
+    task = policy_task(checkpoint, config, is_given=_CONFIG.is_given)
+    if _METHOD.value is not None:
+        check_method_flag(_METHOD.value, task, _TEMPERATURE.value, _BUDGET.value)
+    own_problems = read_problems(task, _PROBLEMS.value, _NUM_PROBLEMS.value) if _PROBLEMS.value else None
     from apr_jax.checkpoints.integrity import CheckpointError
     from apr_jax.data.demonstrations import DatasetError
     from apr_jax.model.hf import HuggingFaceError
@@ -68,10 +70,10 @@ def main() -> None:
         raise entry.FailedError(str(error)) from error
 
 
-def _evaluate(checkpoint: pathlib.Path, own_problems: list[Problem] | None) -> None:
+def _evaluate(checkpoint: pathlib.Path, own_problems: list[Any] | None) -> None:
     from apr_jax import library
     from apr_jax.evaluation.run import ShownProgress, evaluate, save_rollouts, show_summary
-    from apr_jax.reasoning.outcome import make_settings
+    from apr_jax.reasoning.settings import make_settings
 
     given = _CONFIG.config_dict()
     policy = library.load(
@@ -83,7 +85,7 @@ def _evaluate(checkpoint: pathlib.Path, own_problems: list[Problem] | None) -> N
     config, tokenizer = policy.config, policy.tokenizer
     temperature = config.evaluation.temperature if _TEMPERATURE.value is None else _TEMPERATURE.value
     method = _METHOD.value or config.data.method
-    check_method_flag(method, temperature, _BUDGET.value)
+    check_method_flag(method, policy.task, temperature, _BUDGET.value)
     problems, source = (own_problems, _PROBLEMS.value) if own_problems else _problems(config)
     engine = policy.engine_for(method)
     print(f"engine memory: {engine.memory}", file=sys.stderr)
@@ -107,7 +109,7 @@ def _evaluate(checkpoint: pathlib.Path, own_problems: list[Problem] | None) -> N
         save_rollouts(_ROLLOUTS.value, {checkpoint.name: records})
 
 
-def _problems(config: Config) -> tuple[list[Problem], str]:
+def _problems(config: Config) -> tuple[list[Any], str]:
     """Return the problems to evaluate on, and their name."""
     from apr_jax.evaluation.run import load_problems
 

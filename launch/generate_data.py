@@ -23,7 +23,7 @@ from apr_jax.data.tokenizer import token_counter
 from apr_jax.progress import progress
 from apr_jax.tasks import generation, task_of
 from apr_jax.tasks.base import Demonstration
-from apr_jax.tasks.countdown.trace import demonstrated_tokens
+from apr_jax.tasks.dialect import demonstrated_tokens
 
 _NAMES = {"serial": "serial", "adaptive": "parallel"}  # methods that are demonstrated, and their names in the figures
 _CONFIG = entry.define_config("sft.py")
@@ -42,7 +42,8 @@ def main() -> None:
 
 
 def _measure(config: Config) -> None:
-    methods = [name for name in _NAMES if name in task_of(config).methods] or [config.data.method]
+    dialects = task_of(config).dialects
+    methods = [name for name in _NAMES if name in dialects] or [config.data.method]
     count_tokens = token_counter(config.data.tokenizer)
     lengths: list[tuple[int, int]] = []
     with contextlib.ExitStack() as stack:
@@ -54,7 +55,7 @@ def _measure(config: Config) -> None:
                 written = {search.method: dataclasses.asdict(search) for search in searches}
                 output.write(json.dumps(written) + "\n")
             if _TOKENS.value:
-                lengths.append(demonstrated_tokens(searches[-1], count_tokens))
+                lengths.append(demonstrated_tokens(dialects[methods[-1]], searches[-1], count_tokens))
             bar.update()
 
         figures = generation.measure(config, _NUM_PROBLEMS.value, methods, count_tokens, on_problem)

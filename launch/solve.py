@@ -1,8 +1,9 @@
-"""Solve one Countdown problem before your eyes: the target, then the numbers.
+"""Solve one problem before your eyes. Of Countdown: the target, then the numbers.
 
     python launch/solve.py 27 3 9 18                               # the newest run in runs/
     python launch/solve.py 27 22 26 31 53 --checkpoint=runs/laptop/best --temperature=0.5 --seed=1
     python launch/solve.py 27 3 9 18 --method=serial --checkpoint=runs/serial
+    python launch/solve.py '[3+4]*5' --checkpoint=runs/nested_sums # another task writes problems in its own way
     python launch/solve.py 27 3 9 18 --json=-                      # one JSON object on standard output
 
 Threads are drawn on standard error, live on a terminal and as plain lines elsewhere; the verified answer goes to
@@ -14,15 +15,20 @@ import pathlib
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from apr_jax import entry
 from apr_jax.config import ConfigError
-from apr_jax.evaluation.rollout_sources import check_method_flag, check_policy_folder, newest_run, read_problem_words
-from apr_jax.tasks.countdown.demonstrations import innermost
-from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.evaluation.rollout_sources import (
+    check_method_flag,
+    check_policy_folder,
+    newest_run,
+    policy_task,
+    read_problem_words,
+)
+from apr_jax.tasks.base import Task
 
 if TYPE_CHECKING:
     from apr_jax.library import Policy, Solution
@@ -42,16 +48,17 @@ _JSON = entry.JsonFlag("the result")
 def main(words: Sequence[str]) -> None:
     began = time.perf_counter()
     # What can be refused is refused at once, before JAX and its friends have loaded.
-    problem = read_problem_words(words)
-    if _METHOD.value:
-        check_method_flag(_METHOD.value, _TEMPERATURE.value, _BUDGET.value)
-    _CONFIG.config()
+    config = _CONFIG.config()
     if _CHECKPOINT.value:
         check_policy_folder(pathlib.Path(_CHECKPOINT.value))
     try:
         checkpoint = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else newest_run(_RUNS)
     except FileNotFoundError as error:
         raise entry.FailedError(str(error)) from error
+    task = policy_task(checkpoint, config, is_given=_CONFIG.is_given)
+    problem = read_problem_words(task, words)
+    if _METHOD.value:
+        check_method_flag(_METHOD.value, task, _TEMPERATURE.value, _BUDGET.value)
     from apr_jax import library
     from apr_jax.checkpoints.integrity import CheckpointError
     from apr_jax.model.hf import HuggingFaceError
@@ -64,7 +71,7 @@ def main(words: Sequence[str]) -> None:
     except (CheckpointError, FileNotFoundError, HuggingFaceError) as error:
         raise entry.FailedError(str(error)) from error
     method = _METHOD.value or policy.config.data.method
-    check_method_flag(method, _TEMPERATURE.value, _BUDGET.value)
+    check_method_flag(method, policy.task, _TEMPERATURE.value, _BUDGET.value)
     _warn(problem, policy)
     policy.engine_for(method)  # compiles
     started = time.perf_counter()
@@ -72,24 +79,24 @@ def main(words: Sequence[str]) -> None:
     _report(policy, solution, checkpoint, start_ms=(started - began) * 1e3)
 
 
-def _warn(problem: Problem, policy: "Policy") -> None:
+def _warn(problem: Any, policy: "Policy") -> None:
     """Tell the user what the policy was not trained for. Raise ConfigError for a problem that it cannot even read."""
     trained = policy.config.data.method
     try:
-        policy.tokenizer.encode(", ".join(map(str, (problem.target, *problem.numbers))))
+        policy.tokenizer.encode(policy.task.dialects[trained].opening(problem))
     except ValueError as error:
         raise ConfigError(f"the policy's tokenizer cannot spell this problem: {error}") from error
     unlike = policy.task.departures(problem, policy.config.task)
-    if _METHOD.value and innermost(_METHOD.value) != trained:
+    if _METHOD.value and _METHOD.value.rpartition(":")[2] != trained:
         unlike.append(f"--method={_METHOD.value} instead of {trained}")
     if unlike:
         print(f"The policy was not trained for this: {', '.join(unlike)}.", file=sys.stderr)
 
 
-def _solve(problem: Problem, policy: "Policy") -> "Solution":
+def _solve(problem: Any, policy: "Policy") -> "Solution":
     from apr_jax.evaluation.live import LiveThreads
 
-    with LiveThreads(policy.tokenizer) as live:
+    with LiveThreads(policy.task, policy.tokenizer) as live:
         (solution,) = policy.solve(
             [problem],
             method=_METHOD.value,
@@ -117,16 +124,16 @@ def _report(policy: "Policy", solution: "Solution", checkpoint: pathlib.Path, st
         "checkpoint": str(checkpoint),
     }
     _JSON.write(solution.record | result)
-    print(_verdict(solution, solvable))
+    print(_verdict(policy.task, solution, solvable))
     one_after_the_other = f"{solution.sequential_tokens:,} of them one after the other"
     print(f"tokens  {solution.total_tokens:,}, {one_after_the_other}; {solution.num_threads} threads")
     print(f"time    {solution.latency_ms / 1e3:.2f} s, the first token after {first_token_ms / 1e3:.2f} s")
     print(f"start   {start_ms / 1e3:.1f} s for libraries, weights and compilation")
 
 
-def _verdict(solution: "Solution", solvable: bool | None) -> str:
+def _verdict(task: Task, solution: "Solution", solvable: bool | None) -> str:
     if solution.solved:
-        return f"{solution.expression} = {solution.problem.target}"
+        return task.equation(str(solution.expression), solution.problem)
     why = solution.reason.replace("_", " ")
     there_is = {True: "there is a solution", False: "and there is none", None: "whether there is one is not known"}
     return f"not solved: {why}; {there_is[solvable]}"

@@ -27,7 +27,7 @@ LEAVES = {
     "data": {"data", "tasks", "config"},
     "progress": set(),
     "files": set(),
-    "config": {"tasks"},  # the door asks the registry which section a task declares
+    "config": {"tasks", "reasoning"},  # the door asks the registries TASKS and METHODS for names and sections
     "entry": {"config"},
 }
 MAY_USE_LEAVES = {"reasoning", "evaluation", "checkpoints", "train", "library", "bench", "aot", "launch"}

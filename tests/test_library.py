@@ -14,8 +14,8 @@ from apr_jax.evaluation.run import evaluate
 from apr_jax.library import Policy
 from apr_jax.model.hf import save_hf
 from apr_jax.model.params import init_params
-from apr_jax.reasoning.outcome import make_settings
 from apr_jax.reasoning.serial import serial
+from apr_jax.reasoning.settings import make_settings
 from apr_jax.tasks.countdown.rules import Problem
 from configs.grpo import get_config
 from tests.reasoning.fixtures import SMALL, TOKENIZER, Replay, demonstrations

@@ -17,10 +17,10 @@ from apr_jax.config import Config, ConfigError
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import Append, Decode, Join, Open, Program, Progress, Rollout, RolloutKey, Spawn, Truncate
-from apr_jax.tasks import task_of
 from apr_jax.tasks.base import Call, Demonstration
 from apr_jax.tasks.countdown import trace
-from apr_jax.tasks.generation import generate_problems
+from apr_jax.tasks.dialect import SpawnCall
+from apr_jax.tasks.generation import demonstrate, generate_problems
 
 MAX_PROBLEMS = 256  # where no number is asked for
 
@@ -41,7 +41,7 @@ def read_calls(demonstration: Demonstration, tokenizer: Tokenizer) -> list[Repla
     def read(call: Call) -> ReplayedCall:
         end = [] if call.ends_in_spawn else [tokenizer.eos_id]
         spawn = trace.parse_spawn(call.context + call.completion)
-        spawned = len(spawn.contexts) if isinstance(spawn, trace.SpawnCall) else 0
+        spawned = len(spawn.contexts) if isinstance(spawn, SpawnCall) else 0
         return ReplayedCall(
             context=[tokenizer.bos_id, *tokenizer.encode(call.context)],
             tokens=[*tokenizer.encode(call.completion), *end],
@@ -76,13 +76,12 @@ def make_replays(config: Config, tokenizer: Tokenizer, count: int | None) -> lis
         return len(tokenizer.encode(text))
 
     replays: list[list[ReplayedCall]] = []
-    task = task_of(config)
     for index, problem in enumerate(generate_problems(config, "test")):
         if len(replays) == wanted:
             break
         rng = random.Random(f"{config.seed}/replay/{index}")
         calls = read_calls(
-            task.demonstrate(problem, rng, config.task, "adaptive", config.data.condition_on_budget, count_tokens),
+            demonstrate(problem, rng, config.task, "adaptive", config.data.condition_on_budget, count_tokens),
             tokenizer,
         )
         if _fits(calls, config):

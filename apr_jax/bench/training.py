@@ -28,9 +28,9 @@ from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import Decode, Open, Program, RolloutKey
 from apr_jax.model.hf import save_hf
 from apr_jax.model.params import Params, init_params, num_params
-from apr_jax.reasoning.outcome import banned_tokens
-from apr_jax.tasks import task_of
-from apr_jax.tasks.generation import generate_problems
+from apr_jax.reasoning import METHODS
+from apr_jax.reasoning.settings import banned_tokens
+from apr_jax.tasks.generation import demonstrate, generate_problems
 from apr_jax.train.optimizer import make_optimizer, schedule
 from apr_jax.train.rl.advantage import normalised
 from apr_jax.train.rl.sample import Scored
@@ -105,7 +105,7 @@ def packed_rows(config: Config, tokenizer: Tokenizer, batches: int) -> list[Rows
     """Make batches of an SFT run's rows, with weights that sum to 1."""
     problems = generate_problems(config, "train")
     demonstrations = [
-        task_of(config).demonstrate(
+        demonstrate(
             problem,
             random.Random(f"{config.seed}/benchmark/{index}"),
             config.task,
@@ -123,6 +123,7 @@ def packed_rows(config: Config, tokenizer: Tokenizer, batches: int) -> list[Rows
         seed=config.seed,
         replay_weight=config.data.replay_weight,
         loss_on_context=config.data.loss_on_context,
+        shares_cache=METHODS[config.data.method].shares_cache,
         shard_index=0,
         shard_count=1,
     )

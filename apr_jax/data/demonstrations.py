@@ -24,6 +24,7 @@ from apr_jax.config import Config
 from apr_jax.data.tokenizer import token_counter
 from apr_jax.tasks import task_of
 from apr_jax.tasks.base import SPLITS, Call, Demonstration, OnProgress, Split, Task, split_size
+from apr_jax.tasks.dialect import Dialect
 from apr_jax.tasks.generation import draw_splits, generate_split
 
 # Fields of DataConfig that say where the data lie or how they are used later, not what they are.
@@ -125,7 +126,8 @@ def fingerprint(config: Config) -> str:
     """Return 16 hexadecimal digits that differ where the demonstrations may differ."""
     data = config.data
     values = {key: value for key, value in dataclasses.asdict(data).items() if key not in _NOT_IN_FINGERPRINT}
-    if task_of(config).counts_tokens(config.task, data.method, data.condition_on_budget):
+    dialect = task_of(config).dialect(data.method, Dialect)
+    if dialect.counts_tokens(config.task, budget=data.condition_on_budget):
         values["tokenizer"] = _tokenizer_fingerprint(data.tokenizer)  # what is counted is its tokens
     settings = {"task": dataclasses.asdict(config.task), "data": values, "seed": config.seed}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

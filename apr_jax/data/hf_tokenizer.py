@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import tokenizers
 
 from apr_jax.data.tokenizer import save_files
-from apr_jax.tasks.countdown.trace import CALL_BEGIN, CALL_END, JOIN_BEGIN
+from apr_jax.tasks.dialect import CALL_BEGIN, CALL_END, JOIN_BEGIN
 
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[BOS]", "<|endoftext|>")
 _EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>", "[EOS]", "<|endoftext|>")

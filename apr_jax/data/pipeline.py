@@ -21,7 +21,6 @@ from apr_jax.data.shared_sequences import SharedCalls, tokenize_shared
 from apr_jax.data.tokenized import LossWeights, Sequence1D, TokenizedCalls, tokenize_calls
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.tasks.base import Demonstration
-from apr_jax.tasks.countdown.demonstrations import SHARED_METHODS
 
 PackedBatch = dict[str, NDArray[np.generic]]
 
@@ -71,6 +70,7 @@ def train_iterator(
     seed: int,
     replay_weight: float,
     loss_on_context: bool,
+    shares_cache: bool,
     shard_index: int,
     shard_count: int,
 ) -> TrainIterator:
@@ -86,6 +86,7 @@ def train_iterator(
       seed: the seed of the order, which differs in every epoch.
       replay_weight: loss weight of a winning path's replay, relative to the completion's other tokens.
       loss_on_context: True if context tokens have loss.
+      shares_cache: True if calls are workers that saw each other: those of a demonstration are one sequence.
       shard_index: this host.
       shard_count: number of hosts.
 
@@ -93,7 +94,8 @@ def train_iterator(
       ValueError: shard_index is not below shard_count, or nothing is left to train on.
     """
     seed %= 1 << 32  # what Grain and NumPy take
-    calls = _tokenizing(source)(_shard(source, shard_index, shard_count), tokenizer, row_len=row_len)
+    tokenize = _tokenizing(shares_cache=shares_cache)
+    calls = tokenize(_shard(source, shard_index, shard_count), tokenizer, row_len=row_len)
     weights = LossWeights(replay_weight, loss_on_context, tokenizer.join_begin_id)
     sequences: grain.MapDataset[Sequence1D] = (
         grain.MapDataset.range(len(calls))
@@ -115,6 +117,7 @@ def validation_batches(
     num_rows: int,
     replay_weight: float,
     loss_on_context: bool,
+    shares_cache: bool,
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> list[PackedBatch]:
@@ -126,7 +129,8 @@ def validation_batches(
     if num_rows < 1 or num_rows % rows_per_batch:
         raise ValueError(f"num_rows={num_rows} must be a positive multiple of rows_per_batch={rows_per_batch}")
     shard = _shard(source, shard_index, shard_count)
-    calls = _tokenizing(source)(shard, tokenizer, row_len=row_len, max_tokens=num_rows * (row_len + 1))
+    tokenize = _tokenizing(shares_cache=shares_cache)
+    calls = tokenize(shard, tokenizer, row_len=row_len, max_tokens=num_rows * (row_len + 1))
     weights = LossWeights(replay_weight, loss_on_context, tokenizer.join_begin_id)
     num_calls = len(calls)
     packing = pack([calls.sequence(index, weights) for index in range(num_calls)], row_len)
@@ -140,9 +144,9 @@ def validation_batches(
     ]
 
 
-def _tokenizing(source: Sequence[Demonstration]) -> Callable[..., TokenizedCalls | SharedCalls]:
+def _tokenizing(*, shares_cache: bool) -> Callable[..., TokenizedCalls | SharedCalls]:
     """Choose the tokenisation: each call of a thread is a sequence, but workers that see each other share one."""
-    return tokenize_shared if source[0].method in SHARED_METHODS else tokenize_calls
+    return tokenize_shared if shares_cache else tokenize_calls
 
 
 def _shard(source: Sequence[Demonstration], shard_index: int, shard_count: int) -> Iterator[Demonstration]:

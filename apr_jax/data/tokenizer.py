@@ -17,8 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from apr_jax.tasks.countdown.pasta_traces import SYNC
-from apr_jax.tasks.countdown.thought_traces import VALUES
-from apr_jax.tasks.countdown.trace import CALL_BEGIN, CALL_END, JOIN_BEGIN, JOIN_END
+from apr_jax.tasks.dialect import CALL_BEGIN, CALL_END, JOIN_BEGIN, JOIN_END, VALUES
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 LARGEST_NUMBER = 255  # the largest number that is one token; larger ones are spelt in digit tokens

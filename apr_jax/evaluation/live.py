@@ -11,7 +11,7 @@ from rich.text import Text
 
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.threads import Happening, Path, RolloutKey, Thread
-from apr_jax.tasks.countdown.rules import claims_goal
+from apr_jax.tasks.base import Task
 
 _REDRAW_SECONDS = 0.05
 _LAST_TOKENS = 96  # that a thread's last line is looked for in
@@ -23,7 +23,7 @@ _STATES = {
     Happening.ENDED: ("ended", "dim"),
     Happening.CANCELLED: ("cancelled", "dim"),
 }
-_FOUND = ("has a path", "bold green")  # a claim: who verifies it is `tasks.countdown.verify`
+_FOUND = ("has a path", "bold green")  # a claim: `Task.verify` judges it
 
 
 @dataclasses.dataclass
@@ -35,9 +35,9 @@ class _Row:
 class LiveThreads:
     """An `observer` for Engine.run that shows the threads of one rollout. Use as a context manager."""
 
-    def __init__(self, tokenizer: Tokenizer, console: Console | None = None) -> None:
-        """Shows them on `console`, by default standard error."""
-        self._tokenizer = tokenizer
+    def __init__(self, task: Task, tokenizer: Tokenizer, console: Console | None = None) -> None:
+        """Show them on `console`, by default standard error."""
+        self._task, self._tokenizer = task, tokenizer
         self._console = Console(stderr=True, highlight=False) if console is None else console
         self._rows: dict[Path, _Row] = {}
         self._start = self._drawn = time.monotonic()
@@ -94,7 +94,7 @@ class LiveThreads:
         return Text(text + (f"  {self._last_line(thread)}" if ended else ""))
 
     def _state(self, thread: Thread, happening: Happening) -> tuple[str, str]:
-        if happening is Happening.ENDED and claims_goal(self._text(thread)):
+        if happening is Happening.ENDED and self._task.claims_answer(self._text(thread)):
             return _FOUND
         return _STATES[happening]
 

@@ -12,8 +12,9 @@ from typing import Any
 from apr_jax.config import ModelConfig
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.threads import Call, Rollout, StopReason
-from apr_jax.reasoning.outcome import Outcome, Sample
-from apr_jax.reasoning.sampling import CHOICES
+from apr_jax.reasoning import METHODS
+from apr_jax.reasoning.base import Outcome, Sample
+from apr_jax.reasoning.sampling import CHOICES, innermost
 from apr_jax.tasks.base import Task
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
@@ -112,11 +113,11 @@ def _sample_figures(samples: Sequence[Sample], calls: Sequence[Call], problem: A
             for sample, right, written in zip(samples, correct, tokens, strict=True)
         ],
         "pass_at_k": [pass_at_k(len(samples), sum(correct), k) for k in counts],
-        "cons_at_k": [float(correct[CHOICES["cons"](samples[:k], problem)]) for k in counts],
+        "cons_at_k": [float(correct[CHOICES["cons"](samples[:k], problem, task)]) for k in counts],
         "tokens_at_k": [sum(tokens[:k]) for k in counts],
     }
     if all(sample.mean_logprob is not None for sample in samples if sample.answer is not None):
-        figures["best_at_k"] = [float(correct[CHOICES["best"](samples[:k], problem)]) for k in counts]
+        figures["best_at_k"] = [float(correct[CHOICES["best"](samples[:k], problem, task)]) for k in counts]
     return figures
 
 
@@ -222,8 +223,13 @@ def _without_end(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
 def _threads(
     calls: Sequence[Call], record: Mapping[str, Any], problem: Any, tokenizer: Tokenizer, task: Task
 ) -> list[dict[str, Any]]:
-    """How each thread ended: the root's verdict; a child's cancelled, truncated, malformed or `task.child_result`."""
+    """Say how each thread ended: the root by its verdict, a child as cancelled, truncated, malformed or by its dialect.
+
+    Children of a program that is no method are read by the task's first dialect.
+    """
     last = {call.path: call for call in calls}
+    method = METHODS.get(innermost(record["method"]))
+    dialect = next(iter(task.dialects.values())) if method is None else task.dialects[method.dialect]
     threads = []
     for path, call in last.items():
         if not path:
@@ -239,6 +245,6 @@ def _threads(
                 tokenizer.decode(call.context.tolist()[1:]),
                 tokenizer.decode(call.tokens.tolist()[:-1]),
             )
-            result = task.child_result(record["method"], context, completion, problem)
+            result = dialect.child_result(context, completion, problem)
         threads.append({"path": list(path), "result": result})
     return threads

@@ -1,20 +1,22 @@
 """Where problems and policies come from: files and run folders. Light to import, so that mistakes are told at once."""
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from apr_jax.config import Config, ConfigError
-from apr_jax.tasks.base import Split, split_size
-from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks import TASKS, task_of
+from apr_jax.tasks.base import Split, Task, split_size
 
 
 class ProblemFileError(ConfigError):
     """A problem file that cannot be read. The message names the file and the line."""
 
 
-def read_problems(path: str | pathlib.Path, limit: int | None = None) -> list[Problem]:
-    """Problems from a JSONL file: `{"numbers": [3, 7, 12], "target": 40}` a line; other keys are ignored.
+def read_problems(task: Task, path: str | pathlib.Path, limit: int | None = None) -> list[Any]:
+    """Read problems from a JSONL file, each as `task.describe` writes it; other keys are ignored.
 
     Raises ProblemFileError, which names the line, for anything else, and for a file that is missing or has no problem.
     """
@@ -26,35 +28,40 @@ def read_problems(path: str | pathlib.Path, limit: int | None = None) -> list[Pr
     problems = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            problems.append(_read_problem(line, f"{path}, line {number}"))
+            problems.append(_read_problem(task, line, f"{path}, line {number}"))
     if not problems:
         raise ProblemFileError(f"{path}: holds no problem")
     return problems if limit is None else problems[:limit]
 
 
-def read_problem_words(words: Sequence[str]) -> Problem:
-    """A problem from the words of a command line: the target, then the numbers. Raises ConfigError with an example."""
-    example = "name the target and then the numbers: 27 22 26 31 53"
-    for word in words:
-        if not (word.isascii() and word.isdecimal()):
-            raise ConfigError(f"{word!r} is no whole number; {example}")
-    if len(words) < 3:
-        raise ConfigError(f"a problem is a target and at least two numbers, and here are {len(words)}; {example}")
+def read_problem_words(task: Task, words: Sequence[str]) -> Any:
+    """Read a problem from the words of a command line. Raises ConfigError with an example."""
     try:
-        target, *numbers = map(int, words)
-        return Problem(tuple(numbers), target)
+        return task.read_words(words)
     except ValueError as error:
-        raise ConfigError(f"{error}; {example}") from error
+        raise ConfigError(f"{error}; a problem of {task.name} is written as {task.example}") from error
+
+
+def policy_task(folder: pathlib.Path | None, config: Config, *, is_given: bool) -> Task:
+    """Return the task that the policy in `folder` was trained for, without loading it.
+
+    A policy without a configuration of its own, or in whose place one `is_given`, has `config`'s task.
+    """
+    metas = () if folder is None or is_given else (folder if folder.is_dir() else folder.parent).rglob("meta/metadata")
+    for meta in metas:
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # loading it will say what is wrong with it
+            return TASKS[json.loads(meta.read_bytes())["config"]["task"]["name"]]
+    return task_of(config)
 
 
 def check_policy_folder(path: pathlib.Path, flag: str = "checkpoint") -> None:
-    """Raises ConfigError unless there is a folder `path`, or `path` is "best" in one (`load_policy`)."""
+    """Raise ConfigError unless there is a folder `path`, or `path` is "best" in one (`load_policy`)."""
     if not path.is_dir() and not (path.name == "best" and path.parent.is_dir()):
         raise ConfigError(f"--{flag}={path}: no such folder")
 
 
 def newest_run(root: str | pathlib.Path) -> pathlib.Path:
-    """The run folder below `root` whose checkpoints were written last. Raises FileNotFoundError where there is none."""
+    """Return the run folder below `root` whose checkpoints were written last. Raises FileNotFoundError for none."""
     folders = [checkpoints for checkpoints in pathlib.Path(root).glob("*/checkpoints") if any(checkpoints.iterdir())]
     if not folders:
         raise FileNotFoundError(f"no run with checkpoints in {root}/: train one first, or name a --checkpoint")
@@ -62,7 +69,7 @@ def newest_run(root: str | pathlib.Path) -> pathlib.Path:
 
 
 def choose_split(config: Config, split: str | None, num_problems: int | None) -> tuple[Split, int]:
-    """Which split's first problems, and how many: what was asked for, else `config.evaluation`'s.
+    """Return the split to take problems from, and how many: as asked for, else as in `config.evaluation`.
 
     A split that was asked for without a number gives no more than it has: it may be smaller than the config's.
     """
@@ -73,30 +80,24 @@ def choose_split(config: Config, split: str | None, num_problems: int | None) ->
     return chosen, wanted if split is None else min(wanted, split_size(config.data, chosen))
 
 
-def check_method_flag(method: str, temperature: float | None, budget: int | None) -> None:
-    """`reasoning.programs.check_method` for --method: raises ConfigError."""
+def check_method_flag(method: str, task: Task, temperature: float | None, budget: int | None) -> None:
+    """Check --method, as `reasoning.programs.check_method`. Raises ConfigError."""
     from apr_jax.reasoning.programs import check_method  # slower to import than the rest here
 
     try:
-        check_method(method, temperature, budget=budget)
-    except ValueError as error:
+        check_method(method, task, temperature, budget=budget)
+    except ConfigError as error:
         raise ConfigError(f"--{error}") from error
 
 
-def _read_problem(line: str, where: str) -> Problem:
-    example = 'a line takes {"numbers": [3, 7, 12], "target": 40}'
+def _read_problem(task: Task, line: str, where: str) -> Any:
+    example = f"a line takes {json.dumps(task.describe(task.read_words(task.example.split())))}"
     try:
-        value = json.loads(line)
+        return task.read_problem(json.loads(line))
     except json.JSONDecodeError as error:
         raise ProblemFileError(f"{where}: not JSON ({error}); {example}") from error
-    if not isinstance(value, dict) or "numbers" not in value or "target" not in value:
-        raise ProblemFileError(f"{where}: no object with numbers and target; {example}")
-    if not isinstance(value["numbers"], list):
-        raise ProblemFileError(f"{where}: numbers={value['numbers']!r} is not a list; {example}")
-    try:
-        return Problem(numbers=tuple(value["numbers"]), target=value["target"])
     except ValueError as error:
-        raise ProblemFileError(f"{where}: {error}") from error
+        raise ProblemFileError(f"{where}: {error}; {example}") from error
 
 
 def _written(checkpoints: pathlib.Path) -> float:

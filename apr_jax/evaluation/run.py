@@ -11,8 +11,8 @@ from apr_jax.engine.threads import Program, Progress, Rollout, RolloutKey
 from apr_jax.evaluation.metrics import record_rollout, summarize
 from apr_jax.files import write_jsonl
 from apr_jax.progress import progress
-from apr_jax.reasoning.outcome import Settings
-from apr_jax.reasoning.programs import PROGRAMS, check_method, make_program
+from apr_jax.reasoning.base import Settings
+from apr_jax.reasoning.programs import check_method, make_program
 from apr_jax.tasks.base import OnProgress, Split
 
 Record = dict[str, Any]
@@ -50,19 +50,18 @@ def evaluate(
 
     Args:
       engine: holds the policy's weights.
-      method: as `reasoning.programs.make_program` takes it, of the task's programs.
+      method: as `reasoning.programs.make_program` takes it.
       seed, temperature: of the sampling; temperature 0 is greedy.
       keep_calls: the first so many records keep their threads' text, for `save_rollouts`.
     Raises: ValueError for no problems, and as `check_method` for `method` with its temperature and budget.
     """
     if not problems:
         raise ValueError("nothing to evaluate: no problems")
-    known = settings.task.programs or PROGRAMS
-    check_method(method, temperature, known, budget=settings.budget)
+    check_method(method, settings.task, temperature, budget=settings.budget)
     programs = [
         (
             RolloutKey(problem=index, sample=0),
-            make_program(method, problem, settings, known),
+            make_program(method, problem, settings),
         )
         for index, problem in enumerate(problems)
     ]

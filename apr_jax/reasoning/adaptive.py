@@ -2,34 +2,34 @@
 
 Pan et al., arXiv 2504.15466, section 3. A thread decodes until it ends or writes a spawn. The spawn's contexts open
 child threads, each a program of its own; their results are joined, and the joined text replaces the spawn text in the
-parent.
+parent. Children begin from their context alone or, where the dialect says so, from a fork of their parent.
 """
 
 import dataclasses
 from collections.abc import Generator
 from typing import Any
 
-from apr_jax.engine.threads import Append, Decode, Join, Open, Spawn, StopReason, Truncate
-from apr_jax.reasoning.outcome import (
+from apr_jax.engine.threads import Append, Decode, Join, Open, Spawn, StopReason, Thread, Truncate
+from apr_jax.reasoning.base import (
+    Method,
     Outcome,
     Settings,
     Status,
+    mark_id,
     prompt_tokens,
-    read_ending,
     thread_text,
     token_index,
     truncated_reason,
 )
 from apr_jax.reasoning.spawn_grammar import ThreadGrammar
-from apr_jax.tasks.countdown import trace
-from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.dialect import ChildResult, Malformed, SpawnCall, SpawnDialect
 
 
 @dataclasses.dataclass
 class _Search:
-    """One thread's search, and what it counted in the tree below it."""
+    """One thread's search, with the counts of the tree below it."""
 
-    text: str = ""
+    text: str = ""  # from its own prompt on
     failure: tuple[Status, str] | None = None  # "malformed" or "truncated", and the reason
     num_spawns: int = 0
     num_children: int = 0
@@ -39,18 +39,19 @@ class _Search:
 
 @dataclasses.dataclass(frozen=True)
 class _Child:
-    """What a child program returns to its parent."""
+    """The value that a child program returns to its parent."""
 
-    result: trace.ChildResult
+    result: ChildResult
     reason: str | None  # why the result says "no solution" where the child's search did not end well
     search: _Search
 
 
-def adaptive(problem: Problem, settings: Settings) -> Generator[Any, Any, Outcome]:
-    """APR on one problem. Malformed and cut-off threads are outcomes with a reason, never exceptions."""
-    prompt = trace.parent_prompt(problem, settings.budget, settings.context_window)
-    search = yield from _search(prompt, settings, 0, settings.max_total_children)
-    answer, status, reason = (None, *search.failure) if search.failure else read_ending(search.text)
+def adaptive(problem: Any, settings: Settings) -> Generator[Any, Any, Outcome]:
+    """Run APR on one problem. Malformed and cut-off threads are outcomes with a reason, never exceptions."""
+    dialect = settings.task.dialect("adaptive", SpawnDialect)
+    prompt = dialect.prompt(problem, settings.budget, settings.context_window)
+    search = yield from _search(dialect, prompt, None, settings, 0, settings.max_total_children)
+    answer, status, reason = (None, *search.failure) if search.failure else dialect.read_ending(search.text)
     return Outcome(
         answer=answer,
         status=status,
@@ -62,50 +63,62 @@ def adaptive(problem: Problem, settings: Settings) -> Generator[Any, Any, Outcom
     )
 
 
-def _child(context: str, node_id: str, settings: Settings, depth: int, allowance: int) -> Generator[Any, Any, _Child]:
-    prompt = trace.in_window(context, settings.context_window)
-    search = yield from _search(prompt, settings, depth, allowance)
+ADAPTIVE = Method(name="adaptive", program=adaptive, dialect="adaptive", kind=SpawnDialect, budget="children")
+
+
+def _child(
+    dialect: SpawnDialect, name: str, context: str, parent: Thread, settings: Settings, depth: int, allowance: int
+) -> Generator[Any, Any, _Child]:
+    prompt = dialect.child_prompt(context, settings.context_window)
+    fork_of = parent if dialect.children == "fork" else None
+    search = yield from _search(dialect, prompt, fork_of, settings, depth, allowance)
     if search.failure is not None:
-        return _Child(trace.ChildResult(node_id, None), search.failure[1], search)
-    result = trace.read_child_result(search.text, node_id)
-    if isinstance(result, trace.Malformed):
-        return _Child(trace.ChildResult(node_id, None), result.reason, search)
+        return _Child(ChildResult(name, None), search.failure[1], search)
+    result = dialect.read_child(search.text, name)
+    if isinstance(result, Malformed):
+        return _Child(ChildResult(name, None), result.reason, search)
     return _Child(result, None, search)
 
 
-def _search(prompt: str, settings: Settings, depth: int, allowance: int) -> Generator[Any, Any, _Search]:
-    """Decodes one thread to its end; spawns on the way are run and joined.
+def _search(
+    dialect: SpawnDialect, prompt: str, fork_of: Thread | None, settings: Settings, depth: int, allowance: int
+) -> Generator[Any, Any, _Search]:
+    """Decode one thread to its end; spawns on the way are run and joined.
 
     `allowance` caps the children in the tree below the thread. What a spawn leaves of it is split as the engine splits
     tokens: one part in n + 1 to each of n children that may spawn themselves, and what they did not use comes back.
     """
     tokenizer, search = settings.tokenizer, _Search()
-    stop_tokens = (tokenizer.call_end_id, tokenizer.eos_id)
-    spawns = 0
-    thread = yield Open(prompt_tokens(tokenizer, prompt), max_length=settings.context_window)
+    stop_tokens = (mark_id(tokenizer, dialect.spawn_end), tokenizer.eos_id)
+    spawns = inherited = 0
+    if fork_of is None:
+        thread = yield Open(prompt_tokens(tokenizer, prompt), max_length=settings.context_window)
+    else:
+        inherited = len(thread_text(tokenizer, fork_of))
+        thread = yield Open(tokenizer.encode(prompt), fork_of=fork_of, max_length=settings.context_window)
     while True:
         stop = yield Decode(thread, stop_tokens, thread_grammar(settings, depth, spawns, allowance))
-        search.text = thread_text(tokenizer, thread)
+        search.text = thread_text(tokenizer, thread)[inherited:]
         if stop.reason is not StopReason.TOKEN:
             search.failure = ("truncated", truncated_reason(stop))
             return search
         if stop.token == tokenizer.eos_id:
             return search
-        call = read_spawn(search.text, settings, depth, spawns, allowance)
-        spawn_begin = None if isinstance(call, trace.Malformed) else token_index(tokenizer, thread, call.start)
-        if isinstance(call, trace.Malformed) or spawn_begin is None:
-            search.failure = ("malformed", call.reason if isinstance(call, trace.Malformed) else "split_token")
+        call = read_spawn(dialect, search.text, settings, depth, spawns, allowance)
+        spawn_begin = None if isinstance(call, Malformed) else token_index(tokenizer, thread, inherited + call.start)
+        if isinstance(call, Malformed) or spawn_begin is None:
+            search.failure = ("malformed", call.reason if isinstance(call, Malformed) else "split_token")
             return search
         count, before = len(call.contexts), search.num_children
         share = (allowance - count) // (count + 1) if depth + 1 < settings.max_depth else 0
         children = [
-            _child(context, node_id, settings, depth + 1, share)
-            for context, node_id in zip(call.contexts, call.node_ids, strict=True)
+            _child(dialect, name, context, thread, settings, depth + 1, share)
+            for name, context in zip(call.names, call.contexts, strict=True)
         ]
         handle = yield Spawn(children)
         spawns += 1
         returned = yield Join(handle, _succeeded if settings.cancel_on_success else None)
-        joined = trace.render_join(_count(search, call.node_ids, returned), level=call.level)
+        joined = dialect.render_join(_count(search, call.names, returned), call.level)
         # What cancelled children opened is not known here: they count as if they had used their whole share.
         allowance -= search.num_children - before + share * returned.count(None)
         yield Truncate(thread, spawn_begin)
@@ -113,7 +126,7 @@ def _search(prompt: str, settings: Settings, depth: int, allowance: int) -> Gene
 
 
 def thread_grammar(settings: Settings, depth: int, spawns: int, allowance: int) -> ThreadGrammar | None:
-    """What the thread's next spawn is held to: the same caps as in `read_spawn`."""
+    """Return the grammar of the thread's next spawn, with the same caps as `read_spawn`; None: it is free."""
     if settings.spawn_grammar is None:
         return None
     may_spawn = depth < settings.max_depth and spawns < settings.max_spawns
@@ -122,26 +135,33 @@ def thread_grammar(settings: Settings, depth: int, spawns: int, allowance: int) 
 
 
 def read_spawn(
-    text: str, settings: Settings, depth: int, spawns: int, allowance: int, *, last_begin: bool = False
-) -> trace.SpawnCall | trace.Malformed:
-    """Parses the spawn that `text` ends in and holds it to the caps, each with a reason of its own.
+    dialect: SpawnDialect,
+    text: str,
+    settings: Settings,
+    depth: int,
+    spawns: int,
+    allowance: int,
+    *,
+    last_begin: bool = False,
+) -> SpawnCall | Malformed:
+    """Read the spawn that `text` ends in and hold it to the caps, each with a reason of its own.
 
-    It begins at the first CALL_BEGIN line, or with `last_begin`, and where a grammar holds it, at the last.
+    It begins at the dialect's first `spawn_begin`, or with `last_begin`, and where a grammar holds it, at the last.
     """
-    # A grammar holds what follows the token CALL_BEGIN, which an open vocabulary could also spell out before.
-    call = trace.parse_spawn(text, last_begin=last_begin or settings.spawn_grammar is not None)
-    if isinstance(call, trace.Malformed):
+    # A grammar holds what follows the token `spawn_begin`, which an open vocabulary could also spell out before.
+    call = dialect.read_spawn(text, last_begin=last_begin or settings.spawn_grammar is not None)
+    if isinstance(call, Malformed):
         return call
     if depth >= settings.max_depth:
-        return trace.Malformed("too_deep")
+        return Malformed("too_deep")
     if spawns >= settings.max_spawns:
-        return trace.Malformed("too_many_spawns")
-    if call.level != depth + 1:
-        return trace.Malformed("wrong_level")
+        return Malformed("too_many_spawns")
+    if call.level not in (None, depth + 1):
+        return Malformed("wrong_level")
     if len(call.contexts) > settings.max_children:
-        return trace.Malformed("too_many_children")
+        return Malformed("too_many_children")
     if len(call.contexts) > allowance:
-        return trace.Malformed("rollout_children")
+        return Malformed("rollout_children")
     return call
 
 
@@ -149,14 +169,14 @@ def _succeeded(child: _Child) -> bool:
     return child.result.path is not None
 
 
-def _count(search: _Search, node_ids: tuple[str, ...], returned: list[_Child | None]) -> list[trace.ChildResult]:
-    """Adds the children (None: cancelled) to the thread's counts and returns what the join will say of each."""
+def _count(search: _Search, names: tuple[str, ...], returned: list[_Child | None]) -> list[ChildResult]:
+    """Add the children (None: cancelled) to the thread's counts and return what the join will say of each."""
     search.num_spawns += 1
     search.num_children += len(returned)
     results = []
-    for node_id, child in zip(node_ids, returned, strict=True):
+    for name, child in zip(names, returned, strict=True):
         if child is None:
-            results.append(trace.ChildResult(node_id, None))
+            results.append(ChildResult(name, None))
             continue
         results.append(child.result)
         search.num_spawns += child.search.num_spawns

@@ -8,23 +8,14 @@ it is the first solution in a fixed order, not the shortest trace of a search.
 from collections.abc import Generator
 from typing import Any
 
-from apr_jax.engine.threads import Decode, Open, StopReason
-from apr_jax.reasoning.outcome import Outcome, Settings, prompt_tokens, thread_text, truncated_reason
-from apr_jax.tasks.countdown import trace
-from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.reasoning.base import Method, Outcome, Settings
+from apr_jax.reasoning.serial import one_thread
+from apr_jax.tasks.dialect import ThreadDialect
 
 
-def direct(problem: Problem, settings: Settings) -> Generator[Any, Any, Outcome]:
-    """One thread to EOS; all of it is the answer.
+def direct(problem: Any, settings: Settings) -> Generator[Any, Any, Outcome]:
+    """Run one thread to EOS; all of it is the answer."""
+    return (yield from one_thread(settings.task.dialect("direct", ThreadDialect), problem, settings))
 
-    A thread that does not end by claiming the goal is malformed ("unfinished").
-    """
-    tokenizer = settings.tokenizer
-    thread = yield Open(prompt_tokens(tokenizer, trace.parent_prompt(problem)))
-    stop = yield Decode(thread, (tokenizer.eos_id,))
-    if stop.reason is not StopReason.TOKEN:
-        return Outcome(answer=None, status="truncated", reason=truncated_reason(stop))
-    answer = trace.read_path(thread_text(tokenizer, thread))
-    if answer is None:
-        return Outcome(answer=None, status="malformed", reason="unfinished")
-    return Outcome(answer=answer, status="answered", reason="")
+
+DIRECT = Method(name="direct", program=direct, dialect="direct", kind=ThreadDialect, budget=None)

@@ -11,30 +11,19 @@ there is no shared history of finished paragraphs (the combined layout), and no 
 is redundant.
 
 Any policy runs so (zero-shot: each worker gets an adaptive thread's prompt and a line that names it). One that was
-trained for it has learnt from `tasks/countdown/hogwild_traces.py` to share out the operations, and to leave when
-another has reached the goal.
+trained for it has learnt to share out the work, and to leave when another has the answer (Countdown's workers:
+`tasks/countdown/hogwild_traces.py`).
 """
 
-import dataclasses
 from collections.abc import Generator
-from typing import Any
+from typing import Any, NamedTuple
 
 from apr_jax.engine.threads import Decode, Join, Open, Share, StopReason
-from apr_jax.reasoning.outcome import (
-    Outcome,
-    Settings,
-    Status,
-    prompt_tokens,
-    read_ending,
-    thread_text,
-    truncated_reason,
-)
-from apr_jax.tasks.countdown import hogwild_traces
-from apr_jax.tasks.countdown.rules import Problem, claims_goal
+from apr_jax.reasoning.base import Method, Outcome, Settings, Status, prompt_tokens, thread_text, truncated_reason
+from apr_jax.tasks.dialect import WorkerDialect
 
 
-@dataclasses.dataclass(frozen=True)
-class _Ending:
+class _Ending(NamedTuple):
     """How one worker ended."""
 
     answer: str | None
@@ -42,13 +31,14 @@ class _Ending:
     reason: str
 
 
-def hogwild(problem: Problem, settings: Settings) -> Generator[Any, Any, Outcome]:
-    """Workers on a shared cache, to the first answer.
+def hogwild(problem: Any, settings: Settings) -> Generator[Any, Any, Outcome]:
+    """Run workers on a shared cache, to the first answer.
 
     Without an answer the outcome is that of the first worker that was cut off or malformed, else "no_solution".
     """
-    prompt = prompt_tokens(settings.tokenizer, hogwild_traces.prompt(problem))
-    workers = [_worker(number, settings) for number in range(hogwild_traces.NUM_WORKERS)]
+    dialect = settings.task.dialect("hogwild", WorkerDialect)
+    prompt = prompt_tokens(settings.tokenizer, dialect.prompt(problem))
+    workers = [_worker(dialect, number, settings) for number in range(dialect.num_workers)]
     handle = yield Share(prompt, workers)
     returned: list[_Ending | None] = yield Join(handle, _has_answered)
     endings = [ending for ending in returned if ending is not None]
@@ -66,16 +56,24 @@ def hogwild(problem: Problem, settings: Settings) -> Generator[Any, Any, Outcome
     )
 
 
-def _worker(number: int, settings: Settings) -> Generator[Any, Any, _Ending]:
+HOGWILD = Method(
+    name="hogwild",
+    program=hogwild,
+    dialect="hogwild",
+    kind=WorkerDialect,
+    budget=None,
+    shares_cache=True,
+    root_writes=False,
+)
+
+
+def _worker(dialect: WorkerDialect, number: int, settings: Settings) -> Generator[Any, Any, _Ending]:
     tokenizer = settings.tokenizer
-    thread = yield Open(tokenizer.encode(hogwild_traces.header(number)))
+    thread = yield Open(tokenizer.encode(dialect.header(number)))
     stop = yield Decode(thread, (tokenizer.eos_id,))
     if stop.reason is not StopReason.TOKEN:
         return _Ending(None, "truncated", truncated_reason(stop))
-    text = thread_text(tokenizer, thread)
-    if text.endswith("\n" + hogwild_traces.LEAVE) and not claims_goal(text):
-        return _Ending(None, "no_solution", "left")
-    return _Ending(*read_ending(text))
+    return _Ending(*dialect.read_ending(thread_text(tokenizer, thread)))
 
 
 def _has_answered(ending: _Ending) -> bool:

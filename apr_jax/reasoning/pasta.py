@@ -2,7 +2,7 @@
 
 Jin et al., "Learning to Keep a Promise", arXiv 2502.11517, sections 3 and 4. A spawn starts children and stays in the
 parent's text, and the parent decodes on while they run. At its sync marker it waits for all children that are still
-out, and their full text, prompt and all, is appended to its context. `tasks/countdown/pasta_traces.py` has the grammar.
+out, and their full text, prompt and all, is appended to its context (Countdown's: `tasks/countdown/pasta_traces.py`).
 
 What differs. The paper's children continue the parent's own context and their keys and values are taken over as they
 are, at positions that were set aside for them. Here a child sees its own prompt alone, so its keys and values belong to
@@ -20,22 +20,21 @@ from typing import Any, NamedTuple
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.threads import Append, Decode, Join, Open, Spawn, SpawnHandle, StopReason
 from apr_jax.reasoning.adaptive import read_spawn, thread_grammar
-from apr_jax.reasoning.outcome import (
+from apr_jax.reasoning.base import (
+    Method,
     Outcome,
     Settings,
     Status,
+    mark_id,
     prompt_tokens,
-    read_ending,
     thread_text,
     truncated_reason,
 )
-from apr_jax.tasks.countdown import pasta_traces, trace
-from apr_jax.tasks.countdown.rules import Problem
-from apr_jax.tasks.countdown.trace import ChildResult, Malformed, SpawnCall
+from apr_jax.tasks.dialect import ChildResult, Malformed, PromiseDialect, SpawnCall
 
 
 class _Child(NamedTuple):
-    """What a child hands back: its result, its text as tokens (whole lines), and why it has no result ("": it has)."""
+    """A child's result, its text as tokens (whole lines), and why it has no result ("": it has)."""
 
     result: ChildResult
     tokens: list[int]
@@ -49,28 +48,28 @@ class _Promise(NamedTuple):
     handle: SpawnHandle
 
 
-def pasta(problem: Problem, settings: Settings) -> Generator[Any, Any, Outcome]:
-    """PASTA on one problem. Malformed and cut-off threads are outcomes with a reason, never exceptions.
+def pasta(problem: Any, settings: Settings) -> Generator[Any, Any, Outcome]:
+    """Run PASTA on one problem. Malformed and cut-off threads are outcomes with a reason, never exceptions.
 
-    Besides `trace.parse_spawn`'s reasons and adaptive's caps a parent is malformed that waits with no child out
-    (nothing_to_wait_for). With `cancel_on_success` a child that is cancelled has no text. Raises ValueError where the
-    tokenizer has no token for the sync marker.
+    Besides the dialect's reasons and adaptive's caps there is nothing_to_wait_for: a parent waits although no child is
+    running. With `cancel_on_success` a child that is cancelled has no text. Raises ValueError where the tokenizer has
+    no token for a mark of the dialect.
     """
-    tokenizer = settings.tokenizer
-    sync_id = _sync_id(tokenizer)
-    family = _Family(settings)
-    thread = yield Open(prompt_tokens(tokenizer, trace.parent_prompt(problem, settings.budget)))
+    tokenizer, dialect = settings.tokenizer, settings.task.dialect("pasta", PromiseDialect)
+    spawn_end_id, wait_id = mark_id(tokenizer, dialect.spawn_end), mark_id(tokenizer, dialect.wait)
+    family = _Family(dialect, settings)
+    thread = yield Open(prompt_tokens(tokenizer, dialect.prompt(problem, settings.budget)))
     ending: tuple[str | None, Status, str] | None = None
     while ending is None:
         limits = (settings, 0, family.num_spawns, settings.max_total_children - family.num_children)
-        stop = yield Decode(thread, (tokenizer.call_end_id, sync_id, tokenizer.eos_id), thread_grammar(*limits))
+        stop = yield Decode(thread, (spawn_end_id, wait_id, tokenizer.eos_id), thread_grammar(*limits))
         text = thread_text(tokenizer, thread)
         if stop.reason is not StopReason.TOKEN:
             ending = None, "truncated", truncated_reason(stop)
         elif stop.token == tokenizer.eos_id:
-            ending = read_ending(text)
-        elif stop.token == tokenizer.call_end_id:
-            call = read_spawn(text, *limits, last_begin=True)
+            ending = dialect.read_ending(text)
+        elif stop.token == spawn_end_id:
+            call = read_spawn(dialect, text, *limits, last_begin=True)
             if isinstance(call, Malformed):
                 ending = None, "malformed", call.reason
             else:
@@ -92,26 +91,29 @@ def pasta(problem: Problem, settings: Settings) -> Generator[Any, Any, Outcome]:
     )
 
 
-class _Family:
-    """A parent's children: those that are out, and what was counted of all."""
+PASTA = Method(name="pasta", program=pasta, dialect="pasta", kind=PromiseDialect, budget="children")
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+
+class _Family:
+    """A parent's children: those that are out, and the counts of all."""
+
+    def __init__(self, dialect: PromiseDialect, settings: Settings) -> None:
+        self._dialect, self._settings = dialect, settings
         self.promises: list[_Promise] = []
         self.num_spawns = self.num_children = 0
         self.child_reasons: list[str] = []
         self.child_paths: list[str] = []
 
     def spawn(self, call: SpawnCall) -> Generator[Any, Any, None]:
-        """Starts the children of a spawn."""
-        named = zip(call.contexts, call.node_ids, strict=True)
-        handle = yield Spawn([_search(context, node_id, self._settings) for context, node_id in named])
+        """Start the children of a spawn."""
+        named = zip(call.contexts, call.names, strict=True)
+        handle = yield Spawn([_search(self._dialect, context, name, self._settings) for context, name in named])
         self.promises.append(_Promise(call, handle))
         self.num_spawns += 1
         self.num_children += len(call.contexts)
 
     def join(self) -> Generator[Any, Any, list[int]]:
-        """Waits for all children that are out. Their text, as tokens."""
+        """Wait for all children that are out, and return their text as tokens."""
         tokens: list[int] = []
         while self.promises:
             call, handle = self.promises.pop(0)
@@ -120,30 +122,31 @@ class _Family:
         return tokens
 
     def _text(self, call: SpawnCall, returned: Sequence[_Child | None]) -> list[int]:
-        encode = self._settings.tokenizer.encode
-        tokens = encode(trace.JOIN_BEGIN)
-        for index, (node_id, child) in enumerate(zip(call.node_ids, returned, strict=True)):
-            result = ChildResult(node_id, None) if child is None else child.result
-            tokens += encode(trace.result_line(index, result, call.level))
+        dialect, encode = self._dialect, self._settings.tokenizer.encode
+        tokens = encode(dialect.join_begin)
+        for index, (name, child) in enumerate(zip(call.names, returned, strict=True)):
+            result = ChildResult(name, None) if child is None else child.result
+            tokens += encode(dialect.result_line(index, result, call.level))
             if child is not None:
                 tokens += child.tokens
                 self.child_reasons += [child.reason] if child.reason else []
                 self.child_paths += [result.path] if result.path else []
-        return tokens + encode(trace.JOIN_END)
+        return tokens + encode(dialect.join_end)
 
 
-def _search(context: str, node_id: str, settings: Settings) -> Generator[Any, Any, _Child]:
+def _search(dialect: PromiseDialect, context: str, name: str, settings: Settings) -> Generator[Any, Any, _Child]:
     tokenizer = settings.tokenizer
+    stop_tokens = (mark_id(tokenizer, dialect.spawn_end), tokenizer.eos_id)
     thread = yield Open(prompt_tokens(tokenizer, context))
-    stop = yield Decode(thread, (tokenizer.call_end_id, tokenizer.eos_id), thread_grammar(settings, 1, 0, 0))
+    stop = yield Decode(thread, stop_tokens, thread_grammar(settings, 1, 0, 0))
     result: ChildResult | Malformed = Malformed("too_deep")  # it wrote a spawn
     if stop.reason is not StopReason.TOKEN:
         result = Malformed(truncated_reason(stop))
     elif stop.token == tokenizer.eos_id:
-        result = trace.read_child_result(thread_text(tokenizer, thread), node_id)
+        result = dialect.read_child(thread_text(tokenizer, thread), name)
     tokens = _whole_lines(tokenizer, thread.tokens)
     if isinstance(result, Malformed):
-        return _Child(ChildResult(node_id, None), tokens, result.reason)
+        return _Child(ChildResult(name, None), tokens, result.reason)
     return _Child(result, tokens, "")
 
 
@@ -152,14 +155,7 @@ def _succeeded(child: _Child) -> bool:
 
 
 def _whole_lines(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
-    """A thread's tokens without BOS and EOS, up to the last that ends a line."""
+    """Return a thread's tokens without BOS and EOS, up to the last that ends a line."""
     kept = [token for token in tokens if token not in (tokenizer.bos_id, tokenizer.eos_id)]
     texts = tokenizer.token_texts(kept)
     return kept[: max((index + 1 for index, text in enumerate(texts) if text.endswith("\n")), default=0)]
-
-
-def _sync_id(tokenizer: Tokenizer) -> int:
-    ids = tokenizer.encode(pasta_traces.SYNC)
-    if len(ids) != 1:
-        raise ValueError(f"pasta stops at {pasta_traces.SYNC!r}: add it to the tokenizer as one token")
-    return ids[0]

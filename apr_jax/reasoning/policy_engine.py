@@ -9,9 +9,10 @@ from apr_jax.config import Config
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.engine import Engine
 from apr_jax.model.params import Params
-from apr_jax.reasoning.outcome import banned_tokens, spawn_gate
-from apr_jax.tasks.countdown.demonstrations import SHARED_METHODS
-from apr_jax.tasks.countdown.hogwild_traces import NUM_WORKERS
+from apr_jax.reasoning import METHODS
+from apr_jax.reasoning.settings import banned_tokens, spawn_gate
+from apr_jax.tasks import task_of
+from apr_jax.tasks.dialect import WorkerDialect
 
 
 class HeldEngine(Protocol):
@@ -62,13 +63,13 @@ def policy_engine(
     *,
     expects_groups: bool | None = None,
 ) -> Engine:
-    """An engine on `mesh` that forbids what `config`'s programs forbid, and holds spawns to what they allow.
+    """Return an engine on `mesh` that forbids what `config`'s programs forbid, and holds spawns to what they allow.
 
     Workers can share a cache in any that has lanes for them. Where it does not expect them, the step for them is
     compiled when it is first needed.
 
     Args:
-      expects_groups: whether workers will share a cache; None: whether they do in `config`'s own method.
+      expects_groups: workers will share a cache; None: as in `config`'s own method.
     Raises: ConfigError as `Engine`.
     """
     max_workers, expects_groups = workers(config, expects_groups)
@@ -86,6 +87,8 @@ def policy_engine(
 
 
 def workers(config: Config, expects_groups: bool | None = None) -> tuple[int, bool]:
-    """How many workers may share a cache in such an engine, and whether any are expected (as of `policy_engine`)."""
-    expected = config.data.method in SHARED_METHODS if expects_groups is None else expects_groups
-    return (NUM_WORKERS if expected or config.engine.lanes >= NUM_WORKERS else 0), expected
+    """Return how many workers may share a cache in such an engine, and whether any are expected."""
+    expected = METHODS[config.data.method].shares_cache if expects_groups is None else expects_groups
+    dialects = [task_of(config).dialects.get(method.dialect) for method in METHODS.values() if method.shares_cache]
+    most = max((dialect.num_workers for dialect in dialects if isinstance(dialect, WorkerDialect)), default=0)
+    return (most if expected or config.engine.lanes >= most else 0), expected

@@ -1,88 +1,60 @@
-"""Every way of reasoning, by name."""
+"""Programs by the name of their method, for the engine to run."""
 
 import dataclasses
-from collections.abc import Callable, Generator, Mapping
-from types import MappingProxyType
+from collections.abc import Generator
 from typing import Any
 
-from apr_jax.config import METHODS_WITHOUT_BUDGET
+from apr_jax.config import ConfigError
 from apr_jax.engine.groups import row_limit
 from apr_jax.engine.threads import Open, Program, Share, Spawn
-from apr_jax.reasoning.adaptive import adaptive
-from apr_jax.reasoning.direct import direct
-from apr_jax.reasoning.hogwild import hogwild
-from apr_jax.reasoning.outcome import Outcome, Settings
-from apr_jax.reasoning.pasta import pasta
-from apr_jax.reasoning.sampling import most_likely, read_wrapper, sampled
-from apr_jax.reasoning.serial import serial
-from apr_jax.reasoning.tree_of_thoughts import tree_of_thoughts
-from apr_jax.tasks.countdown.demonstrations import innermost
-
-Programs = Mapping[str, Callable[[Any, Settings], Generator[Any, Any, Outcome]]]
-
-PROGRAMS: Programs = MappingProxyType(
-    {
-        "adaptive": adaptive,
-        "direct": direct,
-        "hogwild": hogwild,
-        "pasta": pasta,
-        "serial": serial,
-        "tree_of_thoughts": tree_of_thoughts,
-    }
-)
-
-# Their root writes nothing, so that there is no likelihood to rank samples by.
-_SILENT_ROOTS = frozenset({"hogwild", "tree_of_thoughts"})
+from apr_jax.reasoning import METHODS
+from apr_jax.reasoning.base import Outcome, Settings
+from apr_jax.reasoning.sampling import innermost, most_likely, read_wrapper, sampled
+from apr_jax.tasks.base import Task
 
 
-def make_program(
-    method: str, problem: Any, settings: Settings, programs: Programs = PROGRAMS
-) -> Generator[Any, Any, Outcome]:
-    """A fresh program of `method` on `problem`, for the engine to run.
+def make_program(method: str, problem: Any, settings: Settings) -> Generator[Any, Any, Outcome]:
+    """Return a fresh program of `method` on `problem`.
 
-    `method` is a name in `programs`, or samples of one of PROGRAMS: `cons@8:adaptive` (`reasoning/sampling.py`, which
-    compares answers as Countdown has them). Every thread of the program is held to `settings.max_tokens`. Raises
-    ValueError for any other method, and for a budget that the method has no place for.
+    `method` is a name in METHODS, or samples of one: `cons@8:adaptive` (`reasoning/sampling.py`). Every thread of the
+    program is held to `settings.max_tokens`. Raises ConfigError as `check_method`.
     """
-    check_method(method, programs=programs, budget=settings.budget)
+    check_method(method, settings.task, budget=settings.budget)
     wrapper = read_wrapper(method)
     if wrapper is not None:
         share = dataclasses.replace(settings, max_total_children=settings.max_total_children // wrapper.num_samples)
         samples = [make_program(wrapper.inner, problem, share) for _ in range(wrapper.num_samples)]
-        return sampled(wrapper.choose, problem, samples)
-    program = programs[method](problem, settings)
+        return sampled(wrapper.choose, problem, settings.task, samples)
+    program = METHODS[method].program(problem, settings)
     return program if settings.max_tokens is None else _held(program, settings.max_tokens)
 
 
-def check_method(
-    method: str, temperature: float | None = None, programs: Programs = PROGRAMS, *, budget: int | None = None
-) -> None:
-    """Raises ValueError for what there is not, for samples without a likelihood to rank by, and for equal samples.
+def check_method(method: str, task: Task, temperature: float | None = None, *, budget: int | None = None) -> None:
+    """Raise ConfigError for a method that there is not, or that does not go with a task, a temperature or a budget.
 
-    At temperature 0 nothing is drawn at random, so that all are the same. None: the temperature is not known yet. A
-    `budget` is refused where no prompt names one (METHODS_WITHOUT_BUDGET).
+    At temperature 0 (None: it is not known yet) nothing is drawn at random, so that several samples are all the same.
+    Samples are ranked by likelihood only where roots write. A `budget` is refused where no prompt names one.
     """
-    wrapper = read_wrapper(method)
-    if budget is not None and innermost(method) in METHODS_WITHOUT_BUDGET:
-        raise ValueError(f"method {method!r}: its prompts name no budget; leave out the budget of {budget}")
+    wrapper, inner = read_wrapper(method), METHODS.get(innermost(method))
+    if budget is not None and inner is not None and inner.budget is None:
+        raise ConfigError(f"method {method!r}: its prompts name no budget; leave out the budget of {budget}")
     if wrapper is None:
-        if method not in programs:
-            raise ValueError(f"method {method!r}: choose one of {', '.join(sorted(programs))}")
+        if method not in METHODS:
+            raise ConfigError(f"method {method!r}: choose one of {', '.join(sorted(METHODS))}")
+        task.dialect(METHODS[method].dialect, METHODS[method].kind)
         return
-    if programs is not PROGRAMS:
-        raise ValueError(f"method {method!r}: samples are chosen among by Countdown's answers alone")
     if temperature == 0 and wrapper.num_samples > 1:
-        raise ValueError(
+        raise ConfigError(
             f"method {method!r}: at temperature 0 its {wrapper.num_samples} samples are all the same; set a "
             f"temperature above 0, or use {wrapper.inner}"
         )
-    if wrapper.choose is most_likely and (wrapper.inner in _SILENT_ROOTS or read_wrapper(wrapper.inner)):
-        raise ValueError(f"method {method!r}: no root of {wrapper.inner} writes what could be likely; use cons@N")
-    check_method(wrapper.inner, temperature)
+    check_method(wrapper.inner, task, temperature)
+    if wrapper.choose is most_likely and (read_wrapper(wrapper.inner) or not METHODS[wrapper.inner].root_writes):
+        raise ConfigError(f"method {method!r}: no root of {wrapper.inner} writes what could be likely; use cons@N")
 
 
 def _held(program: Program, max_tokens: int) -> Program:
-    """The program, with no thread of it and of what it spawns holding more than `max_tokens` tokens.
+    """Run the program, with no thread of it and of what it spawns holding more than `max_tokens` tokens.
 
     Workers on a shared cache see each other's tokens: they get equal parts of what their prompt leaves.
     """

@@ -5,9 +5,9 @@
     pass@8:adaptive     a sample that the verifier finds right: what the best of all choices could reach
 
 * `cons`: Wang et al. 2022 (arXiv 2203.11171, section 2), as Pan et al. 2025 (arXiv 2504.15466, section 5) count it:
-  samples without a valid answer are dropped, the others vote with their final path. Two paths are one where they
-  consist of the same operations, whatever the order of steps and of operands that commute (`rules.canonical_path`).
-  Of answers with equally many votes, the one that was given first wins.
+  samples without a valid answer are dropped, the others vote with their final answer. The task says which answers are
+  the same (`Task.vote`; for Countdown paths of the same operations, whatever the order of steps and of operands that
+  commute). Of answers with equally many votes, the one that was given first wins.
 * `best`: sample and rank, by the mean log-probability of the tokens that the sample's root thread generated in its
   life, spawn texts included. The mean and not the sum: Chen et al. 2021 (arXiv 2107.03374, section 3.3 and figure 7)
   found the mean better than a random choice and the sum worse; Wang et al. normalise alike (their equation 1).
@@ -31,35 +31,35 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from apr_jax.config import ConfigError
 from apr_jax.engine.threads import Join, Open, Prefill, Program, Spawn, Thread
-from apr_jax.reasoning.outcome import Outcome, Sample
-from apr_jax.tasks.countdown import rules
-from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.reasoning.base import Outcome, Sample
+from apr_jax.tasks.base import Task
 
-Choose = Callable[[Sequence[Sample], Problem], int]
+Choose = Callable[[Sequence[Sample], Any, Task], int]
 
 _FORM = re.compile(r"([a-z]+)@([1-9][0-9]{0,3}):(.+)")
 
 
-def most_likely(samples: Sequence[Sample], problem: Problem) -> int:
-    """The index of the sample with an answer whose mean log-probability is highest, the first of equals; 0 if none."""
-    del problem
+def most_likely(samples: Sequence[Sample], problem: Any, task: Task) -> int:
+    """Return the index of the answer whose mean log-probability is highest, the first of equals; 0 if none."""
+    del problem, task
     answered = [index for index, sample in enumerate(samples) if sample.answer is not None]
     likelihood = [float("-inf") if s.mean_logprob is None else s.mean_logprob for s in samples]
     return max(answered, key=lambda index: likelihood[index], default=0)
 
 
-def majority(samples: Sequence[Sample], problem: Problem) -> int:
-    """The index of the first sample that gives the answer which most samples give, the first of equals; 0 if none."""
+def majority(samples: Sequence[Sample], problem: Any, task: Task) -> int:
+    """Return the index of the first sample with the answer that most samples give, the first of equals; 0 if none."""
     del problem
-    paths = [rules.canonical_path(sample.answer) for sample in samples]
-    votes = Counter(path for path in paths if path is not None)
-    return paths.index(max(votes, key=lambda path: votes[path])) if votes else 0  # Counter keeps the order
+    answers = [task.vote(sample.answer) for sample in samples]
+    votes = Counter(answer for answer in answers if answer is not None)
+    return answers.index(max(votes, key=lambda answer: votes[answer])) if votes else 0  # Counter keeps the order
 
 
-def verified(samples: Sequence[Sample], problem: Problem) -> int:
-    """The index of the first sample that is right, else of the first with an answer; 0 if none has one."""
-    right = (index for index, s in enumerate(samples) if rules.verify(s.answer, problem).correct)
+def verified(samples: Sequence[Sample], problem: Any, task: Task) -> int:
+    """Return the index of the first sample that is right, else of the first with an answer; 0 if none has one."""
+    right = (index for index, s in enumerate(samples) if task.verify(s.answer, problem).correct)
     answered = (index for index, s in enumerate(samples) if s.answer is not None)
     return next(right, next(answered, 0))
 
@@ -69,28 +69,33 @@ CHOICES: Mapping[str, Choose] = MappingProxyType({"best": most_likely, "cons": m
 
 @dataclasses.dataclass(frozen=True)
 class Wrapper:
-    """What `NAME@N:METHOD` says."""
+    """The parts of `NAME@N:METHOD`."""
 
     choose: Choose
     num_samples: int
     inner: str
 
 
+def innermost(method: str) -> str:
+    """Return the way of reasoning that a method's wrappers, if any, sample: `adaptive` of `cons@8:adaptive`."""
+    return method.rpartition(":")[2]
+
+
 def read_wrapper(method: str) -> Wrapper | None:
-    """The wrapper that a method's name begins with; None for a plain name. Raises ValueError for a malformed one."""
+    """Return the wrapper that a method's name begins with; None for a plain name. Raises ConfigError if malformed."""
     if not {"@", ":"} & {*method}:
         return None
     match = _FORM.fullmatch(method)
     if match is None or match[1] not in CHOICES:
-        raise ValueError(
+        raise ConfigError(
             f"method {method!r}: samples are asked for as NAME@N:METHOD, where NAME is one of {', '.join(CHOICES)}, N "
             "from 1 to 9999 and METHOD a way of reasoning, such as cons@8:adaptive"
         )
     return Wrapper(CHOICES[match[1]], int(match[2]), match[3])
 
 
-def sampled(choose: Choose, problem: Problem, programs: Sequence[Program]) -> Generator[Any, Any, Outcome]:
-    """Runs the programs, each a sample of one way of reasoning, side by side, and answers as one of them does.
+def sampled(choose: Choose, problem: Any, task: Task, programs: Sequence[Program]) -> Generator[Any, Any, Outcome]:
+    """Run the programs, each a sample of one way of reasoning, side by side, and answer as one of them does.
 
     Its outcome is that of the sample chosen, with the counts of all and the `samples` themselves. Samples are not
     children in these counts.
@@ -107,7 +112,7 @@ def sampled(choose: Choose, problem: Problem, programs: Sequence[Program]) -> Ge
     )
     outcomes = [outcome for outcome, _ in ended]
     return dataclasses.replace(
-        outcomes[choose(samples, problem)],
+        outcomes[choose(samples, problem, task)],
         num_spawns=sum(o.num_spawns for o in outcomes),
         num_children=sum(o.num_children for o in outcomes),
         child_reasons=tuple(reason for o in outcomes for reason in o.child_reasons),
@@ -122,9 +127,9 @@ def _is_prompt(request: Any) -> bool:
 
 
 def _sample(program: Program, request: Any, prompt: Thread | None) -> Generator[Any, Any, tuple[Outcome, float | None]]:
-    """Goes on with a program from its first request, its thread a fork of `prompt`, which holds the same tokens.
+    """Go on with a program from its first request, its thread a fork of `prompt`, which holds the same tokens.
 
-    Returns its outcome and the mean log-probability of what its thread generated; None if that is nothing.
+    Return its outcome and the mean log-probability of what its thread generated; None if that is nothing.
     """
     thread: Thread | None = None
     if prompt is not None:

@@ -4,17 +4,26 @@ from collections.abc import Generator
 from typing import Any
 
 from apr_jax.engine.threads import Decode, Open, StopReason
-from apr_jax.reasoning.outcome import Outcome, Settings, prompt_tokens, read_ending, thread_text, truncated_reason
-from apr_jax.tasks.countdown import trace
-from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.reasoning.base import Method, Outcome, Settings, prompt_tokens, thread_text, truncated_reason
+from apr_jax.tasks.dialect import ThreadDialect
 
 
-def serial(problem: Problem, settings: Settings) -> Generator[Any, Any, Outcome]:
-    """One thread to EOS. A thread that is cut off ends as "truncated", with the reason."""
+def serial(problem: Any, settings: Settings) -> Generator[Any, Any, Outcome]:
+    """Run one thread to EOS. A thread that is cut off ends as "truncated", with the reason."""
+    return (yield from one_thread(settings.task.dialect("serial", ThreadDialect), problem, settings, settings.budget))
+
+
+def one_thread(
+    dialect: ThreadDialect, problem: Any, settings: Settings, budget: int | None = None
+) -> Generator[Any, Any, Outcome]:
+    """Run one thread to EOS and read its answer by a dialect."""
     tokenizer = settings.tokenizer
-    thread = yield Open(prompt_tokens(tokenizer, trace.serial_prompt(problem, settings.budget)))
+    thread = yield Open(prompt_tokens(tokenizer, dialect.prompt(problem, budget)))
     stop = yield Decode(thread, (tokenizer.eos_id,))
     if stop.reason is not StopReason.TOKEN:
         return Outcome(answer=None, status="truncated", reason=truncated_reason(stop))
-    answer, status, reason = read_ending(thread_text(tokenizer, thread))
+    answer, status, reason = dialect.read_ending(thread_text(tokenizer, thread))
     return Outcome(answer=answer, status=status, reason=reason)
+
+
+SERIAL = Method(name="serial", program=serial, dialect="serial", kind=ThreadDialect, budget="tokens")

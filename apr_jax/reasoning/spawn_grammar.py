@@ -1,12 +1,12 @@
-"""Spawns that are well-formed by construction: the grammar of `trace.parse_spawn` as automata over tokens.
+"""Spawns that are well-formed by construction: a dialect's grammar of spawns as automata over tokens.
 
-A spawn begins at the start of a line, where the thread's text has at least one node that it may name, and where depth,
-number of spawns and the rollout's number of children allow one. What follows is one line a child: indices from 0, the
-level of the thread's children, distinct nodes of those that may be named, in any order, as many lines at most as
-`max_children` and what is left of the rollout's children; then CALL_END. Lines are spelt as the tokenizer encodes them,
-in no other way.
+A spawn begins at the start of a line, where the thread's text has at least one name that it may ask for, and where
+depth, number of spawns and the rollout's number of children allow one. What follows is one line a child: indices from
+0, the level of the thread's children, distinct names of those that may be asked for, in any order, as many lines at
+most as `max_children` and what is left of the rollout's children; then the mark that ends it. Lines are spelt as the
+tokenizer encodes them, in no other way.
 
-Of a thread with very many nodes the latest that fit the automaton's fixed size may be named (`Gate.max_leaves`, twice
+Of very many names the latest that fit the automaton's fixed size may be asked for (`Gate.max_leaves`, twice
 `max_children`, and `Gate.max_edges`).
 """
 
@@ -16,64 +16,66 @@ from typing import Any
 
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.constraints import START, Automaton, Edge, Gate
-from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.dialect import SpelledSpawnDialect
 
 Lines = tuple[tuple[int, ...], ...]
 _Residual = tuple[tuple[int, tuple[int, ...]], ...]  # (leaf, tokens still to come) of each line that is possible
 
-_CACHED_NODES = 1 << 14
+_CACHED_NAMES = 1 << 14
 
 
 class SpawnGrammar:
-    """What all threads share: how a tokenizer spells spawns of at most `max_children` lines."""
+    """The part that all threads share: how a tokenizer spells a dialect's spawns of at most `max_children` lines."""
 
-    def __init__(self, tokenizer: Tokenizer, max_children: int) -> None:
-        self.tokenizer, self.max_children = tokenizer, max_children
+    def __init__(self, tokenizer: Tokenizer, dialect: SpelledSpawnDialect, max_children: int) -> None:
+        self.tokenizer, self.dialect, self.max_children = tokenizer, dialect, max_children
+        (begin_id,), (self._end_id,) = tokenizer.encode(dialect.spawn_begin), tokenizer.encode(dialect.spawn_end)
         texts = tokenizer.token_texts  # of one id at a time: as it stands at the start of a line
         self.gate = Gate(
-            token=tokenizer.call_begin_id,
-            reserved=(tokenizer.call_end_id,),
+            token=begin_id,
+            reserved=(self._end_id,),
             follows=frozenset(index for index in range(tokenizer.vocab_size) if texts([index])[0].endswith("\n")),
             max_edges=24 * max_children + 64,
             max_leaves=2 * max_children,
         )
-        self._lines = functools.lru_cache(_CACHED_NODES)(self._encode_lines)
-        self._fits = functools.lru_cache(_CACHED_NODES)(self._fits_alone)
+        self._lines = functools.lru_cache(_CACHED_NAMES)(self._encode_lines)
+        self._fits = functools.lru_cache(_CACHED_NAMES)(self._fits_alone)
 
-    def nodes(self, text: str, level: int) -> list[str]:
-        """The nodes that a spawn after `text` may name."""
-        return [node_id for node_id in trace.spawnable_nodes(text) if self._fits(level, node_id)]
+    def names(self, text: str, level: int) -> list[str]:
+        """Return the names that a spawn after `text` may ask for."""
+        return [name for name in self.dialect.spawnable(text) if self._fits(level, name)]
 
-    def automaton(self, nodes: Sequence[str], level: int, most: int) -> Automaton:
+    def automaton(self, names: Sequence[str], level: int, most: int) -> Automaton:
         """Of the text after CALL_BEGIN, CALL_END included, with at most `most` lines, 1 to `max_children`.
 
-        `nodes` are of `nodes`, and not none.
+        `names` are of `names`, and not none.
         """
-        latest = nodes[-self.gate.max_leaves :]
+        latest = names[-self.gate.max_leaves :]
         edges = self._edges(latest, level, most)
         while len(edges) > self.gate.max_edges:
             latest = latest[1:]
             edges = self._edges(latest, level, most)
         return Automaton(self.gate, edges)
 
-    def _edges(self, nodes: Sequence[str], level: int, most: int) -> list[Edge]:
+    def _edges(self, names: Sequence[str], level: int, most: int) -> list[Edge]:
         """The edges that spell every line, in states that are as few as can be: equal futures are one state."""
-        edges = [Edge(START, self.tokenizer.call_end_id, target=0, low=1)]
+        edges = [Edge(START, self._end_id, target=0, low=1)]
         states: dict[_Residual, int] = {}
-        lines = [self._lines(level, node_id) for node_id in nodes]
+        lines = [self._lines(level, name) for name in names]
         for index in range(most):
-            residual = tuple((leaf, of_node[index]) for leaf, of_node in enumerate(lines))
+            residual = tuple((leaf, of_name[index]) for leaf, of_name in enumerate(lines))
             _add_edges(edges, states, START, residual, index)
         return edges
 
-    def _encode_lines(self, level: int, node_id: str) -> Lines:
-        """A node's line for every index."""
+    def _encode_lines(self, level: int, name: str) -> Lines:
+        """Return a name's line for every index."""
         return tuple(
-            tuple(self.tokenizer.encode(trace.spawn_line(index, level, node_id))) for index in range(self.max_children)
+            tuple(self.tokenizer.encode(self.dialect.spawn_line(index, level, name)))
+            for index in range(self.max_children)
         )
 
-    def _fits_alone(self, level: int, node_id: str) -> bool:
-        return len(self._edges([node_id], level, self.max_children)) <= self.gate.max_edges
+    def _fits_alone(self, level: int, name: str) -> bool:
+        return len(self._edges([name], level, self.max_children)) <= self.gate.max_edges
 
 
 def _add_edges(
@@ -106,24 +108,24 @@ class ThreadGrammar:
         self.closed = most < 1
         self._grammar, self._level, self._most = grammar, level, most
         self._text, self._num_tokens = "", 0
-        self._nodes: list[str] = []
+        self._names: list[str] = []
 
     def is_open(self, tokens: Sequence[int]) -> bool:
-        # Asked at line starts only, where text adds up; nodes change only with a line that generates one.
+        # Asked at line starts only, where text adds up; names change only with a line that adds one.
         added = self._grammar.tokenizer.decode(tokens[self._num_tokens :])
         self._text, self._num_tokens = self._text + added, len(tokens)
-        if "Generated Node" in added:
-            self._nodes = self._grammar.nodes(self._text, self._level)
-        return bool(self._nodes)
+        if self._grammar.dialect.may_name_more(added):
+            self._names = self._grammar.names(self._text, self._level)
+        return bool(self._names)
 
     def automaton(self, tokens: Sequence[int]) -> Automaton:
         assert len(tokens) == self._num_tokens + 1, "the gate opened at the token before"
-        return self._grammar.automaton(self._nodes, self._level, self._most)
+        return self._grammar.automaton(self._names, self._level, self._most)
 
 
-_GRAMMARS: Callable[[Any, int], SpawnGrammar] = functools.lru_cache(4)(SpawnGrammar)
+_GRAMMARS: Callable[[Any, Any, int], SpawnGrammar] = functools.lru_cache(4)(SpawnGrammar)
 
 
-def spawn_grammar(tokenizer: Tokenizer, max_children: int) -> SpawnGrammar:
-    """The grammar of a tokenizer, made once."""
-    return _GRAMMARS(tokenizer, max_children)
+def spawn_grammar(tokenizer: Tokenizer, dialect: SpelledSpawnDialect, max_children: int) -> SpawnGrammar:
+    """Return the grammar of a tokenizer and a dialect, made once."""
+    return _GRAMMARS(tokenizer, dialect, max_children)

@@ -4,35 +4,33 @@ Yao et al., arXiv 2305.10601, section 3: Algorithm 1 (breadth first) and Algorit
 Game of 24. Each proposer and evaluator call is a child thread with a short prompt of its own; all those of a level (in
 depth-first search: of a state) are decoded at the same time. The root only keeps the tree and writes nothing.
 
-What differs: proposer and evaluator are learnt from solver traces (`tasks/countdown/thought_traces.py`) instead of
-being prompts for a large model. The states of a level are told apart by their numbers, so that each is judged once,
+What differs: proposer and evaluator are learnt from solver traces (Countdown's: `tasks/countdown/thought_traces.py`)
+instead of being prompts for a large model. The dialect tells the states of a level apart, so that each is judged once,
 where the released code values a repeated one at 0. One answer is given, the path to the best leaf. A depth-first search
 ends at its first leaf.
 """
 
 import dataclasses
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Hashable, Sequence
 from typing import Any
 
 from apr_jax.engine.threads import Decode, Join, Open, Spawn, StopReason
-from apr_jax.reasoning.outcome import Outcome, Settings, Status, prompt_tokens, truncated_reason
-from apr_jax.tasks.countdown import thought_traces
-from apr_jax.tasks.countdown.rules import Problem
-from apr_jax.tasks.countdown.thought_traces import Numbers
+from apr_jax.reasoning.base import Method, Outcome, Settings, Status, prompt_tokens, truncated_reason
+from apr_jax.tasks.dialect import ThoughtDialect
 
 
 @dataclasses.dataclass(frozen=True)
-class _State:
-    """A node of the tree: the numbers left, the proposals that led there, and its value."""
+class _Node:
+    """A node of the tree: its state, the proposals that led there, and its value."""
 
-    numbers: Numbers
+    state: Any
     lines: tuple[str, ...] = ()
     value: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class _Thought:
-    """What a child wrote, and why it was cut off ("" where it wasn't)."""
+    """A child's text, and why it was cut off ("" where it wasn't)."""
 
     text: str
     reason: str
@@ -42,25 +40,27 @@ class _TooManyChildrenError(Exception):
     """The next spawn would pass the rollout's cap on children."""
 
 
-def tree_of_thoughts(problem: Problem, settings: Settings) -> Generator[Any, Any, Outcome]:
-    """ToT on one problem. What a child writes amiss is dropped and counted, never an exception.
+def tree_of_thoughts(problem: Any, settings: Settings) -> Generator[Any, Any, Outcome]:
+    """Run ToT on one problem. What a child writes amiss is dropped and counted, never an exception.
 
-    Without an answer the status is no_solution (the search ended at no leaf, or the best leaf is not the target),
+    Without an answer the status is no_solution (the search ended at no leaf, or the best leaf is no solution),
     malformed with no_proposals (the root's proposer wrote none), or truncated with rollout_children (the cap on
     children was met).
     """
-    search = _Search(problem, settings)
+    dialect = settings.task.dialect("tree_of_thoughts", ThoughtDialect)
+    search = _Search(dialect, problem, settings)
     walk = search.breadth_first if settings.tree_of_thoughts.search == "breadth_first" else search.depth_first
     answer: str | None = None
     status: Status = "no_solution"
     reason = "no_solution"
     try:
-        leaf = yield from walk(_State(problem.numbers))
+        leaf = yield from walk(_Node(dialect.root(problem)))
     except _TooManyChildrenError:
         status, reason = "truncated", "rollout_children"
     else:
-        if leaf is not None and leaf.numbers == (problem.target,):
-            answer, status, reason = thought_traces.render_answer(leaf.lines, problem.target), "answered", ""
+        answer = None if leaf is None else dialect.render_answer(problem, leaf.lines, leaf.state)
+        if answer is not None:
+            status, reason = "answered", ""
         elif not search.num_proposals:
             status, reason = "malformed", "no_proposals"
     return Outcome(
@@ -74,28 +74,39 @@ def tree_of_thoughts(problem: Problem, settings: Settings) -> Generator[Any, Any
     )
 
 
-class _Search:
-    """The tree of one problem, and what was counted on the way."""
+TREE_OF_THOUGHTS = Method(
+    name="tree_of_thoughts",
+    program=tree_of_thoughts,
+    dialect="tree_of_thoughts",
+    kind=ThoughtDialect,
+    budget=None,
+    root_writes=False,
+)
 
-    def __init__(self, problem: Problem, settings: Settings) -> None:
-        self._target, self._settings, self._options = problem.target, settings, settings.tree_of_thoughts
+
+class _Search:
+    """The tree of one problem, and the counts of the way."""
+
+    def __init__(self, dialect: ThoughtDialect, problem: Any, settings: Settings) -> None:
+        self._dialect, self._problem = dialect, problem
+        self._settings, self._options = settings, settings.tree_of_thoughts
         self.num_spawns = self.num_children = self.num_proposals = 0
         self.child_reasons: list[str] = []
         self.dropped: list[str] = []
 
-    def breadth_first(self, root: _State) -> Generator[Any, Any, _State | None]:
-        """Algorithm 1: the best leaf of a search that keeps the `breadth` best states of each level."""
-        states = [root]
-        for _ in range(len(root.numbers) - 1):
-            reached = yield from self._expand(states)
-            states = _best_first(reached)[: self._options.breadth]
-        return states[0] if states else None
+    def breadth_first(self, root: _Node) -> Generator[Any, Any, _Node | None]:
+        """Return the best leaf of a search that keeps the `breadth` best nodes of each level (Algorithm 1)."""
+        nodes = [root]
+        for _ in range(self._dialect.steps_left(root.state)):
+            reached = yield from self._expand(nodes)
+            nodes = _best_first(reached)[: self._options.breadth]
+        return nodes[0] if nodes else None
 
-    def depth_first(self, state: _State) -> Generator[Any, Any, _State | None]:
-        """Algorithm 2: the first leaf below `state`, best states first; those not above the threshold are pruned."""
-        if len(state.numbers) == 1:
-            return state
-        reached = yield from self._expand([state])
+    def depth_first(self, node: _Node) -> Generator[Any, Any, _Node | None]:
+        """Return the first leaf below `node`, best nodes first; none below the threshold is tried (Algorithm 2)."""
+        if not self._dialect.steps_left(node.state):
+            return node
+        reached = yield from self._expand([node])
         for child in _best_first(reached):
             if child.value > self._options.threshold:
                 leaf = yield from self.depth_first(child)
@@ -103,35 +114,35 @@ class _Search:
                     return leaf
         return None
 
-    def _expand(self, states: Sequence[_State]) -> Generator[Any, Any, list[_State]]:
-        """The states that one step from `states` leads to, each with its value; of equal ones the first proposed."""
-        prompts = [thought_traces.proposer_prompt(self._target, state.numbers) for state in states]
-        reached: dict[Numbers, _State] = {}
-        for state, text in zip(states, (yield from self._think(prompts)), strict=True):
-            proposals, dropped = thought_traces.read_proposals(text, state.numbers)
+    def _expand(self, nodes: Sequence[_Node]) -> Generator[Any, Any, list[_Node]]:
+        """Return the nodes that one step from `nodes` leads to, with their values; of equal ones the first proposed."""
+        dialect, problem = self._dialect, self._problem
+        prompts = [dialect.proposer_prompt(problem, node.state) for node in nodes]
+        reached: dict[Hashable, _Node] = {}
+        for node, text in zip(nodes, (yield from self._think(prompts)), strict=True):
+            proposals, dropped = dialect.read_proposals(text, node.state)
             self.num_proposals += len(proposals)
             self.dropped += dropped
             for proposal in proposals:
-                key = tuple(sorted(proposal.numbers))
-                reached.setdefault(key, _State(proposal.numbers, (*state.lines, proposal.line)))
+                reached.setdefault(dialect.key(proposal.state), _Node(proposal.state, (*node.lines, proposal.line)))
         samples = self._options.value_samples
-        prompts = [thought_traces.evaluator_prompt(self._target, state.numbers) for state in reached.values()]
+        prompts = [dialect.evaluator_prompt(problem, node.state) for node in reached.values()]
         judged = yield from self._think([prompt for prompt in prompts for _ in range(samples)])
         values = [self._value(text) for text in judged]
         return [
-            dataclasses.replace(state, value=sum(values[samples * index : samples * (index + 1)]))
-            for index, state in enumerate(reached.values())
+            dataclasses.replace(node, value=sum(values[samples * index : samples * (index + 1)]))
+            for index, node in enumerate(reached.values())
         ]
 
     def _value(self, text: str) -> float:
-        verdict = thought_traces.read_verdict(text)
-        if verdict is None:
+        value = self._dialect.read_value(text)
+        if value is None:
             self.dropped.append("no_verdict")
             return 0.0
-        return thought_traces.VALUES[verdict]
+        return value
 
     def _think(self, prompts: Sequence[str]) -> Generator[Any, Any, list[str]]:
-        """What children with these prompts write, all at the same time."""
+        """Return what children with these prompts write, all at the same time."""
         if not prompts:
             return []
         if self.num_children + len(prompts) > self._settings.max_total_children:
@@ -153,6 +164,6 @@ def _think(prompt: str, settings: Settings) -> Generator[Any, Any, _Thought]:
     return _Thought(tokenizer.decode(thread.tokens[prompt_len:]), reason)
 
 
-def _best_first(states: Sequence[_State]) -> list[_State]:
-    """By value; of equal ones the first proposed."""
-    return sorted(states, key=lambda state: -state.value)
+def _best_first(nodes: Sequence[_Node]) -> list[_Node]:
+    """Sort by value; of equal ones the first proposed comes first."""
+    return sorted(nodes, key=lambda node: -node.value)

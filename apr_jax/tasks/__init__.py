@@ -3,8 +3,9 @@
 from apr_jax.config import Config
 from apr_jax.tasks.base import Task
 from apr_jax.tasks.countdown.task import COUNTDOWN
+from apr_jax.tasks.nested_sums import NESTED_SUMS
 
-TASKS: dict[str, Task] = {task.name: task for task in (COUNTDOWN,)}
+TASKS: dict[str, Task] = {task.name: task for task in (COUNTDOWN, NESTED_SUMS)}
 
 
 def task_of(config: Config) -> Task:

@@ -3,11 +3,13 @@
 import abc
 import dataclasses
 import random
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, Literal
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from apr_jax.config import Config, DataConfig, TaskConfig
+from apr_jax.config import Config, ConfigError, DataConfig, TaskConfig
+
+if TYPE_CHECKING:
+    from apr_jax.tasks.dialect import Dialect
 
 Split = Literal["train", "validation", "test", "test_unseen_targets"]
 HELD_OUT_SPLITS: tuple[Split, ...] = ("validation", "test", "test_unseen_targets")
@@ -15,6 +17,7 @@ SPLITS: tuple[Split, ...] = ("train", *HELD_OUT_SPLITS)
 
 OnProgress = Callable[[str, int, int], None]  # split, demonstrations done, demonstrations in all
 CountTokens = Callable[[str], int]
+D = TypeVar("D")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Demonstration:
     """
 
     problem: Any
-    method: str  # a way of reasoning, whose threads write so
+    method: str  # the way of reasoning whose threads write so
     calls: tuple[Call, ...]
     answer: str | None
     correct: bool
@@ -62,7 +65,7 @@ def split_size(data: DataConfig, split: Split) -> int:
     return sizes[split]
 
 
-class TaskLacksError(ValueError):
+class TaskLacksError(ConfigError):
     """A task was asked for a part that it does not have. The message names both."""
 
 
@@ -77,37 +80,11 @@ class Task(abc.ABC):
     section: type[TaskConfig]  # of the configuration
     problem_fields: tuple[str, ...]  # of the section: those that problems depend on, and not demonstrations alone
     example: str  # a problem as `read_words` takes it, for messages
-    methods: Collection[str]  # ways of reasoning that it has demonstrations of
-    programs: Mapping[str, Any] = MappingProxyType({})
+    dialects: Mapping[str, "Dialect"]  # by way of reasoning: how its threads write, and demonstrations of that
 
     @abc.abstractmethod
     def sampler(self, config: Config, split: Split | None) -> Callable[[random.Random], Any]:
         """Return what draws a problem of a split (None: any problem). Raises ConfigError where there can be none."""
-
-    @abc.abstractmethod
-    def demonstrate(
-        self,
-        problem: Any,
-        rng: random.Random,
-        section: Any,
-        method: str,
-        condition_on_budget: bool,
-        count_tokens: CountTokens | None = None,
-    ) -> Demonstration:
-        """Return how threads of a way of reasoning solve a problem, as training sequences.
-
-        Args:
-          rng: draws what the demonstrator may choose.
-          section: the task's section of the configuration.
-          condition_on_budget: name in the prompt what the solution took.
-          count_tokens: of a text; where `counts_tokens` says so it is needed.
-        Raises ValueError for a method without demonstrations, and where `count_tokens` is needed and missing.
-        """
-
-    def counts_tokens(self, section: Any, method: str, condition_on_budget: bool) -> bool:
-        """Tell whether demonstrations depend on how many tokens their texts are."""
-        del section, method, condition_on_budget
-        return False
 
     @abc.abstractmethod
     def verify(self, answer: str | None, problem: Any) -> Verdict:
@@ -115,7 +92,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def describe(self, problem: Any) -> dict[str, Any]:
-        """Return the problem as a JSON object, which `read_problem` reads back; "title" is its name for people."""
+        """Return the problem as a JSON object, which `read_problem` reads back; "title" names it for people."""
 
     @abc.abstractmethod
     def read_problem(self, value: Any) -> Any:
@@ -137,6 +114,10 @@ class Task(abc.ABC):
         """Return a right answer as people read it."""
         del problem
         return answer
+
+    def equation(self, expression: str, problem: Any) -> str:
+        """Return a right answer, as `express` gave it, in one line with its problem."""
+        return f"{self.describe(problem)['title']} = {expression}"
 
     def claims_answer(self, text: str) -> bool:
         """Tell whether the end of a thread's text claims an answer."""
@@ -163,7 +144,20 @@ class Task(abc.ABC):
         del path, problem
         return False
 
-    def child_result(self, method: str, context: str, completion: str, problem: Any) -> str:
-        """Return one word for the thread viewer: how a child of `method` ended by itself."""
-        del method, context, completion, problem
-        return "ended"
+    def handed_back(self, text: str) -> str | None:
+        """Return what a child's whole text hands back, as the answer then repeats it; None for nothing.
+
+        Raises TaskLacksError where answers do not repeat it: then credit cannot follow it.
+        """
+        raise TaskLacksError(f"answers of the task {self.name!r} do not repeat what children hand back")
+
+    def dialect(self, method: str, kind: type[D]) -> D:
+        """Return the dialect of a way of reasoning. Raises TaskLacksError where it has none of that kind."""
+        dialect = self.dialects.get(method)
+        if dialect is None:
+            raise TaskLacksError(
+                f"the task {self.name!r} has no dialect for {method!r}; it has one for {', '.join(self.dialects)}"
+            )
+        if not isinstance(dialect, kind):
+            raise TaskLacksError(f"the dialect of the task {self.name!r} for {method!r} is no {kind.__name__}")
+        return dialect

@@ -17,9 +17,10 @@ from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from apr_jax.config import Config, ConfigError
-from apr_jax.tasks import task_of
+from apr_jax.config import Config, ConfigError, TaskConfig
+from apr_jax.tasks import TASKS, task_of
 from apr_jax.tasks.base import HELD_OUT_SPLITS, CountTokens, Demonstration, Split, Task, split_size
+from apr_jax.tasks.dialect import Dialect
 
 _CHUNK_LEN = 64  # problems a worker takes at a time
 _CHUNKS_AHEAD = 4  # chunks a worker that are under way before they are asked for
@@ -79,6 +80,25 @@ def draw_splits(config: Config) -> Splits:
     return Splits(task, config, held_out)
 
 
+def demonstrate(
+    problem: Any,
+    rng: random.Random,
+    section: TaskConfig,
+    method: str,
+    condition_on_budget: bool,
+    count_tokens: CountTokens | None = None,
+) -> Demonstration:
+    """Return how threads of a way of reasoning solve a problem. Arguments and errors as of `Dialect.demonstrate`.
+
+    Raises TaskLacksError for a method that the task has no dialect for.
+    """
+    task = TASKS[section.name]
+    dialect = task.dialect(method, Dialect)
+    calls = dialect.demonstrate(problem, rng, section, count_tokens, budget=condition_on_budget)
+    answer = dialect.demonstrated_answer(problem, calls)
+    return Demonstration(problem, method, calls, answer, task.verify(answer, problem).correct)
+
+
 def generate_problems(config: Config, split: Split) -> Iterator[Any]:
     """Yield a split's problems, in order. Raises ConfigError as `draw_splits` does."""
     splits = draw_splits(config)
@@ -89,7 +109,7 @@ def generate_split(config: Config, split: Split, count_tokens: CountTokens | Non
     """Yield a split's demonstrations by `data.method`, in order, made by `data.num_workers` processes.
 
     With more than one worker, `__main__` must be importable without side effects, and `count_tokens` (needed where
-    `Task.counts_tokens` says so) must pickle.
+    `Dialect.counts_tokens` says so) must pickle.
 
     Raises:
       ConfigError: the splits cannot be drawn (see `draw_splits`).
@@ -158,7 +178,7 @@ def _demonstrate_chunk(
         rng = random.Random(f"{config.seed}/{split}/{index}/search")
         problem = splits.problem(split, index)
         demonstrations.append(
-            splits.task.demonstrate(problem, rng, config.task, data.method, data.condition_on_budget, count_tokens)
+            demonstrate(problem, rng, config.task, data.method, data.condition_on_budget, count_tokens)
         )
     return demonstrations
 
@@ -172,7 +192,7 @@ def _measure_chunk(
     for index in indices:
         rng = random.Random(f"{config.seed}/measure/{index}")
         problem = sample(rng)
-        measured.append([task.demonstrate(problem, rng, config.task, m, False, count_tokens) for m in methods])
+        measured.append([demonstrate(problem, rng, config.task, m, False, count_tokens) for m in methods])
     return measured, time.process_time() - start
 
 

@@ -33,8 +33,8 @@ from apr_jax.model.placement import abstract_params_on, place_params
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.progress import Progress, progress
+from apr_jax.reasoning import METHODS
 from apr_jax.tasks.base import Demonstration
-from apr_jax.tasks.countdown.demonstrations import SHARED_METHODS
 from apr_jax.train.evaluations import Evaluations
 from apr_jax.train.grpo import train_grpo
 from apr_jax.train.hosted_engine import RunEngine, plan_engine
@@ -62,7 +62,7 @@ def train(
       ConfigError: the mesh needs more devices than there are, or `workdir` or `checkpoint` belongs to another config.
       StoppedError: SIGTERM or SIGINT came; all that was finished is saved, and the same call goes on from there.
     """
-    if config.data.method in SHARED_METHODS and config.grpo.num_steps:
+    if METHODS[config.data.method].shares_cache and config.grpo.num_steps:
         raise ConfigError(
             f"data.method={config.data.method!r} is trained by SFT alone: GRPO takes each call as its own sequence, "
             f"and workers saw each other's; set grpo.num_steps=0 (it is {config.grpo.num_steps})"
@@ -181,6 +181,7 @@ class _Run:
             "row_len": sft.row_len,
             "replay_weight": config.data.replay_weight,
             "loss_on_context": config.data.loss_on_context,
+            "shares_cache": METHODS[config.data.method].shares_cache,
         }
         with self.stop.interrupting():  # a large split takes minutes
             validation = validation_batches(

@@ -11,7 +11,7 @@ from apr_jax.data.pipeline import TrainIterator, train_iterator, validation_batc
 from apr_jax.data.tokenized import LossWeights, tokenize_calls
 from apr_jax.data.tokenizer import BuiltinTokenizer
 from apr_jax.tasks.base import Call, Demonstration
-from apr_jax.tasks.countdown.trace import JOIN_BEGIN
+from apr_jax.tasks.dialect import JOIN_BEGIN
 
 TOKENIZER = BuiltinTokenizer()
 ROW_LEN = 512
@@ -31,6 +31,7 @@ def make_iterator(source, **changes) -> TrainIterator:
         seed=3,
         replay_weight=4.0,
         loss_on_context=False,
+        shares_cache=False,
         shard_index=0,
         shard_count=1,
     )
@@ -174,7 +175,7 @@ def test_calls_longer_than_a_row_are_counted_and_logged(train, caplog: pytest.Lo
 
 
 def validate(source, num_rows: int, **changes) -> list[dict[str, np.ndarray]]:
-    settings = dict(row_len=ROW_LEN, rows_per_batch=4, replay_weight=4.0, loss_on_context=False)
+    settings = dict(row_len=ROW_LEN, rows_per_batch=4, replay_weight=4.0, loss_on_context=False, shares_cache=False)
     return validation_batches(source, TOKENIZER, num_rows=num_rows, **(settings | changes))
 
 

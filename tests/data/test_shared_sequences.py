@@ -89,7 +89,7 @@ def test_demonstrations_become_one_sequence_each_with_the_replay_weighed():
 
 def test_batches_hold_whole_groups_and_go_on_where_they_stood():
     demos = list(demonstrations(SMALL, "hogwild", 12))
-    how = {"row_len": 800, "replay_weight": 4.0, "loss_on_context": False}
+    how = {"row_len": 800, "replay_weight": 4.0, "loss_on_context": False, "shares_cache": True}
     tokenizer = load_tokenizer("builtin")
     (batch,) = validation_batches(demos[:2], tokenizer, rows_per_batch=4, num_rows=4, **how)
     assert batch["seen"].shape == (4, 800, 2)

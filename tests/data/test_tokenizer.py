@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apr_jax.data.tokenizer import LATER_PHRASES, PHRASES, SYMBOLS, BuiltinTokenizer, Tokenizer, load_tokenizer
-from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.dialect import CALL_END, JOIN_BEGIN
 from tests.data.made_tokenizers import byte_level_json, llama_like_json
 
 BUILTIN = BuiltinTokenizer()
@@ -66,9 +66,9 @@ def test_encoding_adds_up_at_newlines(tokenizer: Tokenizer, reference_texts: lis
 
 
 def test_control_phrases_are_one_token_each(tokenizer: Tokenizer):
-    assert tokenizer.encode(trace.CALL_END) == [tokenizer.call_end_id]
-    assert tokenizer.encode(trace.JOIN_BEGIN) == [tokenizer.join_begin_id]
-    assert tokenizer.decode([tokenizer.call_end_id]) == trace.CALL_END
+    assert tokenizer.encode(CALL_END) == [tokenizer.call_end_id]
+    assert tokenizer.encode(JOIN_BEGIN) == [tokenizer.join_begin_id]
+    assert tokenizer.decode([tokenizer.call_end_id]) == CALL_END
     control = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
     assert tokenizer.decode(control) == ""
     assert tokenizer.token_texts(control) == [""] * 3

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from apr_jax.engine.threads import Happening, RolloutKey, Thread
 from apr_jax.evaluation.live import LiveThreads
+from apr_jax.tasks.countdown.task import COUNTDOWN
 from tests.reasoning.fixtures import TOKENIZER
 
 KEY = RolloutKey(0, 0)
@@ -15,7 +16,7 @@ KEY = RolloutKey(0, 0)
 def show(happenings, **console):
     """What stands on a console after threads (path, text, generated tokens) went through what happened to them."""
     file = io.StringIO()
-    with LiveThreads(TOKENIZER, Console(file=file, width=90, color_system=None, **console)) as live:
+    with LiveThreads(COUNTDOWN, TOKENIZER, Console(file=file, width=90, color_system=None, **console)) as live:
         for path, text, generated, happening in happenings:
             live(KEY, Thread(path, TOKENIZER.encode(text), rollout=0, key=(0, 0), generated=generated), happening)
     return file.getvalue()
@@ -72,6 +73,8 @@ def test_text_of_a_model_cannot_command_a_terminal(terminal):
             return "[bold]a\x1b[2Jb\n"
 
     file = io.StringIO()
-    with LiveThreads(Hostile(), Console(file=file, width=90, force_terminal=terminal, color_system=None)) as live:
+    with LiveThreads(
+        COUNTDOWN, Hostile(), Console(file=file, width=90, force_terminal=terminal, color_system=None)
+    ) as live:
         live(KEY, Thread((), [1], rollout=0, key=(0, 0)), Happening.ENDED)
     assert "[bold]a\u00b7[2Jb" in file.getvalue()

@@ -18,7 +18,7 @@ from apr_jax.evaluation.metrics import (
 )
 from apr_jax.evaluation.report.viewer import bar_class
 from apr_jax.reasoning.adaptive import adaptive
-from apr_jax.reasoning.outcome import Outcome
+from apr_jax.reasoning.base import Outcome
 from apr_jax.reasoning.programs import make_program
 from apr_jax.reasoning.tree_of_thoughts import tree_of_thoughts
 from apr_jax.tasks.countdown import trace

@@ -17,7 +17,8 @@ from apr_jax.evaluation.run import (
     show_summary,
 )
 from apr_jax.tasks.countdown.rules import Problem
-from apr_jax.tasks.countdown.trace import demonstrated_tokens
+from apr_jax.tasks.countdown.task import COUNTDOWN
+from apr_jax.tasks.dialect import demonstrated_tokens
 from configs.grpo import get_config
 from tests.reasoning.fixtures import SMALL, TOKENIZER, Replay, demonstrations, settings
 from tests.reasoning.scripted_engine import ScriptedEngine
@@ -52,7 +53,8 @@ def test_evaluating_a_perfect_imitator_gives_the_solvers_figures(method):
     assert summary["children_per_rollout"] == children / 30
     written = sum(len(TOKENIZER.encode(c.completion)) + (not c.ends_in_spawn) for demo in demos for c in demo.calls)
     assert summary["total_tokens"] == written / 30
-    counted = [demonstrated_tokens(demo, lambda text: len(TOKENIZER.encode(text))) for demo in demos]
+    dialect = COUNTDOWN.dialects[method]
+    counted = [demonstrated_tokens(dialect, demo, lambda text: len(TOKENIZER.encode(text))) for demo in demos]
     assert [(record["sequential_tokens"], record["total_tokens"]) for record in records] == counted
     assert [record["correct"] for record in records] == [demo.correct for demo in demos]
     assert [("calls" in record) for record in records] == [True] * 3 + [False] * 27
@@ -90,8 +92,8 @@ def test_samples_are_shown_beside_one_alone():
 def test_problems_of_a_file(tmp_path):
     path = tmp_path / "problems.jsonl"
     path.write_text('{"numbers": [3, 7, 12], "target": 40}\n\n{"numbers": [1, 2], "target": 3, "note": "easy"}\n')
-    assert read_problems(path) == [Problem((3, 7, 12), 40), Problem((1, 2), 3)]
-    assert read_problems(path, limit=1) == [Problem((3, 7, 12), 40)]
+    assert read_problems(COUNTDOWN, path) == [Problem((3, 7, 12), 40), Problem((1, 2), 3)]
+    assert read_problems(COUNTDOWN, path, limit=1) == [Problem((3, 7, 12), 40)]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_a_wrong_line_is_named(tmp_path, line, message):
     path = tmp_path / "problems.jsonl"
     path.write_text('{"numbers": [1, 2], "target": 3}\n' + line + "\n")
     with pytest.raises(ProblemFileError, match="line 2.*" + message):
-        read_problems(path)
+        read_problems(COUNTDOWN, path)
 
 
 @pytest.mark.parametrize("content", [None, "", "\n\n"])
@@ -120,7 +122,7 @@ def test_a_missing_or_empty_file_is_refused(tmp_path, content):
     if content is not None:
         path.write_text(content)
     with pytest.raises(ProblemFileError, match=r"problems\.jsonl"):
-        read_problems(path)
+        read_problems(COUNTDOWN, path)
 
 
 def test_problems_of_a_split(tmp_path):

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Sequence
 
 from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
 from apr_jax.engine.threads import Path
-from apr_jax.reasoning.outcome import Settings
+from apr_jax.reasoning.base import Settings
 from apr_jax.tasks.base import Call, Demonstration
-from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.config import CountdownConfig
-from apr_jax.tasks.countdown.demonstrations import demonstrate
 from apr_jax.tasks.countdown.pasta_traces import SYNC
 from apr_jax.tasks.countdown.rules import sample_problem
 from apr_jax.tasks.countdown.task import COUNTDOWN
+from apr_jax.tasks.dialect import CALL_END
+from apr_jax.tasks.generation import demonstrate
 from tests.configs import LAPTOP, LAPTOP_TASK, PAPER_TASK
 
 TOKENIZER = load_tokenizer("builtin")
@@ -73,4 +73,4 @@ class TextScript:
 
     def __call__(self, path: Path, tokens: list[int]) -> Sequence[int]:
         text = self._texts[path].pop(0)
-        return [*TOKENIZER.encode(text), *([] if text.endswith((trace.CALL_END, SYNC)) else [TOKENIZER.eos_id])]
+        return [*TOKENIZER.encode(text), *([] if text.endswith((CALL_END, SYNC)) else [TOKENIZER.eos_id])]

@@ -10,15 +10,17 @@ import dataclasses
 import pytest
 
 from apr_jax.engine.threads import RolloutKey
+from apr_jax.reasoning import METHODS
 from apr_jax.reasoning.adaptive import adaptive
 from apr_jax.reasoning.direct import direct
 from apr_jax.reasoning.hogwild import hogwild
 from apr_jax.reasoning.pasta import pasta
-from apr_jax.reasoning.programs import PROGRAMS, make_program
+from apr_jax.reasoning.programs import make_program
 from apr_jax.reasoning.serial import serial
 from apr_jax.reasoning.tree_of_thoughts import tree_of_thoughts
 from apr_jax.tasks.countdown import hogwild_traces, pasta_traces, trace
 from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.dialect import ChildResult
 from tests.reasoning.accounting import Counts, check, keys, lengths
 from tests.reasoning.fixtures import TOKENIZER, settings
 from tests.reasoning.scripted_engine import ScriptedEngine
@@ -42,7 +44,7 @@ REPLAY = (
     + STATE_6_4
     + LAST
 )
-JOINED = [trace.ChildResult("0,0", None), trace.ChildResult("0,1", (STATE_6_4 + LAST).strip())]
+JOINED = [ChildResult("0,0", None), ChildResult("0,1", (STATE_6_4 + LAST).strip())]
 
 
 def test_lengths_that_all_counts_are_made_of():
@@ -117,7 +119,7 @@ def test_a_thread_holds_no_more_than_it_may(max_tokens):
     assert (rollout.result.status, rollout.result.reason) == ("truncated", "context_full")
 
 
-@pytest.mark.parametrize("method", [*sorted(PROGRAMS), "cons@2:adaptive", "pass@2:hogwild"])
+@pytest.mark.parametrize("method", [*sorted(METHODS), "cons@2:adaptive", "pass@2:hogwild"])
 def test_no_program_lets_a_thread_hold_more(method):
     """Every thread writes and writes. Workers on a shared cache may see no more, so that rounding costs them a few."""
     script = TOKENIZER.encode(trace.NO_SOLUTION) * 400 + [TOKENIZER.eos_id]
@@ -179,7 +181,7 @@ def test_adaptive_spawns_within_spawns():
     )
     child_prompt = "Moving to Node #0,0\nCurrent State: 24:[3, 4, 2], Operations: ['2*1=2']\n"
     leaf_prompt = "Moving to Node #0,0,0\nCurrent State: 24:[2, 12], Operations: ['2*1=2', '3*4=12']\n"
-    joins = [trace.render_join([trace.ChildResult(node, None)], level) for node, level in (("0,0", 1), ("0,0,0", 2))]
+    joins = [trace.render_join([ChildResult(node, None)], level) for node, level in (("0,0", 1), ("0,0,0", 2))]
     assert lengths(trace.parent_prompt(problem), child_prompt, leaf_prompt) == [13, 18, 23]
     assert lengths(root, child, *joins) == [30, 27, 7, 10]
     spawns = [trace.render_spawn(["0,0"]), trace.render_spawn(["0,0,0"], level=2)]

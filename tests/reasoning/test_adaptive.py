@@ -7,9 +7,10 @@ import pytest
 
 from apr_jax.engine.threads import RolloutKey, StopReason
 from apr_jax.reasoning.adaptive import adaptive
-from apr_jax.reasoning.outcome import Outcome
+from apr_jax.reasoning.base import Outcome
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.rules import Problem, verify
+from apr_jax.tasks.dialect import CALL_BEGIN, CALL_END
 from tests.reasoning.fixtures import (
     REFERENCE,
     SMALL,
@@ -101,7 +102,7 @@ def test_join_replaces_the_spawn_text():
         ("Exploring Operation: 4*6=24, Resulting Numbers: [24]\n", "unfinished"),
         (LAST, "no_replay"),
         (EXPLORED + trace.render_spawn(["0,1,0"], level=2), "unknown_node"),
-        (trace.CALL_BEGIN + trace.CALL_END, "empty_spawn"),
+        (CALL_BEGIN + CALL_END, "empty_spawn"),
     ],
 )
 def test_a_failed_child_hands_back_no_solution_and_its_reason_is_counted(child, reason):
@@ -138,7 +139,7 @@ def test_a_join_may_fill_the_context():
         (EXPLORED + trace.render_spawn(["0,7"]), "unknown_node"),
         (EXPLORED + trace.render_spawn(["0,0", "0,0"]), "duplicate_node"),
         (EXPLORED + trace.render_spawn(["0,0"], level=2), "wrong_level"),
-        (EXPLORED + trace.CALL_END, "no_call_begin"),
+        (EXPLORED + CALL_END, "no_call_begin"),
         (EXPLORED, "unfinished"),
         (LAST, "no_replay"),
     ],
@@ -203,7 +204,7 @@ def test_a_spawn_that_begins_inside_a_token_is_malformed():
 
         def token_texts(self, ids):
             texts = TOKENIZER.token_texts(ids)
-            place = texts.index(trace.CALL_BEGIN)
+            place = texts.index(CALL_BEGIN)
             return [*texts[: place - 1], "", texts[place - 1] + texts[place], *texts[place + 1 :]]
 
     outcome = run(GOOD, tokenizer=Splitting()).result

@@ -9,10 +9,12 @@ import pytest
 from apr_jax.config import from_config_dict
 from apr_jax.engine.threads import RolloutKey
 from apr_jax.reasoning.adaptive import adaptive
-from apr_jax.reasoning.outcome import make_settings
+from apr_jax.reasoning.settings import make_settings
 from apr_jax.tasks.countdown import trace
-from apr_jax.tasks.countdown.demonstrations import demonstrate
+from apr_jax.tasks.countdown.dialects import DIALECTS
 from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.dialect import demonstrated_tokens
+from apr_jax.tasks.generation import demonstrate
 from configs.grpo import get_config
 from tests.reasoning.fixtures import SMALL, TOKENIZER, Replay, TextScript, call_tokens, demonstrations, settings
 from tests.reasoning.forced_engine import ForcedEngine
@@ -117,7 +119,7 @@ def test_nested_demonstrations_are_rebuilt_and_counted_as_the_engine_counts():
         assert rebuilt == [call_tokens(call) for call in demo.calls]
         assert rollout.result.answer == demo.answer
         assert rollout.result.child_reasons == ()
-        counted = trace.demonstrated_tokens(demo, lambda text: len(TOKENIZER.encode(text)))
+        counted = demonstrated_tokens(DIALECTS["adaptive"], demo, lambda text: len(TOKENIZER.encode(text)))
         assert counted == (rollout.sequential_tokens, sum(len(call.tokens) for call in rollout.calls))
         below += sum(call.depth == 2 for call in demo.calls)
         solved += demo.correct

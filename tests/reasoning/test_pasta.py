@@ -7,6 +7,7 @@ from apr_jax.reasoning.pasta import pasta
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.pasta_traces import SYNC
 from apr_jax.tasks.countdown.rules import Problem, verify
+from apr_jax.tasks.dialect import CALL_END
 from tests.reasoning.fixtures import (
     REFERENCE,
     SMALL,
@@ -45,7 +46,7 @@ GOOD = {(): [SPAWN, OWN, REPLAY], (0, 0): [WINS]}
 
 def length(*texts):
     """Tokens of texts that end a call; EOS counts where it is neither a spawn nor a sync."""
-    return sum(len(TOKENIZER.encode(text)) + (not text.endswith((SYNC, trace.CALL_END))) for text in texts)
+    return sum(len(TOKENIZER.encode(text)) + (not text.endswith((SYNC, CALL_END))) for text in texts)
 
 
 def forced(lanes):

@@ -3,10 +3,11 @@
 import pytest
 
 from apr_jax.engine.threads import RolloutKey
-from apr_jax.reasoning.outcome import Sample
+from apr_jax.reasoning.base import Sample
 from apr_jax.reasoning.programs import check_method, make_program
 from apr_jax.reasoning.sampling import majority, most_likely, read_wrapper, verified
 from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.task import COUNTDOWN
 from tests.reasoning.fixtures import TextScript, settings
 from tests.reasoning.forced_engine import ForcedEngine
 from tests.reasoning.test_accounting import LAST, LOSES, PROBLEM, REPLAY, STATE_6_4, WINS
@@ -49,7 +50,7 @@ def path(*operations):
     ],
 )
 def test_most_votes_win(answers, chosen):
-    assert majority([sample(answer) for answer in answers], PROBLEM) == chosen
+    assert majority([sample(answer) for answer in answers], PROBLEM, COUNTDOWN) == chosen
 
 
 def test_the_most_likely_answer_wins_and_what_has_none_does_not():
@@ -61,15 +62,15 @@ def test_the_most_likely_answer_wins_and_what_has_none_does_not():
         sample(None, 0.0),
         sample(answer, None),
     ]
-    assert most_likely(samples, PROBLEM) == 1
-    assert most_likely([sample(None, -1.0), sample(None, 0.0)], PROBLEM) == 0
+    assert most_likely(samples, PROBLEM, COUNTDOWN) == 1
+    assert most_likely([sample(None, -1.0), sample(None, 0.0)], PROBLEM, COUNTDOWN) == 0
 
 
 def test_the_verifier_takes_what_is_right_else_what_answers():
     right = path("2*3=6", "4*6=24")
-    assert verified([sample(None), sample(path("1+1=2")), sample(right), sample(right)], PROBLEM) == 2
-    assert verified([sample(None), sample(path("1+1=2")), sample(path("1+1=2"))], PROBLEM) == 1
-    assert verified([sample(None), sample(None)], PROBLEM) == 0
+    assert verified([sample(None), sample(path("1+1=2")), sample(right), sample(right)], PROBLEM, COUNTDOWN) == 2
+    assert verified([sample(None), sample(path("1+1=2")), sample(path("1+1=2"))], PROBLEM, COUNTDOWN) == 1
+    assert verified([sample(None), sample(None)], PROBLEM, COUNTDOWN) == 0
 
 
 @pytest.mark.parametrize(
@@ -150,21 +151,21 @@ def test_what_has_no_likelihood_is_not_ranked_by_it():
 def test_equal_samples_are_refused():
     for method in ("cons@2:serial", "cons@1:pass@2:serial"):
         with pytest.raises(ValueError, match="temperature 0 its 2 samples are all the same"):
-            check_method(method, 0.0)
-        check_method(method, 0.1)
+            check_method(method, COUNTDOWN, 0.0)
+        check_method(method, COUNTDOWN, 0.1)
     for method in ("serial", "cons@1:serial"):
-        check_method(method, 0.0)
+        check_method(method, COUNTDOWN, 0.0)
 
 
 def test_a_budget_is_refused_where_no_prompt_names_one():
     for method in ("direct", "hogwild", "tree_of_thoughts", "cons@2:direct", "pass@2:cons@2:hogwild"):
         with pytest.raises(ValueError, match=f"method '{method}'.*leave out the budget of 4"):
-            check_method(method, budget=4)
+            check_method(method, COUNTDOWN, budget=4)
         with pytest.raises(ValueError, match="no budget"):
             make_program(method, PROBLEM, settings(budget=4))
-        check_method(method)
+        check_method(method, COUNTDOWN)
     for method in ("serial", "adaptive", "cons@2:pasta"):
-        check_method(method, budget=4)
+        check_method(method, COUNTDOWN, budget=4)
 
 
 def test_reading_a_wrapper():

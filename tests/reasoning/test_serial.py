@@ -4,9 +4,10 @@ import pytest
 
 from apr_jax.config import from_config_dict
 from apr_jax.engine.threads import RolloutKey
-from apr_jax.reasoning.outcome import banned_tokens, make_settings
-from apr_jax.reasoning.programs import PROGRAMS, make_program
+from apr_jax.reasoning import METHODS
+from apr_jax.reasoning.programs import make_program
 from apr_jax.reasoning.serial import serial
+from apr_jax.reasoning.settings import banned_tokens, make_settings
 from apr_jax.tasks.countdown.rules import Problem
 from configs.grpo import get_config
 from tests.reasoning.fixtures import (
@@ -52,10 +53,10 @@ def test_cut_off(engine, reason):
 
 
 def test_registry_makes_fresh_programs_and_names_its_choices():
-    assert set(PROGRAMS) >= {"adaptive", "serial"}
+    assert set(METHODS) >= {"adaptive", "serial"}
     problem = Problem((2, 3), 5)
     assert make_program("serial", problem, settings()) is not make_program("serial", problem, settings())
-    with pytest.raises(ValueError, match=", ".join(sorted(PROGRAMS))):
+    with pytest.raises(ValueError, match=", ".join(sorted(METHODS))):
         make_program("parallel", problem, settings())
 
 

@@ -9,15 +9,18 @@ from hypothesis import given, settings
 from apr_jax.data.tokenizer import load_tokenizer
 from apr_jax.engine.constraints import FREE, Registers
 from apr_jax.reasoning import adaptive
-from apr_jax.reasoning.outcome import spawn_gate
+from apr_jax.reasoning.settings import spawn_gate
 from apr_jax.reasoning.spawn_grammar import SpawnGrammar, ThreadGrammar, spawn_grammar
 from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.dialects import DIALECTS
 from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.dialect import CALL_BEGIN, JOIN_END, Malformed, SpawnCall
 from tests.data.made_tokenizers import byte_level_json, llama_like_json
 from tests.reasoning import fixtures
 from tests.reasoning.fixtures import TOKENIZER
 from tests.train.small import small_config
 
+DIALECT = DIALECTS["adaptive"]
 PROMPTS = {
     1: trace.parent_prompt(Problem((2, 3, 4, 5), 24)),
     2: "Moving to Node #0,1\nCurrent State: 24:[4, 5, 6], Operations: ['2*3=6']\n",
@@ -50,7 +53,7 @@ def lines(draw, level: int) -> list[str]:
         numbers = draw(st.sampled_from(["4, 5", "4, 6, 7", "24"]))
         operation, target = draw(st.sampled_from(["2+3=5", "6*4=24"])), draw(st.sampled_from([24, 24, 24, 25]))
         written.append(generated(f"{ROOTS[level]},{below}", numbers, operation, target))
-        written.append(draw(st.sampled_from(["", "No solution found.\n", trace.NO_SOLUTION + trace.JOIN_END])))
+        written.append(draw(st.sampled_from(["", "No solution found.\n", trace.NO_SOLUTION + JOIN_END])))
     return written
 
 
@@ -72,7 +75,7 @@ def draw_spawn(grammar: SpawnGrammar, tokens: list[int], automaton, rng: random.
 @given(st.data(), st.integers(1, 2), st.integers(0, 2), st.sampled_from([1, 3, 16]), st.integers(1, 20))
 def test_every_drawn_spawn_is_well_formed(tokenizers, data, level, which, max_children, allowance):
     tokenizer = tokenizers[which]
-    grammar = spawn_grammar(tokenizer, max_children)
+    grammar = spawn_grammar(tokenizer, DIALECT, max_children)
     asked = fixtures.settings(tokenizer=tokenizer, max_children=max_children, max_depth=2, spawn_grammar=grammar)
     most = min(max_children, allowance)
     held = ThreadGrammar(grammar, level, most)
@@ -87,9 +90,9 @@ def test_every_drawn_spawn_is_well_formed(tokenizers, data, level, which, max_ch
         spawned = [*tokens, grammar.gate.token]
         number = draw_spawn(grammar, spawned, held.automaton(spawned), rng, eager=data.draw(st.booleans()))
         text = tokenizer.decode(spawned)
-        call = adaptive.read_spawn(text, asked, depth=level - 1, spawns=0, allowance=most)
-        assert isinstance(call, trace.SpawnCall), f"{call}: {text}"
-        assert len(call.node_ids) == number <= most
+        call = adaptive.read_spawn(DIALECT, text, asked, depth=level - 1, spawns=0, allowance=most)
+        assert isinstance(call, SpawnCall), f"{call}: {text}"
+        assert len(call.names) == number <= most
         assert tokenizer.encode(text) == spawned[1:], "spelt as the tokenizer spells it"
         assert spawned[: len(tokens)] == tokens
 
@@ -97,7 +100,7 @@ def test_every_drawn_spawn_is_well_formed(tokenizers, data, level, which, max_ch
 @pytest.mark.parametrize("which", range(3))
 def test_every_spawn_of_the_demonstrations_can_be_drawn(tokenizers, which):
     tokenizer, spawns = tokenizers[which], 0
-    grammar = spawn_grammar(tokenizer, 16)
+    grammar = spawn_grammar(tokenizer, DIALECT, 16)
     for demo in fixtures.demonstrations(fixtures.SMALL, "adaptive", 30):
         for call in demo.calls:
             if not call.ends_in_spawn:
@@ -134,7 +137,7 @@ def test_nodes_that_may_be_named():
     assert trace.spawnable_nodes("No prompt.\n" + text) == []
     for node_id in ["0", "0,0", "0,1", "0,2", "0,2,0", "0,3", "0,3,1", "1,0", "0,0,1", "0,9"]:
         parsed = trace.parse_spawn(text + trace.render_spawn([node_id]))
-        assert isinstance(parsed, trace.SpawnCall) == (node_id in trace.spawnable_nodes(text))
+        assert isinstance(parsed, SpawnCall) == (node_id in trace.spawnable_nodes(text))
 
 
 def test_of_very_many_nodes_the_latest_that_fit_may_be_named(tokenizers):
@@ -142,7 +145,7 @@ def test_of_very_many_nodes_the_latest_that_fit_may_be_named(tokenizers):
     nodes = [f"0,{index}" for index in range(300)]
     named = []
     for tokenizer in tokenizers:
-        grammar = spawn_grammar(tokenizer, 16)
+        grammar = spawn_grammar(tokenizer, DIALECT, 16)
         automaton, found = grammar.automaton(nodes, 1, 16), set()
         for seed in range(40):
             tokens: list[int] = []
@@ -156,7 +159,7 @@ def test_of_very_many_nodes_the_latest_that_fit_may_be_named(tokenizers):
 
 
 def test_a_thread_at_its_limits_is_closed():
-    asked = fixtures.settings(max_depth=2, max_spawns=1, spawn_grammar=spawn_grammar(TOKENIZER, 16))
+    asked = fixtures.settings(max_depth=2, max_spawns=1, spawn_grammar=spawn_grammar(TOKENIZER, DIALECT, 16))
     assert not adaptive.thread_grammar(asked, depth=1, spawns=0, allowance=1).closed
     assert adaptive.thread_grammar(asked, depth=2, spawns=0, allowance=9).closed
     assert adaptive.thread_grammar(asked, depth=0, spawns=1, allowance=9).closed
@@ -168,12 +171,12 @@ def test_spelling_out_the_opening_token_opens_nothing(tokenizers):
     """With an open vocabulary a line may look like CALL_BEGIN; the spawn begins at the token."""
     tokenizer = tokenizers[1]
     before = PROMPTS[1] + generated("0,3", "4, 5", "2+3=5", 24)
-    text = before + trace.CALL_BEGIN + "No solution found.\n" + trace.render_spawn(["0,3"])
-    assert trace.parse_spawn(text) == trace.Malformed("malformed_spawn_line")
-    asked = fixtures.settings(tokenizer=tokenizer, spawn_grammar=spawn_grammar(tokenizer, 16))
-    call = adaptive.read_spawn(text, asked, depth=0, spawns=0, allowance=9)
-    assert isinstance(call, trace.SpawnCall)
-    assert (call.node_ids, call.start) == (("0,3",), text.rindex(trace.CALL_BEGIN))
+    text = before + CALL_BEGIN + "No solution found.\n" + trace.render_spawn(["0,3"])
+    assert trace.parse_spawn(text) == Malformed("malformed_spawn_line")
+    asked = fixtures.settings(tokenizer=tokenizer, spawn_grammar=spawn_grammar(tokenizer, DIALECT, 16))
+    call = adaptive.read_spawn(DIALECT, text, asked, depth=0, spawns=0, allowance=9)
+    assert isinstance(call, SpawnCall)
+    assert (call.names, call.start) == (("0,3",), text.rindex(CALL_BEGIN))
 
 
 def test_the_gate_follows_the_option():

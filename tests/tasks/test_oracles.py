@@ -8,6 +8,7 @@ import pytest
 
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.rules import Problem, is_solvable, operations, verify
+from apr_jax.tasks.dialect import ChildResult, SpawnCall
 
 ORACLES = pathlib.Path(__file__).parents[1] / "oracles"
 
@@ -34,20 +35,20 @@ def test_the_oracles_are_all_there() -> None:
 @pytest.mark.parametrize("spawn", SPAWNS)
 def test_spawns_parse_to_the_references_prompts(spawn: dict[str, Any]) -> None:
     call = trace.parse_spawn(spawn["parent_text"])
-    assert isinstance(call, trace.SpawnCall)
+    assert isinstance(call, SpawnCall)
     assert list(call.contexts) == [prompt + "\n" for prompt in spawn["child_prompts"]]
     assert call.level == 1
-    assert spawn["parent_text"][call.start :] == trace.render_spawn(call.node_ids)
+    assert spawn["parent_text"][call.start :] == trace.render_spawn(call.names)
 
 
 @pytest.mark.parametrize("spawn", SPAWNS)
 def test_joins_are_the_references_text(spawn: dict[str, Any]) -> None:
     call = trace.parse_spawn(spawn["parent_text"])
-    assert isinstance(call, trace.SpawnCall)
+    assert isinstance(call, SpawnCall)
     results = []
-    for node_id, text in zip(call.node_ids, spawn["child_texts"], strict=True):
+    for node_id, text in zip(call.names, spawn["child_texts"], strict=True):
         result = trace.read_child_result(text, node_id)
-        assert isinstance(result, trace.ChildResult)
+        assert isinstance(result, ChildResult)
         results.append(result)
     assert [result.path for result in results] == spawn["child_results"]
     joined = spawn["parent_text"][: call.start] + trace.render_join(results)

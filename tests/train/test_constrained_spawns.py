@@ -20,10 +20,12 @@ from apr_jax.model.params import graphdef, init_params
 from apr_jax.model.views.training import training_rows
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.reasoning import adaptive
-from apr_jax.reasoning.outcome import make_settings, spawn_gate
 from apr_jax.reasoning.programs import make_program
+from apr_jax.reasoning.settings import make_settings, spawn_gate
 from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.dialects import DIALECTS
 from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.dialect import SpawnCall
 from apr_jax.train.rl import update
 from apr_jax.train.rl.sample import Scored
 from apr_jax.train.rl.sequences import training_sequences
@@ -135,7 +137,7 @@ def _allowed(tokens: list[int], begin: int | None, depth: int, spawns: int) -> s
 
     def accepted(text, nodes):
         whole = text + trace.render_spawn(nodes, depth + 1)
-        return isinstance(adaptive.read_spawn(whole, settings, depth, spawns, 1000), trace.SpawnCall)
+        return isinstance(adaptive.read_spawn(DIALECTS["adaptive"], whole, settings, depth, spawns, 1000), SpawnCall)
 
     universe = ["0", "0,0", "0,1", "0,2", "0,0,1", "0,0,2"]
     if begin is None:

@@ -1,7 +1,6 @@
 """GRPO: its gradient from the definition, invariances, resume, and that reward rises."""
 
 import dataclasses
-from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,9 @@ from apr_jax.model import sampling
 from apr_jax.model.params import graphdef, init_params
 from apr_jax.model.views.training import training_rows
 from apr_jax.parallel.mesh import make_mesh
-from apr_jax.reasoning.outcome import Outcome, banned_tokens
+from apr_jax.reasoning import METHODS
+from apr_jax.reasoning.base import Outcome
+from apr_jax.reasoning.settings import banned_tokens
 from apr_jax.tasks import TASKS
 from apr_jax.tasks.base import Verdict
 from apr_jax.tasks.countdown.rules import Problem
@@ -309,10 +310,10 @@ def bandit(monkeypatch):
 
     def train(workdir, stop=None, program=_guess):
         class Bandit(Countdown):
-            programs = MappingProxyType({"adaptive": program})
             verify = staticmethod(_is_even)
 
         monkeypatch.setitem(TASKS, "countdown", Bandit())
+        monkeypatch.setitem(METHODS, "adaptive", dataclasses.replace(METHODS["adaptive"], program=program))
         with open_phase(workdir, "grpo", config, stop) as phase:
             sampler = Sampler(config, engine, PROBLEMS, PROBLEMS[:2], TOKENIZER)
             return train_grpo(config, mesh, phase, sampler, params)

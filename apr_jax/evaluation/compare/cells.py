@@ -25,13 +25,12 @@ from apr_jax.evaluation.run import ShownProgress, evaluate
 from apr_jax.model.params import Params
 from apr_jax.parallel.machine import device_name
 from apr_jax.parallel.mesh import make_mesh
-from apr_jax.reasoning.outcome import make_settings
+from apr_jax.reasoning import METHODS
 from apr_jax.reasoning.policy_engine import EngineHolder, policy_engine
 from apr_jax.reasoning.programs import check_method
+from apr_jax.reasoning.settings import make_settings
 from apr_jax.tasks import task_of
-from apr_jax.tasks.base import Split, split_size
-from apr_jax.tasks.countdown.demonstrations import SHARED_METHODS
-from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.base import Split, Task, split_size
 from apr_jax.tasks.generation import generate_problems
 
 # What is read in training only, or is another key of a cell's settings.
@@ -61,16 +60,17 @@ class Policy:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """The problems, what to call them, and the seed of what is drawn on them."""
+    """The problems of a task, what to call them, and the seed of what is drawn on them."""
 
-    problems: tuple[Problem, ...]
+    task: Task
+    problems: tuple[Any, ...]
     source: str
     seed: int
 
     @property
     def digest(self) -> str:
         """Equal for equal problems in equal order."""
-        return _digest(json.dumps([[*problem.numbers, problem.target] for problem in self.problems]).encode())
+        return _digest(json.dumps([self.task.describe(problem) for problem in self.problems]).encode())
 
 
 def make_policy(
@@ -117,7 +117,7 @@ def held_out(policies: Sequence[Policy], split: Split, limit: int) -> Asked:
     if limit > size:
         raise ConfigError(f"--num_problems={limit} is more than the {size} problems of {split}")
     problems = generate_problems(first, split)
-    return Asked(tuple(itertools.islice(problems, limit)), split, first.seed)
+    return Asked(task_of(first), tuple(itertools.islice(problems, limit)), split, first.seed)
 
 
 def run_cells(
@@ -187,12 +187,12 @@ def run_cells(
     return [rows[index] for index in range(len(cells))]
 
 
-def check_programs(cells: Sequence[Cell]) -> None:
-    """Raises ConfigError where a row names no way of reasoning, or one that a cell's settings don't go with."""
+def check_programs(cells: Sequence[Cell], task: Task) -> None:
+    """Raise ConfigError where a row names no way of reasoning, or one that a cell's settings don't go with."""
     for cell in cells:
         try:
-            check_method(cell.row.program, cell.temperature, budget=cell.budget)
-        except ValueError as error:
+            check_method(cell.row.program, task, cell.temperature, budget=cell.budget)
+        except ConfigError as error:
             raise ConfigError(f"--methods={cell.row.label}: {error}") from error
 
 
@@ -225,7 +225,7 @@ def _engine_for(holder: EngineHolder[Engine], policy: Policy, row: Row) -> Engin
 
 def _engine_of(row: Row) -> tuple[str, bool]:
     """What a row needs an engine of its own for: its policy, and whether its threads share a cache."""
-    return row.policy, row.inner in SHARED_METHODS
+    return row.policy, METHODS[row.inner].shares_cache
 
 
 def cell_config(config: Config, cell: Cell) -> Config:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from apr_jax.config import ConfigError
-from apr_jax.tasks.countdown.demonstrations import innermost
+from apr_jax.reasoning.sampling import innermost
 
 _ROW = re.compile(r"(?P<wrappers>(?:[a-z_]+@[1-9][0-9]*:)*)(?P<inner>[^/:@]+)(?:/(?P<policy>[^/:@]+))?")
 _BUDGET = re.compile(r"(?:(?P<row>[^=]+)=)?(?P<budget>none|[1-9][0-9]*)")

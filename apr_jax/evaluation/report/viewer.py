@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from apr_jax.evaluation.report.charts import nice_ticks
-from apr_jax.tasks.countdown.thought_traces import VALUES
+from apr_jax.tasks.dialect import VALUES
 
 _ROW, _BAR, _LEFT, _RIGHT, _TOP, _BOTTOM = 24, 15, 118, 96, 62, 34
 _LEGEND = (("root", "parent"), ("", "child"), ("solved", "child with a right path"), ("failed", "malformed or cut off"))

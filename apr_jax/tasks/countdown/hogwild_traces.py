@@ -39,6 +39,11 @@ def header(worker: int) -> str:
     return trace.spawn_line(worker, 1, trace.ROOT_ID)
 
 
+def has_left(text: str) -> bool:
+    """Tell whether a worker ended because another had reached the goal."""
+    return text.endswith("\n" + LEAVE) and not rules.claims_goal(text)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Step:
     """The line, or the two, of one operation."""

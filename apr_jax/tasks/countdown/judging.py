@@ -2,8 +2,9 @@
 
 import re
 
-from apr_jax.tasks.countdown import hogwild_traces, rules, thought_traces, trace
+from apr_jax.tasks.countdown import hogwild_traces, rules, trace
 from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.dialect import Malformed
 
 _WRITTEN = re.compile(r"^Exploring Operation: (.*)\n", re.M)
 _OPERATION = re.compile(r"([0-9]{1,18})[-+*/]([0-9]{1,18})=[0-9]{1,18}")
@@ -24,27 +25,14 @@ def path_solves(path: str, problem: Problem) -> bool:
     return rules.verify("".join(lines) + path, problem).correct
 
 
-def child_result(method: str, context: str, completion: str, problem: Problem) -> str:
-    """How a child of `method` ended by itself: solved, wrong_path, no_solution, left, or why it is malformed.
-
-    Of Tree of Thoughts a child's is its verdict on a state, or "proposed"; one of `direct` is a sample, all of whose
-    text is its path.
-    """
-    innermost = method.rpartition(":")[2]
-    if innermost == "tree_of_thoughts":
-        return thought_traces.read_verdict(completion) or "proposed"
-    text = context + completion
-    if innermost == "direct":
-        path = trace.read_path(text)
-        if path is None:
-            return "unfinished"
-        return "solved" if rules.verify(path, problem).correct else "wrong_path"
+def child_result(text: str, problem: Problem) -> str:
+    """Return how a child that searches ended: solved, wrong_path, no_solution, left, or why it is malformed."""
     if rules.verify(trace.read_answer(text), problem).correct:
         return "solved"  # a worker on a shared cache replays from the problem's own root
-    if text.endswith("\n" + hogwild_traces.LEAVE) and not rules.claims_goal(text):
+    if hogwild_traces.has_left(text):
         return "left"
     result = trace.read_child_result(text, trace.thread_node(text) or "")
-    if isinstance(result, trace.Malformed):
+    if isinstance(result, Malformed):
         return result.reason
     if result.path is None:
         return "no_solution"

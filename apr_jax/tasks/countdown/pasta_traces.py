@@ -32,17 +32,17 @@ from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.config import CountdownConfig
 from apr_jax.tasks.countdown.rules import Problem
 from apr_jax.tasks.countdown.solver import Delegated, Goal, Node, Search, last_call
-from apr_jax.tasks.countdown.trace import ChildResult
+from apr_jax.tasks.dialect import JOIN_BEGIN, JOIN_END, ChildResult
 
 SYNC = "<Waiting for Sub Searches>\n"  # the parent waits for every child that it has not heard of
 
 
 def render_texts(results: Sequence[tuple[ChildResult, str]], level: int = 1) -> str:
     """What follows SYNC: each child's line of `trace.render_join` and all its text, which ends in a newline."""
-    parts = [trace.JOIN_BEGIN]
+    parts = [JOIN_BEGIN]
     for index, (result, text) in enumerate(results):
         parts += [trace.result_line(index, result, level), text]
-    return "".join([*parts, trace.JOIN_END])
+    return "".join([*parts, JOIN_END])
 
 
 def pasta_calls(

@@ -18,7 +18,7 @@ from apr_jax.tasks.base import Call
 from apr_jax.tasks.countdown import rules, trace
 from apr_jax.tasks.countdown.config import CountdownConfig
 from apr_jax.tasks.countdown.rules import Problem
-from apr_jax.tasks.countdown.trace import ChildResult
+from apr_jax.tasks.dialect import ChildResult
 
 TOKEN_BUDGETS = tuple(range(512, 4096 + 1, 512))  # what SoS+ is conditioned on (paper section 4.2)
 

@@ -6,10 +6,12 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from apr_jax.config import Config, ConfigError
-from apr_jax.tasks.base import CountTokens, Demonstration, Split, Task, Verdict
-from apr_jax.tasks.countdown import demonstrations, judging, rules
+from apr_jax.tasks.base import Split, Task, Verdict
+from apr_jax.tasks.countdown import judging, rules, trace
 from apr_jax.tasks.countdown.config import CountdownConfig
+from apr_jax.tasks.countdown.dialects import DIALECTS
 from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.dialect import Malformed
 
 _MOST_NUMBERS = 6  # for which it is quickly known whether there is a solution
 
@@ -20,7 +22,7 @@ class Countdown(Task):
     name = "countdown"
     section = CountdownConfig
     problem_fields = ("num_numbers", "min_number", "max_number", "min_target", "max_target", "num_unseen_targets")
-    methods = tuple(demonstrations.DEMONSTRATORS)
+    dialects = DIALECTS
     example = "27 22 26 31 53"
 
     def sampler(self, config: Config, split: Split | None) -> Callable[[random.Random], Problem]:
@@ -28,22 +30,6 @@ class Countdown(Task):
         assert isinstance(task, CountdownConfig)
         targets = None if split is None else _targets(task, config.seed, unseen=split == "test_unseen_targets")
         return functools.partial(rules.sample_problem, task=task, targets=targets)
-
-    def demonstrate(
-        self,
-        problem: Problem,
-        rng: random.Random,
-        section: CountdownConfig,
-        method: str,
-        condition_on_budget: bool,
-        count_tokens: CountTokens | None = None,
-    ) -> Demonstration:
-        return demonstrations.demonstrate(problem, rng, section, method, condition_on_budget, count_tokens)
-
-    def counts_tokens(self, section: CountdownConfig, method: str, condition_on_budget: bool) -> bool:
-        if method == "serial":
-            return condition_on_budget
-        return method in demonstrations.SHARED_METHODS or (method == "adaptive" and bool(section.context_windows))
 
     def verify(self, answer: str | None, problem: Problem) -> Verdict:
         return rules.verify(answer, problem)
@@ -54,17 +40,14 @@ class Countdown(Task):
     def read_problem(self, value: Any) -> Problem:
         if isinstance(value, Problem):
             return value
-        if isinstance(value, dict):
-            if "numbers" not in value or "target" not in value:
-                raise ValueError("no object with numbers and target")
-            if not isinstance(value["numbers"], list):
-                raise ValueError(f"numbers={value['numbers']!r} is not a list")
-            return Problem(tuple(value["numbers"]), value["target"])
-        try:
+        if isinstance(value, tuple):
             target, numbers = value
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{value!r} is no Problem, which is a target and its numbers: (27, [3, 9, 18])") from error
-        return Problem(tuple(numbers), target)
+            return Problem(tuple(numbers), target)
+        if not isinstance(value, dict) or "numbers" not in value or "target" not in value:
+            raise ValueError("no object with numbers and target")
+        if not isinstance(value["numbers"], list):
+            raise ValueError(f"numbers={value['numbers']!r} is not a list")
+        return Problem(tuple(value["numbers"]), value["target"])
 
     def read_words(self, words: Sequence[str]) -> Problem:
         for word in words:
@@ -84,6 +67,9 @@ class Countdown(Task):
     def express(self, answer: str, problem: Problem) -> str:
         return rules.express(answer, problem)
 
+    def equation(self, expression: str, problem: Problem) -> str:
+        return f"{expression} = {problem.target}"
+
     def claims_answer(self, text: str) -> bool:
         return rules.claims_goal(text)
 
@@ -99,8 +85,9 @@ class Countdown(Task):
     def path_solves(self, path: str, problem: Problem) -> bool:
         return judging.path_solves(path, problem)
 
-    def child_result(self, method: str, context: str, completion: str, problem: Problem) -> str:
-        return judging.child_result(method, context, completion, problem)
+    def handed_back(self, text: str) -> str | None:
+        result = trace.read_child_result(text, trace.thread_node(text) or "")
+        return None if isinstance(result, Malformed) else result.path
 
 
 def _targets(task: CountdownConfig, seed: int, *, unseen: bool) -> tuple[int, ...]:

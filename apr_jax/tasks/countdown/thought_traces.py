@@ -18,35 +18,23 @@ A state stands by itself, as in the paper's prompts: how it was reached is not s
 what they drop under a reason and never raise.
 """
 
-import dataclasses
 import functools
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 
 from apr_jax.tasks.base import Call
 from apr_jax.tasks.countdown import rules, trace
 from apr_jax.tasks.countdown.config import CountdownConfig
 from apr_jax.tasks.countdown.rules import NUMBER, Problem
+from apr_jax.tasks.dialect import IMPOSSIBLE, LIKELY, SURE, VALUES, Proposal
 
 Numbers = tuple[int, ...]
-
-SURE, LIKELY, IMPOSSIBLE = "sure", "likely", "impossible"
-VALUES: Mapping[str, float] = MappingProxyType({SURE: 20.0, LIKELY: 1.0, IMPOSSIBLE: 0.001})  # the released code's
 
 _STATES_PER_LEVEL = 3  # that a demonstration goes on from
 _PROPOSAL = re.compile(
     rf"Exploring Operation: {NUMBER}[-+*/]{NUMBER}={NUMBER}, Resulting Numbers: \[({NUMBER}(?:, {NUMBER})*)\]"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Proposal:
-    """A proposer's line, without its newline, and the numbers that it says are left."""
-
-    line: str
-    numbers: Numbers
 
 
 def proposer_prompt(target: int, numbers: Sequence[int]) -> str:
@@ -107,7 +95,7 @@ def verdict(numbers: Numbers, target: int) -> str:
         return IMPOSSIBLE
     if len(numbers) == 2:
         return SURE
-    ways = sum(rules.is_solvable(proposal.numbers, target) for proposal in proposals_of(numbers))
+    ways = sum(rules.is_solvable(proposal.state, target) for proposal in proposals_of(numbers))
     return LIKELY if ways == 1 else SURE
 
 
@@ -146,7 +134,7 @@ def tree_calls(
             written = "".join(f"{proposal.line}\n" for proposal in proposals)
             calls.append(_call(proposer_prompt(problem.target, numbers), written))
             for proposal in proposals:
-                reached.setdefault(tuple(sorted(proposal.numbers)), proposal.numbers)
+                reached.setdefault(tuple(sorted(proposal.state)), proposal.state)
         states = list(reached.values())
         calls += [_call(evaluator_prompt(problem.target, state), _judgement(state, problem.target)) for state in states]
         drawn = sorted(rng.sample(states, len(states)), key=lambda state: verdict(state, problem.target) == IMPOSSIBLE)
@@ -163,7 +151,7 @@ def demonstrated_answer(problem: Problem, calls: Sequence[Call]) -> str | None:
         for numbers, lines in level.values():
             proposals, _ = read_proposals(written.get(proposer_prompt(problem.target, numbers), ""), numbers)
             for proposal in proposals:
-                reached.setdefault(tuple(sorted(proposal.numbers)), (proposal.numbers, [*lines, proposal.line]))
+                reached.setdefault(tuple(sorted(proposal.state)), (proposal.state, [*lines, proposal.line]))
         level = reached
     leaf = level.get((problem.target,))
     return None if leaf is None else render_answer(leaf[1], problem.target)

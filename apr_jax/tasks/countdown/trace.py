@@ -4,18 +4,13 @@ Every line ends in a newline. A thread begins with the prompt of its node; a thr
 winning path from its own root. Model text is data: readers return `Malformed` with a short reason and never raise.
 """
 
-import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
-from apr_jax.tasks.base import Call, Demonstration
 from apr_jax.tasks.countdown import rules
 from apr_jax.tasks.countdown.rules import NUMBER, Problem
+from apr_jax.tasks.dialect import CALL_BEGIN, CALL_END, JOIN_BEGIN, JOIN_END, ChildResult, Ending, Malformed, SpawnCall
 
-CALL_BEGIN = "<Calling Sub Searches>\n"
-CALL_END = "<End Calling Sub Searches>\n"
-JOIN_BEGIN = "<Sub Searches>\n"
-JOIN_END = "<End Sub Searches>\n"
 NO_SOLUTION = "No solution found.\n"
 ROOT_ID = "0"
 
@@ -38,53 +33,6 @@ _PATH = re.compile(
     rf"(?:Generated Node #{_NODE}: {NUMBER}:\[{_NUMBERS}\] Operation: {_OPERATION}\n)?)+"
     rf"{NUMBER},{NUMBER} equal: Goal Reached"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class SpawnCall:
-    """A well-formed spawn: where its text starts, and the children it asks for, in order."""
-
-    start: int  # offset of CALL_BEGIN in the thread's text
-    contexts: tuple[str, ...]  # each child's prompt
-    node_ids: tuple[str, ...]
-    level: int = 1  # as written; 1 for the root's children, 2 for theirs
-
-
-@dataclasses.dataclass(frozen=True)
-class ChildResult:
-    """What a child hands back: its winning path (no newline at the end), or None for "no solution"."""
-
-    node_id: str
-    path: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Malformed:
-    """Text that breaks the grammar, with a short snake_case reason to count it under."""
-
-    reason: str
-
-
-def demonstrated_tokens(demonstration: Demonstration, count_tokens: Callable[[str], int]) -> tuple[int, int]:
-    """The tokens that a demonstration writes, as the engine counts them: on the longest causal chain, and in all.
-
-    A spawn takes as long as its longest child, with all below it. `count_tokens` is of a text; a call that ends its
-    thread has one more, EOS. Serves methods whose threads wait where they spawn: adaptive and serial.
-    """
-    lengths = [count_tokens(call.completion) + (not call.ends_in_spawn) for call in demonstration.calls]
-    return _longest_chain(iter(zip(demonstration.calls, lengths, strict=True))), sum(lengths)
-
-
-def _longest_chain(calls: Iterator[tuple[Call, int]]) -> int:
-    """Of the next thread, whose calls it takes, with those of all threads below it, in the order of `Demonstration`."""
-    chain = 0
-    spawns = []
-    for call, length in calls:
-        chain += length
-        if not call.ends_in_spawn:
-            break
-        spawns.append(call.completion.count("<Start Sub Search "))
-    return chain + sum(max((_longest_chain(calls) for _ in range(spawned)), default=0) for spawned in spawns)
 
 
 def move_line(node_id: str) -> str:
@@ -119,7 +67,7 @@ def goal_line(target: int) -> str:
 def result_line(index: int, result: ChildResult, level: int = 1) -> str:
     """The line of a join that says what became of a spawn's `index`-th child, counted from 0."""
     outcome = "No Solution" if result.path is None else "Goal Reached"
-    return f"<{outcome} in Sub Search {index} at level {level} at Node #{result.node_id}>\n"
+    return f"<{outcome} in Sub Search {index} at level {level} at Node #{result.name}>\n"
 
 
 def call_budget_text(children: int) -> str:
@@ -234,6 +182,20 @@ def read_answer(text: str) -> str | None:
         return None
     ends = [match.end() for match in _GOAL_LINE.finditer(text)]
     return text[ends[-2] :].strip() if len(ends) > 1 else None
+
+
+def read_ending(text: str) -> Ending:
+    """Read the claim of a root thread that ended by itself.
+
+    A thread that ends neither in a goal nor in "No solution found." is malformed ("unfinished"), and so is one that
+    claims the goal but replays no path ("no_replay").
+    """
+    answer = read_answer(text)
+    if answer is not None:
+        return Ending(answer, "answered", "")
+    if text.endswith("\n" + NO_SOLUTION):
+        return Ending(None, "no_solution", "no_solution")
+    return Ending(None, "malformed", "no_replay" if rules.claims_goal(text) else "unfinished")
 
 
 def read_path(text: str) -> str | None:

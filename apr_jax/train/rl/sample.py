@@ -10,8 +10,8 @@ from apr_jax.config import Config, GRPOConfig
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.threads import Rollout, RolloutKey
 from apr_jax.evaluation.run import evaluate
-from apr_jax.reasoning.outcome import make_settings
-from apr_jax.reasoning.programs import PROGRAMS, make_program
+from apr_jax.reasoning.programs import make_program
+from apr_jax.reasoning.settings import make_settings
 from apr_jax.tasks.base import Task
 from apr_jax.train.hosted_engine import RolloutEngine
 from apr_jax.train.rl.credit import CREDITS
@@ -95,7 +95,7 @@ class Sampler:
         keys = [RolloutKey(index, number) for index in asked for number in range(config.grpo.group_size)]
         problems = [self.problems[key.problem] for key in keys]
         programs = [
-            (key, make_program(config.data.method, problem, settings, settings.task.programs or PROGRAMS))
+            (key, make_program(config.data.method, problem, settings))
             for key, problem in zip(keys, problems, strict=True)
         ]
         temperature = config.rollout.temperature
@@ -108,15 +108,13 @@ def score(
 ) -> list[Scored]:
     """Verify every rollout's answer, and give it a reward, an advantage in its group, and shares for its calls.
 
-    Malformed and cut-off rollouts have no answer, so they are wrong.
+    Malformed and cut-off rollouts have no answer, so they are wrong. Raises TaskLacksError as `credit.used_threads`.
     """
-    if grpo.credit != "rollout" and task.name != "countdown":
-        raise ValueError(f"grpo.credit={grpo.credit!r} reads Countdown's traces, not those of {task.name}")
     answers = [rollout.result.answer for rollout in rollouts]
     correct = [task.verify(answer, problem).correct for answer, problem in zip(answers, problems, strict=True)]
     rewards = [reward(rollout, right, grpo.reward) for rollout, right in zip(rollouts, correct, strict=True)]
     advantages = choose_objective(grpo).advantages(grpo, rewards).tolist()
-    shares = [CREDITS[grpo.credit](rollout, tokenizer) for rollout in rollouts]
+    shares = [CREDITS[grpo.credit](rollout, tokenizer, task) for rollout in rollouts]
     columns = zip(problems, rollouts, correct, rewards, advantages, shares, strict=True)
     return [Scored(*column) for column in columns]
 

@@ -21,7 +21,7 @@ from apr_jax.model import sampling
 from apr_jax.model.params import Params
 from apr_jax.model.placement import model_shardings, with_sharding
 from apr_jax.parallel.mesh import BATCH_AXES, partition_spec, replicated
-from apr_jax.reasoning.outcome import banned_tokens, spawn_gate
+from apr_jax.reasoning.settings import banned_tokens, spawn_gate
 from apr_jax.train.optimizer import make_optimizer
 from apr_jax.train.rl.objective import Terms, Tokens, choose_objective
 from apr_jax.train.rl.sample import Scored

@@ -23,12 +23,13 @@ from apr_jax.evaluation.compare.cells import (
 from apr_jax.evaluation.compare.grid import Cell, Row
 from apr_jax.reasoning.policy_engine import EngineHolder
 from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.countdown.task import COUNTDOWN
 from apr_jax.tasks.generation import generate_problems
 from configs.grpo import get_config
 from tests.reasoning.fixtures import TOKENIZER
 
 CONFIG = from_config_dict(get_config("smoke"))
-ASKED = Asked((Problem((1, 2), 3), Problem((2, 3), 6)), "mine.jsonl", 0)
+ASKED = Asked(COUNTDOWN, (Problem((1, 2), 3), Problem((2, 3), 6)), "mine.jsonl", 0)
 
 
 def policy(name="a", **changes):
@@ -88,21 +89,21 @@ def test_a_window_is_told_to_those_who_know_it_and_may_not_be_larger_than_thread
 
 
 def test_ways_of_reasoning_that_there_are_not_are_named():
-    check_programs([cell("adaptive"), cell("cons@3:serial", temperature=1.0)])
+    check_programs([cell("adaptive"), cell("cons@3:serial", temperature=1.0)], COUNTDOWN)
     for wrong in ("telepathy", "vote@3:serial"):
         with pytest.raises(ConfigError, match=f"--methods={wrong}"):
-            check_programs([cell(wrong)])
+            check_programs([cell(wrong)], COUNTDOWN)
 
 
 def test_settings_that_a_way_of_reasoning_cannot_take_are_refused():
-    check_programs([cell("serial", budget=4), cell("direct"), cell("pass@2:hogwild", temperature=1.0)])
+    check_programs([cell("serial", budget=4), cell("direct"), cell("pass@2:hogwild", temperature=1.0)], COUNTDOWN)
     for wrong, changes in (
         ("direct", {"budget": 4}),
         ("cons@2:tree_of_thoughts", {"budget": 4, "temperature": 1.0}),
         ("pass@1:cons@8:serial", {"temperature": 0.0}),
     ):
         with pytest.raises(ConfigError, match=f"--methods={wrong}: method"):
-            check_programs([cell("adaptive"), cell(wrong, **changes)])
+            check_programs([cell("adaptive"), cell(wrong, **changes)], COUNTDOWN)
 
 
 class Engine:

@@ -6,8 +6,8 @@ import random
 import pytest
 
 from apr_jax.data.tokenizer import load_tokenizer
-from apr_jax.tasks.countdown.demonstrations import demonstrate
 from apr_jax.tasks.countdown.rules import Problem, sample_problem
+from apr_jax.tasks.generation import demonstrate
 from tests.tasks.settings import LAPTOP, REFERENCE
 
 TOKENIZER = load_tokenizer("builtin")

@@ -3,7 +3,8 @@
 import pytest
 
 from apr_jax.tasks.countdown import trace
-from apr_jax.tasks.countdown.judging import child_result, count_operations, path_solves
+from apr_jax.tasks.countdown.dialects import DIALECTS
+from apr_jax.tasks.countdown.judging import count_operations, path_solves
 from apr_jax.tasks.countdown.rules import Problem
 from tests.reasoning.test_adaptive import LAST, PROBLEM, STATE_6_4
 
@@ -32,9 +33,9 @@ def test_path_solves_counts_the_operations_before_the_child():
 
 
 def test_a_childs_result_is_one_word():
-    assert child_result("adaptive", STATE_6_4, "No solution found.\n", PROBLEM) == "no_solution"
-    assert child_result("adaptive", STATE_6_4, "No solution", PROBLEM) == "unfinished"
-    assert child_result("tree_of_thoughts", "", "no verdict", PROBLEM) == "proposed"
+    assert DIALECTS["adaptive"].child_result(STATE_6_4, "No solution found.\n", PROBLEM) == "no_solution"
+    assert DIALECTS["adaptive"].child_result(STATE_6_4, "No solution", PROBLEM) == "unfinished"
+    assert DIALECTS["tree_of_thoughts"].child_result("", "no verdict", PROBLEM) == "proposed"
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,6 @@ def test_a_childs_result_is_one_word():
         ("Exploring Operation: 2*3=6, Resulting Numbers: [4, 6]\n" + STATE_6_4, "unfinished"),
     ],
 )
-@pytest.mark.parametrize("method", ["cons@8:direct", "pass@2:cons@8:direct"])
-def test_a_sample_of_direct_is_its_path(method: str, completion: str, result: str):
-    assert child_result(method, trace.parent_prompt(PROBLEM), completion.rstrip("\n"), PROBLEM) == result
+def test_a_sample_of_direct_is_its_path(completion: str, result: str):
+    direct = DIALECTS["direct"]
+    assert direct.child_result(trace.parent_prompt(PROBLEM), completion.rstrip("\n"), PROBLEM) == result

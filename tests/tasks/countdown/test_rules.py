@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from apr_jax.config import ConfigError
 from apr_jax.tasks.base import Verdict
 from apr_jax.tasks.countdown import rules
-from apr_jax.tasks.countdown.demonstrations import demonstrate
 from apr_jax.tasks.countdown.rules import Problem, is_solvable, operations, sample_problem, verify
+from apr_jax.tasks.generation import demonstrate
 from tests.tasks.settings import LAPTOP, REFERENCE
 
 PROBLEM = Problem((51, 54, 28, 1), 24)

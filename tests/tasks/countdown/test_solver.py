@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from apr_jax.tasks.base import Call, Demonstration
 from apr_jax.tasks.countdown import rules, trace
 from apr_jax.tasks.countdown.config import CountdownConfig
-from apr_jax.tasks.countdown.demonstrations import demonstrate
 from apr_jax.tasks.countdown.rules import Problem, sample_problem, verify
-from apr_jax.tasks.countdown.trace import ChildResult, SpawnCall
+from apr_jax.tasks.dialect import CALL_END, JOIN_BEGIN, ChildResult, SpawnCall
+from apr_jax.tasks.generation import demonstrate
 from tests.tasks.settings import LAPTOP, REFERENCE
 from tests.tasks.test_oracles import heuristic
 
@@ -78,9 +78,9 @@ def test_readers_rebuild_every_context(seed: int, task: CountdownConfig, budget:
         if call.ends_in_spawn:
             spawn = trace.parse_spawn(text)
             assert isinstance(spawn, SpawnCall)
-            assert call.completion.endswith(trace.CALL_END)
+            assert call.completion.endswith(CALL_END)
             results = []
-            for node_id, prompt in zip(spawn.node_ids, spawn.contexts, strict=True):
+            for node_id, prompt in zip(spawn.names, spawn.contexts, strict=True):
                 child = children.pop(0)
                 assert child.context == prompt
                 result = trace.read_child_result(child.context + child.completion, node_id)
@@ -152,9 +152,9 @@ def test_children_are_spawned_by_heuristic_or_in_node_order(seed: int, shuffle: 
         if call.ends_in_spawn:
             spawn = trace.parse_spawn(call.context + call.completion)
             assert isinstance(spawn, SpawnCall)
-            parent_ids = {node_id.rpartition(",")[0] for node_id in spawn.node_ids}
+            parent_ids = {node_id.rpartition(",")[0] for node_id in spawn.names}
             assert len(parent_ids) == 1
-            indices = [int(node_id.rpartition(",")[2]) for node_id in spawn.node_ids]
+            indices = [int(node_id.rpartition(",")[2]) for node_id in spawn.names]
             assert sorted(indices) == list(range(len(indices)))
             assert len(indices) > 1
             if not shuffle:
@@ -210,7 +210,7 @@ def test_a_parent_that_always_tries_again_ends_by_trying_everything() -> None:
         assert demonstration.correct
         parents = [call for call in demonstration.calls if call.depth == 0]
         thread = parents[-1].context + parents[-1].completion
-        searched = thread[: thread.rindex(trace.JOIN_BEGIN)]
+        searched = thread[: thread.rindex(JOIN_BEGIN)]
         ids = [node_id for node_id, _, _ in GENERATED.findall(searched) if node_id.count(",") == 1]
         assert ids == [f"0,{index}" for index in range(len(ids))]
         written = Counter(operation for operation, _ in EXPLORED.findall(searched)[: len(ids)])

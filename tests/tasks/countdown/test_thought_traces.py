@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from apr_jax.tasks.base import Demonstration
 from apr_jax.tasks.countdown import rules, thought_traces
 from apr_jax.tasks.countdown.config import CountdownConfig
-from apr_jax.tasks.countdown.demonstrations import demonstrate
 from apr_jax.tasks.countdown.rules import Problem, sample_problem, verify
-from apr_jax.tasks.countdown.thought_traces import Proposal
+from apr_jax.tasks.dialect import VALUES, Proposal
+from apr_jax.tasks.generation import demonstrate
 from tests.tasks.settings import LAPTOP, REFERENCE
 
 
@@ -35,7 +35,7 @@ def test_every_demonstration_solves_its_problem(seed: int, task: CountdownConfig
                 text for pair in itertools.combinations(numbers, 2) for _, text in rules.operations(*pair)
             }
         else:
-            assert thought_traces.read_verdict(call.completion) in thought_traces.VALUES
+            assert thought_traces.read_verdict(call.completion) in VALUES
 
 
 def _operations(text: str) -> set[str]:

@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apr_jax.tasks.countdown import trace
-from apr_jax.tasks.countdown.demonstrations import demonstrate
 from apr_jax.tasks.countdown.rules import Problem, sample_problem, verify
-from apr_jax.tasks.countdown.trace import CALL_BEGIN, CALL_END, ChildResult, Malformed, SpawnCall
+from apr_jax.tasks.dialect import CALL_BEGIN, CALL_END, ChildResult, Malformed, SpawnCall
+from apr_jax.tasks.generation import demonstrate
 from tests.tasks.settings import LAPTOP, REFERENCE
 
 PROBLEM = Problem((7, 3, 15), 26)
@@ -44,7 +44,7 @@ def test_a_spawn_gives_each_child_its_prompt(prefix: str) -> None:
     assert trace.parse_spawn(text) == SpawnCall(
         start=len(prefix + SEARCHED),
         contexts=(CHILD, "Moving to Node #0,0\nCurrent State: 26:[15, 10], Operations: ['7+3=10']\n"),
-        node_ids=("0,1", "0,0"),
+        names=("0,1", "0,0"),
         level=1,
     )
 
@@ -64,7 +64,7 @@ def test_a_child_may_spawn_too() -> None:
     assert call.level == 2
     expected = "Moving to Node #0,4,1,0\nCurrent State: 9:[4, 0], Operations: ['1+1=2', '2+3=5', '5-5=0']\n"
     assert call.contexts == (expected,)
-    assert text[call.start :] == trace.render_spawn(call.node_ids, level=2)
+    assert text[call.start :] == trace.render_spawn(call.names, level=2)
 
 
 @pytest.mark.parametrize(
@@ -177,9 +177,9 @@ def _read_all(text: str) -> None:
     call = trace.parse_spawn(text)
     assert isinstance(call, SpawnCall | Malformed)
     if isinstance(call, SpawnCall):
-        assert len(set(call.node_ids)) == len(call.contexts) > 0
+        assert len(set(call.names)) == len(call.contexts) > 0
         assert all(context.endswith("\n") for context in call.contexts)
-        assert text[call.start :] == trace.render_spawn(call.node_ids, call.level)
+        assert text[call.start :] == trace.render_spawn(call.names, call.level)
     result = trace.read_child_result(text, "0,1")
     assert isinstance(result, ChildResult | Malformed)
     answer = trace.read_answer(text)

@@ -25,7 +25,7 @@ MISLED = {
 
 def _used(texts, **changes):
     rollout = run(texts, **changes)
-    shares = credit.used_threads(rollout, TOKENIZER)
+    shares = credit.used_threads(rollout, TOKENIZER, COUNTDOWN)
     assert len(shares) == len(rollout.calls)
     by_path = {}
     for call, share in zip(rollout.calls, shares, strict=True):
@@ -70,7 +70,7 @@ def test_a_chain_of_threads_is_used_as_far_as_its_paths_are():
 def test_a_thread_that_was_cut_off_is_not_used():
     rollout = run(GOOD, engine={"max_steps": 30})
     assert any(call.stop.reason is StopReason.MAX_STEPS for call in rollout.calls)
-    assert credit.used_threads(rollout, TOKENIZER).sum() == sum(call.path == () for call in rollout.calls)
+    assert credit.used_threads(rollout, TOKENIZER, COUNTDOWN).sum() == sum(call.path == () for call in rollout.calls)
 
 
 def _both(credit_name):

@@ -1,34 +1,35 @@
-"""The second task of docs/examples/: its problems, its program, and a whole run of the project's own trainer on it."""
+"""Nested sums: problems, dialect, and everything that takes a task: training, evaluation, samples, the library."""
 
 import dataclasses
-import importlib.util
 import json
 import random
-import sys
 
 import pytest
 
 from apr_jax.config import from_config_dict
 from apr_jax.data.demonstrations import load_split
 from apr_jax.engine.threads import RolloutKey
-from apr_jax.tasks.countdown.trace import CALL_BEGIN, CALL_END
-from apr_jax.tasks.generation import generate_problems
+from apr_jax.evaluation.run import evaluate
+from apr_jax.library import Policy
+from apr_jax.reasoning.adaptive import adaptive
+from apr_jax.reasoning.base import Sample
+from apr_jax.reasoning.sampling import majority
+from apr_jax.tasks import nested_sums as sums
+from apr_jax.tasks.base import TaskLacksError
+from apr_jax.tasks.dialect import CALL_BEGIN, CALL_END
+from apr_jax.tasks.generation import demonstrate, generate_problems
+from apr_jax.tasks.nested_sums import NESTED_SUMS, NestedSumsConfig
 from apr_jax.train.rl.sample import score
 from apr_jax.train.run import train
-from tests.docs.pages import DOCS
+from configs.nested_sums import get_config
 from tests.reasoning.fixtures import TOKENIZER, Replay, TextScript, call_tokens, settings
 from tests.reasoning.scripted_engine import ScriptedEngine
 
-_spec = importlib.util.spec_from_file_location("nested_sums", DOCS / "examples" / "nested_sums.py")
-sums = importlib.util.module_from_spec(_spec)
-sys.modules["nested_sums"] = sums  # dataclasses look their module up
-_spec.loader.exec_module(sums)
-
-SETTINGS = settings(max_depth=2, max_children=2, max_spawns=1)
+SETTINGS = settings(task=NESTED_SUMS, max_depth=2, max_children=2, max_spawns=1)
 
 
 def tiny_config(folder):
-    values = sums.get_config()
+    values = get_config()
     values.model.update(num_layers=1, embed_dim=32, mlp_dim=64, num_heads=1, num_kv_heads=1, head_dim=32)
     values.mesh.data = 1
     values.data.update(directory=str(folder), num_train=16, num_validation=4, num_test=4, num_test_unseen_targets=4)
@@ -42,8 +43,12 @@ def tiny_config(folder):
     return from_config_dict(values)
 
 
+def solution(problem):
+    return demonstrate(problem, random.Random(0), NestedSumsConfig(name="nested_sums", depth=3), "adaptive", False)
+
+
 def solve(problem, complete):
-    (rollout,) = ScriptedEngine(complete).run([(RolloutKey(0, 0), sums.divide(problem, SETTINGS))])
+    (rollout,) = ScriptedEngine(complete).run([(RolloutKey(0, 0), adaptive(problem, SETTINGS))])
     return rollout
 
 
@@ -65,9 +70,9 @@ def test_what_is_no_expression_is_none(text):
 def test_the_program_rebuilds_demonstrations_token_by_token():
     rng = random.Random(1)
     for _ in range(50):
-        demo = sums.solve(sums.sample(rng, 3))
+        demo = solution(sums.sample(rng, 3))
         rollout = solve(demo.problem, Replay([demo]))
-        assert sums.NESTED_SUMS.verify(rollout.result.answer, demo.problem).correct
+        assert NESTED_SUMS.verify(rollout.result.answer, demo.problem).correct
         assert rollout.result.num_children == sum(call.depth > 0 and not call.ends_in_spawn for call in demo.calls)
         assert rollout.generated_tokens == sum(len(call_tokens(call)[1]) for call in demo.calls)
 
@@ -75,7 +80,7 @@ def test_the_program_rebuilds_demonstrations_token_by_token():
 def test_the_longest_chain_grows_with_depth_and_not_with_size():
     bracket = sums.Sum(1, "+", 2)
     one, both = sums.Sum(bracket, "*", 3), sums.Sum(bracket, "*", bracket)
-    chains = [solve(problem, Replay([sums.solve(problem)])).sequential_tokens for problem in (one, both)]
+    chains = [solve(problem, Replay([solution(problem)])).sequential_tokens for problem in (one, both)]
     assert chains[1] - chains[0] == len(TOKENIZER.encode("1+2=\n"))  # to ask for one child more, and not its own tokens
 
 
@@ -112,10 +117,61 @@ def test_splits_share_no_problem_and_are_reproducible(tmp_path):
     assert [demo.problem for demo in splits[0]] == list(generate_problems(config, "train"))
 
 
-def test_credit_that_reads_countdowns_traces_is_refused(tmp_path):
-    grpo = dataclasses.replace(tiny_config(tmp_path).grpo, credit="used")
-    with pytest.raises(ValueError, match="not those of nested_sums"):
-        score(grpo, [], [], TOKENIZER, sums.NESTED_SUMS)
+def test_what_it_lacks_is_named(tmp_path):
+    config = tiny_config(tmp_path)
+    rollout = solve(sums.read_sum("[1+2]*3"), Replay([solution(sums.read_sum("[1+2]*3"))]))
+    grpo = dataclasses.replace(config.grpo, credit="used", group_size=2)
+    with pytest.raises(TaskLacksError, match="'nested_sums' do not repeat what children hand back"):
+        score(grpo, [rollout, rollout], [sums.read_sum("[1+2]*3")] * 2, TOKENIZER, NESTED_SUMS)
+    for section, changes, message in (
+        ("data", {"method": "serial"}, "'nested_sums' has no dialect for 'serial'; it has one for adaptive"),
+        ("rollout", {"constrain_spawns": True}, "'nested_sums' for 'adaptive' is no SpelledSpawnDialect"),
+    ):
+        with pytest.raises(TaskLacksError, match=message):
+            dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **changes)})
+
+
+PROBLEMS = ["[1+2]*3", "4*5", "[[3+4]*5]-[2*8]"]
+
+
+def imitator():
+    return ScriptedEngine(Replay([solution(sums.read_sum(text)) for text in PROBLEMS]))
+
+
+@pytest.mark.parametrize("method", ["adaptive", "cons@4:adaptive", "best@4:adaptive", "pass@2:adaptive"])
+def test_samples_vote_rank_and_are_verified(method):
+    problems = [sums.read_sum(text) for text in PROBLEMS]
+    summary, records = evaluate(
+        imitator(), TOKENIZER, problems, method=method, settings=SETTINGS, seed=0, temperature=1.0
+    )
+    assert summary["accuracy"] == 1.0
+    assert [record["title"] for record in records] == PROBLEMS
+    assert records[2]["operations"] == records[2]["operations_right"] >= 4
+    if method != "adaptive":
+        assert summary["pass_at_k"][0] == summary["cons_at_k"][-1] == summary["best_at_k"][-1] == 1.0
+    children = [thread["result"] for thread in records[2]["threads"] if len(thread["path"]) > 2]
+    assert children
+    assert set(children) == {"solved"}
+
+
+def test_answers_vote_as_they_are():
+    samples = [Sample(answer=answer, status="answered", reason="", mean_logprob=0.0) for answer in "1323"]
+    assert majority(samples, sums.read_sum("1+2"), NESTED_SUMS) == 1
+
+
+def test_the_library_solves_it(tmp_path):
+    class Imitator(Policy):
+        def engine_for(self, method):
+            class Engine(ScriptedEngine):
+                def run(self, programs, *, observer=None, **how):
+                    return super().run(programs, **how)
+
+            return Engine(Replay([solution(sums.read_sum(text)) for text in PROBLEMS]))
+
+    solutions = Imitator(tiny_config(tmp_path), TOKENIZER, {}).solve(PROBLEMS)
+    assert [(s.solved, s.expression) for s in solutions] == [(True, "9"), (True, "0"), (True, "9")]
+    with pytest.raises(ValueError, match="is no sum of digits"):
+        Imitator(tiny_config(tmp_path), TOKENIZER, {}).solve(["1+"])
 
 
 @pytest.mark.heavy
