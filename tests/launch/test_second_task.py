@@ -6,7 +6,7 @@ import json
 import pytest
 
 from apr_jax.checkpoints.manager import Checkpoints
-from apr_jax.model.llama import init_params
+from apr_jax.model.params import init_params
 from tests.launch.test_evaluate import ROOT, launched
 from tests.tasks.test_nested_sums import tiny_config
 

@@ -1,11 +1,11 @@
 """Groups without signal are replaced, up to a cap, and counted."""
 
 import pytest
-from apr_jax.reasoning.outcome import Outcome
 
 from apr_jax.data.tokenizer import load_tokenizer
 from apr_jax.engine.threads import Rollout
 from apr_jax.engine.work_counters import Work
+from apr_jax.reasoning.base import Outcome
 from apr_jax.tasks import TASKS
 from apr_jax.tasks.base import Verdict
 from apr_jax.tasks.countdown.rules import Problem

@@ -3,11 +3,11 @@
 import dataclasses
 
 import numpy as np
-from apr_jax.reasoning.outcome import Outcome
 
 from apr_jax.data.tokenizer import load_tokenizer
 from apr_jax.engine.threads import Call, Rollout, RolloutKey, Stop, StopReason
 from apr_jax.engine.work_counters import Work
+from apr_jax.reasoning.base import Outcome
 from apr_jax.tasks.countdown.rules import Problem
 from apr_jax.tasks.countdown.task import COUNTDOWN
 from apr_jax.train.rl.sample import score
