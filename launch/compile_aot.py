@@ -18,7 +18,9 @@ from apr_jax import entry
 from apr_jax.config import ConfigError
 
 _CONFIG = entry.define_config("grpo.py:paper")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "What to compile for: tpu:v5e:4x4, tpu:v5p:2x2x1, gpu:h100:8, ..")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Accelerators to compile for: tpu:v5e:4x4, tpu:v5p:2x2x1, gpu:h100:8, .."
+)
 _MESH = flags.DEFINE_string("mesh", None, "DATA,FSDP,TENSOR [the best that fits].")
 _CANDIDATES = flags.DEFINE_integer("candidates", 3, "Meshes that are compiled to find the best.", lower_bound=1)
 _QUICK = flags.DEFINE_bool("quick", False, "Compile with one and with two layers, and extrapolate to all.")

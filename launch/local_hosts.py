@@ -27,7 +27,7 @@ from absl import flags
 from apr_jax import entry
 from apr_jax.config import ConfigError
 
-_HOSTS = flags.DEFINE_integer("hosts", 2, "Processes.", lower_bound=1)
+_HOSTS = flags.DEFINE_integer("hosts", 2, "Number of processes.", lower_bound=1)
 _DEVICES = flags.DEFINE_integer("devices-per-host", 1, "CPU devices of each process.", lower_bound=1)
 
 _GRACE_SECONDS = 5.0  # in which hosts may say why they fail, when one has failed

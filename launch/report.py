@@ -19,8 +19,12 @@ from apr_jax import entry
 from apr_jax.config import ConfigError
 
 _COMPARISON = flags.DEFINE_string("comparison", None, "Folder of launch/compare.py [runs/comparison without --run].")
-_RUN = flags.DEFINE_string("run", None, "Folder of a training run: what RL did, and rollouts it learnt from.")
-_OUT = flags.DEFINE_string("out", None, "Where the page goes [report.html in the comparison's folder, or the run's].")
+_RUN = flags.DEFINE_string(
+    "run", None, "Folder of a training run, for its change under RL and the rollouts it learnt from."
+)
+_OUT = entry.define_output(
+    "out", "Write the page here [report.html in the comparison's folder, or the run's].", (".html",)
+)
 _SCREENSHOTS = flags.DEFINE_string("screenshots", None, "Folder for pictures of the page (make screenshots).")
 
 

@@ -20,8 +20,8 @@ def test_a_runs_own_page_goes_where_out_says(tmp_path):
     assert "GRPO: share of rollouts solved" in (tmp_path / "page.html").read_text()
     assert not (run / "report.html").exists()
     assert launched("report.py", tmp_path, "--run=runs/laptop").stdout == "runs/laptop/report.html\n"
-    done = launched("report.py", tmp_path, "--run=runs/laptop", "--out=nowhere/page.html", check=1)
-    assert "nowhere/page.html" in done.stderr
+    done = launched("report.py", tmp_path, "--run=runs/laptop", "--out=nowhere/page.html", check=2)
+    assert "--out=nowhere/page.html: there is no folder nowhere; make it first" in done.stderr
     assert "Traceback" not in done.stderr
 
 
