@@ -6,6 +6,7 @@ value of the wrong type raise `ConfigError` and say what was probably meant. Not
 
 import dataclasses
 import difflib
+import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -17,10 +18,36 @@ class ConfigError(ValueError):
     """A configuration that cannot work. The message names the field and says what to do."""
 
 
+Family = Literal["llama", "qwen2", "qwen3", "mistral"]  # model/families.py has their facts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """RoPE stretched for contexts longer than those of pretraining, as Llama 3.1 does it (arXiv 2407.21783, section 3).
+
+    Frequencies whose wavelength is above `original_max_seq_len / low_frequency_factor` are divided by `factor`, those
+    below `original_max_seq_len / high_frequency_factor` stay, and those between are interpolated.
+    """
+
+    factor: float
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_max_seq_len: int
+
+    def __post_init__(self) -> None:
+        positive(self, "model.rope_scaling", "original_max_seq_len")
+        if not (self.factor >= 1 and 0 < self.low_frequency_factor < self.high_frequency_factor):
+            raise ConfigError(
+                f"model.rope_scaling: factor={self.factor} must be at least 1, and low_frequency_factor="
+                f"{self.low_frequency_factor} positive and below high_frequency_factor={self.high_frequency_factor}"
+            )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A Llama-2 decoder (RMSNorm, RoPE, SwiGLU, optional grouped-query attention)."""
+    """A decoder of the Llama kind (RMSNorm, RoPE, SwiGLU, optional grouped-query attention)."""
 
+    family: Family
     vocab_size: int  # at least the tokenizer's; the rest is never produced
     num_layers: int
     embed_dim: int
@@ -30,6 +57,7 @@ class ModelConfig:
     head_dim: int
     max_seq_len: int  # tokens of context a thread may hold
     rope_theta: float
+    rope_scaling: RopeScaling | None
     rms_norm_eps: float
     tie_embeddings: bool
     compute_dtype: Literal["float32", "bfloat16"]  # weights stay float32
@@ -387,6 +415,9 @@ def _convert(cls: type, values: Mapping[str, Any], path: str) -> Any:
 
 
 def _convert_value(hint: Any, value: Any, path: str) -> Any:
+    if isinstance(hint, types.UnionType):  # a section or None
+        (section,) = (choice for choice in typing.get_args(hint) if choice is not type(None))
+        return None if value is None else _convert_value(section, value, path)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path}={value!r}: wrong type, it takes a section of settings")

@@ -25,6 +25,7 @@ def laptop() -> ConfigDict:
     config.name = "laptop"
     config.seed = 0
     config.model = dict(
+        family="llama",
         vocab_size=336,
         num_layers=3,
         embed_dim=192,
@@ -34,6 +35,7 @@ def laptop() -> ConfigDict:
         head_dim=64,
         max_seq_len=512,
         rope_theta=10_000.0,
+        rope_scaling=None,
         rms_norm_eps=1e-6,
         tie_embeddings=True,
         compute_dtype="float32",

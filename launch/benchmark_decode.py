@@ -98,7 +98,7 @@ def _replays(config: Config, params: Any) -> dict[str, Any]:
 def _peers(config: Config, params: Any, lanes: tuple[int, ...], lengths: Any) -> dict[str, Any]:
     from apr_jax.bench import agreement, decode
     from apr_jax.bench.peers import Workload, run_peers
-    from apr_jax.model.hf import save_hf
+    from apr_jax.model.weights.hf import save_hf
 
     prompts = decode.make_prompts(config, max(lanes), lengths)
     regret = functools.partial(agreement.regret, prompts[0], model=config.model, params=params)

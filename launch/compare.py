@@ -73,7 +73,7 @@ def main() -> int:
         raise entry.FailedError(f"no run with checkpoints in {_RUNS}/: train one first, or name --policies=NAME=FOLDER")
     from apr_jax.checkpoints.integrity import CheckpointError
     from apr_jax.evaluation.report.paired_report import draw_runs
-    from apr_jax.model.hf import HuggingFaceError
+    from apr_jax.model.weights.errors import HuggingFaceError
     from apr_jax.train.signals import StoppedError, StopSignal
 
     if _FIGURE.value:

@@ -62,7 +62,7 @@ def main() -> None:
     own_problems = read_problems(task, _PROBLEMS.value, _NUM_PROBLEMS.value) if _PROBLEMS.value else None
     from apr_jax.checkpoints.integrity import CheckpointError
     from apr_jax.data.demonstrations import DatasetError
-    from apr_jax.model.hf import HuggingFaceError
+    from apr_jax.model.weights.errors import HuggingFaceError
 
     try:
         _evaluate(checkpoint, own_problems)

@@ -61,7 +61,7 @@ def main(words: Sequence[str]) -> None:
         check_method_flag(_METHOD.value, task, _TEMPERATURE.value, _BUDGET.value)
     from apr_jax import library
     from apr_jax.checkpoints.integrity import CheckpointError
-    from apr_jax.model.hf import HuggingFaceError
+    from apr_jax.model.weights.errors import HuggingFaceError
 
     given = _CONFIG.config_dict()
     try:

@@ -12,8 +12,8 @@ from apr_jax.config import ConfigError
 from apr_jax.data.tokenizer import load_tokenizer
 from apr_jax.evaluation.run import evaluate
 from apr_jax.library import Policy
-from apr_jax.model.hf import save_hf
 from apr_jax.model.params import init_params
+from apr_jax.model.weights.hf import save_hf
 from apr_jax.reasoning.serial import serial
 from apr_jax.reasoning.settings import make_settings
 from apr_jax.tasks.countdown.rules import Problem

@@ -30,8 +30,8 @@ _OURS = ("PYTHONPATH", "PYTHONHOME", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_PL
 class Workload:
     """The work that every peer is given. The first L prompts are the batch of L lanes, decoded greedily.
 
-    `model` is a folder written by `apr_jax.model.hf.save_hf`. Each lane writes `new_tokens` tokens (at least 2: the
-    first belongs to the prefill and is not timed). `seconds_limit` holds for one peer as a whole.
+    `model` is a folder written by `apr_jax.model.weights.hf.save_hf`. Each lane writes `new_tokens` tokens
+    (at least 2: the first belongs to the prefill and is not timed). `seconds_limit` holds for one peer as a whole.
     """
 
     model: str

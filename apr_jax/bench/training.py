@@ -26,8 +26,8 @@ from apr_jax.data.pipeline import train_iterator
 from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import Decode, Open, Program, RolloutKey
-from apr_jax.model.hf import save_hf
 from apr_jax.model.params import Params, init_params, num_params
+from apr_jax.model.weights.hf import save_hf
 from apr_jax.reasoning import METHODS
 from apr_jax.reasoning.settings import banned_tokens
 from apr_jax.tasks.generation import demonstrate, generate_problems

@@ -11,9 +11,9 @@ from apr_jax.checkpoints.integrity import CheckpointError, check_files, read_met
 from apr_jax.checkpoints.phases import PHASES
 from apr_jax.checkpoints.trees import flatten, unflatten
 from apr_jax.config import MeshConfig, ModelConfig
-from apr_jax.model.hf import load_hf
 from apr_jax.model.params import Params
 from apr_jax.model.placement import abstract_params_on
+from apr_jax.model.weights.hf import load_hf
 from apr_jax.parallel.mesh import make_mesh
 
 POLICY = "policy"  # the item of a checkpoint that holds the model's parameters

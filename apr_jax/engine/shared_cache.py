@@ -13,7 +13,7 @@ from apr_jax.config import ModelConfig
 from apr_jax.model.head_tile import HeadTile
 from apr_jax.model.online_softmax import Block
 from apr_jax.model.paged_cache import PagedKVCache, pages_per_span, write_rows
-from apr_jax.model.rope import rope_angles
+from apr_jax.model.rope import Frequencies, rope_angles
 from apr_jax.model.views.shared import SharedWorkers, Spans
 
 Carried = tuple[tuple[Block, ...], jax.Array]
@@ -67,7 +67,7 @@ class SharedCache:
         """See `DecodeCache`."""
         fresh, seen_L = carried
         return SharedWorkers(
-            rope=rope_angles(self.lengths_L + step, self.config.head_dim, self.config.rope_theta),
+            rope=rope_angles(self.lengths_L + step, Frequencies.of(self.config)),
             rows=self.rows,
             num_spans=self.num_spans,
             fresh=fresh,
@@ -76,7 +76,7 @@ class SharedCache:
             prompts_L=self.prompts_L,
             step=step,
             workers=self.workers,
-            rope_theta=self.config.rope_theta,
+            frequencies=Frequencies.of(self.config),
         )
 
     def carried(self, view: SharedWorkers) -> Carried:

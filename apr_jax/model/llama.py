@@ -19,6 +19,7 @@ from flax import nnx
 
 from apr_jax.config import ModelConfig
 from apr_jax.model.attention import ATTENTION_NAME
+from apr_jax.model.families import FAMILIES
 from apr_jax.model.ops import XLA, Ops
 from apr_jax.model.views.base import V
 
@@ -36,12 +37,12 @@ _KEPT = {
 class RMSNorm(nnx.Module):
     """`x / sqrt(mean(x^2) + eps) * scale` (Zhang and Sennrich 2019, eq. 4)."""
 
-    def __init__(self, config: ModelConfig, ops: Ops):
+    def __init__(self, config: ModelConfig, ops: Ops, width: int):
         self.eps, self.ops = config.rms_norm_eps, ops
-        self.scale = nnx.Param(jnp.ones((config.embed_dim,), jnp.float32))
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return `x [..., D]` for the residual stream, and its norm."""
+        """Return `x [..., width]` for the residual stream, and its norm."""
         return self.ops.norm(x, self.scale[...], self.eps)
 
 
@@ -55,13 +56,23 @@ class Attention(nnx.Module):
         self.key = _matrix(rngs, config.embed_dim, kv_dim)
         self.value = _matrix(rngs, config.embed_dim, kv_dim)
         self.out = _matrix(rngs, query_dim, config.embed_dim, _residual_stddev(config))
+        facts = FAMILIES[config.family]
+        if facts.biases:
+            self.query_bias, self.key_bias, self.value_bias = (_zeros(n) for n in (query_dim, kv_dim, kv_dim))
+        if facts.head_norms:
+            self.query_norm, self.key_norm = (RMSNorm(config, ops, config.head_dim) for _ in range(2))
 
     def __call__(self, x: jax.Array, view: V) -> tuple[jax.Array, V]:
         """Attend from `x [..., D]` to what the view shows. Return `[..., D]` and the view with these tokens in it."""
         config, heads = self.config, (-1, self.config.head_dim)
         query_dim, kv_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         flat = _matmul(self.ops, x, (self.query, query_dim), (self.key, kv_dim), (self.value, kv_dim))
+        if FAMILIES[config.family].biases:
+            biases = (self.query_bias, self.key_bias, self.value_bias)
+            flat = [each + bias[...].astype(x.dtype) for each, bias in zip(flat, biases, strict=True)]
         q_TNH, k_TKH, v_TKH = (each.reshape(*x.shape[:-1], *heads) for each in flat)
+        if FAMILIES[config.family].head_norms:
+            (_, q_TNH), (_, k_TKH) = self.query_norm(q_TNH), self.key_norm(k_TKH)
         q_TNH, k_TKH = (self.ops.rope(each, view.angles()) for each in (q_TNH, k_TKH))
         out_TNH, view = view.attend(self.layer, q_TNH, k_TKH, v_TKH)
         (out,) = _matmul(self.ops, out_TNH.reshape(*x.shape[:-1], -1), (self.out, config.embed_dim))
@@ -89,9 +100,9 @@ class Block(nnx.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, ops: Ops, layer: int, *, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config, ops)
+        self.attention_norm = RMSNorm(config, ops, config.embed_dim)
         self.attention = Attention(config, ops, layer, rngs=rngs)
-        self.mlp_norm = RMSNorm(config, ops)
+        self.mlp_norm = RMSNorm(config, ops, config.embed_dim)
         self.mlp = MLP(config, ops, rngs=rngs)
 
     def __call__(self, x: jax.Array, view: V) -> tuple[jax.Array, V]:
@@ -109,7 +120,7 @@ class Llama(nnx.Module):
         self.config, self.ops = config, ops
         self.embedding = _normal(rngs, (config.vocab_size, config.embed_dim), INIT_STDDEV)
         self.blocks = nnx.List([Block(config, ops, layer, rngs=rngs) for layer in range(config.num_layers)])
-        self.final_norm = RMSNorm(config, ops)
+        self.final_norm = RMSNorm(config, ops, config.embed_dim)
         self.head = None if config.tie_embeddings else _matrix(rngs, config.embed_dim, config.vocab_size)
 
     def __call__(self, tokens: jax.Array, view: V) -> tuple[jax.Array, V]:
@@ -140,6 +151,10 @@ def _matmul(ops: Ops, x: jax.Array, *weights: tuple[nnx.Param[Any], int]) -> lis
 
 def _matrix(rngs: nnx.Rngs, inputs: int, outputs: int, stddev: float = INIT_STDDEV) -> nnx.Param[Any]:
     return _normal(rngs, (inputs, outputs), stddev)
+
+
+def _zeros(width: int) -> nnx.Param[Any]:
+    return nnx.Param(jnp.zeros((width,), jnp.float32))
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param[Any]:

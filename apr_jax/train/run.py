@@ -225,6 +225,7 @@ class _Run:
 
 # The fields that must agree for weights to fit. The rest of ModelConfig may change from one run to the next.
 _WEIGHT_FIELDS = (
+    "family",
     "vocab_size",
     "num_layers",
     "embed_dim",
@@ -233,6 +234,7 @@ _WEIGHT_FIELDS = (
     "num_kv_heads",
     "head_dim",
     "rope_theta",
+    "rope_scaling",
     "rms_norm_eps",
     "tie_embeddings",
 )

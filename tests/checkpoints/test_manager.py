@@ -16,9 +16,9 @@ from apr_jax.checkpoints.policy import load_policy
 from apr_jax.checkpoints.reference import has_reference, load_reference, save_reference
 from apr_jax.checkpoints.resume_check import check_same
 from apr_jax.config import ConfigError, to_dict
-from apr_jax.model.hf import save_hf
 from apr_jax.model.params import init_params
 from apr_jax.model.placement import abstract_params_on, place_params
+from apr_jax.model.weights.hf import save_hf
 from apr_jax.parallel.mesh import make_mesh, replicated
 from tests.train.small import on_mesh, small_config
 

@@ -12,8 +12,8 @@ import pytest
 from apr_jax.checkpoints.manager import Checkpoints
 from apr_jax.config import from_config_dict
 from apr_jax.data.tokenizer import load_tokenizer
-from apr_jax.model.hf import save_hf
 from apr_jax.model.params import init_params
+from apr_jax.model.weights.hf import save_hf
 from configs.grpo import get_config
 from tests.evaluation.test_run import INTERFACE_KEYS
 

@@ -13,9 +13,9 @@ from flax import nnx
 from apr_jax.config import ModelConfig
 from apr_jax.model import llama
 from apr_jax.model import params as params_of
-from apr_jax.model.hf import load_hf
-from apr_jax.model.rope import rope_angles
+from apr_jax.model.rope import Frequencies, rope_angles
 from apr_jax.model.views.training import training_rows
+from apr_jax.model.weights.hf import load_hf
 from tests.configs import TINY_MODEL
 from tests.model.naive import naive_decode
 
@@ -126,7 +126,7 @@ class DenseCache:
     positions_T: jax.Array
 
     def angles(self) -> Any:
-        return rope_angles(self.positions_T, TINY.head_dim, TINY.rope_theta)
+        return rope_angles(self.positions_T, Frequencies.of(TINY))
 
     def attend(self, layer: int, q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array) -> tuple[jax.Array, Self]:
         places = layer, self.positions_T

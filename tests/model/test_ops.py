@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from apr_jax.model.ops import XLA
-from apr_jax.model.rope import rope_angles, rope_angles_once
+from apr_jax.model.rope import Frequencies, rope_angles, rope_angles_once
 from apr_jax.model.sampling import log_probs, sample
 
 
@@ -49,18 +49,20 @@ def test_swiglu_is_silu_times_up():
 
 def test_rotations_turn_pairs_and_add_up():
     x, positions = normal(3, 2, 8), jnp.array([0, 5, 40])
-    made = XLA.rope(x, rope_angles(positions, 8, 100.0))
+    made = XLA.rope(x, rope_angles(positions, Frequencies(8, 100.0)))
     pairs = exact(x)[..., :4] + 1j * exact(x)[..., 4:]
     turned = pairs * np.exp(1j * np.asarray(positions)[:, None, None] * 100.0 ** (-np.arange(4) / 4))
     np.testing.assert_allclose(made, np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
-    further = XLA.rope(made, rope_angles(jnp.array([7, 7, 7]), 8, 100.0))
-    np.testing.assert_allclose(further, XLA.rope(x, rope_angles(positions + 7, 8, 100.0)), atol=1e-5)
+    further = XLA.rope(made, rope_angles(jnp.array([7, 7, 7]), Frequencies(8, 100.0)))
+    np.testing.assert_allclose(further, XLA.rope(x, rope_angles(positions + 7, Frequencies(8, 100.0))), atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(8,), (2, 12), (3, 2, 5)])
 def test_angles_in_a_loop_are_the_same(shape):
     positions = jnp.arange(np.prod(shape)).reshape(shape)
-    for ours, theirs in zip(rope_angles_once(positions, 8, 1e4), rope_angles(positions, 8, 1e4), strict=True):
+    frequencies = Frequencies(8, 1e4)
+    both = rope_angles_once(positions, frequencies), rope_angles(positions, frequencies)
+    for ours, theirs in zip(*both, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 

@@ -9,7 +9,7 @@ from apr_jax.config import ModelConfig
 from apr_jax.model.ops import Angles
 from apr_jax.model.paged_attention import PagedAttention
 from apr_jax.model.paged_cache import PagedKVCache
-from apr_jax.model.rope import rope_angles
+from apr_jax.model.rope import Frequencies, rope_angles
 
 
 @jax.tree_util.register_dataclass
@@ -44,5 +44,5 @@ def paged_lanes(
     attention: PagedAttention,
 ) -> PagedLanes:
     """Return the view of lanes at these positions."""
-    angles = rope_angles(positions_L, config.head_dim, config.rope_theta)
+    angles = rope_angles(positions_L, Frequencies.of(config))
     return PagedLanes(angles, pages, positions_L, live_L, tables_LR, attention)

@@ -13,7 +13,7 @@ from apr_jax.model.online_softmax import Block, merge, normalise, softmax_part
 from apr_jax.model.ops import Angles
 from apr_jax.model.paged_attention import attend_rows
 from apr_jax.model.paged_cache import PagedKVCache
-from apr_jax.model.rope import rope_angles
+from apr_jax.model.rope import Frequencies, rope_angles
 
 
 @jax.tree_util.register_dataclass
@@ -59,5 +59,5 @@ def prefill_rows(
 ) -> PrefillRows:
     """Return the view of chunks of `width` positions from `starts_L` on."""
     positions_LC = starts_L[:, None] + jnp.arange(width)[None]
-    angles = rope_angles(positions_LC, config.head_dim, config.rope_theta)
+    angles = rope_angles(positions_LC, Frequencies.of(config))
     return PrefillRows(angles, pages, starts_L, tables_LR, (), tile)

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from apr_jax.model.online_softmax import Block, Part, empty_part, merge, normalise, softmax_part
 from apr_jax.model.ops import Angles, apply_rope
-from apr_jax.model.rope import rope_angles
+from apr_jax.model.rope import Frequencies, rope_angles
 
 Spans = tuple[jax.Array, jax.Array]  # keys and values [spans, L, K, S, H]: the lanes' rows, span by span
 
@@ -64,7 +64,7 @@ class SharedWorkers:
     prompts_L: jax.Array  # int32, of them, those of the common prompt
     step: jax.Array  # int32 scalar, steps of the chunk before this one
     workers: int = dataclasses.field(metadata={"static": True})  # W
-    rope_theta: float = dataclasses.field(metadata={"static": True})
+    frequencies: Frequencies = dataclasses.field(metadata={"static": True})
 
     def angles(self) -> Angles:
         """See `View`."""
@@ -93,8 +93,8 @@ def _attend_all(threads: tuple[jax.Array, ...], view: SharedWorkers, layer: int)
     lengths_AU, prompts_AU, seen_AU = (grouped(x) for x in (view.lengths_L, view.prompts_L, view.seen_L))
     to_prompt_AW, to_segment_AWU = segment_shifts(lengths_AU - prompts_AU + seen_AU)
     q_AWNH = grouped((q_LNH / math.sqrt(H)).astype(q_LNH.dtype))
-    prompt_AWKGH = _turned(q_AWNH, to_prompt_AW, view.rope_theta).reshape(A, W, K, G, H)
-    segment_AWUNH = _turned(jnp.broadcast_to(q_AWNH[:, :, None], (A, W, W, N, H)), to_segment_AWU, view.rope_theta)
+    prompt_AWKGH = _turned(q_AWNH, to_prompt_AW, view.frequencies).reshape(A, W, K, G, H)
+    segment_AWUNH = _turned(jnp.broadcast_to(q_AWNH[:, :, None], (A, W, W, N, H)), to_segment_AWU, view.frequencies)
     # All that look at worker u's keys look at once: their heads lie side by side.
     segment_AUKMH = segment_AWUNH.reshape(A, W, W, K, G, H).transpose(0, 2, 3, 1, 4, 5).reshape(A, W, K, W * G, H)
     k_rows, v_rows = view.rows[layer]
@@ -125,6 +125,6 @@ def _attend_all(threads: tuple[jax.Array, ...], view: SharedWorkers, layer: int)
     return normalise(merged).reshape(L, N, H).astype(q_LNH.dtype), (k_LKCH, v_LKCH)
 
 
-def _turned(x: jax.Array, shift: jax.Array, theta: float) -> jax.Array:
+def _turned(x: jax.Array, shift: jax.Array, frequencies: Frequencies) -> jax.Array:
     """Rotate queries `[..., N, H]` further by `shift [...]` positions."""
-    return apply_rope(x, rope_angles(shift, x.shape[-1], theta))
+    return apply_rope(x, rope_angles(shift, frequencies))

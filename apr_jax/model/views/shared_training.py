@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from apr_jax.config import ModelConfig
 from apr_jax.model.online_softmax import MASKED_SCORE
 from apr_jax.model.ops import Angles, apply_rope
-from apr_jax.model.rope import rope_angles_once
+from apr_jax.model.rope import Frequencies, rope_angles_once
 
 _BLOCK = 128
 
@@ -58,20 +58,18 @@ class SharedTrainingRows:
 
 def shared_training_rows(config: ModelConfig, positions_BT: jax.Array, rows: SharedRows) -> SharedTrainingRows:
     """Return the view of tokens whose positions count in each worker's own row (`shared.py`)."""
-    head_dim, theta = config.head_dim, config.rope_theta
-    return SharedTrainingRows(
-        rope_angles_once(positions_BT, head_dim, theta), rows, shared_angles(rows, head_dim, theta)
-    )
+    frequencies = Frequencies.of(config)
+    return SharedTrainingRows(rope_angles_once(positions_BT, frequencies), rows, shared_angles(rows, frequencies))
 
 
-def shared_angles(rows: SharedRows, head_dim: int, theta: float) -> tuple[Angles, ...]:
+def shared_angles(rows: SharedRows, frequencies: Frequencies) -> tuple[Angles, ...]:
     """Compute the queries' further rotations: for the first of the others and the prompt, the second, and so on."""
     own_BT1 = rows.workers[..., None]
     rank_R = 1 + jnp.arange(rows.seen.shape[-1] - 1)[None, None]
     # The r-th other is worker r where that is before the query's own, else worker r + 1, both counted from 1.
     seen_BTR = jnp.where(rank_R < own_BT1, rows.seen[..., :-1], rows.seen[..., 1:])
     shift_BTR = jnp.cumsum(seen_BTR[..., ::-1], axis=-1)[..., ::-1]
-    return tuple(rope_angles_once(shift_BTR[..., rank], head_dim, theta) for rank in range(shift_BTR.shape[-1]))
+    return tuple(rope_angles_once(shift_BTR[..., rank], frequencies) for rank in range(shift_BTR.shape[-1]))
 
 
 def shared_attention(

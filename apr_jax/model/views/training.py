@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from apr_jax.config import ModelConfig
 from apr_jax.model.attention import named, xla_attention
 from apr_jax.model.ops import Angles
-from apr_jax.model.rope import rope_angles_once
+from apr_jax.model.rope import Frequencies, rope_angles_once
 
 # (queries, keys, values, segment ids, first later times that do not see each token) -> outputs
 TrainingAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
@@ -67,7 +67,7 @@ def training_rows(
     T = positions.shape[-1]
     times = jnp.arange(T, dtype=jnp.int32).reshape((1,) * (positions.ndim - 1) + (T,))
     return TrainingRows(
-        rope_angles_once(positions, config.head_dim, config.rope_theta),
+        rope_angles_once(positions, Frequencies.of(config)),
         jnp.ones(positions.shape, jnp.int32) if segment_ids is None else segment_ids,
         None if reach is None else times + reach,
         attention,

@@ -16,7 +16,7 @@ from apr_jax.kernels import cpu, cpu_kernels
 from apr_jax.kernels.cpu import CpuPagedAttention, bindings, build
 from apr_jax.model.ops import apply_rope
 from apr_jax.model.paged_attention import PlainPagedAttention
-from apr_jax.model.rope import rope_angles
+from apr_jax.model.rope import Frequencies, rope_angles
 from apr_jax.model.sampling import log_probs, sample
 
 pytestmark = [pytest.mark.heavy, pytest.mark.skipif(not build.is_available(), reason="no C++ compiler here")]
@@ -143,7 +143,7 @@ def test_lifted_over_lanes_it_is_one_product():
 def test_rotation_is_rope(kernels, dtype):
     """Alone and lifted over lanes."""
     x_LTNH, positions_LT = normal(4, 2, 3, 8, dtype=dtype), jnp.arange(8).reshape(4, 2) * 37
-    angles = rope_angles(positions_LT, 8, 1e4)
+    angles = rope_angles(positions_LT, Frequencies(8, 1e4))
     expected = apply_rope(x_LTNH.astype("float32"), angles)
     for rotate in (bindings.rotate, jax.vmap(bindings.rotate)):
         made = rotate(x_LTNH.reshape(4, 2, 24), angles)

@@ -12,7 +12,7 @@ from apr_jax.kernels import cpu
 from apr_jax.kernels.cpu import bindings, build
 from apr_jax.kernels.cpu.ops import norm, product, rope, swiglu
 from apr_jax.model.ops import apply_rope
-from apr_jax.model.rope import rope_angles
+from apr_jax.model.rope import Frequencies, rope_angles
 from apr_jax.parallel.mesh import make_mesh
 
 pytestmark = [pytest.mark.heavy, pytest.mark.skipif(not cpu.is_available(), reason="no C++ compiler here")]
@@ -111,7 +111,7 @@ def test_a_norm_and_what_goes_past_it(shape, mesh):
 @pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=2, tensor=2)])
 def test_a_rotation_is_ropes(mesh):
     x_BTNH, dout_BTNH = normal(4, 10, 2, 8), normal(4, 10, 2, 8, seed=1)
-    angles = rope_angles(3 * jnp.arange(40).reshape(4, 10), 8, 100.0)
+    angles = rope_angles(3 * jnp.arange(40).reshape(4, 10), Frequencies(8, 100.0))
     with contextlib.ExitStack() as stack:
         if mesh:
             stack.enter_context(jax.set_mesh(make_mesh(mesh)))

@@ -15,8 +15,9 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from apr_jax.model import params as params_of
-from apr_jax.model.hf import HuggingFaceError, load_hf, save_hf
 from apr_jax.model.views.training import training_rows
+from apr_jax.model.weights.errors import HuggingFaceError
+from apr_jax.model.weights.hf import load_hf, save_hf
 from tests.configs import TINY_MODEL
 
 ORACLES = pathlib.Path(__file__).parents[1] / "oracles"
@@ -177,6 +178,7 @@ def test_transformers_loads_what_we_wrote(tied: bool, tmp_path: pathlib.Path) ->
         head_dim=10,
         max_seq_len=64,
         rope_theta=50000.0,
+        rope_scaling=None,
         rms_norm_eps=1e-5,
         tie_embeddings=tied,
     )

@@ -1,0 +1,156 @@
+"""Hugging Face folders in and out: config.json, safetensors (one file or sharded), generation_config.json, tokenizer.
+
+Weights go through unchanged but for a transposition: torch stores `[out, in]`, and our matmuls read `[in, out]`. The
+order of RoPE's pairs is the same. Which models load is in `families.py`.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from apr_jax.config import ConfigError, ModelConfig
+from apr_jax.model.params import Params, abstract_params
+from apr_jax.model.weights.errors import HuggingFaceError
+from apr_jax.model.weights.hf_config import read_config, write_config
+from apr_jax.model.weights.tensors import read_json, save_tensors, tensor_readers
+
+_TOP_LEVEL = {
+    "embedding": "model.embed_tokens.weight",
+    "final_norm.scale": "model.norm.weight",
+    "head": "lm_head.weight",
+}
+_PER_LAYER = {
+    "attention_norm.scale": "input_layernorm.weight",
+    "attention.query": "self_attn.q_proj.weight",
+    "attention.key": "self_attn.k_proj.weight",
+    "attention.value": "self_attn.v_proj.weight",
+    "attention.out": "self_attn.o_proj.weight",
+    "attention.query_bias": "self_attn.q_proj.bias",
+    "attention.key_bias": "self_attn.k_proj.bias",
+    "attention.value_bias": "self_attn.v_proj.bias",
+    "attention.query_norm.scale": "self_attn.q_norm.weight",
+    "attention.key_norm.scale": "self_attn.k_norm.weight",
+    "mlp_norm.scale": "post_attention_layernorm.weight",
+    "mlp.gate": "mlp.gate_proj.weight",
+    "mlp.up": "mlp.up_proj.weight",
+    "mlp.down": "mlp.down_proj.weight",
+}
+
+
+class SavableTokenizer(Protocol):
+    """What `save_hf` needs of a tokenizer."""
+
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+    def save(self, folder: str | pathlib.Path) -> None: ...
+
+
+def load_hf(
+    folder: str | pathlib.Path,
+    *,
+    compute_dtype: Literal["float32", "bfloat16"] = "float32",
+    attention: Literal["auto", "cpu", "windows", "xla", "splash", "cudnn"] = "auto",
+    remat: Literal["none", "dots", "full"] = "none",
+) -> tuple[ModelConfig, Params]:
+    """Load the model of a Hugging Face folder; the keywords are settings that Hugging Face has no word for.
+
+    Weights become float32, whatever floating-point type they are stored in.
+
+    Raises:
+        HuggingFaceError: a tensor is missing, unexpected or of the wrong shape, a file is damaged, or config.json asks
+            for another model.
+        FileNotFoundError: no config.json or no safetensors.
+    """
+    folder = pathlib.Path(folder)
+    values = read_json(folder / "config.json")
+    try:
+        config = read_config(values, compute_dtype=compute_dtype, attention=attention, remat=remat)
+    except (HuggingFaceError, ConfigError, TypeError, ValueError) as error:
+        raise HuggingFaceError(f"{folder}: {error}") from error
+    return config, _load_params(folder, config)
+
+
+def save_hf(
+    folder: str | pathlib.Path, config: ModelConfig, params: Params, tokenizer: SavableTokenizer | None = None
+) -> None:
+    """Write a folder that `load_hf` and `transformers` load: float32 weights and, when given, the tokenizer.
+
+    Weights that the folder held before, sharded ones too, are replaced.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    special = {} if tokenizer is None else _special_tokens(tokenizer)
+    _write_json(folder / "config.json", write_config(config) | special)
+    _write_json(folder / "generation_config.json", special)
+    tensors = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name, transposed = _hf_name(path)
+        array = np.asarray(leaf)
+        tensors[name] = np.ascontiguousarray(array.T if transposed else array)
+    save_tensors(folder, tensors)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+def _special_tokens(tokenizer: SavableTokenizer) -> dict[str, int]:
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+
+
+def _load_params(folder: pathlib.Path, config: ModelConfig) -> Params:
+    readers = tensor_readers(folder)
+    abstract = abstract_params(config)
+    known = {_hf_name(path)[0] for path, _ in jax.tree_util.tree_leaves_with_path(abstract)}
+    head = _TOP_LEVEL["head"]
+    unexpected = sorted(
+        name
+        for name in readers.keys() - known
+        if not name.endswith("rotary_emb.inv_freq") and not (name == head and config.tie_embeddings)
+    )
+    if unexpected:
+        raise HuggingFaceError(f"{folder}: tensor {unexpected[0]} has no place in this model ({len(unexpected)} such)")
+
+    def read(name: str, expected: tuple[int, ...]) -> jax.Array:
+        if name not in readers:
+            raise HuggingFaceError(f"{folder}: tensor {name} is missing")
+        array = readers[name]()
+        if array.shape != expected:
+            raise HuggingFaceError(f"{folder}: tensor {name} has shape {array.shape}, and config.json says {expected}")
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise HuggingFaceError(f"{folder}: tensor {name} holds {array.dtype}, not floating-point numbers")
+        return array.astype(jnp.float32)
+
+    def load(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name, transposed = _hf_name(path)
+        array = read(name, leaf.shape[::-1] if transposed else leaf.shape)
+        return array.T if transposed else array
+
+    params: Params = jax.tree_util.tree_map_with_path(load, abstract)
+    if config.tie_embeddings and head in readers:
+        embedding: Any = params["embedding"][...]
+        if not jnp.array_equal(read(head, embedding.shape), embedding):
+            raise HuggingFaceError(
+                f"{folder}: config.json says tie_word_embeddings=true, and {head} differs from "
+                f"{_TOP_LEVEL['embedding']}; set tie_word_embeddings to false to use both"
+            )
+    return params
+
+
+def _hf_name(path: Any) -> tuple[str, bool]:
+    """Return Hugging Face's name of a parameter, and True if it is stored transposed."""
+    keys = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+    ours = ".".join(keys)
+    if keys[0] == "blocks":
+        suffix = ".".join(keys[2:])
+        return f"model.layers.{keys[1]}.{_PER_LAYER[suffix]}", not suffix.endswith(("scale", "bias"))
+    return _TOP_LEVEL[ours], ours == "head"
+
+
+def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
