@@ -22,7 +22,7 @@ class FamilyFacts:
         architecture: transformers' class, which config.json names for other programs.
         biases: queries, keys and values have a bias (Qwen 2).
         head_norms: each head's queries and keys are normalised before RoPE (Qwen 3).
-        silent: what transformers assumes where config.json lacks a key; None means the key is required.
+        silent: what transformers assumes where config.json lacks a key.
         written: keys of config.json that tell other programs about these facts.
     """
 
@@ -30,8 +30,8 @@ class FamilyFacts:
     architecture: str
     biases: bool = False
     head_norms: bool = False
-    silent: Mapping[str, Any] = MappingProxyType({})
-    written: Mapping[str, Any] = MappingProxyType({})
+    silent: Mapping[str, Any]
+    written: Mapping[str, Any]
 
 
 _SILENT = {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu"}

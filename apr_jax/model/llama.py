@@ -69,7 +69,7 @@ class Attention(nnx.Module):
         flat = _matmul(self.ops, x, (self.query, query_dim), (self.key, kv_dim), (self.value, kv_dim))
         if FAMILIES[config.family].biases:
             biases = (self.query_bias, self.key_bias, self.value_bias)
-            flat = [each + bias[...].astype(x.dtype) for each, bias in zip(flat, biases, strict=True)]
+            flat = [_add_bias(each, bias[...]) for each, bias in zip(flat, biases, strict=True)]
         q_TNH, k_TKH, v_TKH = (each.reshape(*x.shape[:-1], *heads) for each in flat)
         if FAMILIES[config.family].head_norms:
             (_, q_TNH), (_, k_TKH) = self.query_norm(q_TNH), self.key_norm(k_TKH)
@@ -151,6 +151,10 @@ def _matmul(ops: Ops, x: jax.Array, *weights: tuple[nnx.Param[Any], int]) -> lis
 
 def _matrix(rngs: nnx.Rngs, inputs: int, outputs: int, stddev: float = INIT_STDDEV) -> nnx.Param[Any]:
     return _normal(rngs, (inputs, outputs), stddev)
+
+
+def _add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    return x + jnp.broadcast_to(bias.astype(x.dtype), x.shape)
 
 
 def _zeros(width: int) -> nnx.Param[Any]:

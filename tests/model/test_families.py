@@ -93,7 +93,7 @@ def test_the_engine_decodes_the_greedy_tokens_of_transformers(case: str, attenti
 
     sizes = dataclasses.replace(SIZES, decode_attention=attention)
     limits = dataclasses.replace(ROLLOUT, max_steps=len(expected))
-    engine = Engine(config, sizes, limits, make_mesh(), params=params)
+    engine = Engine(config, sizes, limits, make_mesh(), params=params, banned_tokens=())
     (rollout,) = engine.run([(RolloutKey(0, 0), program())], seed=0, temperature=0.0)
     assert rollout.calls[0].tokens.tolist() == expected
 
@@ -108,7 +108,7 @@ def test_heads_split_over_the_mesh_decode_the_same(case: str, loaded: Any) -> No
         return (yield Decode(thread, ()))
 
     limits = dataclasses.replace(ROLLOUT, max_steps=16)
-    engine = Engine(config, SIZES, limits, make_mesh(tensor=2), params=params)
+    engine = Engine(config, SIZES, limits, make_mesh(tensor=2), params=params, banned_tokens=())
     (rollout,) = engine.run([(RolloutKey(0, 0), program())], seed=0, temperature=0.0)
     assert rollout.calls[0].tokens.tolist() == ORACLE[f"{case}/greedy"].tolist()
 

@@ -44,7 +44,8 @@ def main() -> None:
         for name in GRADIENTS:
             if name in parameters:
                 arrays[f"{case}/gradient/{name}"] = parameters[name].grad.numpy()
-        greedy = model.generate(ids[:1, :40], max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
+        prompt = {"input_ids": ids[:1, :40], "attention_mask": torch.ones_like(ids[:1, :40])}
+        greedy = model.generate(**prompt, max_new_tokens=16, do_sample=False, eos_token_id=None)
         arrays[f"{case}/greedy"] = greedy.numpy()[0, 40:]
     np.savez_compressed(pathlib.Path(__file__).with_name("families.npz"), **arrays)
 

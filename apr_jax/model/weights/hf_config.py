@@ -43,6 +43,9 @@ def read_config(given: Mapping[str, Any], **settings: Any) -> ModelConfig:
     _check_supported(family, values)
     if missing := [key for key in _REQUIRED if values.get(key) is None]:
         raise HuggingFaceError(f"config.json: {missing[0]} is missing")
+    for key in (*_REQUIRED, "num_key_value_heads", "head_dim"):
+        if values.get(key) is not None and not (type(values[key]) is int and 0 < values[key] < 1 << 31):
+            raise HuggingFaceError(f"config.json: {key}={values[key]!r} must be a whole number above 0")
     num_heads = values["num_attention_heads"]
     rope = _read_rope(given, values)
     return ModelConfig(
