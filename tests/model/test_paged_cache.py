@@ -16,7 +16,9 @@ from apr_jax.model.views.prefill import prefill_rows
 
 pytestmark = pytest.mark.heavy
 PAGE, K, N, H, NUM_PAGES = 8, 2, 4, 16, 80
-CONFIG = types.SimpleNamespace(num_layers=1, num_kv_heads=K, head_dim=H, compute_dtype="float32", rope_theta=1e4)
+CONFIG = types.SimpleNamespace(
+    num_layers=1, num_kv_heads=K, head_dim=H, compute_dtype="float32", rope_theta=1e4, rope_scaling=None
+)
 LENGTHS = (0, 5, 130, 256, 16)
 
 
