@@ -23,7 +23,6 @@ NOT_YET = (  # folders and files that still begin otherwise; to be empty
     "apr_jax/evaluation/rollout_sources.py",
     "apr_jax/evaluation/run.py",
     "apr_jax/library.py",
-    "apr_jax/model/weights/hf.py",
     "apr_jax/reasoning",
     "apr_jax/tasks",
 )

@@ -55,7 +55,7 @@ def rope_angles_once(positions: jax.Array, frequencies: Frequencies) -> Angles:
 
 
 def _stretched(radians: jax.Array, scaling: RopeScaling) -> jax.Array:
-    """Slow down the pairs whose wavelength is long, as Llama 3.1's released code does (`config.RopeScaling`)."""
+    """Divide the frequencies of long wavelengths, as Llama 3.1's released code does (`config.RopeScaling`)."""
     turns = scaling.original_max_seq_len * radians / (2 * math.pi)  # of a pair, over the original context
     width = scaling.high_frequency_factor - scaling.low_frequency_factor
     share = jnp.clip((turns - scaling.low_frequency_factor) / width, 0.0, 1.0)
