@@ -70,11 +70,11 @@ class Policy:
 
     @property
     def engine(self) -> Engine:
-        """As `engine_for` the method that the policy was trained for."""
+        """The engine for the method that the policy was trained for."""
         return self.engine_for(self.config.data.method)
 
     def engine_for(self, method: str) -> Engine:
-        """An engine that holds the policy, compiled when it is first asked for, with all that `method` will use.
+        """Return an engine that holds the policy, compiled when it is first asked for, with all that `method` will use.
 
         Where an earlier one lacks what `method` uses, another takes its place. Raises ConfigError where it does not fit
         the devices.
@@ -159,7 +159,7 @@ def load(
     fallback: ConfigDict | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Policy:
-    """Loads a policy.
+    """Load a policy.
 
     Args:
       checkpoint: a run folder (its newest checkpoint), RUN/best, a checkpoint folder, or a Hugging Face folder.

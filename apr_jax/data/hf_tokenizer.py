@@ -87,7 +87,7 @@ class HuggingFaceTokenizer:
         return ids
 
     def _lines(self, ids: Sequence[int]) -> list[list[int]]:
-        """The ids cut after every token that ends in a newline. Raises ValueError for an id out of range."""
+        """Cut the ids after every token that ends in a newline. Raises ValueError for an id out of range."""
         lines: list[list[int]] = []
         new_line = True
         for index in ids:

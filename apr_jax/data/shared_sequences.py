@@ -29,7 +29,7 @@ class Segment:
 
 
 def shared_sequence(prompt: Sequence[int], segments: Sequence[Segment]) -> Sequence1D:
-    """The workers of one group as one training sequence; all arrays int32, of one length.
+    """Return the workers of one group as one training sequence; all arrays int32, of one length.
 
     Returns `tokens`, `targets` (0 where the next token is no worker's own), `written` (1 where the target is a token
     that a worker wrote), `positions` (in the worker's own row), and what `model.shared_attention.SharedRows` takes:
@@ -93,7 +93,7 @@ class SharedCalls:
         return len(self._groups)
 
     def sequence(self, index: int, weights: LossWeights) -> Sequence1D:
-        """One demonstration as `shared_sequence` has it, and `weights` float32 on what the workers wrote."""
+        """Return one demonstration as `shared_sequence` does, and `weights` float32 on what the workers wrote."""
         prompt, workers = self._groups[index]
         arrays = shared_sequence(prompt, [worker.segment for worker in workers])
         written = arrays.pop("written")
@@ -109,7 +109,7 @@ class SharedCalls:
 def tokenize_shared(
     demonstrations: Iterable[Demonstration], tokenizer: Tokenizer, *, row_len: int, max_tokens: int | None = None
 ) -> SharedCalls:
-    """Tokenises demonstrations whose calls are workers on one cache. Arguments and errors as `tokenize_calls`.
+    """Tokenise demonstrations whose calls are workers on one cache. Arguments and errors as `tokenize_calls`.
 
     What the calls' contexts have in common, up to the last line that is a worker's own, is the prompt.
     """
@@ -134,7 +134,7 @@ def tokenize_shared(
 
 
 def common_prompt(contexts: Sequence[str]) -> str:
-    """The lines with which all contexts begin, leaving each at least one of its own. Raises ValueError for none."""
+    """Return the lines with which all contexts begin, less one for each of them. Raises ValueError for none."""
     split = [context.splitlines(keepends=True) for context in contexts]
     count = min(len(lines) for lines in split) - 1
     same = [all(lines[i] == split[0][i] for lines in split) for i in range(count)]
@@ -154,5 +154,5 @@ def _tokenize(call: Call, prompt_chars: int, tokenizer: Tokenizer) -> _Tokenized
 
 
 def _length(prompt: Sequence[int], workers: Sequence[_Tokenized]) -> int:
-    """Tokens that a group takes in a row."""
+    """Return the tokens that a group takes in a row."""
     return len(prompt) + sum(len(w.segment.header) + len(w.segment.written) - 1 for w in workers)

@@ -70,7 +70,7 @@ SYMBOLS = tuple("#,:[]'+-*/=<> \n")  # single characters; letters occur only ins
 
 
 class Tokenizer(Protocol):
-    """What the rest of apr_jax knows of a tokenizer."""
+    """The part of a tokenizer that the rest of apr_jax knows."""
 
     vocab_size: int  # ids are 0..vocab_size - 1
     pad_id: int
@@ -81,16 +81,16 @@ class Tokenizer(Protocol):
     join_begin_id: int  # the token "<Sub Searches>\n"
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without BOS or EOS. Raises ValueError where `text` would not come back."""
+        """Return the token ids of `text`, without BOS or EOS. Raises ValueError where `text` would not come back."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of any ids; control tokens (pad, BOS, EOS) are empty. Raises ValueError for an id out of range."""
+        """Return the text of any ids; control tokens (pad, BOS, EOS) have none. ValueError: an id out of range."""
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
-        """One piece per id; joined they are `decode(ids)`."""
+        """Return one piece per id; joined they are `decode(ids)`."""
 
     def save(self, folder: str | pathlib.Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, which `transformers` loads with the same ids."""
+        """Write tokenizer.json and tokenizer_config.json, which `transformers` loads with the same ids."""
 
 
 class BuiltinTokenizer:
@@ -138,7 +138,7 @@ class BuiltinTokenizer:
         save_files(self._to_json(), folder, {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD})
 
     def _encode_greedily(self, text: str) -> list[int] | None:
-        """The longest phrase at each place, or None where that fails."""
+        """Take the longest phrase at each place; return None where that fails."""
         pieces = self._find(text)
         if sum(map(len, pieces)) != len(text):
             return None
@@ -152,7 +152,7 @@ class BuiltinTokenizer:
         return [self._first_digit + int(digit) for digit in piece] if index is None else [index]
 
     def _encode_searching(self, line: str) -> list[int]:
-        """Backtracks over all ways to cut the line into tokens, the longest first. For text no solver renders."""
+        """Search all ways to cut the line into tokens, the longest first. For text no solver renders."""
         ends: list[list[int]] = [[] for _ in line]  # per place, where a token (or a run of digits) from there may end
         for place, char in enumerate(line):
             if "0" <= char <= "9":
@@ -172,7 +172,7 @@ class BuiltinTokenizer:
         return ids
 
     def _to_json(self) -> dict[str, Any]:
-        """This vocabulary in the `tokenizers` format: digits of long runs are renamed, the regex splits, words map."""
+        """Return this vocabulary in the `tokenizers` format: long runs' digits renamed, a splitting regex, words."""
         names = [PAD, BOS, EOS, *self._texts[3:]]
         names[self._first_digit : self._first_digit + 10] = list(_RENAMED_DIGITS)
         renames = [
@@ -206,7 +206,7 @@ class BuiltinTokenizer:
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer that `spec` names: "builtin", or the path of a Hugging Face tokenizer.json.
+    """Load the tokenizer that `spec` names: "builtin", or the path of a Hugging Face tokenizer.json.
 
     Raises FileNotFoundError for a path that is not there, ValueError for a tokenizer without BOS or EOS.
     """
@@ -230,7 +230,7 @@ _cached_tokenizer = functools.cache(load_tokenizer)
 
 
 def save_files(tokenizer_json: dict[str, Any], folder: str | pathlib.Path, special: dict[str, str]) -> None:
-    """Writes tokenizer.json and the tokenizer_config.json that names its special tokens."""
+    """Write tokenizer.json and the tokenizer_config.json that names its special tokens."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json, indent=1, ensure_ascii=False) + "\n")
@@ -239,7 +239,7 @@ def save_files(tokenizer_json: dict[str, Any], folder: str | pathlib.Path, speci
 
 
 def _guarded(phrase: str) -> str:
-    """The phrase as a regex that does not cut a run of digits in two."""
+    """Return the phrase as a regex that does not cut a run of digits in two."""
     return re.escape(phrase) + ("(?![0-9])" if phrase[-1].isdigit() else "")
 
 
@@ -261,7 +261,7 @@ _RENAMED_DIGITS = "".join(chr(0xFF10 + digit) for digit in range(10))
 
 
 def _in_long_run(digit: int) -> str:
-    """A regex for `digit` inside a maximal run of digits that is not the canonical spelling of 0..255.
+    """Return a regex for `digit` inside a maximal run of digits that is not the canonical spelling of 0..255.
 
     Lookbehind of bounded length only. Neighbours may have been renamed already.
     """

@@ -69,7 +69,7 @@ class LiveThreads:
         self._drawn = time.monotonic()
 
     def _table(self) -> Table:
-        """Every thread, children under their parents; where they don't fit, the ended ones give way first."""
+        """Draw every thread, children under their parents; where they don't fit, the ended ones give way first."""
         table = Table(box=None, pad_edge=False, expand=True)
         table.add_column("thread", no_wrap=True)
         table.add_column("", no_wrap=True)
@@ -99,7 +99,7 @@ class LiveThreads:
         return _STATES[happening]
 
     def _text(self, thread: Thread) -> str:
-        """The thread's latest text. A model may write anything: what a terminal would obey is shown as a dot."""
+        """Return the thread's latest text. A model may write anything: what a terminal would obey is shown as a dot."""
         text = self._tokenizer.decode(thread.tokens[-_LAST_TOKENS:])
         return "".join(char if char.isprintable() or char == "\n" else "\u00b7" for char in text)
 
@@ -108,5 +108,5 @@ class LiveThreads:
 
 
 def _name(path: Path) -> str:
-    """`parent`, and `child 1.2` for the second of its first spawn; deeper ones are indented."""
+    """Return `parent`, or `child 1.2` for the second of its first spawn; deeper ones are indented."""
     return "  " * max(0, len(path) // 2 - 1) + (f"child {path[-2] + 1}.{path[-1] + 1}" if path else "parent")

@@ -21,7 +21,7 @@ Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
 
 def wilson_interval(successes: int, total: int) -> tuple[float, float]:
-    """The Wilson score interval of a share, 95 % two-sided. Raises ValueError unless 0 <= successes <= total > 0."""
+    """Return the Wilson score interval of a share, 95 % two-sided. Raises ValueError for what is no share."""
     if not 0 <= successes <= total or total < 1:
         raise ValueError(f"no share of {successes} in {total}")
     share, z2 = successes / total, Z95**2
@@ -41,7 +41,7 @@ def record_rollout(
     keep_calls: bool,
     task: Task,
 ) -> dict[str, Any]:
-    """One problem's record. With `keep_calls` also its "calls" and "threads", for the thread viewer.
+    """Return one problem's record. With `keep_calls` also its "calls" and "threads", for the thread viewer.
 
     `total_tokens` and `generated_tokens` are the same: tokens that all threads wrote, each once. `sequential_tokens` is
     the longest causal chain, `peak_context` what the longest thread held (`Rollout.peak_context`). These depend on no
@@ -87,7 +87,7 @@ def record_rollout(
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """The chance that one of k samples is right, without bias, of n samples of which c are.
+    """Estimate, without bias, the chance that one of k samples is right, from n samples of which c are.
 
     1 - C(n - c, k) / C(n, k): Chen et al. 2021 (arXiv 2107.03374), equation 1. Raises ValueError unless
     0 <= c <= n and 1 <= k <= n.
@@ -98,7 +98,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def _sample_figures(samples: Sequence[Sample], calls: Sequence[Call], problem: Any, task: Task) -> dict[str, Any]:
-    """Each sample, and what fewer samples would have given: entry k - 1 of a list is of k of them.
+    """Return each sample, and what fewer would have given: entry k - 1 of a list is of k of them.
 
     `pass_at_k` is an estimate from all samples. `cons_at_k` and `best_at_k` are 1 where what the first k choose is
     right, and `tokens_at_k` is what these k wrote. Without likelihoods (of roots that write nothing) there is no
@@ -122,7 +122,7 @@ def _sample_figures(samples: Sequence[Sample], calls: Sequence[Call], problem: A
 
 
 def summarize(records: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
-    """The figures of a set of records that took `seconds` of wall time.
+    """Return the figures of a set of records that took `seconds` of wall time.
 
     Rates are shares of problems unless named `child_`: those are shares of children. Token counts, `flops`,
     `latency_ms`, `threads_per_rollout` and `spawn_depth` (levels of threads below the root) are means per problem;
@@ -183,7 +183,7 @@ def summarize(records: Sequence[Mapping[str, Any]], seconds: float) -> dict[str,
 
 
 def _means_at_k(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Means of what each record tells of its first k samples; nothing where records have none, or not equally many."""
+    """Average what records tell of their first k samples; nothing where they have none, or not equally many."""
     if len({len(record.get("samples", ())) for record in records}) > 1 or "samples" not in records[0]:
         return {}
     names = [name for name in records[0] if name.endswith("_at_k") and all(name in record for record in records)]
@@ -198,7 +198,7 @@ def _counted(reasons: Any) -> dict[str, int]:
 
 
 def _call_records(calls: Sequence[Call], texts: Sequence[str], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """What the thread viewer reads of each call; `texts` is what each wrote."""
+    """Return what the thread viewer reads of each call; `texts` is what each wrote."""
     return [
         {
             "path": list(call.path),

@@ -1,4 +1,4 @@
-"""Which configuration and tokenizer a policy is evaluated under."""
+"""The configuration and the tokenizer that a policy is evaluated under."""
 
 import dataclasses
 import pathlib
@@ -17,7 +17,7 @@ _FREE = ("compute_dtype", "attention", "remat", "max_seq_len")
 def choose_config(
     model: ModelConfig, saved: Mapping[str, Any] | None, given: ConfigDict | None, overrides: Mapping[str, Any]
 ) -> Config:
-    """The configuration to evaluate a policy under.
+    """Return the configuration to evaluate a policy under.
 
     Args:
       model: the policy's own.
@@ -59,7 +59,7 @@ def _check_version(saved: Mapping[str, Any]) -> None:
 
 
 def choose_tokenizer(folder: pathlib.Path, config: Config, saved: Mapping[str, Any] | None) -> Tokenizer:
-    """The tokenizer of the policy in `folder`: the configuration's, or a Hugging Face folder's own.
+    """Load the tokenizer of the policy in `folder`: the configuration's, or a Hugging Face folder's own.
 
     Args: `config` and `saved` as of `choose_config`.
     Raises: ConfigError where it has ids that the policy's model lacks.
@@ -71,7 +71,7 @@ def choose_tokenizer(folder: pathlib.Path, config: Config, saved: Mapping[str, A
 
 
 def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError where the tokenizer has ids that the model lacks."""
+    """Raise ConfigError where the tokenizer has ids that the model lacks."""
     if tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(
             f"model.vocab_size={model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} ids: "

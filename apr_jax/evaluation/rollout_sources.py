@@ -1,4 +1,4 @@
-"""Where problems and policies come from: files and run folders. Light to import, so that mistakes are told at once."""
+"""Problems and policies from files and run folders. Light to import, so that mistakes are told at once."""
 
 import contextlib
 import json

@@ -19,7 +19,7 @@ Record = dict[str, Any]
 
 
 class RunsPrograms(Protocol):
-    """What evaluation needs of an engine (`engine.engine.Engine`)."""
+    """The part of an engine that evaluation needs (`engine.engine.Engine`)."""
 
     @property
     def model(self) -> ModelConfig: ...
@@ -46,7 +46,7 @@ def evaluate(
     on_progress: Callable[[Progress], None] | None = None,
     keep_calls: int = 16,
 ) -> tuple[dict[str, Any], list[Record]]:
-    """Decodes each problem once and returns the summary and one record a problem (evaluation/metrics.py).
+    """Decode each problem once and return the summary and one record a problem (evaluation/metrics.py).
 
     Args:
       engine: holds the policy's weights.
@@ -96,7 +96,7 @@ class ShownProgress:
 
 
 def load_problems(config: Config, split: Split, limit: int, on_progress: OnProgress | None = None) -> list[Any]:
-    """The first `limit` problems of a split of the configuration's data set, which is built where it is absent.
+    """Return the first `limit` problems of a split of the configuration's data set, which is built where it is absent.
 
     Raises: ConfigError where the split has fewer, DatasetError where it cannot be read.
     """
@@ -120,7 +120,7 @@ def save_rollouts(path: str | pathlib.Path, records: Mapping[str, Sequence[Recor
 
 
 def show_summary(summary: Mapping[str, Any]) -> str:
-    """The summary for people, some lines of text."""
+    """Return the summary for people, some lines of text."""
     low, high = 100 * summary["accuracy_low"], 100 * summary["accuracy_high"]
     lines = [
         f"solved          {100 * summary['accuracy']:.1f} % of {summary['num_problems']:,} problems "

@@ -50,7 +50,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How one rollout ended. The answer is the model's claim; `Task.verify` judges it."""
+    """The ending of one rollout. Its answer is the model's claim; `Task.verify` judges it."""
 
     answer: str | None
     status: Status  # of the root thread

@@ -24,7 +24,7 @@ from apr_jax.tasks.dialect import WorkerDialect
 
 
 class _Ending(NamedTuple):
-    """How one worker ended."""
+    """The ending of one worker."""
 
     answer: str | None
     status: Status

@@ -16,7 +16,7 @@ from apr_jax.tasks.dialect import WorkerDialect
 
 
 class HeldEngine(Protocol):
-    """What a holder needs of an engine."""
+    """The part of an engine that a holder needs."""
 
     def set_params(self, params: Any) -> None: ...
     def warm_up(self) -> float: ...

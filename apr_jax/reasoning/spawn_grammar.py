@@ -46,7 +46,7 @@ class SpawnGrammar:
         return [name for name in self.dialect.spawnable(text) if self._fits(level, name)]
 
     def automaton(self, names: Sequence[str], level: int, most: int) -> Automaton:
-        """Of the text after CALL_BEGIN, CALL_END included, with at most `most` lines, 1 to `max_children`.
+        """Return the automaton of the text after the begin mark, with 1 to `most` lines and the end mark.
 
         `names` are of `names`, and not none.
         """
@@ -58,7 +58,7 @@ class SpawnGrammar:
         return Automaton(self.gate, edges)
 
     def _edges(self, names: Sequence[str], level: int, most: int) -> list[Edge]:
-        """The edges that spell every line, in states that are as few as can be: equal futures are one state."""
+        """Return the edges that spell every line, in as few states as can be: equal futures are one state."""
         edges = [Edge(START, self._end_id, target=0, low=1)]
         states: dict[_Residual, int] = {}
         lines = [self._lines(level, name) for name in names]
@@ -81,7 +81,7 @@ class SpawnGrammar:
 def _add_edges(
     edges: list[Edge], states: dict[_Residual, int], source: int, residual: _Residual, index: int | None
 ) -> None:
-    """Adds the edges that leave `source`, where `residual` is still to come, and those of all states behind it.
+    """Add the edges that leave `source`, where `residual` is still to come, and those of all states behind it.
 
     Args:
         index: of the line, where `source` is START: its edges are for that count alone.
@@ -104,7 +104,7 @@ class ThreadGrammar:
     """The spawns of one thread, until its next: a `constraints.Grammar`."""
 
     def __init__(self, grammar: SpawnGrammar, level: int, most: int) -> None:
-        """`level` is that of the thread's children, and `most` how many it may open; 0: it cannot spawn."""
+        """Hold a thread to spawns at its children's `level` of at most `most` children; 0: it cannot spawn."""
         self.closed = most < 1
         self._grammar, self._level, self._most = grammar, level, most
         self._text, self._num_tokens = "", 0

@@ -1,4 +1,4 @@
-"""What every task has in common: splits of problems, demonstrations as training sequences, verdicts on answers."""
+"""The types that all tasks share: splits of problems, demonstrations as training sequences, verdicts, and Task."""
 
 import abc
 import dataclasses

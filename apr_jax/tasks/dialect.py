@@ -45,7 +45,7 @@ class SpawnCall:
 
 @dataclasses.dataclass(frozen=True)
 class ChildResult:
-    """What a child hands back, without a newline at the end, or None for "no solution"."""
+    """The path that a child hands back, without a newline at the end, or None for "no solution"."""
 
     name: str
     path: str | None
@@ -67,7 +67,7 @@ class Proposal:
 
 
 class Dialect(abc.ABC):
-    """What all dialects have: demonstrations of how threads write, and a word on how a child ended."""
+    """The part that all dialects share: demonstrations, and a word on how a child ended."""
 
     @abc.abstractmethod
     def demonstrate(

@@ -54,7 +54,7 @@ class Splits:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """How fast problems were sampled and demonstrated by each method, and what share each method solved."""
+    """The speed at which problems were sampled and demonstrated, and the share that each method solved."""
 
     problems: int
     seconds: float  # wall time, processes' start included
@@ -197,7 +197,7 @@ def _measure_chunk(
 
 
 def _map_chunks(function: Callable[[range], _T], num_problems: int, num_workers: int) -> Iterator[_T]:
-    """Applies `function` to consecutive chunks of indices, in order, keeping a bounded number of chunks under way."""
+    """Apply `function` to consecutive chunks of indices, in order, keeping a bounded number of chunks under way."""
     chunks = (range(i, min(i + _CHUNK_LEN, num_problems)) for i in range(0, num_problems, _CHUNK_LEN))
     if num_workers == 1:
         yield from map(function, chunks)

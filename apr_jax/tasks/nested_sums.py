@@ -56,17 +56,17 @@ class Sum:
 
     @property
     def brackets(self) -> list["Sum"]:
-        """What a thread hands to children, in order."""
+        """The parts that a thread hands to children, in order."""
         return [operand for operand in (self.left, self.right) if isinstance(operand, Sum)]
 
 
 def read_sum(text: str) -> Sum | None:
-    """The expression that `text` is, or None: a model may write anything."""
+    """Read an expression; None for what is none: a model may write anything."""
     return None if len(text) > _LONGEST else _read(text)
 
 
 def sample(rng: random.Random, depth: int) -> Sum:
-    """An expression whose brackets lie at most `depth` - 1 deep; where one may be, three operands of four are one."""
+    """Draw an expression whose brackets lie at most `depth` - 1 deep; where one may be, three operands of four are."""
     left, right = (sample(rng, depth - 1) if depth > 1 and rng.random() < 0.75 else rng.randrange(10) for _ in range(2))
     return Sum(left, rng.choice("+-*"), right)
 
@@ -177,7 +177,7 @@ def _value(operand: Sum | int) -> int:
 
 
 def _read(text: str) -> Sum | None:
-    """Splits at the one operator outside brackets."""
+    """Split at the one operator outside brackets."""
     level, operators = 0, []
     for place, char in enumerate(text):
         level += (char == "[") - (char == "]")

@@ -41,7 +41,7 @@ _SAME_SPLITS = ("num_validation", "num_test", "num_test_unseen_targets")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Policy:
-    """What --policies names, and the configuration that it is decoded under."""
+    """A policy of --policies, with the configuration that it is decoded under."""
 
     name: str
     checkpoint: str
@@ -81,7 +81,7 @@ def make_policy(
     overrides: Mapping[str, Any],
     first: "Policy | None",
 ) -> Policy:
-    """A policy as `checkpoints.policy.load_policy` gave it, under its own configuration or `given` in place of that.
+    """Return a policy of `load_policy` under its own configuration or `given` in place of that.
 
     Its engine is that of the `first` policy. Raises ConfigError as `choose_config`, with the policy's name.
     """
@@ -99,7 +99,7 @@ def make_policy(
 
 
 def held_out(policies: Sequence[Policy], split: Split, limit: int) -> Asked:
-    """The first `limit` problems of a split other than train, which no policy was trained on.
+    """Return the first `limit` problems of a split other than train, which no policy was trained on.
 
     Raises ConfigError where there are not so many, or where the policies' training had other held-out problems.
     """
@@ -130,7 +130,7 @@ def run_cells(
     keep_rollouts: int,
     say: Callable[[str], None],
 ) -> list[Json]:
-    """Runs what is not done yet, and returns the row of every cell, in the order given.
+    """Run what is not done yet, and return the row of every cell, in the order given.
 
     Args:
       cells: at least one; every program is one that there is (`check_programs`).
@@ -197,7 +197,7 @@ def check_programs(cells: Sequence[Cell], task: Task) -> None:
 
 
 def weights_digest(params: Params) -> str:
-    """Sixteen hex digits of all arrays and their names."""
+    """Return sixteen hex digits that stand for all arrays and their names."""
     digest = hashlib.blake2b(digest_size=8)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.ascontiguousarray(leaf)
@@ -224,12 +224,12 @@ def _engine_for(holder: EngineHolder[Engine], policy: Policy, row: Row) -> Engin
 
 
 def _engine_of(row: Row) -> tuple[str, bool]:
-    """What a row needs an engine of its own for: its policy, and whether its threads share a cache."""
+    """Return what a row needs an engine of its own for: its policy, and a cache that threads share."""
     return row.policy, METHODS[row.inner].shares_cache
 
 
 def cell_config(config: Config, cell: Cell) -> Config:
-    """The policy's; one that was trained to be told its context window is told the cell's, where it knows that size.
+    """Return the policy's configuration, which tells its threads the cell's window where they know that size.
 
     Raises ConfigError for a window that threads of this policy cannot fill.
     """
@@ -244,7 +244,7 @@ def cell_config(config: Config, cell: Cell) -> Config:
 
 
 def cell_settings(cell: Cell, policy: Policy, config: Config, asked: Asked) -> Json:
-    """All that a cell's figures depend on, by dotted name: equal settings give equal rollouts, on one machine."""
+    """Return all that a cell's figures depend on, by dotted name: equal settings give equal rollouts on one machine."""
     sections = {
         f"{section}.{name}": value
         for section, fields in to_dict(config).items()

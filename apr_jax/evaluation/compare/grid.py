@@ -1,4 +1,4 @@
-"""What a comparison consists of: rows (a program with a policy) x budgets x temperatures x context windows.
+"""The cells of a comparison: rows (a program with a policy) x budgets x temperatures x context windows.
 
 A row is written PROGRAM or PROGRAM/POLICY. PROGRAM is a way of reasoning (`reasoning.programs`), its wrappers before
 it: `adaptive`, `cons@8:adaptive`, `hogwild/serial`. Without POLICY its innermost name says which policy decodes it: a
@@ -33,7 +33,7 @@ class Row:
 
     @property
     def num_samples(self) -> int:
-        """How many samples of a problem its wrappers take, one in another; 1 without any."""
+        """The number of samples of a problem that its wrappers take, one in another; 1 without any."""
         return math.prod(int(wrapper.partition("@")[2]) for wrapper in self.program.split(":")[:-1])
 
 
@@ -48,7 +48,7 @@ class Cell:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What tells it from other cells, as results.jsonl has it."""
+        """The fields that tell it from other cells, as results.jsonl has them."""
         return {
             "method": self.row.label,
             "budget": self.budget,
@@ -62,7 +62,7 @@ class Cell:
 
 
 def read_policies(items: Sequence[str]) -> dict[str, str]:
-    """Folders by name, from NAME=FOLDER each. Raises ConfigError for anything else, and for a name that comes twice."""
+    """Read folders by name, from NAME=FOLDER each. Raises ConfigError for anything else, and for a name twice."""
     policies: dict[str, str] = {}
     for item in items:
         name, equals, folder = item.partition("=")
@@ -75,7 +75,7 @@ def read_policies(items: Sequence[str]) -> dict[str, str]:
 
 
 def read_rows(items: Sequence[str], methods: Mapping[str, str]) -> list[Row]:
-    """The rows that --methods names, in its order; without any, each policy with its own way of reasoning.
+    """Return the rows that --methods names, in its order; without any, each policy with its own way of reasoning.
 
     Args:
       methods: each policy's way of reasoning (its `data.method`), by its name.
@@ -95,7 +95,7 @@ def make_cells(
     context_windows: Sequence[int],
     own_windows: Mapping[str, int],
 ) -> list[Cell]:
-    """All cells, row by row, each once. Several samples at temperature 0 are all the same: such cells are left out.
+    """Return all cells, row by row, each once, without several samples at temperature 0, which are all the same.
 
     Args:
       budgets: `8` or `none` for every row, `adaptive=8` for the row of that label; none given: no row has one.

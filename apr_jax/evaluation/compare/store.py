@@ -1,4 +1,4 @@
-"""What a comparison leaves in its folder, cell by cell, so that it can be stopped at any moment and gone on with.
+"""A comparison's folder, written cell by cell, so that it can be stopped at any moment and gone on with.
 
 WORKDIR/results.jsonl          one object a finished cell
 WORKDIR/records/CELL.jsonl.gz  its records, one a problem (evaluation/metrics.py); the first ones with their threads
@@ -35,7 +35,7 @@ class Results:
         self._rows = read_results(workdir)
 
     def find(self, cell: Cell, settings: Mapping[str, Any]) -> Json | None:
-        """The row of a cell that is done, or None.
+        """Return the row of a cell that is done, or None.
 
         Raises ConfigError where it was made with other settings, or any row with other SHARED ones.
         """
@@ -48,7 +48,7 @@ class Results:
         return None
 
     def add(self, cell: Cell, settings: Mapping[str, Any], figures: Mapping[str, Any], records: Sequence[Json]) -> Json:
-        """Keeps a finished cell, and returns its row."""
+        """Keep a finished cell, and return its row."""
         digest = fingerprint(settings)
         name = re.sub(r"[^a-z0-9]+", "-", cell.row.label.lower()).strip("-")
         path = self.workdir / "records" / f"{name}-{digest}.jsonl.gz"
@@ -79,7 +79,7 @@ class Results:
 
 
 def read_results(workdir: pathlib.Path) -> list[Json]:
-    """The rows of WORKDIR/results.jsonl; none where it is missing. A half-written last line is left out.
+    """Return the rows of WORKDIR/results.jsonl; none where it is missing. A half-written last line is left out.
 
     Raises ConfigError, which names the line, for a line that is whole and no row.
     """
@@ -106,7 +106,7 @@ def write_records(path: pathlib.Path, records: Sequence[Json]) -> None:
 
 
 def read_records(workdir: pathlib.Path, row: Mapping[str, Any]) -> list[Json]:
-    """A row's records, in the order of its problems.
+    """Read a row's records, in the order of its problems.
 
     Raises FileNotFoundError where they are missing, and ConfigError, which names the file, where they are damaged.
     """
@@ -125,5 +125,5 @@ def read_records(workdir: pathlib.Path, row: Mapping[str, Any]) -> list[Json]:
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
-    """Sixteen hex digits that differ where a setting does."""
+    """Return sixteen hex digits that differ where a setting does."""
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -30,7 +30,7 @@ def direct_calls(
     *,
     budget: bool,
 ) -> tuple[Call, ...]:
-    """The prompt and a solution of the problem, found by going through all of them.
+    """Return the prompt and a solution of the problem, found by going through all of them.
 
     With `task.shuffle` each step is drawn from all that lead to a solution, else it is the first of them in the order
     in which operations are generated. Raises ValueError for a problem without one, and where a budget is asked for.
@@ -53,7 +53,7 @@ def direct_calls(
 
 
 def _step(numbers: Sequence[int], target: int, rng: random.Random | None) -> tuple[int, str, list[int]]:
-    """An operation after which the target can be reached: its result, its text, and the numbers then left."""
+    """Return an operation that keeps the target in reach: its result, its text, and the numbers then left."""
     steps = list(_steps(numbers))
     if rng is not None:
         rng.shuffle(steps)

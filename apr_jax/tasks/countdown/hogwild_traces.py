@@ -30,12 +30,12 @@ LEAVE = "Exit Sub Search at level 1\n"
 
 
 def prompt(problem: Problem) -> str:
-    """What all workers are given."""
+    """Return what all workers are given."""
     return trace.parent_prompt(problem)
 
 
 def header(worker: int) -> str:
-    """What one worker is given after the prompt: a line that says which one it is."""
+    """Return the line that tells a worker which one it is, after the prompt."""
     return trace.spawn_line(worker, 1, trace.ROOT_ID)
 
 
@@ -77,7 +77,7 @@ def hogwild_calls(
     *,
     budget: bool,
 ) -> tuple[Call, ...]:
-    """Two workers in lockstep, one call each, in the order of workers. Nothing is drawn.
+    """Return two workers' calls, one each, searched in lockstep. Nothing is drawn.
 
     Raises ValueError without `count_tokens`, and for `budget`: a prompt of workers names none.
     """
@@ -96,7 +96,7 @@ def hogwild_calls(
 
 
 def _advance(worker: _Worker, other: _Worker, problem: Problem, count_tokens: Callable[[str], int]) -> None:
-    """The worker's next operation, or its end."""
+    """Write the worker's next operation, or its end."""
     step = next(worker.steps, None)
     seen = {first for time, first in other.begun if time <= worker.time}
     worker.done = True
@@ -123,7 +123,7 @@ def _call(worker: _Worker, problem: Problem) -> Call:
 
 
 def _search(problem: Problem, firsts: Sequence[tuple[int, tuple[str, list[int]]]]) -> Iterator[_Step]:
-    """All operations in order: each of `firsts`, and depth-first what comes below it, up to the goal."""
+    """Yield all operations in order: each of `firsts`, and depth-first those below it, up to the goal."""
     for index, (operation, remaining) in firsts:
         line = _line(operation, remaining)
         if len(remaining) == 1:
@@ -146,7 +146,7 @@ def _below(numbers: Sequence[int], target: int, path: tuple[str, ...]) -> Iterat
 
 
 def _operations(numbers: Sequence[int]) -> Iterator[tuple[str, list[int]]]:
-    """Every operation on two of the numbers, with the numbers that it leaves, in the order of the solvers."""
+    """Yield every operation on two of the numbers, with the numbers that it leaves, in the solvers' order."""
     for i in range(len(numbers) - 1):
         for j in range(i + 1, len(numbers)):
             for result, operation in rules.operations(numbers[i], numbers[j]):

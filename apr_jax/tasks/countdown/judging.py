@@ -1,4 +1,4 @@
-"""What the traces of a rollout are worth beside its answer: operations, and what children handed back."""
+"""Judgements of a rollout's traces beside its answer: operations, and the paths that children handed back."""
 
 import re
 
@@ -12,13 +12,13 @@ _FIRST_OPERATIONS = re.compile(r"Current State: [0-9]+:\[[^\]\n]*\], Operations:
 
 
 def count_operations(text: str) -> tuple[int, int]:
-    """How many operations `text` explores (whole lines only), and how many of them are arithmetically right."""
+    """Count the operations that `text` explores (whole lines only), and those that are arithmetically right."""
     written = [line.partition(", Resulting Numbers: ")[0] for line in _WRITTEN.findall(text)]
     return len(written), sum(map(_is_right, written))
 
 
 def path_solves(path: str, problem: Problem) -> bool:
-    """Whether a child's winning path, with the operations that led to the child, solves the whole problem."""
+    """Tell whether a child's winning path, after the operations that led to the child, solves the whole problem."""
     state = _FIRST_OPERATIONS.search(path)
     before = re.findall(r"'([^']*)'", state[1]) if state else []
     lines = [f"Exploring Operation: {operation}, Resulting Numbers: []\n" for operation in before]

@@ -38,7 +38,7 @@ SYNC = "<Waiting for Sub Searches>\n"  # the parent waits for every child that i
 
 
 def render_texts(results: Sequence[tuple[ChildResult, str]], level: int = 1) -> str:
-    """What follows SYNC: each child's line of `trace.render_join` and all its text, which ends in a newline."""
+    """Return what follows SYNC: each child's line of `trace.render_join` and all its text, which ends in a newline."""
     parts = [JOIN_BEGIN]
     for index, (result, text) in enumerate(results):
         parts += [trace.result_line(index, result, level), text]
@@ -53,7 +53,7 @@ def pasta_calls(
     *,
     budget: bool,
 ) -> tuple[Call, ...]:
-    """A parent that searches beside its children. With `budget` its prompt names how many it opens.
+    """Return the calls of a parent that searches beside its children. With `budget` its prompt names their number.
 
     A parent's call ends in a spawn or in SYNC; the next one's context is all that was there before, with the children's
     text where they were waited for. Calls come as in `Demonstration`.
@@ -69,7 +69,7 @@ def pasta_calls(
 
 
 class _Parent:
-    """What a parent has written; `delegate` is what `Search.breadth_first` asks at each expansion."""
+    """A parent and its text; `Search.breadth_first` calls `delegate` at each expansion."""
 
     def __init__(self, search: Search, task: CountdownConfig, child_beam: int) -> None:
         self._search, self._task, self._child_beam = search, task, child_beam

@@ -48,12 +48,12 @@ class Problem:
 
     @property
     def key(self) -> tuple[tuple[int, ...], int]:
-        """What makes two problems the same: the sorted numbers and the target."""
+        """The sorted numbers and the target, which are equal for equal problems."""
         return tuple(sorted(self.numbers)), self.target
 
 
 def verify(answer: str | None, problem: Problem) -> Verdict:
-    """Judges the text of a winning path (as `trace.read_answer` gives it). Never raises, whatever the text.
+    """Judge the text of a winning path (as `trace.read_answer` gives it). Never raises, whatever the text.
 
     The operations are the answer's `Exploring Operation` lines, all of them, in order. Each must be arithmetically
     right and take two numbers that are there at that point; in the end one number must be left, the target, and the
@@ -89,7 +89,7 @@ def verify(answer: str | None, problem: Problem) -> Verdict:
 
 
 def express(answer: str, problem: Problem) -> str:
-    """The winning path as one expression for people: `(53-22)*2`. Brackets stand where they are needed only.
+    """Return the winning path as an expression for people: `(53-22)*2`, with brackets only where they are needed.
 
     Raises ValueError unless `verify` finds the answer correct.
     """
@@ -113,7 +113,7 @@ def express(answer: str, problem: Problem) -> str:
 
 
 def canonical_path(answer: str | None) -> tuple[str, ...] | None:
-    """What makes two winning paths the same: their operations, sorted, with the smaller operand of + and * first.
+    """Return a path's operations, sorted, with the smaller operand of + and * first: equal for equal paths.
 
     None where there is no answer, or one that holds no operation or something else in place of one; whether it is right
     does not matter.
@@ -132,7 +132,7 @@ def canonical_path(answer: str | None) -> tuple[str, ...] | None:
 
 
 def departures(problem: Problem, task: CountdownConfig) -> list[str]:
-    """In what a problem is unlike those that `task` draws, each in some words; none where it could be one of them."""
+    """Say in what a problem is unlike those that `task` draws; nothing where it could be one of them."""
     found = []
     if len(problem.numbers) != task.num_numbers:
         found.append(f"{len(problem.numbers)} numbers instead of {task.num_numbers}")
@@ -144,14 +144,14 @@ def departures(problem: Problem, task: CountdownConfig) -> list[str]:
 
 
 def claims_goal(text: str) -> bool:
-    """Whether the text ends in a line `T,T equal: Goal Reached`, lines that leave a sub search aside."""
+    """Tell whether the text ends in a line `T,T equal: Goal Reached`, lines that leave a sub search aside."""
     match = _GOAL_LINE.fullmatch(_last_line(text))
     return match is not None and match[1] == match[2]
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def operations(left: int, right: int) -> tuple[tuple[int, str], ...]:
-    """The results of combining two numbers, each with its text (`87-78=9`), in the order + - * /."""
+    """Return the results of combining two numbers, each with its text (`87-78=9`), in the order + - * /."""
     large, small = (left, right) if left >= right else (right, left)
     combined = (
         (left + right, f"{left}+{right}={left + right}"),
@@ -164,7 +164,7 @@ def operations(left: int, right: int) -> tuple[tuple[int, str], ...]:
 
 
 def is_solvable(numbers: Sequence[int], target: int) -> bool:
-    """Whether operations that use every number exactly once can give the target (at least 1).
+    """Tell whether operations that use every number exactly once can give the target (at least 1).
 
     Works on subsets of the numbers: what a subset can give are the combinations of what its two parts can give.
     """
@@ -184,7 +184,7 @@ def is_solvable(numbers: Sequence[int], target: int) -> bool:
 
 
 def sample_problem(rng: random.Random, task: CountdownConfig, targets: Sequence[int] | None = None) -> Problem:
-    """Draws a solvable problem: numbers uniform in their range, target in `targets` (default: the task's range).
+    """Draw a solvable problem: numbers uniform in their range, target in `targets` (default: the task's range).
 
     Raises:
       ConfigError: none of 10,000 draws could be solved.
@@ -203,12 +203,12 @@ def sample_problem(rng: random.Random, task: CountdownConfig, targets: Sequence[
 
 @functools.lru_cache(maxsize=1 << 10)
 def _parts(subset: int) -> tuple[int, ...]:
-    """One part of each split of a bit set into two non-empty parts."""
+    """Return one part of each split of a bit set into two non-empty parts."""
     return tuple(part for part in range(1, subset) if part & subset == part and part > subset ^ part)
 
 
 def _combine(lefts: set[int], rights: set[int], values: set[int]) -> None:
-    """Adds to `values` every result of one number of each set."""
+    """Add to `values` every result of one number of each set."""
     for left in lefts:
         for right in rights:
             values.add(left + right)
@@ -220,7 +220,7 @@ def _combine(lefts: set[int], rights: set[int], values: set[int]) -> None:
 
 
 def _partners(value: int, target: int) -> list[int]:
-    """The numbers that one operation with `value` turns into the target; negative ones match nothing."""
+    """Return the numbers that one operation with `value` turns into the target; negative ones match nothing."""
     partners = [target - value, target + value, value - target]
     if value:
         partners.append(target * value)

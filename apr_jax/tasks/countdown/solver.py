@@ -26,7 +26,7 @@ _GENERATION_INDEX = operator.itemgetter(1)  # of a candidate: a tuple of heurist
 
 
 def token_budget(length: int) -> int:
-    """The smallest budget that `length` tokens keep to, or the largest of all."""
+    """Return the smallest budget that `length` tokens keep to, or the largest of all."""
     return next((budget for budget in TOKEN_BUDGETS if budget >= length), TOKEN_BUDGETS[-1])
 
 
@@ -50,7 +50,7 @@ class Goal(NamedTuple):
 
 
 class Delegated(NamedTuple):
-    """What came of an expansion's nodes that were searched outside of the heap."""
+    """The result of an expansion whose nodes were searched outside of the heap."""
 
     goal: Goal | None
 
@@ -60,7 +60,7 @@ Delegate = Callable[[list[Node]], Delegated | None]
 
 
 class Search:
-    """What every search of one problem shares: its target, its random draws, and how a state is expanded."""
+    """The part that all searches of one problem share: its target, its random draws, and the expansion of a state."""
 
     def __init__(self, problem: Problem, rng: random.Random, task: CountdownConfig) -> None:
         self.problem = problem
@@ -79,7 +79,7 @@ class Search:
         delegate: Delegate | None = None,
         retry_probability: float = 0.0,
     ) -> Goal | None:
-        """Searches below `root`, writing to `lines`; the caller has written the root's header and writes the ending.
+        """Search below `root`, writing to `lines`; the caller has written the root's header and writes the ending.
 
         An expansion that was delegated in vain is taken up again with `retry_probability`, with the next best `beam`
         operations (iterative broadening: Ginsberg and Harvey 1992), until none is left.
@@ -110,16 +110,16 @@ class Search:
         return None
 
     def order(self, nodes: list[Node]) -> list[Node]:
-        """The order in which an expansion's nodes are searched outside of the heap."""
+        """Return an expansion's nodes in the order in which they are searched outside of the heap."""
         return sorted(nodes) if self.shuffle else nodes
 
     def header(self, node: Node) -> str:
-        """The two lines that begin a node, which are a child's prompt, too."""
+        """Return the two lines that begin a node, which are a child's prompt, too."""
         state = trace.state_line(self.problem.target, node.numbers, node.operations)
         return trace.move_line(node.node_id) + state
 
     def replay(self, goal: Goal, root: Node) -> str:
-        """The winning path from `root` to the goal."""
+        """Return the winning path from `root` to the goal."""
         parts = [goal.reached]
         node = goal.node
         while node is not root:
@@ -130,7 +130,7 @@ class Search:
         return "".join(reversed(parts))
 
     def _expand(self, node: Node, beam: int, lines: list[str], tried: int = 0) -> tuple[list[Node], bool]:
-        """Writes the `beam` best operations that come after the `tried` best; also tells whether more are left."""
+        """Write the `beam` best operations after the `tried` best, and tell whether more are left."""
         numbers, target, distances = node.numbers, self.problem.target, self._distances
         own = [distances[n] if n <= target else n - target for n in numbers]
         total = sum(own)
@@ -169,7 +169,7 @@ class Search:
         return None
 
     def _arrange(self, candidates: list[Any]) -> None:
-        """Puts the kept operations in the order in which they are written: random, or as they were generated."""
+        """Put the kept operations in the order in which they are written: random, or as they were generated."""
         if self.shuffle:
             self.rng.shuffle(candidates)
         else:
@@ -184,7 +184,7 @@ def adaptive_calls(
     *,
     budget: bool,
 ) -> tuple[Call, ...]:
-    """APR: a parent that hands expansions to children, which do so, too, down to `task.spawn_depth` levels.
+    """Demonstrate APR: a parent hands expansions to children, which do so, too, down to `task.spawn_depth` levels.
 
     A thread's calls come in order, and after them those of each of its children, with all below it, in spawn order.
     With `budget` the parent's prompt names how many children it opens; with `task.context_windows` every thread's
@@ -213,14 +213,14 @@ class _Thread:
         self.goal: Goal | None = None
 
     def search_below(self, beam: int) -> None:
-        """Runs the search to its end."""
+        """Run the search to its end."""
         search, root = self._search, self._root
         self.goal = search.breadth_first(root, beam, self._lines, self._delegate, self._task.retry_probability)
         context = search.header(root) + self._context
         self._own.append(last_call(search, root, context, self._lines, self.goal, self._depth))
 
     def calls(self, count_tokens: Callable[[str], int] | None, *, budget: bool) -> list[Call]:
-        """Its own, then those of the threads below it."""
+        """Return its own calls, then those of the threads below it."""
         prefix = trace.call_budget_text(len(self._children)) if budget and self._depth == 0 else ""
         if count_tokens is not None and self._task.context_windows:
             longest = max(  # with BOS, and EOS where it follows
@@ -257,7 +257,7 @@ class _Thread:
 
 
 def _context_window(length: int, windows: Sequence[int], count_tokens: Callable[[str], int]) -> str:
-    """Names the smallest window that holds `length` tokens and its own name, or the largest of all."""
+    """Name the smallest window that holds `length` tokens and its own name, or the largest of all."""
     named = [(window, trace.token_budget_text(window)) for window in windows]
     return next((text for window, text in named if length + count_tokens(text) <= window), named[-1][1])
 
@@ -270,7 +270,7 @@ def serial_calls(
     *,
     budget: bool,
 ) -> tuple[Call, ...]:
-    """SoS+: one thread, which searches some expansions depth-first in place.
+    """Demonstrate SoS+: one thread, which searches some expansions depth-first in place.
 
     With `budget` its prompt names the tokens it takes, rounded up to a bin. Raises ValueError where they are asked for
     without `count_tokens`.
@@ -310,7 +310,7 @@ def serial_calls(
 def last_call(
     search: Search, root: Node, context: str, lines: list[str], goal: Goal | None, depth: int, exits: str = ""
 ) -> Call:
-    """The call that ends a thread: its lines, then its replay of the winning path or that there is none."""
+    """Return the call that ends a thread: its lines, then its replay of the winning path or that there is none."""
     searched = "".join(lines)
     if goal is None:
         completion = searched + trace.NO_SOLUTION
@@ -320,14 +320,14 @@ def last_call(
 
 @functools.lru_cache(maxsize=1024)
 def _factor_distances(target: int) -> tuple[int, ...]:
-    """For each n in 0..target, its distance to the nearest factor of the target in 2..target (beyond: n - target)."""
+    """Return for each n in 0..target its distance to the nearest factor of the target in 2..target."""
     factors = [factor for factor in range(2, target) if target % factor == 0] + [target]
     return tuple(min(abs(n - factor) for factor in factors) for n in range(target + 1))
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def _final_candidates(left: int, right: int, target: int) -> tuple[tuple[int, int, bool, str], ...]:
-    """The operations on a state's last two numbers, best first: heuristic, generation order, success, lines."""
+    """Return the operations on a state's last two numbers, best first: heuristic, generation order, success, lines."""
     distances = _factor_distances(target)
     return tuple(
         sorted(

@@ -38,17 +38,17 @@ _PROPOSAL = re.compile(
 
 
 def proposer_prompt(target: int, numbers: Sequence[int]) -> str:
-    """Asks for the operations on a state."""
+    """Return the prompt for the operations on a state."""
     return trace.state_line(target, numbers, "")
 
 
 def evaluator_prompt(target: int, numbers: Sequence[int]) -> str:
-    """Asks for the verdict on a state."""
+    """Return the prompt for the verdict on a state."""
     return f"{target}:{list(numbers)}\n"
 
 
 def read_proposals(text: str, numbers: Sequence[int]) -> tuple[list[Proposal], list[str]]:
-    """The proposals in what a proposer wrote about a state, and why each other line was dropped.
+    """Read the proposals in what a proposer wrote about a state, and why each other line was dropped.
 
     Reasons: unfinished_line (no newline at its end), malformed_line, wrong_count (the operation must leave one number
     less), repeated_line. Arithmetic is not judged: a wrong line leads to a wrong answer.
@@ -71,19 +71,19 @@ def read_proposals(text: str, numbers: Sequence[int]) -> tuple[list[Proposal], l
 
 
 def read_verdict(text: str) -> str | None:
-    """The verdict that an evaluator's text ends in, or None where its last line is none."""
+    """Read the verdict that an evaluator's text ends in; None where its last line is none."""
     *_, last, end = ["", *text.split("\n")]
     return last if last in VALUES and not end else None
 
 
 def render_answer(lines: Sequence[str], target: int) -> str:
-    """The path of proposals that ends in the target, as `rules.verify` reads it."""
+    """Return the path of proposals that ends in the target, as `rules.verify` reads it."""
     return "\n".join([*lines, trace.goal_line(target).rstrip("\n")])
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def verdict(numbers: Numbers, target: int) -> str:
-    """The exhaustive solver's verdict on a state.
+    """Return the exhaustive solver's verdict on a state.
 
     One number: sure if it is the target, else impossible. Two: sure if one operation gives the target, else impossible.
     More: impossible if no sequence of operations gives it, likely if all that do begin with the same operation, sure if
@@ -100,7 +100,7 @@ def verdict(numbers: Numbers, target: int) -> str:
 
 
 def proposals_of(numbers: Numbers) -> list[Proposal]:
-    """All operations on a state of at least two numbers, by pair and then + - * /; each line once."""
+    """Return all operations on a state of at least two numbers, by pair and then + - * /; each line once."""
     lines: dict[str, Proposal] = {}
     for i in range(len(numbers)):
         for j in range(i + 1, len(numbers)):
@@ -119,7 +119,7 @@ def tree_calls(
     *,
     budget: bool,
 ) -> tuple[Call, ...]:
-    """What perfect proposers and evaluators write in a breadth-first search, level by level.
+    """Return what perfect proposers and evaluators write in a breadth-first search, level by level.
 
     Every state that a level reaches is judged. The next level goes on from three of them, drawn at random, those that
     can be solved first: the rest of what a search meets is like them. Raises ValueError where a budget is asked for.
@@ -143,7 +143,7 @@ def tree_calls(
 
 
 def demonstrated_answer(problem: Problem, calls: Sequence[Call]) -> str | None:
-    """The first path of a demonstration's proposals that ends in the target, or None where none does."""
+    """Return the first path of a demonstration's proposals that ends in the target; None where none does."""
     written = {call.context: call.completion for call in calls}
     level: dict[Numbers, tuple[Numbers, list[str]]] = {problem.numbers: (problem.numbers, [])}
     for _ in range(len(problem.numbers) - 1):

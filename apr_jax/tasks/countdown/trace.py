@@ -36,17 +36,17 @@ _PATH = re.compile(
 
 
 def move_line(node_id: str) -> str:
-    """The line that turns to a node."""
+    """Return the line that turns to a node."""
     return f"Moving to Node #{node_id}\n"
 
 
 def state_line(target: int, numbers: Sequence[int], operations: str) -> str:
-    """The line that shows a node's state; `operations` is quoted and comma-separated: `'53-22=31', '31-26=5'`."""
+    """Return the line of a node's state; `operations` is quoted and comma-separated: `'53-22=31', '31-26=5'`."""
     return f"Current State: {target}:{list(numbers)}, Operations: [{operations}]\n"
 
 
 def generated_lines(node_id: str, target: int, numbers: list[int], operation: str) -> str:
-    """The lines of an operation that leads to a further state."""
+    """Return the lines of an operation that leads to a further state."""
     return (
         f"Exploring Operation: {operation}, Resulting Numbers: {numbers}\n"
         f"Generated Node #{node_id}: {target}:{numbers} Operation: {operation}\n"
@@ -54,34 +54,34 @@ def generated_lines(node_id: str, target: int, numbers: list[int], operation: st
 
 
 def final_lines(target: int, result: int, operation: str) -> str:
-    """The lines of an operation that leaves one number."""
+    """Return the lines of an operation that leaves one number."""
     outcome = goal_line(target) if result == target else f"{result},{target} unequal: No Solution\n"
     return f"Exploring Operation: {operation}, Resulting Numbers: [{result}]\n{outcome}"
 
 
 def goal_line(target: int) -> str:
-    """The line that claims the goal."""
+    """Return the line that claims the goal."""
     return f"{target},{target} equal: Goal Reached\n"
 
 
 def result_line(index: int, result: ChildResult, level: int = 1) -> str:
-    """The line of a join that says what became of a spawn's `index`-th child, counted from 0."""
+    """Return the line of a join that says what became of a spawn's `index`-th child, counted from 0."""
     outcome = "No Solution" if result.path is None else "Goal Reached"
     return f"<{outcome} in Sub Search {index} at level {level} at Node #{result.name}>\n"
 
 
 def call_budget_text(children: int) -> str:
-    """What stands before a parent's prompt that names how many children it may open."""
+    """Return the beginning of a parent's prompt that names how many children it may open."""
     return f"Sub Call Budget: {children} "
 
 
 def token_budget_text(tokens: int) -> str:
-    """What stands before a prompt that names the tokens that its thread may hold."""
+    """Return the beginning of a prompt that names the tokens that its thread may hold."""
     return f"Token Budget: {tokens} "
 
 
 def parent_prompt(problem: Problem, budget: int | None = None, window: int | None = None) -> str:
-    """The prompt of an adaptive thread for a whole problem.
+    """Return the prompt of an adaptive thread for a whole problem.
 
     `budget` is the number of children that it may open, `window` the tokens that any thread of the rollout may hold.
     """
@@ -90,28 +90,28 @@ def parent_prompt(problem: Problem, budget: int | None = None, window: int | Non
 
 
 def in_window(prompt: str, window: int | None) -> str:
-    """A prompt that names the tokens which its thread may hold, where there is such a limit."""
+    """Return a prompt that names the tokens which its thread may hold, where there is such a limit."""
     return prompt if window is None else token_budget_text(window) + prompt
 
 
 def serial_prompt(problem: Problem, budget: int | None = None) -> str:
-    """The prompt of a serial search; `budget` is the number of tokens it may take."""
+    """Return the prompt of a serial search; `budget` is the number of tokens it may take."""
     prefix = "" if budget is None else token_budget_text(budget)
     return prefix + state_line(problem.target, problem.numbers, "")
 
 
 def render_spawn(node_ids: Sequence[str], level: int = 1) -> str:
-    """The text of a spawn of these nodes, CALL_BEGIN to CALL_END."""
+    """Return the text of a spawn of these nodes, CALL_BEGIN to CALL_END."""
     return "".join([CALL_BEGIN, *(spawn_line(i, level, node_id) for i, node_id in enumerate(node_ids)), CALL_END])
 
 
 def spawn_line(index: int, level: int, node_id: str) -> str:
-    """The line of a spawn that asks for its `index`-th child, counted from 0."""
+    """Return the line of a spawn that asks for its `index`-th child, counted from 0."""
     return f"<Start Sub Search {index} at level {level}> {move_line(node_id)}"
 
 
 def render_join(results: Sequence[ChildResult], level: int = 1) -> str:
-    """The text that replaces a spawn: the children's results in spawn order, JOIN_BEGIN to JOIN_END."""
+    """Return the text that replaces a spawn: the children's results in spawn order, JOIN_BEGIN to JOIN_END."""
     lines = [JOIN_BEGIN]
     for index, result in enumerate(results):
         lines.append(result_line(index, result, level))
@@ -122,13 +122,13 @@ def render_join(results: Sequence[ChildResult], level: int = 1) -> str:
 
 
 def thread_node(text: str) -> str | None:
-    """The node that a thread's prompt, at the start of its text, turns to; None where there is no prompt."""
+    """Return the node that a thread's prompt, at the start of its text, turns to; None without a prompt."""
     prompt = _PROMPT.match(text)
     return None if prompt is None else prompt[1] or ROOT_ID
 
 
 def spawnable_nodes(text: str) -> list[str]:
-    """The nodes that a spawn may name which begins where a thread's text (prompt and everything after) ends.
+    """Return the nodes that a spawn may name which begins at the end of a thread's text, the prompt included.
 
     They come in the order in which they were first generated. None where the prompt is unknown.
     """
@@ -141,7 +141,7 @@ def spawnable_nodes(text: str) -> list[str]:
 
 
 def parse_spawn(text: str, *, last_begin: bool = False) -> SpawnCall | Malformed:
-    """Reads the spawn that ends a thread's text (prompt and everything after; ends in CALL_END).
+    """Read the spawn that ends a thread's text (prompt and everything after; ends in CALL_END).
 
     It begins at the first CALL_BEGIN line, or with `last_begin` at the last.
 
@@ -174,7 +174,7 @@ def parse_spawn(text: str, *, last_begin: bool = False) -> SpawnCall | Malformed
 
 
 def read_answer(text: str) -> str | None:
-    """The winning path of a finished thread: what follows the second-to-last goal line, without outer blanks.
+    """Return the winning path of a finished thread: what follows the second-to-last goal line, without outer blanks.
 
     None if the text does not end by claiming the goal (`Exit Sub Search` lines aside), or if nothing was replayed.
     """
@@ -199,12 +199,12 @@ def read_ending(text: str) -> Ending:
 
 
 def read_path(text: str) -> str | None:
-    """The path of a thread that writes nothing else: all of its text. None if it does not end by claiming the goal."""
+    """Return all text of a thread that writes nothing but its path; None if it does not end by claiming the goal."""
     return text.strip() if rules.claims_goal(text) else None
 
 
 def read_child_result(text: str, node_id: str) -> ChildResult | Malformed:
-    """What a finished child (prompt and everything after) hands to its parent.
+    """Read what a finished child (prompt and everything after) hands to its parent.
 
     Reasons: unfinished (ends neither in a goal nor in "No solution found."), no_replay (claims the goal only once),
     malformed_path (the replay is not a path of moves and operations), wrong_root (the replay starts at another node).
@@ -224,7 +224,7 @@ def read_child_result(text: str, node_id: str) -> ChildResult | Malformed:
 
 
 def _read_spawn_lines(body: str) -> tuple[tuple[str, ...], int] | Malformed:
-    """The nodes and the level that a spawn's lines, without CALL_BEGIN and CALL_END, ask for."""
+    """Read the nodes and the level that a spawn's lines, without CALL_BEGIN and CALL_END, ask for."""
     if not body:
         return Malformed("empty_spawn")
     *lines, unfinished = body.split("\n")
@@ -247,7 +247,7 @@ def _read_spawn_lines(body: str) -> tuple[tuple[str, ...], int] | Malformed:
 
 
 def _generated_nodes(text: str, start: int, end: int) -> dict[str, set[tuple[str, str, str]]]:
-    """By node, its target, numbers and operation: as often as they were written differently between two offsets."""
+    """Return by node each different target, numbers and operation that is written for it between two offsets."""
     generated: dict[str, set[tuple[str, str, str]]] = {}
     for node_id, *node in _GENERATED_LINE.findall(text, start, end):
         generated.setdefault(node_id, set()).add((node[0], node[1], node[2]))
