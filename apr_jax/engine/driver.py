@@ -30,6 +30,7 @@ from apr_jax.engine.threads import (
     Share,
     Spawn,
     SpawnHandle,
+    Status,
     Stop,
     StopReason,
     Thread,
@@ -121,6 +122,20 @@ class Driver:
             node, value = self._queue.popleft()
             if not node.cancelled:
                 self._advance(node, value)
+
+    def check(self) -> None:
+        """Raise AssertionError unless programs, threads, calls and budgets agree; between visits."""
+        for thread, node in self._node_of.items():
+            assert node.thread is thread
+            assert 0 <= node.left <= node.granted, "a program has more tokens than it was granted"
+            if node.call is not None:
+                assert node.clock == node.call.clock_start + len(node.call.tokens), "the clock lost tokens"
+                assert thread.tokens[len(node.call.context) :] == node.call.tokens, "a call is not what was written"
+            if node.group is None:
+                parked = node.call is not None and node.cutoff is not None and node.clock >= node.cutoff
+                assert not parked or thread.turn.status is Status.DONE, "a thread runs beyond its cutoff"
+                assert not node.ended or thread.turn.status is Status.DONE, "a thread outlives its program"
+                assert (thread.turn.status is Status.WAITING_ON_CHILDREN) == (node.join is not None)
 
     def close(self) -> None:
         """Close every generator, after an exception."""

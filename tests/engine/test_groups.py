@@ -79,6 +79,7 @@ def run(programs, limits):
         for thread, tokens in device.decode(draws(limits)):
             running.decoded(thread, tokens, [0.0] * len(tokens))
         running.drain()
+        running.check()
         scheduler.check()
     assert all(allocator.num_held == 0 for allocator in scheduler.cache.allocators)
     return running.results(), together, scheduler.preemptions

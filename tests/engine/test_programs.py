@@ -108,6 +108,7 @@ class StandIn:
         for thread, tokens in written:
             self.run.decoded(thread, tokens, [float(token) for token in tokens])
         self.run.drain()
+        self.run.check()
         self.scheduler.check()
 
     def draw(self, thread, steps):
