@@ -18,9 +18,6 @@ class ConfigError(ValueError):
     """A configuration that cannot work. The message names the field and says what to do."""
 
 
-Family = Literal["llama", "qwen2", "qwen3", "mistral"]  # model/families.py has their facts
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """RoPE stretched for contexts longer than those of pretraining, as Llama 3.1 does it (arXiv 2407.21783, section 3).
@@ -47,7 +44,7 @@ class RopeScaling:
 class ModelConfig:
     """A decoder of the Llama kind (RMSNorm, RoPE, SwiGLU, optional grouped-query attention)."""
 
-    family: Family
+    family: str  # in `apr_jax.model.families.FAMILIES`
     vocab_size: int  # at least the tokenizer's; the rest is never produced
     num_layers: int
     embed_dim: int
@@ -67,6 +64,9 @@ class ModelConfig:
     remat: Literal["none", "dots", "full"]
 
     def __post_init__(self) -> None:
+        from apr_jax.model.families import FAMILIES  # as in `_task_section`
+
+        check_choice("model.family", self.family, FAMILIES)
         positive(self, "model", "vocab_size num_layers embed_dim mlp_dim num_heads num_kv_heads head_dim max_seq_len")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(

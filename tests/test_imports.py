@@ -27,7 +27,7 @@ LEAVES = {
     "data": {"data", "tasks", "config"},
     "progress": set(),
     "files": set(),
-    "config": {"tasks", "reasoning"},  # the door asks the registries TASKS and METHODS for names and sections
+    "config": {"tasks", "reasoning", "model"},  # the door asks the registries TASKS, METHODS and FAMILIES for names
     "entry": {"config"},
 }
 MAY_USE_LEAVES = {"reasoning", "evaluation", "checkpoints", "train", "library", "bench", "aot", "launch"}

@@ -2,15 +2,12 @@
 
 All of them are the decoder of `llama.py`. A family adds biases or norms to queries and keys, and has a name and
 defaults of its own in Hugging Face's config.json. SmolLM and SmolLM 2 are Llamas. Adding a family is one row of
-`FAMILIES` and its name in `config.Family` (docs/extending.md).
+`FAMILIES` (docs/extending.md).
 """
 
 import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, get_args
-
-from apr_jax.config import Family
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,39 +33,36 @@ class FamilyFacts:
 
 _SILENT = {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu"}
 
-FAMILIES: Mapping[Family, FamilyFacts] = MappingProxyType(
-    {
-        "llama": FamilyFacts(
-            model_type="llama",
-            architecture="LlamaForCausalLM",
-            silent=_SILENT,
-            written={"attention_bias": False, "mlp_bias": False},
-        ),
-        "qwen2": FamilyFacts(
-            model_type="qwen2",
-            architecture="Qwen2ForCausalLM",
-            biases=True,
-            silent=_SILENT | {"num_key_value_heads": 32},
-            written={"use_sliding_window": False},
-        ),
-        "qwen3": FamilyFacts(
-            model_type="qwen3",
-            architecture="Qwen3ForCausalLM",
-            head_norms=True,
-            silent=_SILENT | {"num_key_value_heads": 32, "head_dim": 128},
-            written={"attention_bias": False, "use_sliding_window": False},
-        ),
-        "mistral": FamilyFacts(
-            model_type="mistral",
-            architecture="MistralForCausalLM",
-            silent=_SILENT | {"num_key_value_heads": 8, "sliding_window": 4_096},
-            written={"sliding_window": None},
-        ),
-    }
-)
-assert set(FAMILIES) == set(get_args(Family))
+FAMILIES: dict[str, FamilyFacts] = {
+    "llama": FamilyFacts(
+        model_type="llama",
+        architecture="LlamaForCausalLM",
+        silent=_SILENT,
+        written={"attention_bias": False, "mlp_bias": False},
+    ),
+    "qwen2": FamilyFacts(
+        model_type="qwen2",
+        architecture="Qwen2ForCausalLM",
+        biases=True,
+        silent=_SILENT | {"num_key_value_heads": 32},
+        written={"use_sliding_window": False},
+    ),
+    "qwen3": FamilyFacts(
+        model_type="qwen3",
+        architecture="Qwen3ForCausalLM",
+        head_norms=True,
+        silent=_SILENT | {"num_key_value_heads": 32, "head_dim": 128},
+        written={"attention_bias": False, "use_sliding_window": False},
+    ),
+    "mistral": FamilyFacts(
+        model_type="mistral",
+        architecture="MistralForCausalLM",
+        silent=_SILENT | {"num_key_value_heads": 8, "sliding_window": 4_096},
+        written={"sliding_window": None},
+    ),
+}
 
 
-def by_model_type(model_type: Any) -> Family | None:
+def by_model_type(model_type: Any) -> str | None:
     """Return the family that config.json's `model_type` names, or None."""
     return next((name for name, facts in FAMILIES.items() if facts.model_type == model_type), None)

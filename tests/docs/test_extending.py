@@ -1,16 +1,19 @@
 """docs/extending.md runs, section by section."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import apr_jax
 from apr_jax.checkpoints.manager import Checkpoints
 from apr_jax.engine.threads import Path, RolloutKey
 from apr_jax.files import read_jsonl
+from apr_jax.model.families import FAMILIES
 from apr_jax.model.params import init_params
 from apr_jax.reasoning import METHODS
 from apr_jax.tasks import TASKS
@@ -122,3 +125,15 @@ def test_an_rl_objective(tmp_path, monkeypatch):
     value, grad = jax.value_and_grad(loss)(jnp.log(jnp.asarray([[0.5, 0.25, 0.0]])))
     np.testing.assert_allclose(value, -0.5 * (2 * np.log(0.5) - np.log(0.25)), rtol=1e-6)
     np.testing.assert_allclose(grad, [[-1.0, 0.5, 0.0]], rtol=1e-6)
+
+
+def test_a_model_family(tmp_path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "seed_oss", None)
+    monkeypatch.chdir(tmp_path)
+    page = run_page("extending.md", "A model family")
+    values = json.loads((tmp_path / "seed" / "config.json").read_text())
+    assert (values["model_type"], values["attention_bias"]) == ("seed_oss", True)
+    assert "model.layers.1.self_attn.k_proj.bias" in load_file(tmp_path / "seed" / "model.safetensors")
+    assert page["loaded"] == page["model"]
+    same = jax.tree.map(np.array_equal, page["params"], init_params(page["model"], 0))
+    assert all(jax.tree.leaves(same))

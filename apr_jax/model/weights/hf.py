@@ -43,7 +43,7 @@ _PER_LAYER = {
 
 
 class SavableTokenizer(Protocol):
-    """What `save_hf` needs of a tokenizer."""
+    """The part of a tokenizer that `save_hf` needs."""
 
     bos_id: int
     eos_id: int

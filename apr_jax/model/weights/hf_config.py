@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from apr_jax.config import Family, ModelConfig, RopeScaling
+from apr_jax.config import ModelConfig, RopeScaling
 from apr_jax.model.families import FAMILIES, by_model_type
 from apr_jax.model.weights.errors import HuggingFaceError
 
@@ -95,8 +95,10 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _check_supported(family: Family, values: Mapping[str, Any]) -> None:
-    for key, supported in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+def _check_supported(family: str, values: Mapping[str, Any]) -> None:
+    written = FAMILIES[family].written
+    biases = [(key, written.get(key, False)) for key in ("attention_bias", "mlp_bias")]
+    for key, supported in (("hidden_act", "silu"), *biases):
         if values.get(key, supported) != supported:
             raise HuggingFaceError(f"config.json: {key}={values[key]!r} is not supported, only {supported!r}")
     window = values.get("sliding_window") if values.get("use_sliding_window", family == "mistral") else None
