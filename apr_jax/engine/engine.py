@@ -18,7 +18,7 @@ from apr_jax.config import ConfigError, EngineConfig, ModelConfig, RolloutConfig
 from apr_jax.engine.constraints import Gate
 from apr_jax.engine.driver import Driver
 from apr_jax.engine.lanes import LaneFiller, Place, Written
-from apr_jax.engine.pack_arrays import Packed, pack
+from apr_jax.engine.pack_arrays import PackedArrays, pack_arrays
 from apr_jax.engine.plan import EnginePlan
 from apr_jax.engine.policy_masks import gate_masks
 from apr_jax.engine.scheduler import Scheduler
@@ -266,12 +266,12 @@ class Engine:
             self.stats.host_seconds += time.perf_counter() - self._idle_since
             self._idle_since = None
 
-    def _decode(self, lanes: Packed, sampling: Sampling) -> Written:
+    def _decode(self, lanes: PackedArrays, sampling: Sampling) -> Written:
         self._launched()
         self._pages, written = self._steps.decode(self._pages, self._params, lanes, sampling)
         return written
 
-    def _decode_shared(self, shared: Packed, sampling: Sampling) -> Written:
+    def _decode_shared(self, shared: PackedArrays, sampling: Sampling) -> Written:
         self._launched()
         self._pages, written = self._steps.decode_shared(self._pages, self._params, shared, sampling)
         return written
@@ -288,7 +288,7 @@ class Engine:
             self._launched()
             self._pages = self._steps.copy_pages(self._pages, sources, targets)
 
-    def _prefill_lanes(self, chunks: Sequence[PrefillChunk]) -> Packed:
+    def _prefill_lanes(self, chunks: Sequence[PrefillChunk]) -> PackedArrays:
         prefill = self._steps.prefill
         return self._pack(self._filler.prefill(chunks, prefill.num_lanes, prefill.width))
 
@@ -297,8 +297,8 @@ class Engine:
         sampling = Sampling(np.float32(temperature), self._banned_mask, self._gate_masks)  # type: ignore[arg-type]
         return jax.device_put(sampling, replicated)
 
-    def _pack(self, lanes: Any) -> Packed:
-        packed: Packed = self._put(pack(lanes))
+    def _pack(self, lanes: Any) -> PackedArrays:
+        packed: PackedArrays = self._put(pack_arrays(lanes))
         return packed
 
     def _put(self, tree: Any) -> Any:

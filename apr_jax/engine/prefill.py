@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.engine.lanes import PrefillLanes
 from apr_jax.engine.limits import Limits
-from apr_jax.engine.pack_arrays import Packed, unpack
+from apr_jax.engine.pack_arrays import PackedArrays, unpack_arrays
 from apr_jax.engine.scheduler import Scheduler
 from apr_jax.engine.sharded import PAGES, SHARDED, ShardedStep
 from apr_jax.engine.thread_cache import PrefillChunk
@@ -64,11 +64,11 @@ class PagePerLane:
         self._fresh_sharding = NamedSharding(mesh, PAGES)
         tile = kernels.attention.tile
 
-        def compute(pages: PagedKVCache, params: Any, lanes: PrefillLanes | Packed) -> tuple[Block, ...]:
-            return compute_pages(nnx.merge(structure, params), tile, pages, unpack(lanes))
+        def compute(pages: PagedKVCache, params: Any, lanes: PrefillLanes | PackedArrays) -> tuple[Block, ...]:
+            return compute_pages(nnx.merge(structure, params), tile, pages, unpack_arrays(lanes))
 
-        def write(pages: PagedKVCache, lanes: PrefillLanes | Packed, fresh: tuple[Block, ...]) -> PagedKVCache:
-            fresh, each = jax.tree.map(tile.pack, fresh), unpack(lanes)
+        def write(pages: PagedKVCache, lanes: PrefillLanes | PackedArrays, fresh: tuple[Block, ...]) -> PagedKVCache:
+            fresh, each = jax.tree.map(tile.pack, fresh), unpack_arrays(lanes)
             return write_rows(pages, each.tables, each.start, each.count, fresh, 1)
 
         whole, out = partition_spec(), self._fresh_sharding
@@ -103,8 +103,8 @@ class PositionsInPlace:
         blocks = -(-limits.prefill_lanes * limits.page_size // POSITIONS_PER_BLOCK)
         self.num_lanes = blocks * POSITIONS_PER_BLOCK
 
-        def prefill(pages: PagedKVCache, params: Any, lanes: PrefillLanes | Packed) -> PagedKVCache:
-            return compute_positions(nnx.merge(structure, params), kernels.attention, pages, unpack(lanes))
+        def prefill(pages: PagedKVCache, params: Any, lanes: PrefillLanes | PackedArrays) -> PagedKVCache:
+            return compute_positions(nnx.merge(structure, params), kernels.attention, pages, unpack_arrays(lanes))
 
         out = NamedSharding(mesh, PAGES)
         self._prefill = ShardedStep(prefill, mesh, (SHARDED, partition_spec(), SHARDED), out)

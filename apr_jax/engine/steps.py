@@ -22,7 +22,7 @@ from apr_jax.engine import policy_masks
 from apr_jax.engine.decode_cache import DecodeCache, PagesInPlace
 from apr_jax.engine.lanes import DecodeLanes, SharedLanes, Written
 from apr_jax.engine.limits import Limits
-from apr_jax.engine.pack_arrays import Packed, unpack
+from apr_jax.engine.pack_arrays import PackedArrays, unpack_arrays
 from apr_jax.engine.prefill import choose_prefill
 from apr_jax.engine.sharded import PAGES, SHARDED, ShardedStep
 from apr_jax.engine.shared_cache import SharedCache
@@ -139,16 +139,16 @@ class Steps:
         structure, config, attention = weights.graphdef(), weights.config, kernels.attention
 
         def decode(
-            pages: PagedKVCache, params: Any, lanes: DecodeLanes | Packed, sampling: Sampling
+            pages: PagedKVCache, params: Any, lanes: DecodeLanes | PackedArrays, sampling: Sampling
         ) -> tuple[PagedKVCache, Written]:
-            model, each = nnx.merge(structure, params), unpack(lanes)
+            model, each = nnx.merge(structure, params), unpack_arrays(lanes)
             cache = PagesInPlace(config, attention, pages, each.tables, each.length)
             return decode_shard(model, limits.steps_per_visit, cache, each, sampling)
 
         def decode_shared(
-            pages: PagedKVCache, params: Any, shared: SharedLanes | Packed, sampling: Sampling
+            pages: PagedKVCache, params: Any, shared: SharedLanes | PackedArrays, sampling: Sampling
         ) -> tuple[PagedKVCache, Written]:
-            model, group = nnx.merge(structure, params), unpack(shared)
+            model, group = nnx.merge(structure, params), unpack_arrays(shared)
             lanes, how = group.lanes, {"steps": limits.steps_per_visit, "workers": limits.max_workers}
             cache = SharedCache.open(config, attention.tile, pages, lanes.tables, lanes.length, group.prompt, **how)
             return decode_shard(model, limits.steps_per_visit, cache, lanes, sampling)

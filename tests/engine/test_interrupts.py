@@ -128,6 +128,7 @@ def engine_seconds(engine):
     return engine.stats.seconds
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one may come in a garbage collection
 def test_signals_at_any_moment(engine, engine_seconds, expected):
     """Interrupts by a timer, from the run's first moments to its last ones."""
 
