@@ -5,7 +5,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apr_jax.data.tokenizer import LATER_PHRASES, PHRASES, SYMBOLS, BuiltinTokenizer, Tokenizer, load_tokenizer
+from apr_jax.data.tokenizer import SYMBOLS, BuiltinTokenizer, Tokenizer, load_tokenizer
+from apr_jax.tasks.countdown.vocabulary import LATER_PHRASES, PHRASES
 from apr_jax.tasks.dialect import CALL_END, JOIN_BEGIN
 from tests.data.made_tokenizers import byte_level_json, llama_like_json
 
