@@ -1,5 +1,7 @@
 """Children that begin from a fork of their parent (ThreadWeaver), as a dialect may say, through both test engines."""
 
+from types import MappingProxyType
+
 import pytest
 
 from apr_jax.engine.threads import Path, RolloutKey
@@ -20,7 +22,7 @@ class Forking(Adaptive):
 class ForkingSums(NestedSums):
     """The task with that dialect."""
 
-    dialects = {"adaptive": Forking()}  # noqa: RUF012 (the base class's is a mapping, too)
+    dialects = MappingProxyType({"adaptive": Forking()})
 
 
 ROOT = f"[[3+4]*5]-[2*8]=\n{CALL_BEGIN}[3+4]*5=\n2*8=\n{CALL_END}"
