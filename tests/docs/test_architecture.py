@@ -13,9 +13,15 @@ def _file(module: str) -> pathlib.Path | None:
     return next((file for file in candidates if file.exists()), None)
 
 
+def _imported(path: pathlib.Path) -> set[str]:
+    """The modules that a file imports, and their packages, which Python imports with them."""
+    parts = [module.split(".") for module in imports(path)]
+    return {".".join(names[:end]) for names in parts for end in range(2, len(names) + 1)}
+
+
 def _within_two_imports(path: pathlib.Path) -> set[str]:
-    direct = imports(path)
-    return direct.union(*(imports(file) for module in direct if (file := _file(module))))
+    direct = _imported(path)
+    return direct.union(*(_imported(file) for module in direct if (file := _file(module))))
 
 
 def test_the_way_from_a_problem_to_a_gradient_is_at_most_25_files_and_can_be_followed():
