@@ -93,7 +93,6 @@ def _evaluate(checkpoint: pathlib.Path, own_problems: list[Any] | None) -> None:
     with ShownProgress(len(problems)) as on_progress:
         summary, records = evaluate(
             engine,
-            tokenizer,
             problems,
             method=method,
             settings=settings,

@@ -28,6 +28,7 @@ from apr_jax.evaluation.rollout_sources import (
     policy_task,
     read_problem_words,
 )
+from apr_jax.reasoning.sampling import innermost
 from apr_jax.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def _warn(problem: Any, policy: "Policy") -> None:
     except ValueError as error:
         raise ConfigError(f"the policy's tokenizer cannot spell this problem: {error}") from error
     unlike = policy.task.departures(problem, policy.config.task)
-    if _METHOD.value and _METHOD.value.rpartition(":")[2] != trained:
+    if _METHOD.value and innermost(_METHOD.value) != trained:
         unlike.append(f"--method={_METHOD.value} instead of {trained}")
     if unlike:
         print(f"The policy was not trained for this: {', '.join(unlike)}.", file=sys.stderr)

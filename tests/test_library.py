@@ -87,7 +87,6 @@ def test_it_decodes_what_an_evaluation_decodes(policy):
     solutions = policy.solve(problems, temperature=1.0, seed=3, observer=lambda key, *_: seen.add(key.problem))
     _, records = evaluate(
         policy.engine,
-        policy.tokenizer,
         problems,
         method="adaptive",
         settings=make_settings(policy.config, policy.tokenizer),

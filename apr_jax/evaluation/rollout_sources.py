@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from apr_jax.config import Config, ConfigError
+from apr_jax.reasoning.programs import check_method
 from apr_jax.tasks import TASKS, task_of
 from apr_jax.tasks.base import Split, Task, split_size
 
@@ -82,8 +83,6 @@ def choose_split(config: Config, split: str | None, num_problems: int | None) ->
 
 def check_method_flag(method: str, task: Task, temperature: float | None, budget: int | None) -> None:
     """Check --method, as `reasoning.programs.check_method`. Raises ConfigError."""
-    from apr_jax.reasoning.programs import check_method  # slower to import than the rest here
-
     try:
         check_method(method, task, temperature, budget=budget)
     except ConfigError as error:

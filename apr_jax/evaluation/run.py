@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
 from apr_jax.config import Config, ConfigError, ModelConfig
-from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.threads import Program, Progress, Rollout, RolloutKey
 from apr_jax.evaluation.metrics import record_rollout, summarize
 from apr_jax.files import write_jsonl
@@ -36,7 +35,6 @@ class RunsPrograms(Protocol):
 
 def evaluate(
     engine: RunsPrograms,
-    tokenizer: Tokenizer,
     problems: Sequence[Any],
     *,
     method: str,
@@ -57,7 +55,8 @@ def evaluate(
     """
     if not problems:
         raise ValueError("nothing to evaluate: no problems")
-    check_method(method, settings.task, temperature, budget=settings.budget)
+    tokenizer, task = settings.tokenizer, settings.task
+    check_method(method, task, temperature, budget=settings.budget)
     programs = [
         (
             RolloutKey(problem=index, sample=0),
@@ -70,7 +69,7 @@ def evaluate(
     seconds = time.perf_counter() - start
     records = [
         record_rollout(
-            problem, rollout, tokenizer, engine.model, method=method, keep_calls=index < keep_calls, task=settings.task
+            problem, rollout, tokenizer, engine.model, method=method, keep_calls=index < keep_calls, task=task
         )
         for index, (problem, rollout) in enumerate(zip(problems, rollouts, strict=True))
     ]

@@ -59,7 +59,6 @@ class Evaluations:
         with ShownProgress(len(problems), title, hosts.messages()) as shown, self.stop.interrupting():
             summary, records = evaluate(
                 engine,
-                self.tokenizer,
                 problems,
                 method=config.data.method,
                 settings=make_settings(config, self.tokenizer),

@@ -5,7 +5,7 @@ import random
 from apr_jax.evaluation.compare.grid import Cell, Row
 from apr_jax.evaluation.compare.store import Results
 from apr_jax.evaluation.run import evaluate
-from tests.reasoning.fixtures import SMALL, TOKENIZER, Replay, demonstrations, settings
+from tests.reasoning.fixtures import SMALL, Replay, demonstrations, settings
 from tests.reasoning.scripted_engine import ScriptedEngine
 
 
@@ -14,7 +14,6 @@ def evaluated(method, count=12, keep=8, seed=0, window=100_000):
     demos = list(demonstrations(SMALL, method, count, seed=seed))
     summary, records = evaluate(
         ScriptedEngine(Replay(demos), max_seq_len=window),
-        TOKENIZER,
         [demo.problem for demo in demos],
         method=method,
         settings=settings(),

@@ -35,7 +35,6 @@ def test_evaluating_a_perfect_imitator_gives_the_solvers_figures(method):
     demos = list(demonstrations(SMALL, method, 30))
     summary, records = evaluate(
         ScriptedEngine(Replay(demos)),
-        TOKENIZER,
         [demo.problem for demo in demos],
         method=method,
         settings=settings(),
@@ -64,15 +63,13 @@ def test_evaluating_a_perfect_imitator_gives_the_solvers_figures(method):
 
 def test_evaluating_nothing_is_refused():
     with pytest.raises(ValueError, match="no problems"):
-        evaluate(
-            ScriptedEngine(Replay([])), TOKENIZER, [], method="serial", settings=settings(), seed=0, temperature=0.0
-        )
+        evaluate(ScriptedEngine(Replay([])), [], method="serial", settings=settings(), seed=0, temperature=0.0)
 
 
 def test_several_samples_at_temperature_0_are_refused():
     engine, how = ScriptedEngine(Replay([])), {"settings": settings(), "seed": 0, "temperature": 0.0}
     with pytest.raises(ValueError, match="samples are all the same"):
-        evaluate(engine, TOKENIZER, [Problem((2, 3), 5)], method="cons@8:serial", **how)
+        evaluate(engine, [Problem((2, 3), 5)], method="cons@8:serial", **how)
 
 
 def test_samples_are_shown_beside_one_alone():
@@ -80,7 +77,7 @@ def test_samples_are_shown_beside_one_alone():
     demos = list(demonstrations(SMALL, "serial", 2))
     problems = [demo.problem for demo in demos]
     how = {"method": "serial", "settings": settings(), "seed": 0, "temperature": 0.0}
-    summary, _ = evaluate(ScriptedEngine(Replay(demos)), TOKENIZER, problems, **how)
+    summary, _ = evaluate(ScriptedEngine(Replay(demos)), problems, **how)
     assert "samples " not in show_summary(summary)
     shown = show_summary(summary | figures).splitlines()[-1]
     assert shown == (

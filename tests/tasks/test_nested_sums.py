@@ -141,9 +141,7 @@ def imitator():
 @pytest.mark.parametrize("method", ["adaptive", "cons@4:adaptive", "best@4:adaptive", "pass@2:adaptive"])
 def test_samples_vote_rank_and_are_verified(method):
     problems = [sums.read_sum(text) for text in PROBLEMS]
-    summary, records = evaluate(
-        imitator(), TOKENIZER, problems, method=method, settings=SETTINGS, seed=0, temperature=1.0
-    )
+    summary, records = evaluate(imitator(), problems, method=method, settings=SETTINGS, seed=0, temperature=1.0)
     assert summary["accuracy"] == 1.0
     assert [record["title"] for record in records] == PROBLEMS
     assert records[2]["operations"] == records[2]["operations_right"] >= 4

@@ -160,7 +160,6 @@ def run_cells(
         with ShownProgress(len(asked.problems), f"{count}/{len(todo)} {cell}") as on_progress:
             summary, records = evaluate(
                 engine,
-                policy.tokenizer,
                 asked.problems,
                 method=cell.row.program,
                 settings=make_settings(

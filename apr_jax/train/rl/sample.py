@@ -78,7 +78,6 @@ class Sampler:
         """Return the share of the held-out problems that the engine's policy solves, decoded greedily."""
         summary, _ = evaluate(
             self.engine,
-            self.tokenizer,
             self.held_out,
             method=self.config.data.method,
             settings=make_settings(self.config, self.tokenizer),
