@@ -1,17 +1,9 @@
-"""Every setting of apr_jax, as frozen dataclasses, and the one door through which they come in.
-
-`from_config_dict` turns an `ml_collections.ConfigDict` into a `Config`, strictly: an unknown or missing field and a
-value of the wrong type raise `ConfigError` and say what was probably meant. Nothing downstream sees a ConfigDict.
-"""
+"""Every setting of apr_jax, as frozen dataclasses that check themselves. `config_dict.py` is the door to them."""
 
 import dataclasses
 import difflib
-import types
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Literal
-
-from ml_collections import ConfigDict
 
 
 class ConfigError(ValueError):
@@ -64,9 +56,6 @@ class ModelConfig:
     remat: Literal["none", "dots", "full"]
 
     def __post_init__(self) -> None:
-        from apr_jax.model.families import FAMILIES  # as in `_task_section`
-
-        check_choice("model.family", self.family, FAMILIES)
         positive(self, "model", "vocab_size num_layers embed_dim mlp_dim num_heads num_kv_heads head_dim max_seq_len")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
@@ -252,15 +241,12 @@ class GRPOConfig:
     validation_problems: int  # problems in one, decoded greedily
 
     def __post_init__(self) -> None:
+        not_negative(self, "grpo", "max_resamples clip_ratio clip_ratio_high kl_coef advantage_eps importance_cap")
         not_negative(self, "grpo", "validate_every")
-        positive(self, "grpo", "validation_problems")
         positive(self, "grpo", "prompts_per_step group_size inner_updates row_len rows_per_microbatch checkpoint_every")
-        positive(self, "grpo", "length_normaliser")
+        positive(self, "grpo", "length_normaliser validation_problems")
         if self.group_size < 2:
             raise ConfigError(f"grpo.group_size={self.group_size}: an advantage needs at least 2 rollouts a prompt")
-        for field in ("max_resamples", "clip_ratio", "clip_ratio_high", "kl_coef", "advantage_eps", "importance_cap"):
-            if getattr(self, field) < 0:
-                raise ConfigError(f"grpo.{field}={getattr(self, field)} must be >= 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -337,7 +323,6 @@ def check_consistent(config: Config) -> None:
         raise ConfigError(f"model.embed_dim={model.embed_dim} must be a multiple of mesh.fsdp={mesh.fsdp}")
     _check_windows(config)
     config.task.check(config)
-    _check_method(config)
     if config.grpo.validate_every and config.grpo.validation_problems > config.data.num_validation:
         raise ConfigError(
             f"grpo.validation_problems={config.grpo.validation_problems} is more than "
@@ -359,22 +344,6 @@ def check_consistent(config: Config) -> None:
             raise ConfigError(f"{field}={value} must be a multiple of mesh.data * mesh.fsdp = {batch_shards}")
 
 
-def _check_method(config: Config) -> None:
-    """Check that the task has what the method, and what is asked of it, need."""
-    from apr_jax.reasoning import METHODS  # as in `_task_section`
-    from apr_jax.tasks import task_of
-    from apr_jax.tasks.dialect import SpelledSpawnDialect
-
-    data, task = config.data, task_of(config)
-    check_choice("data.method", data.method, METHODS)
-    method = METHODS[data.method]
-    task.dialect(method.name, method.kind)
-    if data.condition_on_budget and method.budget is None:
-        raise ConfigError(f"data.condition_on_budget=True: data.method={data.method!r} has no budget to name")
-    if config.rollout.constrain_spawns:
-        task.dialect(method.name if method.budget == "children" else "adaptive", SpelledSpawnDialect)
-
-
 def _check_windows(config: Config) -> None:
     windows, window, longest = config.task.windows, config.rollout.context_window, config.model.max_seq_len
     if windows and windows[-1] > longest:
@@ -386,68 +355,6 @@ def _check_windows(config: Config) -> None:
         )
 
 
-def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
-    """Convert a ConfigDict (or nested dict) to a Config. Raise ConfigError; never fill in a default."""
-    values = config.to_dict() if isinstance(config, ConfigDict) else config
-    return typing.cast(Config, _convert(Config, values, ""))
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Return the nested plain dict that `from_config_dict` takes back, as JSON has it: tuples become lists."""
-    return dataclasses.asdict(
-        config, dict_factory=lambda items: {key: list(v) if isinstance(v, tuple) else v for key, v in items}
-    )
-
-
-def _convert(cls: type, values: Mapping[str, Any], path: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    unknown = [key for key in values if key not in hints]
-    missing = [key for key in hints if key not in values]
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], missing or hints, n=1, cutoff=0.4) or difflib.get_close_matches(
-            unknown[0], hints, n=1, cutoff=0
-        )
-        hint = f"did you mean {close[0]}?" if close else f"fields: {', '.join(hints)}"
-        raise ConfigError(f"{path}{unknown[0]}: no such field; {hint}")
-    if missing:
-        raise ConfigError(f"{path}{missing[0]}: missing; it takes {_type_name(hints[missing[0]])}")
-    return cls(**{key: _convert_value(hint, values[key], f"{path}{key}") for key, hint in hints.items()})
-
-
-def _convert_value(hint: Any, value: Any, path: str) -> Any:
-    if isinstance(hint, types.UnionType):  # a section or None
-        (section,) = (choice for choice in typing.get_args(hint) if choice is not type(None))
-        return None if value is None else _convert_value(section, value, path)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{path}={value!r}: wrong type, it takes a section of settings")
-        section = _task_section(value) if hint is TaskConfig else typing.cast(type, hint)
-        return _convert(section, value, f"{path}.")
-    if typing.get_origin(hint) is Literal:
-        check_choice(path, value, typing.get_args(hint))
-        return value
-    if typing.get_origin(hint) is tuple:
-        item_hint = typing.get_args(hint)[0]
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{path}={value!r}: wrong type, it takes a list of {_type_name(item_hint)}")
-        return tuple(_convert_value(item_hint, item, f"{path}[{i}]") for i, item in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint:
-        raise ConfigError(f"{path}={value!r}: wrong type, it takes {_type_name(hint)}, not {type(value).__name__}")
-    return value
-
-
-def _task_section(value: Mapping[str, Any]) -> type[TaskConfig]:
-    """Return the dataclass that the named task declares for its section."""
-    from apr_jax.tasks import TASKS  # tasks import this module: only the door knows their names
-
-    if "name" not in value:
-        raise ConfigError(f"task.name: missing; name one of {', '.join(TASKS)}")
-    check_choice("task.name", value["name"], TASKS)
-    return TASKS[value["name"]].section
-
-
 def check_choice(field: str, value: Any, choices: Iterable[Any]) -> None:
     """Raise ConfigError, with the likeliest choice, unless `value` is one of `choices`."""
     choices = list(choices)
@@ -457,10 +364,6 @@ def check_choice(field: str, value: Any, choices: Iterable[Any]) -> None:
             f"{field}={value!r}: choose one of {', '.join(map(repr, choices))}"
             + (f"; did you mean {close[0]!r}?" if close else "")
         )
-
-
-def _type_name(hint: Any) -> str:
-    return getattr(hint, "__name__", str(hint))
 
 
 def positive(section: Any, name: str, fields: str) -> None:

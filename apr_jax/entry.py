@@ -20,7 +20,8 @@ import absl.logging
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from apr_jax.config import Config, ConfigError, from_config_dict
+from apr_jax.config import Config, ConfigError
+from apr_jax.config_dict import from_config_dict
 
 FAILED, BAD_ARGUMENTS, STOPPED = 1, 2, 75  # exit codes
 _STANDARD_OUTPUT = "-"  # as the name of a file to write

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from apr_jax.config import from_config_dict
+from apr_jax.config_dict import from_config_dict
 from apr_jax.tasks.countdown.config import CountdownConfig
 from configs.grpo import get_config
 

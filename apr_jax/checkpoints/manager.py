@@ -23,7 +23,8 @@ from apr_jax.checkpoints.integrity import CheckpointError, check_files, read_met
 from apr_jax.checkpoints.phases import PhaseName
 from apr_jax.checkpoints.resume_check import check_same
 from apr_jax.checkpoints.trees import flatten, unflatten
-from apr_jax.config import Config, ConfigError, to_dict
+from apr_jax.config import Config, ConfigError
+from apr_jax.config_dict import to_dict
 from apr_jax.parallel import hosts
 
 

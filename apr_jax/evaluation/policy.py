@@ -7,7 +7,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from apr_jax.config import Config, ConfigError, ModelConfig, from_config_dict
+from apr_jax.config import Config, ConfigError, ModelConfig
+from apr_jax.config_dict import from_config_dict
 from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 # What may differ between training and evaluation; the rest of a model's config is its weights' shape and meaning.

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from apr_jax.checkpoints.phases import PHASES
 from apr_jax.checkpoints.resume_check import fields_that_matter
-from apr_jax.config import Config, to_dict
+from apr_jax.config import Config
+from apr_jax.config_dict import to_dict
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.evaluation.run import ShownProgress, evaluate, load_problems, save_rollouts
 from apr_jax.files import read_json, write_json

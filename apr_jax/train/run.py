@@ -20,7 +20,8 @@ from apr_jax.checkpoints.manager import Checkpoints
 from apr_jax.checkpoints.phases import PHASES
 from apr_jax.checkpoints.policy import load_policy
 from apr_jax.checkpoints.reference import forget_reference, has_reference, load_reference, save_reference
-from apr_jax.config import Config, ConfigError, to_dict
+from apr_jax.config import Config, ConfigError
+from apr_jax.config_dict import to_dict
 from apr_jax.data import demonstrations
 from apr_jax.data.pipeline import train_iterator, validation_batches
 from apr_jax.data.tokenizer import Tokenizer, load_tokenizer

@@ -14,7 +14,8 @@ import time
 from typing import Any
 
 from apr_jax.aot.topology import compile_only_devices, parse_topology, prepare_process
-from apr_jax.config import Config, MeshConfig, from_config_dict
+from apr_jax.config import Config, MeshConfig
+from apr_jax.config_dict import from_config_dict
 from configs.grpo import get_config
 
 MESHES = {  # data, tensor

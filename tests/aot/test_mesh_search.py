@@ -7,7 +7,8 @@ import pytest
 
 from apr_jax.aot.mesh_search import candidates, estimate, fit, parse_mesh, rows_per_shard, shapes
 from apr_jax.aot.peaks import PEAKS
-from apr_jax.config import Config, ConfigError, MeshConfig, from_config_dict
+from apr_jax.config import Config, ConfigError, MeshConfig
+from apr_jax.config_dict import from_config_dict
 from configs.grpo import get_config
 
 V5E, V5P, H100 = PEAKS["v5e"], PEAKS["v5p"], PEAKS["h100"]

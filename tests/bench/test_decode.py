@@ -8,7 +8,8 @@ import pytest
 from apr_jax.bench import decode
 from apr_jax.bench.decode_report import peers_table, write_plot
 from apr_jax.bench.roofline import Limits, StepCost, measure_limits
-from apr_jax.config import ConfigError, from_config_dict
+from apr_jax.config import ConfigError
+from apr_jax.config_dict import from_config_dict
 from apr_jax.model.params import init_params, num_params
 from configs.grpo import get_config
 from tests.engine.helpers import MODEL, make_mesh

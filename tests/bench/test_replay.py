@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from apr_jax.bench.replay import benchmark_replays, make_replays, read_calls, replay, show
-from apr_jax.config import ConfigError, from_config_dict
+from apr_jax.config import ConfigError
+from apr_jax.config_dict import from_config_dict
 from apr_jax.engine.threads import RolloutKey
 from configs.benchmark_decode import get_config
 from tests.engine.helpers import MODEL, make_engine

@@ -15,7 +15,8 @@ from apr_jax.checkpoints.manager import Checkpoints
 from apr_jax.checkpoints.policy import load_policy
 from apr_jax.checkpoints.reference import has_reference, load_reference, save_reference
 from apr_jax.checkpoints.resume_check import check_same
-from apr_jax.config import ConfigError, to_dict
+from apr_jax.config import ConfigError
+from apr_jax.config_dict import to_dict
 from apr_jax.model.params import init_params
 from apr_jax.model.placement import abstract_params_on, place_params
 from apr_jax.model.weights.hf import save_hf

@@ -5,7 +5,8 @@ import pathlib
 
 import pytest
 
-from apr_jax.config import Config, from_config_dict
+from apr_jax.config import Config
+from apr_jax.config_dict import from_config_dict
 from apr_jax.data.demonstrations import DemonstrationSource, load_split
 from configs.grpo import get_config
 

@@ -7,7 +7,8 @@ import os
 import pytest
 from ml_collections import ConfigDict
 
-from apr_jax.config import ConfigError, from_config_dict, to_dict
+from apr_jax.config import ConfigError
+from apr_jax.config_dict import from_config_dict, to_dict
 from apr_jax.evaluation.policy import check_vocabulary, choose_config
 from apr_jax.evaluation.rollout_sources import ProblemFileError, newest_run, read_problems
 from apr_jax.evaluation.run import (

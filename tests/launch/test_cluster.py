@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import yaml
 
-from apr_jax.config import from_config_dict
+from apr_jax.config_dict import from_config_dict
 from configs.grpo import get_config
 
 CLUSTER = pathlib.Path(__file__).parents[2] / "launch" / "cluster"

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from apr_jax.checkpoints.manager import Checkpoints
-from apr_jax.config import from_config_dict, to_dict
+from apr_jax.config_dict import from_config_dict, to_dict
 from apr_jax.evaluation.compare.store import read_records, read_results
 from apr_jax.model.params import init_params
 from tests.evaluation.test_run import INTERFACE_KEYS

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from apr_jax.checkpoints.manager import Checkpoints
-from apr_jax.config import from_config_dict
+from apr_jax.config_dict import from_config_dict
 from apr_jax.data.tokenizer import load_tokenizer
 from apr_jax.model.params import init_params
 from apr_jax.model.weights.hf import save_hf

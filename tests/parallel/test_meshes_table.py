@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from apr_jax.config import MeshConfig, from_config_dict
+from apr_jax.config import MeshConfig
+from apr_jax.config_dict import from_config_dict
 from apr_jax.engine.plan import EnginePlan
 from apr_jax.engine.sharded import SHARDED
 from apr_jax.kernels import for_training

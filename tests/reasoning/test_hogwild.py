@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from apr_jax.config import from_config_dict
+from apr_jax.config_dict import from_config_dict
 from apr_jax.engine.threads import RolloutKey
 from apr_jax.evaluation.metrics import record_rollout
 from apr_jax.reasoning.hogwild import hogwild

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from apr_jax.config import from_config_dict
+from apr_jax.config_dict import from_config_dict
 from apr_jax.engine.threads import RolloutKey
 from apr_jax.reasoning.adaptive import adaptive
 from apr_jax.reasoning.settings import make_settings

@@ -2,7 +2,7 @@
 
 import pytest
 
-from apr_jax.config import from_config_dict
+from apr_jax.config_dict import from_config_dict
 from apr_jax.engine.threads import RolloutKey
 from apr_jax.reasoning import METHODS
 from apr_jax.reasoning.programs import make_program

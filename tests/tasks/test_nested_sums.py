@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from apr_jax.config import from_config_dict
+from apr_jax.config_dict import from_config_dict, to_dict
 from apr_jax.data.demonstrations import load_split
 from apr_jax.engine.threads import RolloutKey
 from apr_jax.evaluation.run import evaluate
@@ -127,8 +127,10 @@ def test_what_it_lacks_is_named(tmp_path):
         ("data", {"method": "serial"}, "'nested_sums' has no dialect for 'serial'; it has one for adaptive"),
         ("rollout", {"constrain_spawns": True}, "'nested_sums' for 'adaptive' is no SpelledSpawnDialect"),
     ):
+        values = to_dict(config)
+        values[section] |= changes
         with pytest.raises(TaskLacksError, match=message):
-            dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **changes)})
+            from_config_dict(values)
 
 
 PROBLEMS = ["[1+2]*3", "4*5", "[[3+4]*5]-[2*8]"]

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from apr_jax import config as config_lib
 from apr_jax.checkpoints.manager import Checkpoints
 from apr_jax.checkpoints.phases import PHASES, PhaseName
 from apr_jax.config import Config
+from apr_jax.config_dict import from_config_dict
 from apr_jax.data.packing import pack
 from apr_jax.train.metrics import MetricsWriter
 from apr_jax.train.phase import Phase
@@ -25,7 +25,7 @@ def small_config(**overrides: Any) -> Config:
     """The same as a Config. Overrides by dotted name: small_config(**{"sft.num_steps": 4})."""
     config = small_config_dict("unused")
     config.update_from_flattened_dict(overrides)
-    return config_lib.from_config_dict(config)
+    return from_config_dict(config)
 
 
 def small_config_dict(directory: str) -> ConfigDict:

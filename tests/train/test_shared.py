@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from apr_jax.config import ConfigError, from_config_dict
+from apr_jax.config import ConfigError
+from apr_jax.config_dict import from_config_dict
 from apr_jax.data.packing import pack
 from apr_jax.data.shared_sequences import Segment, shared_sequence
 from apr_jax.model.sampling import log_probs

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from apr_jax.config import Config, ConfigError, ModelConfig, to_dict
+from apr_jax.config import Config, ConfigError, ModelConfig
+from apr_jax.config_dict import to_dict
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.engine import Engine
 from apr_jax.evaluation.compare.grid import Cell, Row

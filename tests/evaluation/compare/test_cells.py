@@ -7,7 +7,8 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from apr_jax.config import ConfigError, from_config_dict, to_dict
+from apr_jax.config import ConfigError
+from apr_jax.config_dict import from_config_dict, to_dict
 from apr_jax.data.tokenizer import BuiltinTokenizer
 from apr_jax.evaluation.compare.cells import (
     Asked,

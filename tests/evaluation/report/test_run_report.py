@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from apr_jax.config import from_config_dict, to_dict
+from apr_jax.config_dict import from_config_dict, to_dict
 from apr_jax.evaluation.report.charts import Series, line_chart, nice_ticks
 from apr_jax.evaluation.report.run_report import pick_rollouts, write_figure, write_report
 from apr_jax.evaluation.report.viewer import critical_threads, layout

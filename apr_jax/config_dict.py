@@ -1,0 +1,99 @@
+"""The one door from ConfigDict: an `ml_collections.ConfigDict` becomes a `Config`, strictly.
+
+An unknown or missing field and a value of the wrong type raise `ConfigError` and say what was probably meant. Nothing
+downstream sees a ConfigDict.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ml_collections import ConfigDict
+
+from apr_jax.config import Config, ConfigError, TaskConfig, check_choice
+from apr_jax.model.families import FAMILIES
+from apr_jax.reasoning import METHODS
+from apr_jax.tasks import TASKS, task_of
+from apr_jax.tasks.dialect import SpelledSpawnDialect
+
+
+def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
+    """Convert a ConfigDict (or nested dict) to a Config. Raise ConfigError; never fill in a default."""
+    values = config.to_dict() if isinstance(config, ConfigDict) else config
+    converted: Config = _convert(Config, values, "")
+    check_choice("model.family", converted.model.family, FAMILIES)
+    _check_method(converted)
+    return converted
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return the nested plain dict that `from_config_dict` takes back, as JSON has it: tuples become lists."""
+    return dataclasses.asdict(
+        config, dict_factory=lambda items: {key: list(v) if isinstance(v, tuple) else v for key, v in items}
+    )
+
+
+def _convert(cls: type, values: Mapping[str, Any], path: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    unknown = [key for key in values if key not in hints]
+    missing = [key for key in hints if key not in values]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], missing or hints, n=1, cutoff=0.4) or difflib.get_close_matches(
+            unknown[0], hints, n=1, cutoff=0
+        )
+        hint = f"did you mean {close[0]}?" if close else f"fields: {', '.join(hints)}"
+        raise ConfigError(f"{path}{unknown[0]}: no such field; {hint}")
+    if missing:
+        raise ConfigError(f"{path}{missing[0]}: missing; it takes {_type_name(hints[missing[0]])}")
+    return cls(**{key: _convert_value(hint, values[key], f"{path}{key}") for key, hint in hints.items()})
+
+
+def _convert_value(hint: Any, value: Any, path: str) -> Any:
+    if isinstance(hint, types.UnionType):  # a section or None
+        (section,) = (choice for choice in typing.get_args(hint) if choice is not type(None))
+        return None if value is None else _convert_value(section, value, path)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}={value!r}: wrong type, it takes a section of settings")
+        section = _task_section(value) if hint is TaskConfig else typing.cast(type, hint)
+        return _convert(section, value, f"{path}.")
+    if typing.get_origin(hint) is Literal:
+        check_choice(path, value, typing.get_args(hint))
+        return value
+    if typing.get_origin(hint) is tuple:
+        item_hint = typing.get_args(hint)[0]
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{path}={value!r}: wrong type, it takes a list of {_type_name(item_hint)}")
+        return tuple(_convert_value(item_hint, item, f"{path}[{i}]") for i, item in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{path}={value!r}: wrong type, it takes {_type_name(hint)}, not {type(value).__name__}")
+    return value
+
+
+def _task_section(value: Mapping[str, Any]) -> type[TaskConfig]:
+    """Return the dataclass that the named task declares for its section."""
+    if "name" not in value:
+        raise ConfigError(f"task.name: missing; name one of {', '.join(TASKS)}")
+    check_choice("task.name", value["name"], TASKS)
+    return TASKS[value["name"]].section
+
+
+def _type_name(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint))
+
+
+def _check_method(config: Config) -> None:
+    """Check that the task has what the method, and what is asked of it, need."""
+    data, task = config.data, task_of(config)
+    check_choice("data.method", data.method, METHODS)
+    method = METHODS[data.method]
+    task.dialect(method.name, method.kind)
+    if data.condition_on_budget and method.budget is None:
+        raise ConfigError(f"data.condition_on_budget=True: data.method={data.method!r} has no budget to name")
+    if config.rollout.constrain_spawns:
+        task.dialect(method.name if method.budget == "children" else "adaptive", SpelledSpawnDialect)
