@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from apr_jax.config import Config, ConfigError, TaskConfig, check_choice
 from apr_jax.model.families import FAMILIES
 from apr_jax.reasoning import METHODS
+from apr_jax.reasoning.settings import spelled_spawns
 from apr_jax.tasks import TASKS, task_of
-from apr_jax.tasks.dialect import SpelledSpawnDialect
 
 
 def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
@@ -96,4 +96,4 @@ def _check_method(config: Config) -> None:
     if data.condition_on_budget and method.budget is None:
         raise ConfigError(f"data.condition_on_budget=True: data.method={data.method!r} has no budget to name")
     if config.rollout.constrain_spawns:
-        task.dialect(method.name if method.budget == "children" else "adaptive", SpelledSpawnDialect)
+        spelled_spawns(config)

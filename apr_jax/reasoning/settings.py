@@ -61,6 +61,17 @@ def banned_tokens(tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
     return tuple(sorted({tokenizer.bos_id, tokenizer.pad_id, tokenizer.join_begin_id, *unused} - {tokenizer.eos_id}))
 
 
+def spelled_spawns(config: Config) -> SpelledSpawnDialect:
+    """Return the dialect of the policy's own spawns; adaptive's, where it was trained not to spawn.
+
+    Raises TaskLacksError where the task cannot tell its spawns ahead.
+    """
+    own = METHODS[config.data.method]
+    return task_of(config).dialect(
+        own.dialect if issubclass(own.kind, SpawnDialect) else "adaptive", SpelledSpawnDialect
+    )
+
+
 def _largest_budget(config: Config, name: str) -> int | None:
     method = METHODS[name]
     if method.budget == "tokens":
@@ -70,10 +81,6 @@ def _largest_budget(config: Config, name: str) -> int | None:
 
 
 def _spawn_grammar(config: Config, tokenizer: Tokenizer) -> SpawnGrammar | None:
-    """Return the grammar of the policy's own spawns; of adaptive's, where it was trained not to spawn."""
     if not config.rollout.constrain_spawns:
         return None
-    task, own = task_of(config), METHODS[config.data.method]
-    name = own.dialect if issubclass(own.kind, SpawnDialect) else "adaptive"
-    dialect = task.dialect(name, SpelledSpawnDialect)
-    return spawn_grammar(tokenizer, dialect, config.rollout.max_children)
+    return spawn_grammar(tokenizer, spelled_spawns(config), config.rollout.max_children)

@@ -159,17 +159,13 @@ def run_cells(
         policy, config = policies[cell.row.policy], configs[cell]
         engine, window = _engine_for(holder, policy, cell.row), cell.context_window
         with ShownProgress(len(asked.problems), f"{count}/{len(todo)} {cell}") as on_progress:
+            limit = window if window < config.model.max_seq_len else None
+            program, tokenizer = cell.row.program, policy.tokenizer
             summary, records = evaluate(
                 engine,
                 asked.problems,
-                method=cell.row.program,
-                settings=make_settings(
-                    config,
-                    policy.tokenizer,
-                    cell.row.program,
-                    budget=cell.budget,
-                    max_tokens=window if window < config.model.max_seq_len else None,
-                ),
+                method=program,
+                settings=make_settings(config, tokenizer, program, budget=cell.budget, max_tokens=limit),
                 seed=asked.seed,
                 temperature=cell.temperature,
                 on_progress=on_progress,
