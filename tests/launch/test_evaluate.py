@@ -26,7 +26,7 @@ def small_config(folder):
     values = get_config("smoke")
     values.model.update(num_layers=1, embed_dim=32, mlp_dim=32, num_heads=1, num_kv_heads=1, max_seq_len=64)
     values.rollout.max_steps = 16
-    values.engine.update(lanes=4, pages=64, prefill_lanes=4)
+    values.engine.update(lanes=2, pages=32, prefill_lanes=2)
     values.data.update(directory=str(folder / "data"), num_train=4, num_validation=4, num_test=4)
     values.grpo.validation_problems = 4
     values.data.update(num_test_unseen_targets=4, num_workers=1)
