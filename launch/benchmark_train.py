@@ -45,9 +45,5 @@ def main() -> None:
     _JSON.write(figures)
 
 
-def _say(what: str) -> None:
-    print(what, file=sys.stderr, flush=True)
-
-
 if __name__ == "__main__":
     entry.run(main)

@@ -37,17 +37,17 @@ if TYPE_CHECKING:
 
 _RUNS = "runs"
 _CONFIG = entry.define_config("grpo.py")
-_WORKDIR = flags.DEFINE_string("workdir", f"{_RUNS}/comparison", "Where results.jsonl and the records go.")
+_WORKDIR = flags.DEFINE_string("workdir", f"{_RUNS}/comparison", "Folder of results.jsonl and the records.")
 _POLICIES = flags.DEFINE_list(
     "policies", [], f"NAME=FOLDER of each: run (or RUN/best), checkpoint or Hugging Face folders [newest in {_RUNS}/]."
 )
 _METHODS = flags.DEFINE_list("methods", [], "Rows: PROGRAM or PROGRAM/POLICY, such as cons@8:adaptive [every policy].")
-_BUDGETS = flags.DEFINE_list("budgets", [], "Written into prompts: N or none for all rows, ROW=N for one.")
+_BUDGETS = flags.DEFINE_list("budgets", [], "Named in prompts: N or none for all rows, ROW=N for one.")
 _TEMPERATURES = flags.DEFINE_list("temperatures", [], "0 is greedy [evaluation.temperature].")
 _WINDOWS = flags.DEFINE_list("context_windows", [], "Tokens that a thread may hold [model.max_seq_len].")
 _HELD_OUT = [split for split in SPLITS if split != "train"]
-_SPLIT = flags.DEFINE_enum("split", None, _HELD_OUT, "Which problems, held out by all policies [evaluation.split].")
-_NUM_PROBLEMS = flags.DEFINE_integer("num_problems", None, "How many [evaluation.num_problems].", lower_bound=2)
+_SPLIT = flags.DEFINE_enum("split", None, _HELD_OUT, "Split, held out by all policies [evaluation.split].")
+_NUM_PROBLEMS = flags.DEFINE_integer("num_problems", None, "Their number [evaluation.num_problems].", lower_bound=2)
 _PROBLEMS = flags.DEFINE_string("problems", None, 'JSONL file, such as {"numbers": [3, 7, 12], "target": 40} a line.')
 _KEEP = flags.DEFINE_integer("keep_rollouts", 16, "Problems whose threads are kept for the viewer.", lower_bound=0)
 _JSON = entry.JsonFlag("rows and differences")

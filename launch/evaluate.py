@@ -34,14 +34,14 @@ _CONFIG = entry.define_config("grpo.py")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, f"Run (or RUN/best), checkpoint or Hugging Face folder [newest in {_RUNS}/]."
 )
-_SPLIT = flags.DEFINE_enum("split", None, list(SPLITS), "Which problems [evaluation.split].")
-_NUM_PROBLEMS = flags.DEFINE_integer("num_problems", None, "How many [evaluation.num_problems].", lower_bound=1)
+_SPLIT = flags.DEFINE_enum("split", None, list(SPLITS), "Split to take problems from [evaluation.split].")
+_NUM_PROBLEMS = flags.DEFINE_integer("num_problems", None, "Their number [evaluation.num_problems].", lower_bound=1)
 _PROBLEMS = flags.DEFINE_string("problems", None, 'JSONL file, such as {"numbers": [3, 7, 12], "target": 40} a line.')
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy [evaluation.temperature].", lower_bound=0.0)
-_BUDGET = flags.DEFINE_integer("budget", None, "Written into prompts: sub calls; serial: tokens.", lower_bound=1)
+_BUDGET = flags.DEFINE_integer("budget", None, "Named in prompts: children, or tokens for serial.", lower_bound=1)
 _METHOD = flags.DEFINE_string("method", None, "Way of reasoning, such as serial or cons@8:adaptive [the policy's own].")
 _MAX_TOKENS = flags.DEFINE_integer(
-    "max_tokens", None, "Cut threads off at so many tokens, untold [model.max_seq_len].", lower_bound=1
+    "max_tokens", None, "Cut threads off here, unknown to prompts [model.max_seq_len].", lower_bound=1
 )
 _JSON = entry.JsonFlag("the figures")
 _ROLLOUTS = entry.define_output("rollouts", "Write the first problems' threads here, one JSON object a rollout.")

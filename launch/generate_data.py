@@ -29,7 +29,7 @@ _NAMES = {"serial": "serial", "adaptive": "parallel"}  # methods that are demons
 _CONFIG = entry.define_config("sft.py")
 _NUM_PROBLEMS = flags.DEFINE_integer("num_problems", 2_000, "Problems to sample and demonstrate.", lower_bound=1)
 _OUTPUT = entry.define_output("output", "Write the demonstrations here, one JSON object a problem.")
-_TOKENS = flags.DEFINE_bool("tokens", False, "Also count what the parallel searches write, by the config's tokenizer.")
+_TOKENS = flags.DEFINE_bool("tokens", False, "Also count the parallel searches' tokens, by the config's tokenizer.")
 _JSON = entry.JsonFlag("the figures")
 
 

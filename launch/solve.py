@@ -41,8 +41,8 @@ _CHECKPOINT = flags.DEFINE_string(
 )
 _METHOD = flags.DEFINE_string("method", None, "Way of reasoning [the one that the policy was trained for].")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling; read where the temperature is not 0.")
-_BUDGET = flags.DEFINE_integer("budget", None, "Written into prompts: sub calls; serial: tokens.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling; unused at temperature 0.")
+_BUDGET = flags.DEFINE_integer("budget", None, "Named in prompts: children, or tokens for serial.", lower_bound=1)
 _JSON = entry.JsonFlag("the result")
 
 
