@@ -1,7 +1,6 @@
 """An engine's sizes, as the host needs them. No JAX."""
 
 import dataclasses
-import sys
 
 from apr_jax.config import ConfigError
 from apr_jax.engine.threads import Thread
@@ -19,8 +18,6 @@ class Limits:
     steps_per_visit: int
     prefill_lanes: int
     prefix_reuse: bool
-    block_size: int = 1  # positions that a decode step reads at once
-    row_blocks: int = sys.maxsize  # blocks that the running threads may fill together
     max_workers: int = 0  # of a group on a shared cache; 0: there are none
 
     def __post_init__(self) -> None:
@@ -29,12 +26,6 @@ class Limits:
             raise ConfigError(
                 f"a data shard has {self.pages - 1} usable pages, and one thread of model.max_seq_len="
                 f"{self.max_seq_len} tokens needs {needed} of engine.page_size={self.page_size}"
-            )
-
-        if self.row_blocks * self.block_size < self.max_seq_len:
-            raise ConfigError(
-                f"row_blocks={self.row_blocks} of {self.block_size} positions don't hold one thread of "
-                f"model.max_seq_len={self.max_seq_len} tokens"
             )
 
         if self.max_workers > self.lanes:
@@ -47,15 +38,6 @@ class Limits:
     def max_groups(self) -> int:
         """Groups that decode together."""
         return self.lanes // self.max_workers if self.max_workers else 0
-
-    @property
-    def blocks_can_run_out(self) -> bool:
-        """True where threads in all lanes could fill more than `row_blocks`."""
-        return self.lanes * -(-self.max_seq_len // self.block_size) > self.row_blocks
-
-    def blocks_for(self, thread: Thread) -> int:
-        """Count the blocks that a decode step reads of the thread: all its tokens but the last."""
-        return -(-(len(thread.tokens) - 1) // self.block_size)
 
     def final_length(self, thread: Thread) -> int:
         """Return how many tokens the thread has at most when its Decode ends."""

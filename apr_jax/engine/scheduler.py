@@ -234,7 +234,6 @@ class Scheduler:
         victims: Iterator[Thread] | None = None
         while True:
             try:
-                self._require_blocks(thread)
                 self.cache.make_room(thread, length)
                 return True
             except OutOfPagesError:
@@ -243,19 +242,6 @@ class Scheduler:
                 if victim is None:
                     return False
                 self._preempt(victim)
-
-    def _require_blocks(self, thread: Thread) -> None:
-        """Raise OutOfPagesError where the thread and those that run before it fill more blocks than a step can read.
-
-        Only threads that share pages can: without sharing, the pages run out first. Groups are read in another way.
-        """
-        if thread.group is not None or not self.limits.blocks_can_run_out:
-            return
-        shard = thread.cached.shard
-        running = [other for other in self.running(shard) if other is not thread and other.group is None]
-        blocks = sum(self.limits.blocks_for(other) for other in [*running, thread])
-        if blocks > self.limits.row_blocks:
-            raise OutOfPagesError(f"{blocks} blocks are to be read, and {self.limits.row_blocks} can be")
 
     def _victims(self, thread: Thread) -> Iterator[Thread]:
         """Yield those whose pages the thread may take, last in priority first. Groups keep theirs."""

@@ -38,8 +38,6 @@ WIDE = Limits(
     steps_per_visit=4,
     prefill_lanes=8,
     prefix_reuse=True,
-    block_size=PAGE,
-    row_blocks=2000,
 )
 
 
@@ -157,8 +155,6 @@ schedules = st.builds(
     steps_per_visit=st.integers(1, 9),
     prefill_lanes=st.integers(1, 3),
     prefix_reuse=st.booleans(),
-    block_size=st.sampled_from([PAGE, 2 * PAGE]),
-    row_blocks=st.integers(MAX_LEN // PAGE, 30),
 )
 
 

@@ -49,10 +49,9 @@ class CacheMachine(RuleBasedStateMachine):
         steps=st.integers(1, 6),
         prefill_lanes=st.integers(1, 3),
         reuse=st.sampled_from([True, True, True, False]),
-        row_blocks=st.sampled_from([10, 12, 20, 60]),
     )
-    def build(self, shards, lanes, pages, steps, prefill_lanes, reuse, row_blocks):
-        limits = Limits(shards, lanes, pages, PAGE, MAX_LEN, steps, prefill_lanes, reuse, PAGE, row_blocks)
+    def build(self, shards, lanes, pages, steps, prefill_lanes, reuse):
+        limits = Limits(shards, lanes, pages, PAGE, MAX_LEN, steps, prefill_lanes, reuse)
         self.scheduler = Scheduler(limits)
         self.device = SimulatedDevice(self.scheduler)
         self.model: dict[Thread, list[int]] = {}

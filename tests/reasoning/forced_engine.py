@@ -40,8 +40,6 @@ class ForcedEngine:
             steps_per_visit=16,
             prefill_lanes=2,
             prefix_reuse=prefix_reuse,
-            block_size=32,
-            row_blocks=lanes * -(-max_seq_len // 32),
             max_workers=max_workers,
         )
         self.scheduler = Scheduler(limits)

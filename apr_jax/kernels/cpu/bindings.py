@@ -1,5 +1,6 @@
 """The C++ kernels as functions of arrays. Sums, softmax and norms are taken in float32; bfloat16 is rounded once."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,17 +30,19 @@ def to_panels(matrix_DF: jax.Array, paired: bool = False) -> jax.Array:
     return filled.reshape(steps, depth, panels, _PANEL).transpose(2, 0, 3, 1).reshape(panels, steps, -1)
 
 
-def product(x: jax.Array, panels: jax.Array, outputs: int, dtype: Any = None) -> jax.Array:
-    """Multiply `x [..., D]` by a matrix `[D, outputs]`, into `[..., outputs]` of `dtype` (None: that of x).
+def products(x: jax.Array, panels: Sequence[jax.Array], outputs: Sequence[int], dtype: Any = None) -> list[jax.Array]:
+    """Multiply `x [..., D]` by several matrices `[D, F]`, into arrays `[..., F]` of `dtype` (None: that of x).
 
     Each sum is taken along D from first to last, whatever the number of rows. Lifted over lanes it is one product of
     all of them.
 
     Args:
-        panels: the matrix by `to_panels`, in the dtype of x; paired in bfloat16.
+        panels: the matrices by `to_panels`, in the dtype of x; paired in bfloat16.
+        outputs: F of each.
     """
-    out = _array((*x.shape[:-1], outputs), dtype or x.dtype)
-    return build.call("apr_product", out, vmap_method="expand_dims")(x, panels, threads=build.threads())
+    shapes = [_array((*x.shape[:-1], width), dtype or x.dtype) for width in outputs]
+    call = build.call("apr_product", shapes, vmap_method="expand_dims")
+    return list(call(x, *panels, threads=build.threads()))
 
 
 def rotate(x: jax.Array, angles: Angles) -> jax.Array:

@@ -99,22 +99,44 @@ constexpr auto by_rows(std::index_sequence<kM...>) {
   return std::array{&multiply_all<panels_at_once(kM + 1), kM + 1, T>...};
 }
 
-// out[m][f] = sum over d of x[m][d] * matrix[d][f]; the matrix comes as panels of 16 columns, [F / 16, D, 16], in
-// bfloat16 [F / 16, D / 2, 32] with pairs of rows.
+// A matrix as panels of 16 columns, [F / 16, D, 16], in bfloat16 [F / 16, D / 2, 32] with pairs of rows, and its product.
 template <typename T, typename Out>
-ffi::Error product(ffi::ThreadPool& pool, int64_t threads, const ffi::AnyBuffer& xs, const ffi::AnyBuffer& matrix,
-                   const ffi::AnyBuffer& outs) {
+struct Matrix {
+  const T* panels;
+  Out* out;
+  int64_t F;          // columns
+  int64_t first;      // the number of its first chunk
+  int64_t per_chunk;  // panels of a chunk
+
+  int64_t num_panels() const { return (F + kWidth - 1) / kWidth; }
+};
+
+// out[m][f] = sum over d of x[m][d] * matrix[d][f], of each matrix.
+template <typename T, typename Out>
+ffi::Error product(ffi::ThreadPool& pool, int64_t threads, const ffi::AnyBuffer& xs, ffi::RemainingArgs& matrices,
+                   ffi::RemainingRets& outs) {
   using Factor = typename Step<T>::Factor;
   constexpr auto kernels = by_rows<T>(std::make_index_sequence<kTile>());
   constexpr int64_t kRows = Step<T>::kRows;
-  const int64_t D = xs.dimensions().back(), M = xs.element_count() / D, F = outs.dimensions().back();
-  const int64_t num_panels = (F + kWidth - 1) / kWidth, tiles = (M + kTile - 1) / kTile, steps = (D - 1) / kRows + 1;
-  if (static_cast<int64_t>(matrix.element_count()) != num_panels * kWidth * steps * kRows) {
-    return ffi::Error::InvalidArgument(
-        "the matrix must be [ceil(F / 16), D, 16], in bfloat16 [ceil(F / 16), ceil(D / 2), 32]");
+  const int64_t D = xs.dimensions().back(), M = xs.element_count() / D;
+  const int64_t tiles = (M + kTile - 1) / kTile, steps = (D - 1) / kRows + 1, at_once = panels_at_once(M);
+  std::vector<Matrix<T, Out>> all;
+  int64_t columns_of_all = 0;
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    const auto matrix = matrices.get<ffi::AnyBuffer>(i);
+    ffi::Result<ffi::AnyBuffer> out = *outs.get<ffi::AnyBuffer>(i);
+    if (matrix->element_type() != xs.element_type()) {
+      return ffi::Error::InvalidArgument("x and the matrix must have one dtype");
+    }
+    all.push_back({data<T>(*matrix), data<Out>(*out), out->dimensions().back(), 0, 0});
+    columns_of_all += all.back().F;
+    if (static_cast<int64_t>(matrix->element_count()) != all.back().num_panels() * kWidth * steps * kRows) {
+      return ffi::Error::InvalidArgument(
+          "the matrix must be [ceil(F / 16), D, 16], in bfloat16 [ceil(F / 16), ceil(D / 2), 32]");
+    }
   }
-  const T *const x = data<T>(xs), *const panels = data<T>(matrix);
-  if (D * F * (M + 4) < kSmall) threads = 1;
+  const T* const x = data<T>(xs);
+  if (D * columns_of_all * (M + 4) < kSmall) threads = 1;
   static thread_local std::vector<Factor> scratch;  // x by tiles, [tile][step][row]
   scratch.resize(M * steps);
   Factor* const turned = scratch.data();
@@ -126,17 +148,27 @@ ffi::Error product(ffi::ThreadPool& pool, int64_t threads, const ffi::AnyBuffer&
       for (int64_t s = 0; s < steps; ++s) to[s * rows + m] = Step<T>::factor(from + m * D + s * kRows, D - s * kRows);
     }
   });
-  const int64_t at_once = panels_at_once(M), each = ((num_panels - 1) / (kChunks * threads) / at_once + 1) * at_once;
-  parallel(pool, threads, (num_panels + each - 1) / each, [&](int64_t chunk) {
-    const int64_t end = std::min((chunk + 1) * each, num_panels);
+  const int64_t of_a_chunk = ((columns_of_all - 1) / kWidth / (kChunks * threads) / at_once + 1) * at_once;
+  int64_t chunks = 0;
+  for (auto& each : all) {
+    each.first = chunks;
+    each.per_chunk = of_a_chunk;
+    chunks += (each.num_panels() + of_a_chunk - 1) / of_a_chunk;
+  }
+  parallel(pool, threads, chunks, [&](int64_t chunk) {
+    auto found = all.rbegin();
+    while (found->first > chunk) ++found;
+    const Matrix<T, Out>& matrix = *found;
+    const int64_t F = matrix.F, begin = (chunk - matrix.first) * matrix.per_chunk;
+    const int64_t end = std::min(begin + matrix.per_chunk, matrix.num_panels());
     // A few panels for all rows, then the next: they stay in the cache.
-    for (int64_t panel = chunk * each; panel < end; panel += tiles > 1 ? 1 : each) {
+    for (int64_t panel = begin; panel < end; panel += tiles > 1 ? 1 : matrix.per_chunk) {
       const int64_t f = panel * kWidth, last = tiles > 1 ? panel + 1 : end;
       for (int64_t t = 0; t < tiles; ++t) {
-        Out* const to = data<Out>(outs) + t * kTile * F + f;
+        Out* const to = matrix.out + t * kTile * F + f;
         const int64_t columns = std::min(last * kWidth, F) - f, rows = rows_of(t);
         auto multiplied = [&](float* sums, int64_t stride) {
-          kernels[rows - 1](turned + t * kTile * steps, panels + f * steps * kRows, sums, steps, stride, columns);
+          kernels[rows - 1](turned + t * kTile * steps, matrix.panels + f * steps * kRows, sums, steps, stride, columns);
         };
         if constexpr (sizeof(Out) == sizeof(float)) {
           multiplied(to, F);
@@ -154,15 +186,13 @@ ffi::Error product(ffi::ThreadPool& pool, int64_t threads, const ffi::AnyBuffer&
   return ffi::Error::Success();
 }
 
-ffi::Error product_of_any(ffi::ThreadPool pool, int64_t threads, ffi::AnyBuffer x, ffi::AnyBuffer panels,
-                          ffi::Result<ffi::AnyBuffer> out) {
-  if (panels.element_type() != x.element_type()) {
-    return ffi::Error::InvalidArgument("x and the matrix must have one dtype");
-  }
+ffi::Error product_of_any(ffi::ThreadPool pool, int64_t threads, ffi::AnyBuffer x, ffi::RemainingArgs panels,
+                          ffi::RemainingRets outs) {
   return by_type(x, [&](auto type) {
     using T = decltype(type);
-    const auto kernel = out->element_type() == ffi::F32 ? product<T, float> : product<T, T>;
-    return kernel(pool, threads, x, panels, *out);
+    ffi::Result<ffi::AnyBuffer> first = *outs.get<ffi::AnyBuffer>(0);
+    const auto kernel = first->element_type() == ffi::F32 ? product<T, float> : product<T, T>;
+    return kernel(pool, threads, x, panels, outs);
   });
 }
 
@@ -263,9 +293,9 @@ ffi::Error draw(ffi::ThreadPool pool, int64_t threads, Floats logits, Floats tem
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_product, product_of_any,
                               bind_threaded()
-                                  .Arg<ffi::AnyBuffer>()    // x
-                                  .Arg<ffi::AnyBuffer>()    // panels
-                                  .Ret<ffi::AnyBuffer>());  // out
+                                  .Arg<ffi::AnyBuffer>()  // x
+                                  .RemainingArgs()        // panels of each matrix
+                                  .RemainingRets());      // its product
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_rotate, rotate,
                               ffi::Ffi::Bind()

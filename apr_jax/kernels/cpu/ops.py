@@ -54,12 +54,8 @@ def norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> tuple[jax.Array, j
 TRAINING = Ops(matmul=matmul, logits=ops.logits, norm=norm, rope=rope, swiglu=swiglu, draw=ops.draw, hold=ops.hold)
 
 
-def _multiply_by_panels(x: jax.Array, panels: Sequence[jax.Array], widths: Sequence[int]) -> list[jax.Array]:
-    return [bindings.product(x, each, width) for each, width in zip(panels, widths, strict=True)]
-
-
 def _logits(x: jax.Array, panels: jax.Array, vocab_size: int) -> jax.Array:
-    return bindings.product(x, panels, vocab_size, jnp.float32)
+    return bindings.products(x, [panels], [vocab_size], jnp.float32)[0]
 
 
 def _norm(x: jax.Array, scale_D: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
@@ -72,7 +68,7 @@ def _rope(x_LNH: jax.Array, angles: Angles) -> jax.Array:
 
 def _decoding(paired: bool) -> Ops:
     return Ops(
-        matmul=_multiply_by_panels,
+        matmul=bindings.products,
         logits=_logits,
         norm=_norm,
         rope=_rope,

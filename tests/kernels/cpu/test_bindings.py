@@ -33,6 +33,10 @@ def to_panels(matrix_DF):
     return bindings.to_panels(matrix_DF, paired=matrix_DF.dtype == jnp.bfloat16)
 
 
+def product(x, panels, outputs, dtype=None):
+    return bindings.products(x, [panels], [outputs], dtype)[0]
+
+
 def in_float64(*arrays):
     return [np.asarray(array.astype("float32"), np.float64) for array in arrays]
 
@@ -78,9 +82,19 @@ def kernels(request, monkeypatch):
 def test_a_product_is_a_product(kernels, rows, inputs, outputs, dtype):
     """In bfloat16 as well, since sums are taken in float32 and rounded once."""
     x_MD, matrix_DF = normal(rows, inputs, dtype=dtype), normal(inputs, outputs, seed=1, dtype=dtype)
-    made = bindings.product(x_MD, to_panels(matrix_DF), outputs, jnp.float32)
+    made = product(x_MD, to_panels(matrix_DF), outputs, jnp.float32)
     np.testing.assert_allclose(made, np.matmul(*in_float64(x_MD, matrix_DF)), atol=1e-6 * inputs + 1e-6, rtol=0)
-    np.testing.assert_array_equal(bindings.product(x_MD, to_panels(matrix_DF), outputs), made.astype(dtype))
+    np.testing.assert_array_equal(product(x_MD, to_panels(matrix_DF), outputs), made.astype(dtype))
+
+
+@pytest.mark.parametrize("rows", [1, 17])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_matrices_at_once_change_no_bit(kernels, rows, dtype):
+    x_MD = normal(rows, 100, dtype=dtype)
+    panels = [to_panels(normal(100, width, seed=width, dtype=dtype)) for width in (192, 7, 300)]
+    together = bindings.products(x_MD, panels, [192, 7, 300])
+    for made, each, width in zip(together, panels, (192, 7, 300), strict=True):
+        np.testing.assert_array_equal(made, product(x_MD, each, width))
 
 
 def from_panels(panels: jax.Array, inputs: int, outputs: int) -> jax.Array:
@@ -107,7 +121,7 @@ def test_panels_and_back():
 def test_dtypes_that_differ_are_refused():
     x_MD, panels = normal(2, 4, dtype="bfloat16"), bindings.to_panels(normal(4, 16))
     with pytest.raises(Exception, match="x and the matrix must have one dtype"):
-        bindings.product(x_MD, panels, 16)
+        product(x_MD, panels, 16)
     q_LNH, pages = normal(1, 1, 32, dtype="bfloat16"), normal(2, 1, 16, 32)
     with pytest.raises(Exception, match="must have one dtype"):
         bindings.write_then_attend(q_LNH, q_LNH, q_LNH, pages, pages, jnp.array([1]), jnp.array([[1]]))
@@ -116,9 +130,9 @@ def test_dtypes_that_differ_are_refused():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_of_a_product_depends_on_no_other_and_not_on_their_number(kernels, dtype):
     x_MD, panels = normal(40, 100, dtype=dtype), to_panels(normal(100, 50, seed=1, dtype=dtype))
-    together = np.asarray(bindings.product(x_MD, panels, 50))
+    together = np.asarray(product(x_MD, panels, 50))
     for rows in (1, 2, 7, 16, 23):
-        assert np.asarray(bindings.product(x_MD[:rows], panels, 50)).tobytes() == together[:rows].tobytes()
+        assert np.asarray(product(x_MD[:rows], panels, 50)).tobytes() == together[:rows].tobytes()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -127,13 +141,13 @@ def test_threads_change_no_bit(monkeypatch, dtype):
     results = set()
     for threads in (1, 2, 5):
         monkeypatch.setattr(build, "threads", lambda threads=threads: np.int64(threads))
-        results.add(np.asarray(bindings.product(x_MD, panels, 500)).tobytes())
+        results.add(np.asarray(product(x_MD, panels, 500)).tobytes())
     assert len(results) == 1
 
 
 def test_lifted_over_lanes_it_is_one_product():
     x_LTD, matrix_DF = normal(6, 3, 20), normal(20, 18, seed=1)
-    lifted = jax.jit(jax.vmap(bindings.product, in_axes=(0, None, None)), static_argnums=2)
+    lifted = jax.jit(jax.vmap(product, in_axes=(0, None, None)), static_argnums=2)
     panels = bindings.to_panels(matrix_DF)
     np.testing.assert_allclose(lifted(x_LTD, panels, 18), jnp.einsum("LTD,DF->LTF", x_LTD, matrix_DF), atol=1e-5)
     assert lifted.lower(x_LTD, panels, 18).as_text().count("apr_product") == 1
@@ -168,7 +182,7 @@ def test_what_is_no_number_stays_none(kernels):
     bits = jnp.array([0x7FFFFFFF, 0x7F800001, 0xFFFFFFFF, 0x7F800000], jnp.uint32)
     panels = to_panels(jnp.ones((1, 16), "bfloat16"))
     values = jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)[:, None]
-    made = bindings.product(values, panels, 16)
+    made = product(values, panels, 16)
     assert np.isnan(made[:3].astype("float32")).all()
     assert np.isinf(made[3].astype("float32")).all()
 
@@ -299,4 +313,4 @@ def test_without_kernels_xla_does_the_work_and_a_warning_says_so(fresh, broken, 
     assert said in caplog.text
     assert len(caplog.records) == 1
     with pytest.raises(RuntimeError, match=r"ask is_available\(\) first"):
-        bindings.product(normal(1, 4), bindings.to_panels(normal(4, 4)), 4)
+        product(normal(1, 4), bindings.to_panels(normal(4, 4)), 4)
