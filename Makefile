@@ -56,6 +56,14 @@ browser: env
 	@$(BIN)/python -c 'from apr_jax.evaluation.report.browser import find_chromium as f; f()' 2> /dev/null || \
 	  { echo "no Chromium here: apt-get install -y chromium, or set CHROMIUM to a browser's path" >&2; exit 2; }
 
+# The contract of apr_jax/kernels: a copy without kernels/cpu/ passes the tests on plain XLA. TESTS="tests/engine" chooses others.
+TESTS ?= tests/kernels tests/model tests/engine/test_engine.py tests/train/test_grpo.py
+test-without-cpu-kernels: env
+	rm -rf .without-cpu && mkdir .without-cpu
+	cp -r apr_jax launch configs docs tests pyproject.toml setup.py README.md Makefile .without-cpu/
+	rm -rf .without-cpu/apr_jax/kernels/cpu .without-cpu/tests/kernels/cpu
+	cd .without-cpu && PYTHONPATH=$$PWD ../$(BIN)/python -m pytest -n 2 -q $(TESTS)
+
 test-peers: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
 	$(BIN)/python -m pytest -m peers
@@ -106,4 +114,4 @@ lock: env
 	  --upgrade setup.py --output-file requirements.lock
 
 clean:
-	rm -rf .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .without-cpu .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

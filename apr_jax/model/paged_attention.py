@@ -109,21 +109,21 @@ def attend_rows(
 
     As many spans are read as the longest row has. To the others the further ones change no bit.
     """
-    (L, K, M, H), C = q_LKMH.shape, k_pages.shape[2]
+    (L, K, M, H), (P, J, C, W) = q_LKMH.shape, k_pages.shape
     B = pages_per_span(C)
-    # Each page is a block of its own, so that no page is laid out anew. XLA gathers them as they lie.
-    q_LBKMH = jnp.broadcast_to(q_LKMH[:, None], (L, B, K, M, H))
+
+    def gather(pages_PJCW: jax.Array, pairs_LJB: jax.Array) -> jax.Array:
+        # A pair (page, group) is contiguous. Gathered pair by pair, in the order of the product, nothing is transposed.
+        gathered_LJBCW = pages_PJCW.reshape(P * J, C, W).at[pairs_LJB].get(mode="promise_in_bounds")
+        return tile.unpack(gathered_LJBCW.reshape(L, J, B * C, W))
 
     def attend(span: jax.Array, part: Part) -> Part:
         tables_LB = jax.lax.dynamic_slice_in_dim(tables_LR, span * B, B, axis=1)
-        block = tuple(tile.unpack(pages.at[tables_LB].get(mode="promise_in_bounds")) for pages in (k_pages, v_pages))
-        positions_1BC = ((span * B + jnp.arange(B)) * C)[None, :, None] + jnp.arange(C)[None, None]
-        mask_LB11C = (positions_1BC < lengths_L[:, None, None])[:, :, None, None]
-        top_LBKM, total_LBKM, out_LBKMH = softmax_part(q_LBKMH, (block[0], block[1]), mask_LB11C)
-        top_LKM = jnp.max(top_LBKM, axis=1)
-        scale_LBKM = jnp.exp(top_LBKM - top_LKM[:, None])
-        total_LKM = jnp.sum(total_LBKM * scale_LBKM, axis=1)
-        return merge(part, (top_LKM, total_LKM, jnp.sum(out_LBKMH * scale_LBKM[..., None], axis=1)))
+        pairs_LJB = tables_LB[:, None] * J + jnp.arange(J, dtype=tables_LB.dtype)[None, :, None]
+        positions_1S = (span * B * C + jnp.arange(B * C))[None]
+        mask_L11S = (positions_1S < lengths_L[:, None])[:, None, None]
+        block = gather(k_pages, pairs_LJB), gather(v_pages, pairs_LJB)
+        return merge(part, softmax_part(q_LKMH, block, mask_L11S))
 
     spans = (jnp.max(lengths_L) + B * C - 1) // (B * C)
     return jax.lax.fori_loop(0, spans, attend, empty_part((L, K, M), H))
