@@ -131,14 +131,14 @@ def run_cells(
     keep_rollouts: int,
     say: Callable[[str], None],
 ) -> list[Json]:
-    """Run what is not done yet, and return the row of every cell, in the order given.
+    """Run the cells that are not done yet, and return the row of every cell, in the order given.
 
     Args:
-      cells: at least one; every program is one that there is (`check_programs`).
-      command: what was run, for the rows.
-      keep_rollouts: so many problems' threads are kept with their text, the first ones.
-      say: told of cells that were done before.
-    Raises: ConfigError where `results` has cells of other settings, or a context window is too large.
+      cells: at least one; `check_programs` has accepted their programs.
+      command: the command line, for the rows.
+      keep_rollouts: the number of problems, from the first, whose threads are kept with their text.
+      say: called about cells that were done before.
+    Raises: ConfigError if `results` has cells of other settings, or a context window is too large.
     """
     todo: dict[int, tuple[Cell, Json]] = {}
     rows: dict[int, Json] = {}
@@ -171,16 +171,23 @@ def run_cells(
                 on_progress=on_progress,
                 keep_calls=keep_rollouts,
             )
-        about: Json = {"program": cell.row.program, "policy": policy.name, "checkpoint": policy.checkpoint}
-        about |= {
-            "problems": asked.source,
-            "seed": asked.seed,
-            "lanes": config.engine.lanes * config.mesh.data,
-            "command": command,
-        }
-        about |= {"machine": device_name(), "date": datetime.date.today().isoformat()}
+        about = _about(cell, policy, config, asked) | {"command": command}
         rows[index] = results.add(cell, settings, summary | about, records)
     return [rows[index] for index in range(len(cells))]
+
+
+def _about(cell: Cell, policy: Policy, config: Config, asked: Asked) -> Json:
+    """Describe what a cell's figures come from, for its row."""
+    return {
+        "program": cell.row.program,
+        "policy": policy.name,
+        "checkpoint": policy.checkpoint,
+        "problems": asked.source,
+        "seed": asked.seed,
+        "lanes": config.engine.lanes * config.mesh.data,
+        "machine": device_name(),
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def check_programs(cells: Sequence[Cell], task: Task) -> None:
