@@ -10,6 +10,8 @@ from apr_jax.model.params import init_params
 from tests.launch.test_evaluate import ROOT, launched
 from tests.tasks.test_nested_sums import tiny_config
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
