@@ -99,7 +99,7 @@ def test_a_grid_is_gone_on_with_after_a_stop(home):
     for row in rows:
         assert set(INTERFACE_KEYS) <= set(row)
         assert row["num_problems"] == 4
-        assert (row["seed"], row["lanes"], row["problems"]) == (0, 8, "test")  # 4 lanes on each of 2 shards
+        assert (row["seed"], row["lanes"], row["problems"]) == (0, 4, "test")
         assert row["checkpoint"] == row["policy"] == row["method"]
         assert "--context_windows=48,64" in row["command"]
         records = read_records(home / "grid", row)
