@@ -1,7 +1,7 @@
 """Hogwild! inference: workers that decode at the same time on one cache and see each other's tokens as they come.
 
 Rodionov et al. 2025, arXiv 2504.06261. Every worker sees the common prompt, then the others' text, then its own; keys
-are stored once and queries rotated (section 3; `model/shared_view.py`). No framework tells workers how to collaborate:
+are stored once and queries rotated (section 3; `model/views/shared.py`). No framework tells workers how to collaborate:
 what they do with what they see is the policy's. The first worker that ends with an answer has answered for all, and the
 others are cut off.
 

@@ -22,23 +22,19 @@ import jax
 import numpy as np
 
 _FOLDER = pathlib.Path(__file__).parent
-_HEADER = _FOLDER / "native.h"
+_HEADERS = tuple(sorted(_FOLDER.glob("*.h")))
 _TARGETS = {
-    _FOLDER / "native.cc": (
-        "apr_product",
+    _FOLDER / "products.cc": ("apr_product", "apr_outer"),
+    _FOLDER / "elementwise.cc": (
         "apr_rotate",
-        "apr_draw",
-    ),
-    _FOLDER / "native_pages.cc": ("apr_attend",),
-    _FOLDER / "native_training.cc": (
-        "apr_attention",
-        "apr_attention_backward",
-        "apr_outer",
         "apr_swiglu",
         "apr_swiglu_backward",
         "apr_rms_norm",
         "apr_rms_norm_backward",
     ),
+    _FOLDER / "draw.cc": ("apr_draw",),
+    _FOLDER / "attention_pages.cc": ("apr_attend",),
+    _FOLDER / "attention_rows.cc": ("apr_attention", "apr_attention_backward"),
 }
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-w")
 _COMPILERS = ("c++", "g++", "clang++")
@@ -84,7 +80,7 @@ def _made(source: pathlib.Path) -> pathlib.Path:
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise OSError(f"no C++ compiler here; install one of {', '.join(_COMPILERS)}")
-    texts = (source.read_text(), _HEADER.read_text())
+    texts = tuple(path.read_text() for path in (source, *_HEADERS))
     parts = (*texts, *_FLAGS, compiler, jax.__version__, platform.machine(), _cpu())
     path = _folder() / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.so"
     if not path.exists():

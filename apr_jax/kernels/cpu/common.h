@@ -1,7 +1,7 @@
-// What the kernels of CPUs share: vectors, numbers, threads, exp. See native.cc, native_pages.cc, native_training.cc.
+// Vectors, numbers, threads and exp, for all kernels of CPUs.
 
-#ifndef APR_JAX_MODEL_NATIVE_H_
-#define APR_JAX_MODEL_NATIVE_H_
+#ifndef APR_JAX_KERNELS_CPU_COMMON_H_
+#define APR_JAX_KERNELS_CPU_COMMON_H_
 
 #include <algorithm>
 #include <atomic>
@@ -24,9 +24,10 @@ using Integers = ffi::Buffer<ffi::S32>;
 
 constexpr int kWidth = 16;  // floats of a vector; the compiler splits it where the CPU's are shorter
 typedef float Vector __attribute__((vector_size(kWidth * sizeof(float)), aligned(sizeof(float))));
-constexpr int64_t kLine = 64;        // bytes that memory is asked for at once
-constexpr int64_t kSmall = 1 << 20;  // multiplications that one thread does sooner than it has waked another
-constexpr float kLowest = -1e30f;    // finite, so that a difference of two is no NaN
+constexpr int64_t kLine = 64;  // bytes that memory is asked for at once
+// Below so many multiplications one thread finishes before a second one has woken up.
+constexpr int64_t kSmall = 1 << 20;
+constexpr float kLowest = -1e30f;  // finite, so that a difference of two is no NaN
 
 // How XLA is told of a kernel that runs on several of its threads; its operands and results follow.
 inline auto bind_threaded() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("threads"); }
@@ -128,4 +129,4 @@ inline float sigmoid(float x) {
   return (x < 0 ? e : 1.0f) / (1.0f + e);
 }
 
-#endif  // APR_JAX_MODEL_NATIVE_H_
+#endif  // APR_JAX_KERNELS_CPU_COMMON_H_

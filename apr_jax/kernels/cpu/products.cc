@@ -1,17 +1,16 @@
-// What a decode step spends its time with, for CPUs: products of a few rows with large matrices, and what lies between
-// them. `native.py` compiles this file and calls it; docs/decode.md says why XLA's own programs do not do.
+// Products with large matrices: of the few rows of a decode step, from panels, and the gradient of a matrix.
 //
 // Every sum is taken in an order that depends on its own row alone: not on other rows, nor on threads.
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <utility>
 #include <vector>
 
-#include "native.h"
+#include "common.h"
+#include "tile.h"
 
 namespace {
 
@@ -21,8 +20,8 @@ constexpr int kTile = 16;  // rows of x that are multiplied at once: their sums 
 constexpr int kTile = 6;
 #endif
 constexpr int kChunks = 32;      // parts of the work for each thread, as a thread may come late
-constexpr int64_t kPart = 256;   // tokens whose probabilities are added up first, as one sum
 constexpr int64_t kAhead = 128;  // vectors from what is read to what memory is asked for
+constexpr int64_t kDepth = 256;  // rows that a matrix's gradient takes at a time: what they hold stays in the caches
 
 // How a panel of 16 columns is gone through: a step multiplies one row of it, in bfloat16 two, which lie as 16 pairs.
 template <typename T>
@@ -99,7 +98,8 @@ constexpr auto by_rows(std::index_sequence<kM...>) {
   return std::array{&multiply_all<panels_at_once(kM + 1), kM + 1, T>...};
 }
 
-// A matrix as panels of 16 columns, [F / 16, D, 16], in bfloat16 [F / 16, D / 2, 32] with pairs of rows, and its product.
+// A matrix as panels of 16 columns, [F / 16, D, 16], in bfloat16 [F / 16, D / 2, 32] with pairs of rows, and its
+// product.
 template <typename T, typename Out>
 struct Matrix {
   const T* panels;
@@ -168,7 +168,8 @@ ffi::Error product(ffi::ThreadPool& pool, int64_t threads, const ffi::AnyBuffer&
         Out* const to = matrix.out + t * kTile * F + f;
         const int64_t columns = std::min(last * kWidth, F) - f, rows = rows_of(t);
         auto multiplied = [&](float* sums, int64_t stride) {
-          kernels[rows - 1](turned + t * kTile * steps, matrix.panels + f * steps * kRows, sums, steps, stride, columns);
+          kernels[rows - 1](turned + t * kTile * steps, matrix.panels + f * steps * kRows, sums, steps, stride,
+                            columns);
         };
         if constexpr (sizeof(Out) == sizeof(float)) {
           multiplied(to, F);
@@ -196,95 +197,34 @@ ffi::Error product_of_any(ffi::ThreadPool pool, int64_t threads, ffi::AnyBuffer 
   });
 }
 
-// Heads of a row, of two halves each, rotated by its angles [H / 2].
-template <typename T>
-void rotate_heads(const T* x, int64_t heads, const float* cosine, const float* sine, int64_t half, T* out) {
-  for (int64_t head = 0; head < heads; ++head, x += 2 * half, out += 2 * half) {
-    for (int64_t h = 0; h < half; ++h) {
-      const float first = number(x[h]), second = number(x[half + h]);
-      out[h] = rounded<T>(first * cosine[h] - second * sine[h]);
-      out[half + h] = rounded<T>(second * cosine[h] + first * sine[h]);
-    }
-  }
-}
-
-ffi::Error rotate(ffi::AnyBuffer x, Floats cosines, Floats sines, ffi::Result<ffi::AnyBuffer> out) {
-  const int64_t W = x.dimensions().back(), half = cosines.dimensions().back(), rows = x.element_count() / W;
-  return by_type(x, [&](auto type) {
-    using T = decltype(type);
-    for (int64_t row = 0; row < rows; ++row) {
-      rotate_heads(data<T>(x) + row * W, W / (2 * half), cosines.typed_data() + row * half,
-                   sines.typed_data() + row * half, half, data<T>(*out) + row * W);
-    }
-    return ffi::Error::Success();
-  });
-}
-
-// One token of a row [V]: the likeliest at temperature 0, else by inverse CDF at `uniform`, with its log-probability
-// (at temperature 0 that of temperature 1). Tokens that are banned or whose probability rounds to 0 are never drawn.
-struct Draw {
-  int64_t V;
-  float temperature;
-  const bool* banned;
-
-  void operator()(const float* logits, float uniform, int32_t* token, float* logprob) const {
+// The gradient of a matrix: out[d][f] = sum over m of x[m][d] * y[m][f]. Rows are taken kDepth at a time, which are
+// laid out for `multiply_tile`.
+ffi::Error outer(ffi::ThreadPool pool, int64_t threads, Floats x, Floats y, ffi::Result<Floats> out) {
+  const int64_t D = x.dimensions().back(), F = y.dimensions().back(), M = x.element_count() / D;
+  if (D % kBlock || F % kWidth) return ffi::Error::InvalidArgument("D and F must be multiples of 16");
+  const int64_t panels = F / kWidth, each = (panels - 1) / threads + 1;
+  parallel(pool, threads, (panels + each - 1) / each, [&](int64_t part) {
     static thread_local std::vector<float> scratch;
-    const int64_t parts = (V + kPart - 1) / kPart;
-    scratch.resize(2 * V + parts);
-    float *const scaled = scratch.data(), *const weights = scaled + V, *const sums = weights + V;
-    const float divisor = temperature > 0 ? temperature : 1;
-    for (int64_t i = 0; i < V; ++i) scaled[i] = logits[i] / divisor;
-    for (int64_t i = 0; i < V; ++i) scaled[i] = banned[i] ? kLowest : scaled[i];
-    float top = kLowest;
-#pragma omp simd reduction(max : top)
-    for (int64_t i = 0; i < V; ++i) top = std::max(top, scaled[i]);
-    float total = 0;
-    for (int64_t part = 0; part < parts; ++part) {
-      float sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = part * kPart; i < std::min((part + 1) * kPart, V); ++i) {
-        weights[i] = exp_negative(scaled[i] - top);
-        sum += weights[i];
+    scratch.resize(kDepth * (D + kWidth));
+    float *const rows = scratch.data(), *const panel = rows + kDepth * D;
+    for (int64_t first = 0; first < M; first += kDepth) {
+      const int64_t depth = std::min(kDepth, M - first);
+      const auto lay_out = [&](const float* from, int64_t width, float* to) {
+        for (int64_t m = 0; m < depth; ++m) std::memcpy(to + m * kWidth, from + m * width, sizeof(Vector));
+      };
+      for (int64_t d = 0; d < D; d += kBlock) lay_out(x.typed_data() + first * D + d, D, rows + d * depth);
+      for (int64_t f = part * each * kWidth; f < std::min((part + 1) * each, panels) * kWidth; f += kWidth) {
+        lay_out(y.typed_data() + first * F + f, F, panel);
+        for (int64_t d = 0; d < D; d += kBlock) {
+          float* const to = out->typed_data() + d * F + f;
+          if (first == 0) {
+            multiply_tile<true, false>(rows + d * depth, kBlock, panel, kWidth, depth, to, F);
+          } else {
+            multiply_tile<true, true>(rows + d * depth, kBlock, panel, kWidth, depth, to, F);
+          }
+        }
       }
-      sums[part] = sum;
-      total += sum;
     }
-    const int64_t chosen = temperature > 0 ? by_inverse_cdf(weights, sums, parts, uniform * total)
-                                           : std::find(scaled, scaled + V, top) - scaled;
-    *token = static_cast<int32_t>(chosen);
-    *logprob = scaled[chosen] - top - std::log(total);
-  }
-
-  // The first token up to which there is more than `threshold`; where rounding leaves none, the last that adds some.
-  int64_t by_inverse_cdf(const float* weights, const float* sums, int64_t parts, float threshold) const {
-    int64_t part = -1;
-    float before = 0, cumulative = 0;
-    for (int64_t p = 0; p < parts && !(part >= 0 && cumulative > threshold); ++p) {
-      if (!(sums[p] > 0)) continue;
-      part = p;
-      before = cumulative;
-      cumulative += sums[p];
-    }
-    int64_t token = 0;
-    cumulative = before;
-    for (int64_t i = std::max<int64_t>(part, 0) * kPart, end = std::min(i + kPart, V); i < end; ++i) {
-      if (!(weights[i] > 0)) continue;
-      token = i;
-      cumulative += weights[i];
-      if (cumulative > threshold) break;
-    }
-    return token;
-  }
-};
-
-ffi::Error draw(ffi::ThreadPool pool, int64_t threads, Floats logits, Floats temperature,
-                ffi::Buffer<ffi::PRED> banned, Floats uniforms, ffi::ResultBuffer<ffi::S32> tokens,
-                ffi::ResultBuffer<ffi::F32> logprobs) {
-  const int64_t V = logits.dimensions().back(), rows = logits.element_count() / V;
-  const Draw one{V, temperature.typed_data()[0], banned.typed_data()};
-  parallel(pool, rows * V < kSmall / 16 ? 1 : threads, rows, [&](int64_t row) {
-    one(logits.typed_data() + row * V, uniforms.typed_data()[row], tokens->typed_data() + row,
-        logprobs->typed_data() + row);
   });
   return ffi::Error::Success();
 }
@@ -297,18 +237,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_product, product_of_any,
                                   .RemainingArgs()        // panels of each matrix
                                   .RemainingRets());      // its product
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_rotate, rotate,
-                              ffi::Ffi::Bind()
-                                  .Arg<ffi::AnyBuffer>()    // x
-                                  .Arg<Floats>()            // cosines
-                                  .Arg<Floats>()            // sines
-                                  .Ret<ffi::AnyBuffer>());  // out
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_draw, draw,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(apr_outer, outer,
                               bind_threaded()
-                                  .Arg<Floats>()                  // logits
-                                  .Arg<Floats>()                  // temperature
-                                  .Arg<ffi::Buffer<ffi::PRED>>()  // banned
-                                  .Arg<Floats>()                  // uniforms
-                                  .Ret<Integers>()                // tokens
-                                  .Ret<Floats>());                // log-probabilities
+                                  .Arg<Floats>()    // x
+                                  .Arg<Floats>()    // y
+                                  .Ret<Floats>());  // out

@@ -1,5 +1,4 @@
-// Attention of a decode step to pages where they lie, for CPUs. `native.py` compiles this file and calls it;
-// docs/decode.md says why XLA's own programs do not do.
+// Attention of a decode step to pages, where they lie.
 //
 // Every sum is taken in an order that depends on its own row alone: not on other rows, nor on threads.
 
@@ -9,7 +8,7 @@
 #include <numeric>
 #include <vector>
 
-#include "native.h"
+#include "common.h"
 
 namespace {
 
