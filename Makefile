@@ -16,7 +16,7 @@ TOPOLOGY ?= tpu:v5e:4x4
 
 COMPARISON ?= docs/results/laptop
 
-.PHONY: train test test-fast test-slow test-browser screenshots test-peers peers test-aot compile-aot gpu-check lint format lock env clean
+.PHONY: train test test-without-cpu-kernels test-fast test-slow test-browser screenshots test-peers peers test-aot compile-aot gpu-check lint format lock env clean
 
 env: $(VENV)/.installed
 

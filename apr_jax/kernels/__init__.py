@@ -7,6 +7,7 @@ for CPUs alone is a folder that may be missing.
 import dataclasses
 import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,35 +45,41 @@ class DecodeKernels:
     own_head: bool  # a head tied to the embedding is held as a matrix of its own
 
 
+@dataclasses.dataclass(frozen=True)
+class AttentionKernel:
+    """An attention of training rows, and where it can compute.
+
+    Attributes:
+        load: returns the function, once it is chosen.
+        takes_branches: see `TrainingKernels`.
+        suits: (model, platform) -> True where "auto" chooses it, unless a row above it suits too.
+        lacks: (model, platform) -> what a configuration that names it lacks, for the message; None if nothing.
+    """
+
+    load: Callable[[], TrainingAttention]
+    takes_branches: bool
+    suits: Callable[[ModelConfig, str], bool]
+    lacks: Callable[[ModelConfig, str], str | None] = lambda model, platform: None
+
+
 def for_training(config: ModelConfig, platform: str) -> TrainingKernels:
     """Choose for `model.attention` and the devices' platform ("cpu", "tpu", "gpu" or "cuda").
 
     Raises:
-        ConfigError: "cpu" was asked for where it cannot be, or "cudnn" with another dtype than bfloat16.
+        ConfigError: the attention that is asked for cannot compute this model here.
     """
     cpu = cpu_kernels(platform)
-    has_ops = cpu is not None and config.compute_dtype == "float32"
-    ops: Ops = cpu.TRAINING if has_ops and cpu is not None else _SPLIT_XLA
-    possible = has_ops and cpu is not None and cpu.takes_heads(config.head_dim)
+    ops: Ops = cpu.TRAINING if cpu is not None and config.compute_dtype == "float32" else _SPLIT_XLA
     chosen: str = config.attention
     if chosen == "auto":
-        chosen = "cpu" if possible else _best_attention(config, platform)
-    if chosen == "cpu":
-        if cpu is None or not possible:
-            raise ConfigError(
-                f"model.attention='cpu' takes float32, heads that are a multiple of 16 and a C++ compiler; here are "
-                f"model.compute_dtype='{config.compute_dtype}' and model.head_dim={config.head_dim}. Choose 'auto'"
-            )
-        return TrainingKernels(ops, cpu.training_attention, True)
-    if chosen == "splash":
-        return TrainingKernels(ops, splash.splash_attention, False)
-    if chosen == "cudnn":
-        if config.compute_dtype != "bfloat16":
-            raise ConfigError(
-                f"model.attention='cudnn' computes in bfloat16, and model.compute_dtype='{config.compute_dtype}'"
-            )
-        return TrainingKernels(ops, cudnn.cudnn_attention, True)
-    return TrainingKernels(ops, xla_attention, True)
+        chosen = next(name for name, kernel in ATTENTIONS.items() if kernel.suits(config, platform))
+    kernel = ATTENTIONS[chosen]
+    if lack := kernel.lacks(config, platform):
+        raise ConfigError(
+            f"model.attention={chosen!r} takes {lack}; here are model.compute_dtype={config.compute_dtype!r} and "
+            f"model.head_dim={config.head_dim}. Choose 'auto'"
+        )
+    return TrainingKernels(ops, kernel.load(), kernel.takes_branches)
 
 
 def for_decoding(config: ModelConfig, requested: str, page_size: int, mesh: Mesh) -> DecodeKernels:
@@ -104,11 +111,23 @@ def cpu_kernels(platform: str) -> Any | None:
     return cpu if cpu.is_available() else None
 
 
-def _best_attention(config: ModelConfig, platform: str) -> str:
-    if platform == "tpu":
-        return "splash"
-    takes_cudnn = config.compute_dtype == "bfloat16" and config.head_dim % 8 == 0 and config.head_dim <= 128
-    return "cudnn" if platform in ("gpu", "cuda", "rocm") and takes_cudnn else "xla"
+def _cpu_attends(config: ModelConfig, platform: str) -> bool:
+    cpu = cpu_kernels(platform)
+    return cpu is not None and config.compute_dtype == "float32" and bool(cpu.takes_heads(config.head_dim))
+
+
+def _cpu_lacks(config: ModelConfig, platform: str) -> str | None:
+    return None if _cpu_attends(config, platform) else "float32, heads that are a multiple of 16 and a C++ compiler"
+
+
+def _cudnn_suits(config: ModelConfig, platform: str) -> bool:
+    takes = config.compute_dtype == "bfloat16" and config.head_dim % 8 == 0 and config.head_dim <= 128
+    return platform in ("gpu", "cuda", "rocm") and takes
+
+
+def _cudnn_lacks(config: ModelConfig, platform: str) -> str | None:
+    del platform
+    return None if config.compute_dtype == "bfloat16" else "bfloat16"
 
 
 def _norm_of_split_rows(x: jax.Array, scale_D: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
@@ -116,3 +135,13 @@ def _norm_of_split_rows(x: jax.Array, scale_D: jax.Array, eps: float) -> tuple[j
 
 
 _SPLIT_XLA = dataclasses.replace(XLA, norm=_norm_of_split_rows)
+
+# The attentions of training, by their names in `model.attention`. "auto" is the first that suits.
+ATTENTIONS: dict[str, AttentionKernel] = {
+    "cpu": AttentionKernel(
+        lambda: importlib.import_module(f"{__name__}.cpu").training_attention, True, _cpu_attends, _cpu_lacks
+    ),
+    "splash": AttentionKernel(lambda: splash.splash_attention, False, lambda _, platform: platform == "tpu"),
+    "cudnn": AttentionKernel(lambda: cudnn.cudnn_attention, True, _cudnn_suits, _cudnn_lacks),
+    "xla": AttentionKernel(lambda: xla_attention, True, lambda *_: True),
+}

@@ -13,6 +13,7 @@ import apr_jax
 from apr_jax.checkpoints.manager import Checkpoints
 from apr_jax.engine.threads import Path, RolloutKey
 from apr_jax.files import read_jsonl
+from apr_jax.kernels import ATTENTIONS, for_training
 from apr_jax.model.families import FAMILIES
 from apr_jax.model.params import init_params
 from apr_jax.reasoning import METHODS
@@ -137,3 +138,13 @@ def test_a_model_family(tmp_path, monkeypatch):
     assert page["loaded"] == page["model"]
     same = jax.tree.map(np.array_equal, page["params"], init_params(page["model"], 0))
     assert all(jax.tree.leaves(same))
+
+
+def test_a_kernel(monkeypatch):
+    monkeypatch.setitem(ATTENTIONS, "fused", None)
+    page = run_page("extending.md", "A kernel")
+    seen = page["ends"] > jnp.arange(48)[None]  # later queries see nothing: their outputs have no meaning
+    assert float(jnp.max(jnp.where(seen[..., None, None], page["difference"], 0.0))) < 1e-5
+    chosen = for_training(dataclasses.replace(small_config().model, attention="fused"), "cpu")
+    assert chosen.attention is page["fused_attention"]
+    assert chosen.takes_branches

@@ -64,7 +64,7 @@ def test_what_cannot_be_is_refused_by_name():
         training("cpu", head_dim=8, attention="cpu")
     with pytest.raises(ConfigError, match=r"model\.attention='cpu'"):
         training("tpu", attention="cpu")
-    with pytest.raises(ConfigError, match=r"model\.compute_dtype='float32'"):
+    with pytest.raises(ConfigError, match=r"takes bfloat16; here are model\.compute_dtype='float32'"):
         training("gpu", attention="cudnn")
 
 
