@@ -95,9 +95,12 @@ class DataConfig:
     condition_on_budget: bool  # prefix the prompt with its budget (Sub Call Budget / Token Budget)
     replay_weight: float  # loss weight of a solved thread's replay of its winning path, relative to other tokens
     loss_on_context: bool  # also learn the prompt and the joined text (the reference does in SFT)
+    facts_share: float  # share of training tokens that are bare facts of the task (data/facts.py); reference: 0
 
     def __post_init__(self) -> None:
         positive(self, "data", "num_train num_validation num_test num_test_unseen_targets num_workers")
+        if not 0 <= self.facts_share < 1:
+            raise ConfigError(f"data.facts_share={self.facts_share} must lie in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,14 +122,18 @@ class OptimizerConfig:
     name: Literal["adamw", "muon"]
     learning_rate: float  # AdamW's peak
     muon_learning_rate: float  # Muon's peak; read when name is "muon"
-    schedule: Literal["constant", "cosine"]
+    schedule: Literal["constant", "cosine", "trapezoid"]
     warmup_steps: int
     initial_scale: float  # learning rate at step 0, as a share of the peak
-    final_scale: float  # and at the last step (cosine)
+    final_scale: float  # and at the last step (cosine, trapezoid)
+    decay_steps: int  # trapezoid: the last so many steps fall linearly to final_scale
     b1: float
     b2: float
     weight_decay: float
     clip_norm: float
+
+    def __post_init__(self) -> None:
+        not_negative(self, "optimizer", "warmup_steps decay_steps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,6 +144,7 @@ class SFTConfig:
     rows_per_step: int  # packed rows in a global batch
     row_len: int  # tokens a row
     microbatches: int  # gradient accumulation: rows_per_step is split so often
+    number_waves: float  # amplitude at which fresh number tokens start as waves (train/number_waves.py); 0: at random
     optimizer: OptimizerConfig
     checkpoint_every: int
     validate_every: int

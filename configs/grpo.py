@@ -61,6 +61,7 @@ def laptop() -> ConfigDict:
         retry_probability=0.4,
         heuristic="none",
         shuffle=False,
+        max_result=0,
     )
     config.data = dict(
         directory="runs/data",
@@ -74,6 +75,7 @@ def laptop() -> ConfigDict:
         condition_on_budget=False,
         replay_weight=4.0,
         loss_on_context=False,
+        facts_share=0.0,
     )
     config.mesh = dict(data=2, fsdp=1, tensor=1)
     config.sft = dict(
@@ -81,6 +83,7 @@ def laptop() -> ConfigDict:
         rows_per_step=8,
         row_len=512,
         microbatches=1,
+        number_waves=0.0,
         optimizer=dict(
             name="muon",
             learning_rate=3e-3,
@@ -89,6 +92,7 @@ def laptop() -> ConfigDict:
             warmup_steps=50,
             initial_scale=0.0,
             final_scale=0.02,
+            decay_steps=0,
             b1=0.9,
             b2=0.95,
             weight_decay=0.01,
@@ -150,6 +154,7 @@ def laptop() -> ConfigDict:
             warmup_steps=0,
             initial_scale=1.0,
             final_scale=0.1,
+            decay_steps=0,
             b1=0.9,
             b2=0.95,
             weight_decay=0.0,

@@ -16,7 +16,8 @@ _FREE = ("data.directory", "data.num_workers", "sft.checkpoint_every", "grpo.che
 def check_same(meta: dict[str, Any], current: dict[str, Any], phase: PhaseName, where: str) -> None:
     """Raise ConfigError when the checkpoint is another phase's, or a field that its numbers depend on differs.
 
-    `num_steps` may differ where it changes no step that is done: with a constant schedule, and not below the step.
+    `num_steps` may differ where it changes no step that is done: with a constant schedule, and not below the step; with
+    a trapezoid while its decay has not begun, neither then nor now, and so may `decay_steps`.
 
     Args:
       meta: what was saved with the checkpoint.
@@ -29,7 +30,7 @@ def check_same(meta: dict[str, Any], current: dict[str, Any], phase: PhaseName, 
     different = {field for field in {*now, *then} if then.get(field) != now.get(field)}
     fixed = _why_length_is_fixed(then, now, phase, meta["step"])
     if fixed is None:
-        different.discard(f"{phase}.num_steps")
+        different -= {f"{phase}.num_steps", f"{phase}.optimizer.decay_steps"}
     if different:
         lines = [f"  {name}: {then.get(name, 'absent')!r} saved, {now.get(name, 'absent')!r} now" for name in different]
         raise ConfigError(
@@ -49,6 +50,14 @@ def fields_that_matter(config: dict[str, Any], phase: PhaseName, *more_sections:
 def _why_length_is_fixed(then: dict[str, Any], now: dict[str, Any], phase: PhaseName, done: int) -> str | None:
     """Return the reason why a run of `done` steps cannot have another num_steps, None where it can."""
     steps, schedule = now[f"{phase}.num_steps"], then[f"{phase}.optimizer.schedule"]
+    if schedule == "trapezoid":
+        begins = min(fields[f"{phase}.num_steps"] - fields[f"{phase}.optimizer.decay_steps"] for fields in (then, now))
+        if begins >= done:
+            return None
+        return (
+            f"{phase}.num_steps cannot change: {done} steps are done, and the learning rate falls from step {begins} "
+            "on, then or now."
+        )
     if schedule != "constant":
         return (
             f"{phase}.num_steps cannot change: the {schedule} schedule ends there, so the {done} steps that are done "

@@ -28,7 +28,7 @@ from apr_jax.tasks.dialect import Dialect
 from apr_jax.tasks.generation import draw_splits, generate_split
 
 # Fields of DataConfig that say where the data lie or how they are used later, not what they are.
-_NOT_IN_FINGERPRINT = ("directory", "num_workers", "tokenizer", "replay_weight", "loss_on_context")
+_NOT_IN_FINGERPRINT = ("directory", "num_workers", "tokenizer", "replay_weight", "loss_on_context", "facts_share")
 
 
 class DatasetError(RuntimeError):

@@ -39,6 +39,11 @@ class Packing:
         """Share of the rows that is not padding."""
         return float(self.lengths.sum()) / self.rows["segment_ids"].size
 
+    def read_back(self, values: Array) -> list[Array]:
+        """Return per-token values of the rows, [R, row_len, ...], as one array a sequence, in the order of `pack`."""
+        spans = zip(self.places.tolist(), self.lengths.tolist(), strict=True)
+        return [values[row, start : start + length] for (row, start), length in spans]
+
 
 def pack(sequences: Sequence[Mapping[str, Array]], row_len: int) -> Packing:
     """Pack sequences, each a dict of arrays of one length (tokens, targets, weights, advantages, ...).

@@ -73,6 +73,7 @@ def train_iterator(
     shares_cache: bool,
     shard_index: int,
     shard_count: int,
+    make_facts: Callable[[int], Sequence[Sequence1D]] | None = None,
 ) -> TrainIterator:
     """Return batches for training, without end.
 
@@ -89,6 +90,7 @@ def train_iterator(
       shares_cache: True if calls are workers that saw each other: those of a demonstration are one sequence.
       shard_index: this host.
       shard_count: number of hosts.
+      make_facts: more sequences to mix in, given how many tokens the shard's calls have.
 
     Raises:
       ValueError: shard_index is not below shard_count, or nothing is left to train on.
@@ -97,13 +99,15 @@ def train_iterator(
     tokenize = _tokenizing(shares_cache=shares_cache)
     calls = tokenize(_shard(source, shard_index, shard_count), tokenizer, row_len=row_len)
     weights = LossWeights(replay_weight, loss_on_context, tokenizer.join_begin_id)
+    facts = make_facts(int(calls.lengths.sum())) if make_facts is not None else ()
     sequences: grain.MapDataset[Sequence1D] = (
-        grain.MapDataset.range(len(calls))
+        grain.MapDataset.range(len(calls) + len(facts))
         .shuffle(seed=seed)
         .repeat()
-        .map(lambda index: calls.sequence(int(index), weights))
+        .map(lambda index: calls.sequence(int(index), weights) if index < len(calls) else facts[index - len(calls)])
     )
-    window_len = math.ceil(_ROWS_PER_WINDOW * row_len / float(calls.lengths.mean()))
+    num_tokens = int(calls.lengths.sum()) + len(facts) * (len(facts[0]["tokens"]) if facts else 0)
+    window_len = math.ceil(_ROWS_PER_WINDOW * row_len * (len(calls) + len(facts)) / num_tokens)
     rows = _PackedRows(sequences.to_iter_dataset(_IN_MEMORY), row_len=row_len, window_len=window_len, seed=seed)
     return TrainIterator(calls, iter(rows.batch(rows_per_batch, drop_remainder=True)))
 

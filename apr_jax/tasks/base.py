@@ -151,6 +151,13 @@ class Task(abc.ABC):
         """
         raise TaskLacksError(f"answers of the task {self.name!r} do not repeat what children hand back")
 
+    def draw_fact(self, rng: random.Random, section: Any) -> tuple[str, Any]:
+        """Draw a step of the task on its own: its text up to the result, and the result.
+
+        Raises TaskLacksError where the task has no such steps: then `data.facts_share` must be 0.
+        """
+        raise TaskLacksError(f"the task {self.name!r} has no bare facts to learn; set data.facts_share=0")
+
     def dialect(self, method: str, kind: type[D]) -> D:
         """Return the dialect of a way of reasoning. Raises TaskLacksError where it has none of that kind."""
         dialect = self.dialects.get(method)

@@ -14,12 +14,17 @@ from apr_jax.model.params import logical_axes
 def schedule(config: OptimizerConfig, num_steps: int, peak: float) -> optax.Schedule:
     """Return the learning rate as a function of the step, of which 0 is the first.
 
-    It rises linearly from initial_scale * peak to peak over warmup_steps. Then it is constant, or a cosine that ends at
-    final_scale * peak at step num_steps (Loshchilov and Hutter 2017, eq. 5 without restarts).
+    It rises linearly from initial_scale * peak to peak over warmup_steps. Then it is constant; or a cosine that ends at
+    final_scale * peak at step num_steps (Loshchilov and Hutter 2017, eq. 5 without restarts); or constant up to the
+    last decay_steps, in which it falls linearly to there (warmup-stable-decay: Hu et al. 2024, arXiv 2404.06395,
+    section 4).
     """
     rest = max(num_steps - config.warmup_steps, 1)
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_scale)
+    elif config.schedule == "trapezoid":
+        decay = min(max(config.decay_steps, 1), rest)
+        after = optax.linear_schedule(peak, config.final_scale * peak, decay, transition_begin=rest - decay)
     else:
         after = optax.constant_schedule(peak)
     if config.warmup_steps == 0:

@@ -23,23 +23,26 @@ from apr_jax.checkpoints.reference import forget_reference, has_reference, load_
 from apr_jax.config import Config, ConfigError
 from apr_jax.config_dict import to_dict
 from apr_jax.data import demonstrations
+from apr_jax.data.facts import Facts
 from apr_jax.data.pipeline import train_iterator, validation_batches
 from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
 from apr_jax.evaluation.policy import check_vocabulary
 from apr_jax.evaluation.report.run_report import write_figure, write_report
 from apr_jax.evaluation.run import load_problems
 from apr_jax.files import write_json
-from apr_jax.model.params import Params
+from apr_jax.model.params import Params, init_params
 from apr_jax.model.placement import abstract_params_on, place_params
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.progress import Progress, progress
 from apr_jax.reasoning import METHODS
+from apr_jax.tasks import task_of
 from apr_jax.tasks.base import Demonstration
 from apr_jax.train.evaluations import Evaluations
 from apr_jax.train.grpo import train_grpo
 from apr_jax.train.hosted_engine import RunEngine, plan_engine
 from apr_jax.train.metrics import MetricsWriter
+from apr_jax.train.number_waves import with_number_waves
 from apr_jax.train.phase import Phase
 from apr_jax.train.rl.objective import choose_objective
 from apr_jax.train.rl.sample import Sampler
@@ -67,6 +70,11 @@ def train(
         raise ConfigError(
             f"data.method={config.data.method!r} is trained by SFT alone: GRPO takes each call as its own sequence, "
             f"and workers saw each other's; set grpo.num_steps=0 (it is {config.grpo.num_steps})"
+        )
+    if METHODS[config.data.method].shares_cache and config.data.facts_share:
+        raise ConfigError(
+            f"data.facts_share={config.data.facts_share}: data.method={config.data.method!r} has workers that see each "
+            "other, and facts have none; set it to 0"
         )
     choose_objective(config.grpo)  # a wrong name is refused before any work
     mesh = make_mesh(config.mesh)
@@ -199,6 +207,7 @@ class _Run:
                 seed=config.seed,
                 shard_index=0,
                 shard_count=1,
+                make_facts=self._facts if config.data.facts_share else None,
                 **how,
             )
         return train_sft(
@@ -209,8 +218,29 @@ class _Run:
             rows=rows,
             validation_rows=validation[0],
             seed=config.seed,
-            params=None if start is None else self._given(start),
+            params=self._fresh() if start is None else self._given(start),
         )
+
+    def _facts(self, num_tokens: int) -> Facts:
+        """Make the bare facts that are mixed into `num_tokens` of demonstrations."""
+        config = self.config
+        return Facts.of_share(
+            config.data.facts_share,
+            num_tokens,
+            task_of(config),
+            config.task,
+            self.tokenizer,
+            seed=config.seed,
+            row_len=config.sft.row_len,
+        )
+
+    def _fresh(self) -> Params | None:
+        """Make the weights that SFT starts from without a policy, or return None if it draws them itself."""
+        config = self.config
+        if not config.sft.number_waves:
+            return None
+        params = with_number_waves(init_params(config.model, config.seed), self.tokenizer, config.sft.number_waves)
+        return place_params(params, self.mesh, config.model)
 
     def _grpo(self, split: Sequence[Demonstration], reference: Params, phase: Phase) -> Params:
         config, grpo = self.config, self.config.grpo

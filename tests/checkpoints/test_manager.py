@@ -228,6 +228,16 @@ def test_without_validation_there_is_no_best(three):
         load_policy(three[0] / "best")
 
 
+def test_a_decay_that_has_begun_fixes_the_length():
+    optimizer = dataclasses.replace(CONFIG.sft.optimizer, schedule="trapezoid", decay_steps=4)
+    then = dataclasses.replace(CONFIG, sft=dataclasses.replace(CONFIG.sft, optimizer=optimizer))
+    longer = dataclasses.replace(then, sft=dataclasses.replace(then.sft, num_steps=20))
+    meta = {"phase": "sft", "config": to_dict(then)}
+    check_same({**meta, "step": 2}, to_dict(longer), "sft", "HERE")
+    with pytest.raises(ConfigError, match=r"sft.num_steps cannot change: 3 steps are done"):
+        check_same({**meta, "step": 3}, to_dict(longer), "sft", "HERE")
+
+
 @pytest.mark.parametrize(
     ("schedule", "num_steps", "message"),
     [
@@ -235,10 +245,13 @@ def test_without_validation_there_is_no_best(three):
         ("constant", 3, None),
         ("constant", 2, r"sft.num_steps=2 is less than the 3 steps that are done"),
         ("cosine", 20, r"sft.num_steps cannot change: the cosine schedule ends there"),
+        ("trapezoid", 20, None),
+        ("trapezoid", 5, None),
+        ("trapezoid", 4, r"sft.num_steps cannot change: 3 steps are done, and the learning rate falls from step 2"),
     ],
 )
 def test_a_run_can_be_made_longer_where_no_step_that_is_done_would_change(schedule, num_steps, message):
-    optimizer = dataclasses.replace(CONFIG.sft.optimizer, schedule=schedule)
+    optimizer = dataclasses.replace(CONFIG.sft.optimizer, schedule=schedule, decay_steps=2)
     then = dataclasses.replace(CONFIG, sft=dataclasses.replace(CONFIG.sft, optimizer=optimizer))
     now = dataclasses.replace(then, sft=dataclasses.replace(then.sft, num_steps=num_steps))
     current = to_dict(now)

@@ -87,6 +87,7 @@ def test_the_folder_depends_on_what_the_data_depend_on_and_on_nothing_else(confi
         names.add(fingerprint(_with(config, task={field.name: changed})))
     assert len(names) == 2 + len(fields) - 1
     same = _with(config, data=dict(directory="x", num_workers=7, replay_weight=9.0, loss_on_context=True))
+    same = _with(same, data=dict(facts_share=0.5))
     assert fingerprint(same) == fingerprint(config)
     for change in ({"num_train": 65}, {"num_test": 17}, {"method": "serial"}):
         names.add(fingerprint(_with(config, data=change)))

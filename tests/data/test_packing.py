@@ -4,7 +4,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from apr_jax.data.packing import pack
-from tests.data.packed import read_back
 
 
 def sequences_of(lengths: list[int]) -> list[dict[str, np.ndarray]]:
@@ -26,7 +25,7 @@ def test_every_token_lies_once_in_a_segment_of_its_own(lengths: list[int], row_l
     packing = pack(sequences, row_len)
     tokens, segments, positions = (packing.rows[name] for name in ("tokens", "segment_ids", "positions"))
     assert tokens.shape == segments.shape == positions.shape == (packing.num_rows, row_len)
-    for sequence, (row, start), back in zip(sequences, packing.places, read_back(packing, tokens), strict=True):
+    for sequence, (row, start), back in zip(sequences, packing.places, packing.read_back(tokens), strict=True):
         span = slice(start, start + len(back))
         np.testing.assert_array_equal(back, sequence["tokens"])
         np.testing.assert_array_equal(positions[row, span], np.arange(len(back)))
@@ -83,7 +82,7 @@ def test_further_axes_are_kept():
     sequences = [{"tokens": np.arange(n), "pairs": np.arange(2 * n).reshape(n, 2)} for n in (3, 5, 4)]
     packing = pack(sequences, 8)
     assert packing.rows["pairs"].shape == (packing.num_rows, 8, 2)
-    for sequence, pairs in zip(sequences, read_back(packing, packing.rows["pairs"]), strict=True):
+    for sequence, pairs in zip(sequences, packing.read_back(packing.rows["pairs"]), strict=True):
         np.testing.assert_array_equal(pairs, sequence["pairs"])
 
 

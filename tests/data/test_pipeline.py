@@ -7,11 +7,14 @@ import logging
 import numpy as np
 import pytest
 
+from apr_jax.data.facts import Facts
 from apr_jax.data.pipeline import TrainIterator, train_iterator, validation_batches
 from apr_jax.data.tokenized import LossWeights, tokenize_calls
 from apr_jax.data.tokenizer import BuiltinTokenizer
+from apr_jax.tasks import TASKS
 from apr_jax.tasks.base import Call, Demonstration
 from apr_jax.tasks.dialect import JOIN_BEGIN
+from tests.tasks.settings import REFERENCE
 
 TOKENIZER = BuiltinTokenizer()
 ROW_LEN = 512
@@ -120,6 +123,24 @@ def test_restored_equals_undisturbed(train, steps: int):
     assert_same(take(undisturbed, 40), expected)
     assert restored.get_state() == undisturbed.get_state()
     assert len(json.dumps(state)) < 300
+
+
+def test_facts_come_beside_every_call_and_resume_with_them(train):
+    def make(num_tokens):
+        return Facts.of_share(0.3, num_tokens, TASKS["countdown"], REFERENCE, TOKENIZER, seed=0, row_len=ROW_LEN)
+
+    batches = make_iterator(train, make_facts=make)
+    facts = {(*x["tokens"].tolist(), int(x["targets"][-1])) for x in make(batches.num_tokens)}
+    rows = take(batches, 120)
+    seen = segments_of(rows)
+    assert set(seen) == facts | set(fitting(train))
+    of_facts = sum(len(sequence) - 1 for sequence in seen if sequence in facts)
+    assert of_facts / sum(len(sequence) - 1 for sequence in seen) == pytest.approx(0.3, abs=0.03)
+    again = make_iterator(train, make_facts=make)
+    state = take(again, 50) and again.get_state()
+    restored = make_iterator(train, make_facts=make)
+    restored.set_state(json.loads(json.dumps(state)))
+    assert_same(take(restored, 20), rows[50:70])
 
 
 def test_shards_share_the_examples_out(train):

@@ -9,7 +9,6 @@ from apr_jax.data.shared_sequences import Segment, common_prompt, shared_sequenc
 from apr_jax.data.tokenized import LossWeights
 from apr_jax.data.tokenizer import load_tokenizer
 from apr_jax.engine.threads import Call, Stop, StopReason
-from tests.data.packed import read_back
 from tests.engine.shared_naive import read_tokens, view_of
 from tests.reasoning.fixtures import SMALL, demonstrations
 
@@ -58,7 +57,7 @@ def test_targets_are_what_workers_wrote():
 def test_packing_keeps_the_workers_positions():
     arrays = shared_sequence(PROMPT, SEGMENTS)
     packing = pack([arrays, arrays], row_len=40)
-    for read in read_back(packing, packing.rows["positions"]):
+    for read in packing.read_back(packing.rows["positions"]):
         assert read.tolist() == arrays["positions"].tolist()
     assert packing.rows["seen"].shape == (1, 40, 3)
 

@@ -26,6 +26,15 @@ def test_cosine_schedule_at_its_ends():
     np.testing.assert_allclose(values, [0.2, 1.1, 2.0, (2.0 + 0.02) / 2, 0.02, 0.02], rtol=1e-5)
 
 
+def test_trapezoid_falls_in_its_last_steps_only():
+    config = _config(schedule="trapezoid", warmup_steps=10, initial_scale=0.0, final_scale=0.1, decay_steps=20)
+    rate = schedule(config, 110, peak=2.0)
+    values = [float(rate(step)) for step in (0, 5, 10, 90, 100, 110, 200)]
+    np.testing.assert_allclose(values, [0, 1.0, 2.0, 2.0, 1.1, 0.2, 0.2], rtol=1e-5)
+    short = schedule(config, 20, peak=2.0)  # shorter than warm-up and decay together: the decay gives way
+    np.testing.assert_allclose([float(short(step)) for step in (10, 20)], [2.0, 0.2], rtol=1e-5)
+
+
 def test_constant_schedule():
     rate = schedule(_config(schedule="constant", warmup_steps=4, initial_scale=0.0), 10, peak=1.0)
     np.testing.assert_allclose([float(rate(step)) for step in (0, 2, 4, 100)], [0, 0.5, 1, 1])

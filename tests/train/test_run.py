@@ -22,7 +22,8 @@ pytestmark = pytest.mark.heavy
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Config:
     directory = str(tmp_path_factory.mktemp("data"))
-    return small_config(**{"data.directory": directory, "sft.optimizer.schedule": "constant", "grpo.num_steps": 2})
+    changes = {"data.directory": directory, "sft.optimizer.schedule": "constant", "grpo.num_steps": 2}
+    return small_config(**changes, **{"data.facts_share": 0.2, "sft.number_waves": 0.1, "model.embed_dim": 64})
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,16 @@ def test_stopped_in_every_stage_and_started_again_equals_undisturbed(config, who
     train(config, tmp_path)
     assert (tmp_path / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.parametrize(("field", "value"), [("data.facts_share", 0.0), ("sft.number_waves", 0.0)])
+def test_facts_and_waves_change_what_is_learnt(config, whole, tmp_path, field, value):
+    section, name = field.split(".")
+    changed = dataclasses.replace(getattr(config, section), **{name: value})
+    shorter = dataclasses.replace(config, **{section: changed}, grpo=dataclasses.replace(config.grpo, num_steps=0))
+    train(shorter, tmp_path)
+    losses = [read_jsonl(folder / "metrics.jsonl")[0]["loss"] for folder in (tmp_path, whole)]
+    assert losses[0] != losses[1]
 
 
 def test_the_best_policy_of_a_run_has_a_name(config, whole):

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from apr_jax.config import Config, ConfigError, TaskConfig, positive, share
+from apr_jax.config import Config, ConfigError, TaskConfig, not_negative, positive, share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,7 @@ class CountdownConfig(TaskConfig):
     retry_probability: float  # APR: chance that the next best operations follow when all children failed; reference: 0
     heuristic: Literal["mult", "none"]  # what ranks operations; none: the order in which they were generated
     shuffle: bool  # kept operations: in random order (the reference) or the order in which they were generated (fixed)
+    max_result: int  # SoS+ and APR leave out operations whose result is larger; reference: 0, which leaves out none
 
     def __post_init__(self) -> None:
         positive(self, "task", "num_numbers min_number num_unseen_targets serial_beam_min spawn_depth")
@@ -47,6 +48,7 @@ class CountdownConfig(TaskConfig):
                 f"task.parent_beams={self.parent_beams} holds {max(self.parent_beams)}, which is above "
                 f"task.child_beam_max={self.child_beam_max}"
             )
+        not_negative(self, "task", "max_result")
         share(self, "task", "serial_dfs_probability spawn_probability retry_probability")
         if self.num_numbers < 2:
             raise ConfigError(f"task.num_numbers={self.num_numbers}: Countdown needs at least 2 numbers")

@@ -9,6 +9,7 @@ place; APR's parent may hand them to children, each of which searches on its own
 import dataclasses
 import functools
 import heapq
+import math
 import operator
 import random
 from collections.abc import Callable, Sequence
@@ -67,6 +68,7 @@ class Search:
         self.rng = rng
         self.shuffle = task.shuffle
         self._guided = task.heuristic == "mult"
+        self._max_result = task.max_result or math.inf
         self.root = Node(0, 0, trace.ROOT_ID, list(problem.numbers), "", None, "")
         self._distances = _factor_distances(problem.target)
         self._age = 0
@@ -139,6 +141,8 @@ class Search:
             for j in range(i + 1, len(numbers)):
                 kept = total - own[i] - own[j]
                 for result, operation in rules.operations(numbers[i], numbers[j]):
+                    if result > self._max_result:
+                        continue
                     distance = distances[result] if result <= target else result - target
                     heuristic = kept + distance if self._guided else 0
                     candidates.append((heuristic, len(candidates), i, j, result, operation))
@@ -159,7 +163,7 @@ class Search:
 
     def _expand_final(self, node: Node, beam: int, lines: list[str]) -> Goal | None:
         left, right = node.numbers
-        candidates = list(_final_candidates(left, right, self.problem.target))
+        candidates = list(_final_candidates(left, right, self.problem.target, self._max_result))
         del candidates[beam:]
         self._arrange(candidates)
         for _, _, reached, written in candidates:
@@ -326,7 +330,7 @@ def _factor_distances(target: int) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _final_candidates(left: int, right: int, target: int) -> tuple[tuple[int, int, bool, str], ...]:
+def _final_candidates(left: int, right: int, target: int, max_result: float) -> tuple[tuple[int, int, bool, str], ...]:
     """Return the operations on a state's last two numbers, best first: heuristic, generation order, success, lines."""
     distances = _factor_distances(target)
     return tuple(
@@ -338,5 +342,6 @@ def _final_candidates(left: int, right: int, target: int) -> tuple[tuple[int, in
                 trace.final_lines(target, result, operation),
             )
             for index, (result, operation) in enumerate(rules.operations(left, right))
+            if result <= max_result
         )
     )

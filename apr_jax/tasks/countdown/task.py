@@ -7,7 +7,7 @@ from typing import Any
 
 from apr_jax.config import Config, ConfigError
 from apr_jax.tasks.base import Split, Task, Verdict
-from apr_jax.tasks.countdown import judging, rules, trace
+from apr_jax.tasks.countdown import facts, judging, rules, trace
 from apr_jax.tasks.countdown.config import CountdownConfig
 from apr_jax.tasks.countdown.dialects import DIALECTS
 from apr_jax.tasks.countdown.rules import Problem
@@ -75,6 +75,9 @@ class Countdown(Task):
 
     def departures(self, problem: Problem, section: CountdownConfig) -> list[str]:
         return rules.departures(problem, section)
+
+    def draw_fact(self, rng: random.Random, section: CountdownConfig) -> tuple[str, int]:
+        return facts.draw_fact(rng, section)
 
     def is_solvable(self, problem: Problem) -> bool | None:
         return rules.is_solvable(problem.numbers, problem.target) if len(problem.numbers) <= _MOST_NUMBERS else None

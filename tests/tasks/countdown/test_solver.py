@@ -42,8 +42,10 @@ tasks = st.sampled_from(
         dataclasses.replace(REFERENCE, shuffle=False),
         BROADENING,
         dataclasses.replace(REFERENCE, retry_probability=0.5),
+        dataclasses.replace(REFERENCE, max_result=100),
     ]
 )
+BOUNDED = dataclasses.replace(REFERENCE, max_result=120)
 methods: st.SearchStrategy[Method] = st.sampled_from(["adaptive", "serial"])
 seeds = st.integers(0, 2**32)
 
@@ -60,6 +62,27 @@ def test_a_correct_demonstration_holds_a_verified_answer(
     assert demonstration.correct == verify(demonstration.answer, demonstration.problem).correct
     if not demonstration.correct:
         assert parent.endswith("\n" + trace.NO_SOLUTION)
+
+
+@settings(deadline=None)
+@given(seeds, methods)
+def test_no_operation_goes_beyond_the_bound_and_all_others_stay(seed: int, method: Method) -> None:
+    """With beams that keep every operation, what is left out is what is too large, and nothing else."""
+    wide = dataclasses.replace(
+        BOUNDED, num_numbers=3, parent_beams=(99,), child_beam_max=99, serial_beam_min=99, serial_beam_max=99
+    )
+    demonstration = _demonstrate(seed, wide, method)
+    assert all(
+        int(operation[0].rpartition("=")[2]) <= 120
+        for thread in _threads(demonstration)
+        for operation in EXPLORED.findall(thread)
+    )
+    numbers = demonstration.problem.numbers
+    first = {text for left, right in itertools.combinations(numbers, 2) for _, text in rules.operations(left, right)}
+    written = {
+        operation for _, _, operation in GENERATED.findall("".join(_threads(demonstration))) if operation in first
+    }
+    assert written == {text for text in first if int(text.rpartition("=")[2]) <= 120}
 
 
 @settings(deadline=None)
@@ -244,6 +267,7 @@ def test_a_parent_that_always_tries_again_ends_by_trying_everything() -> None:
         ("context_windows", (512, 1024)),
         ("heuristic", "none"),
         ("shuffle", False),
+        ("max_result", 100),
     ],
 )
 def test_every_setting_changes_something(field: str, value: Any) -> None:

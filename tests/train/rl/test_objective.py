@@ -13,7 +13,6 @@ from apr_jax.config import ConfigError
 from apr_jax.data.packing import pack
 from apr_jax.train.rl import objective
 from apr_jax.train.rl.objective import OBJECTIVES, CallWeights, Tokens, call_weights, choose_objective
-from tests.data.packed import read_back
 from tests.train.small import small_config
 
 GRPO = small_config().grpo
@@ -153,7 +152,7 @@ def test_the_loss_does_not_depend_on_how_sequences_are_packed(name):
         fields = ("advantage", "policy_weight", "kl_weight", "rollout_logprob", "segment_ids")
         tokens = tokens_of(*(rows[field] for field in fields))
         (loss, _), grad = loss_of(grpo, tokens, rows["new"], rows["old"], rows["reference"])
-        return loss, [x for _, x in sorted(zip(order, read_back(packing, np.asarray(grad)), strict=True))]
+        return loss, [x for _, x in sorted(zip(order, packing.read_back(np.asarray(grad)), strict=True))]
 
     alone, alone_grads = zip(*(packed_loss(12, [i]) for i in range(9)), strict=True)
     expected_grads = [grads[0] for grads in alone_grads]

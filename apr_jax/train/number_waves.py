@@ -1,0 +1,60 @@
+"""Number embeddings that start as waves: cosines and sines of the number and of its logarithm.
+
+Embeddings that start at random say nothing about how numbers are related, so each sum has to be learnt on its own. In
+waves of the number, the wave of a sum is a product of its terms' waves. One gated layer can learn that product for all
+numbers at once. Waves of the logarithm do the same for products and quotients. Zhou et al. 2025 (arXiv 2502.09741) give
+numbers such embeddings for good; here they are a start, and are trained like all others.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from apr_jax.config import ConfigError
+from apr_jax.data.tokenizer import Tokenizer
+from apr_jax.model.params import Params
+
+PERIODS = (2, 3, 5, 7, 10, 20, 25, 50, 100, 200, 512)  # of the number
+LOG_PERIODS = tuple(12 / 2**octave for octave in range(9))  # of its natural logarithm
+
+
+def with_number_waves(params: Params, tokenizer: Tokenizer, amplitude: float) -> Params:
+    """Give the number tokens of fresh parameters waves of that amplitude, in the embedding and in an untied head.
+
+    The embedding has them in its first columns. An untied head reads them from the last columns: if it read them from
+    the same, each number would begin as its own most likely successor, as it does with tied embeddings.
+
+    Raises ConfigError if the embedding has fewer columns than there are waves.
+    """
+    changed: Any = params
+    numbers = number_tokens(tokenizer)
+    waves_NW = amplitude * number_waves(np.asarray([*numbers]))
+    rows, width = np.asarray([*numbers.values()]), waves_NW.shape[1]
+    embedding_VD = np.array(changed["embedding"][...])
+    if width > embedding_VD.shape[1]:
+        raise ConfigError(f"model.embed_dim={embedding_VD.shape[1]} holds no {width} waves: set sft.number_waves=0")
+    embedding_VD[rows, :width] = waves_NW
+    changed["embedding"] = changed["embedding"].replace(jnp.asarray(embedding_VD))
+    if "head" in changed:
+        head_DV = np.array(changed["head"][...])
+        head_DV[-width:, rows] = waves_NW.T
+        changed["head"] = changed["head"].replace(jnp.asarray(head_DV))
+    return params
+
+
+def number_tokens(tokenizer: Tokenizer) -> Mapping[int, int]:
+    """Find the numbers that are one token. Returns their ids by number."""
+    texts = tokenizer.token_texts(range(tokenizer.vocab_size))
+    found = {int(text): tokenizer.encode(text) for text in texts if text.isdecimal() and text == str(int(text))}
+    return {number: ids[0] for number, ids in sorted(found.items()) if len(ids) == 1}
+
+
+def number_waves(numbers: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Compute cosine and sine of each number for each period, [numbers, waves]. 0 has the logarithm of 1/2."""
+    logarithms = np.log(np.maximum(numbers, 0.5))
+    turns = [numbers / period for period in PERIODS] + [logarithms / period for period in LOG_PERIODS]
+    angles = 2 * np.pi * np.stack(turns, axis=1)
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)

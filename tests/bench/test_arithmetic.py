@@ -1,0 +1,70 @@
+"""The probe finds every result, and a policy's figures are those of its own most likely tokens."""
+
+import dataclasses
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from apr_jax.bench.arithmetic import Share, find_results, probe_arithmetic
+from apr_jax.data.tokenizer import BuiltinTokenizer
+from apr_jax.model.params import graphdef, init_params
+from apr_jax.model.views.training import training_rows
+from apr_jax.parallel.mesh import make_mesh
+from apr_jax.tasks.countdown.judging import count_operations
+from apr_jax.tasks.countdown.rules import sample_problem
+from apr_jax.tasks.generation import demonstrate
+from tests.tasks.settings import LAPTOP
+from tests.train.small import small_config
+
+TOKENIZER = BuiltinTokenizer()
+CONFIG = small_config()
+MODEL = dataclasses.replace(CONFIG.model, max_seq_len=512)
+
+
+def _demonstrations(count):
+    rng = random.Random(0)
+    return [demonstrate(sample_problem(rng, LAPTOP), rng, LAPTOP, "adaptive", False) for _ in range(count)]
+
+
+def _texts(text):
+    return TOKENIZER.token_texts(TOKENIZER.encode(text))
+
+
+def test_results_of_one_and_of_several_tokens_are_found():
+    lines = ["31-26=5, Resulting Numbers: [5]", "20*300=6000, Resulting Numbers: [6000]"]
+    texts = _texts("".join(f"Exploring Operation: {line}\n" for line in lines))
+    first, second = find_results(texts)
+    assert (first.operator, first.larger_operand, texts[first.start : first.stop]) == ("-", 31, ["5"])
+    assert (second.operator, second.larger_operand, texts[second.start : second.stop]) == ("*", 300, [*"6000"])
+
+
+def test_a_line_that_is_cut_off_has_no_result():
+    for cut in ("Exploring Operation: 31", "Exploring Operation: 31-26=", "Exploring Operation: 31-26=5"):
+        assert find_results(_texts(cut)) == []
+
+
+def test_figures_are_of_the_most_likely_tokens():
+    demonstrations = _demonstrations(3)
+    params = init_params(MODEL, 0)
+    shares = probe_arithmetic(params, MODEL, make_mesh(CONFIG.mesh), TOKENIZER, demonstrations)
+    model = nnx.merge(graphdef(MODEL), params)
+    right = total = 0
+    for call in (call for demonstration in demonstrations for call in demonstration.calls):
+        ids = [TOKENIZER.bos_id, *TOKENIZER.encode(call.context + call.completion)]
+        given = len(TOKENIZER.encode(call.context))
+        hidden, _ = model(jnp.asarray([ids]), training_rows(MODEL, jnp.arange(len(ids))[None]))
+        top = np.asarray(jax.device_get(jnp.argmax(model.logits(hidden)[0], axis=-1)))
+        for result in find_results(TOKENIZER.token_texts(ids)):
+            if result.start > given:
+                total += 1
+                right += all(top[place - 1] == ids[place] for place in range(result.start, result.stop))
+    written = sum(count_operations(call.completion)[0] for item in demonstrations for call in item.calls)
+    assert shares["all"] == Share(right, total)
+    assert total == written
+    of_operators = [share for label, share in shares.items() if label in {*"+-*/"}]
+    of_sizes = [share for label, share in shares.items() if " to " in label or "above" in label]
+    for shares_of_all in (of_operators, of_sizes):
+        assert sum(share.total for share in shares_of_all) == total

@@ -1,0 +1,79 @@
+"""Facts: right, within the bound, loss on results alone, the share that was asked for, mixed in and resumable."""
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+
+from apr_jax.config import ConfigError
+from apr_jax.data.facts import FACTS_A_SEQUENCE, Facts
+from apr_jax.data.tokenizer import BuiltinTokenizer
+from apr_jax.tasks import TASKS
+from apr_jax.tasks.base import TaskLacksError
+from apr_jax.tasks.countdown.facts import draw_fact
+from apr_jax.tasks.countdown.rules import operations
+from tests.tasks.settings import REFERENCE, SMALL_DATA
+
+TOKENIZER = BuiltinTokenizer()
+COUNTDOWN = TASKS["countdown"]
+ROW_LEN = 512
+BOUNDED = dataclasses.replace(REFERENCE, max_result=255)
+
+
+def make_facts(task, **changes):
+    return Facts(COUNTDOWN, task, TOKENIZER, **(dict(seed=0, num_sequences=3, row_len=ROW_LEN) | changes))
+
+
+@pytest.mark.parametrize("task", [BOUNDED, REFERENCE])
+def test_facts_are_right_and_within_the_bound(task):
+    rng = random.Random(0)
+    seen = set()
+    for _ in range(3_000):
+        asked, result = draw_fact(rng, task)
+        operator = next(char for char in asked if char in "+-*/")
+        left, right = map(int, asked[:-1].split(operator))
+        assert (result, f"{asked}{result}") in operations(left, right)
+        assert 0 <= result <= (task.max_result or task.max_number**2)
+        seen.add(operator)
+    assert seen == {*"+-*/"}
+
+
+def test_only_results_have_loss():
+    sequence = make_facts(REFERENCE, num_sequences=4)[3]
+    text = TOKENIZER.decode([*sequence["tokens"], sequence["targets"][-1]])
+    learnt = TOKENIZER.decode(sequence["targets"][sequence["weights"] > 0])
+    assert learnt.split("\n") == [line.rpartition("=")[2] for line in text.split("\n")]
+    assert text.count("\n") == FACTS_A_SEQUENCE
+
+
+def test_facts_are_a_function_of_seed_and_index():
+    first, again, other = (make_facts(BOUNDED, seed=seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first[2]["tokens"], again[2]["tokens"])
+    assert not np.array_equal(first[2]["tokens"], first[1]["tokens"])
+    assert not np.array_equal(first[2]["tokens"], other[2]["tokens"])
+    with pytest.raises(IndexError):
+        first[3]
+
+
+def test_a_short_row_holds_whole_facts():
+    sequence = make_facts(BOUNDED, row_len=40)[0]
+    assert len(sequence["tokens"]) == 36  # six facts of six tokens; BOS is the first input
+    assert TOKENIZER.decode(sequence["targets"]).endswith("\n")
+
+
+def test_the_share_is_of_all_tokens():
+    facts = Facts.of_share(0.2, 100_000, COUNTDOWN, BOUNDED, TOKENIZER, seed=0, row_len=ROW_LEN)
+    tokens = sum(len(sequence["tokens"]) for sequence in facts)
+    assert tokens / (tokens + 100_000) == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_a_share_that_leaves_no_demonstrations_is_refused(share):
+    with pytest.raises(ConfigError, match=r"data.facts_share"):
+        dataclasses.replace(SMALL_DATA, facts_share=share)
+
+
+def test_a_task_without_facts_is_refused():
+    with pytest.raises(TaskLacksError, match=r"'nested_sums' has no bare facts to learn; set data\.facts_share=0"):
+        TASKS["nested_sums"].draw_fact(random.Random(0), None)
