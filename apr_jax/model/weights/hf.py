@@ -4,9 +4,7 @@ Weights go through unchanged but for a transposition: torch stores `[out, in]`, 
 order of RoPE's pairs is the same. Which models load is in `families.py`.
 """
 
-import json
 import pathlib
-from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import jax
@@ -14,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from apr_jax.config import ConfigError, ModelConfig
+from apr_jax.files import write_json
 from apr_jax.model.params import Params, abstract_params
 from apr_jax.model.weights.errors import HuggingFaceError
 from apr_jax.model.weights.hf_config import read_config, write_config
@@ -87,8 +86,8 @@ def save_hf(
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     special = {} if tokenizer is None else _special_tokens(tokenizer)
-    _write_json(folder / "config.json", write_config(config) | special)
-    _write_json(folder / "generation_config.json", special)
+    write_json(folder / "config.json", write_config(config) | special)
+    write_json(folder / "generation_config.json", special)
     tensors = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name, transposed = _hf_name(path)
@@ -150,7 +149,3 @@ def _hf_name(path: Any) -> tuple[str, bool]:
         suffix = ".".join(keys[2:])
         return f"model.layers.{keys[1]}.{_PER_LAYER[suffix]}", not suffix.endswith(("scale", "bias"))
     return _TOP_LEVEL[ours], ours == "head"
-
-
-def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
