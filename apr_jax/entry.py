@@ -22,6 +22,7 @@ from ml_collections import ConfigDict, config_flags
 
 from apr_jax.config import Config, ConfigError
 from apr_jax.config_dict import from_config_dict
+from apr_jax.files import FileError, explain, write
 
 FAILED, BAD_ARGUMENTS, STOPPED = 1, 2, 75  # exit codes
 _STANDARD_OUTPUT = "-"  # as the name of a file to write
@@ -121,7 +122,7 @@ class JsonFlag:
         if self._holder.value == _STANDARD_OUTPUT:
             print(text, end="", file=sys.__stdout__, flush=True)
         elif self._holder.value:
-            pathlib.Path(self._holder.value).write_text(text, encoding="utf-8")
+            write(pathlib.Path(self._holder.value), text.encode())
 
 
 def positive_numbers(flag: str, values: Sequence[str]) -> tuple[int, ...]:
@@ -135,7 +136,7 @@ def positive_numbers(flag: str, values: Sequence[str]) -> tuple[int, ...]:
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Parse the command line, which takes flags alone, run `main` and exit with what it returns (None: 0).
 
-    A ConfigError or a wrong command line exits with 2, a FailedError with 1.
+    A ConfigError or a wrong command line exits with 2; a FailedError, a FileError or an OSError with 1.
     """
 
     def without_words(words: Sequence[str]) -> int | None:
@@ -162,8 +163,10 @@ def run_with_words(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         app.run(quietly, flags_parser=_parse)
     except ConfigError as error:
         _exit(error, BAD_ARGUMENTS)
-    except FailedError as error:
+    except (FailedError, FileError) as error:
         _exit(error, FAILED)
+    except OSError as error:
+        _exit(FailedError(explain(error)), FAILED)
     except Exception:
         if not _is_one_of_several():
             raise

@@ -1,21 +1,61 @@
-"""Files of a run's folder: JSON and JSON lines, each written as a whole."""
+"""Files of a run's folder: JSON and JSON lines, each written as a whole and read with care.
 
+Whatever lies on a disk may be cut short, empty or another program's. The readers here raise a FileError then, whose
+message is one sentence with the path and what to do. `entry.run` prints it and exits with 1.
+"""
+
+import contextlib
+import errno
 import json
+import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+REMOVE = "remove the file, or restore it"
+_MOST_DIGITS = 308  # of a whole number, so that it can become a float
+_BOM = b"\xef\xbb\xbf"
+
+
+_ADVICE = {
+    errno.ENOSPC: "free some space on this disk and start again",
+    errno.EDQUOT: "free some space of your quota and start again",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f) and start again",
+    errno.EROFS: "this file system can only be read: choose another folder",
+    errno.EACCES: "check its permissions, or choose another folder",
+    errno.EPERM: "check its permissions, or choose another folder",
+    errno.EIO: "the disk may be failing: look at the system's log, or choose another folder",
+    errno.EMFILE: "raise the limit on open files (ulimit -n) and start again",
+}
+
+
+class FileError(Exception):
+    """A file or folder that cannot be used. The message names its path, what is wrong with it and what to do."""
 
 
 def write(path: pathlib.Path, data: bytes) -> None:
-    """Write a file atomically, so that a reader sees the old one or the new one. Make its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write a file atomically, so that a reader sees the old one or the new one. Make its folder.
+
+    A pipe or a device is written to as it is, and a link stays one.
+    """
+    with naming(path):
+        if path.exists() and (not path.is_file() or path.is_relative_to("/dev")):
+            path.write_bytes(data)
+            return
+        path = path.resolve()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -28,12 +68,109 @@ def write_jsonl(path: pathlib.Path, records: Iterable[Mapping[str, Any]]) -> Non
     write(path, "".join(json.dumps(record) + "\n" for record in records).encode())
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Return a file's object, or an empty one if there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def read_json(
+    path: pathlib.Path, advice: str = REMOVE, error: type[FileError] = FileError, **fields: type | tuple[type, ...]
+) -> dict[str, Any]:
+    """Return a file's JSON object.
+
+    Args:
+      advice: what the user can do about a damaged file, for the message.
+      error: the error to raise for a damaged file.
+      fields: fields that the object must have, with their types.
+    Raises:
+      FileNotFoundError: there is no such file.
+      FileError: it holds no such object.
+    """
+    try:
+        return _object(parse_json(path.read_bytes()), fields)
+    except ValueError as problem:
+        raise error(f"{path}: {problem}; {advice}") from problem
 
 
-def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Return a file's objects, or none if there is no file. Leave out the torn last line of a killed run."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines if line.strip()]
+def read_jsonl(path: pathlib.Path, advice: str = REMOVE, **fields: type | tuple[type, ...]) -> list[dict[str, Any]]:
+    """Return the JSON objects of a file's lines, without the torn last line of a killed run; [] without a file.
+
+    Arguments and errors are those of `read_json`; a FileError names the line.
+    """
+    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+    records = []
+    for number, line in enumerate(whole.split(b"\n"), start=1):
+        try:
+            records += [_object(parse_json(line), fields)] if line.strip() else []
+        except ValueError as problem:
+            raise FileError(f"{path}, line {number}: {problem}; {advice}") from problem
+    return records
+
+
+@contextlib.contextmanager
+def reading(path: pathlib.Path, advice: str) -> Iterator[None]:
+    """Raise FileError where the block cannot make sense of what the file held. For contents with many parts."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise FileError(f"{path}: unexpected contents ({type(error).__name__}: {error}); {advice}") from error
+
+
+def parse_json(data: bytes) -> Any:
+    """Return a JSON text's value. Raise ValueError, with a short reason, for what is no JSON or holds no finite number.
+
+    A byte order mark may stand before it.
+    """
+    try:
+        text = data.removeprefix(_BOM).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start})") from error
+    if not text.strip():
+        raise ValueError("empty")
+    try:
+        value = json.loads(text, parse_int=_whole, parse_float=_finite, parse_constant=_finite)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        return value
+    except RecursionError as error:
+        raise ValueError("not JSON (nested too deeply)") from error
+    except (json.JSONDecodeError, UnicodeEncodeError) as error:
+        raise ValueError(f"not JSON ({error})") from error
+
+
+def explain(error: OSError) -> str:
+    """Return one sentence that says what the system refused, on which file, and what to do."""
+    if error.errno is None or error.strerror is None:
+        return str(error)
+    where = f"{error.filename}: " if error.filename is not None else ""
+    advice = _ADVICE.get(error.errno)
+    return f"{where}{error.strerror}" + (f"; {advice}" if advice else "")
+
+
+@contextlib.contextmanager
+def naming(path: pathlib.Path) -> Iterator[None]:
+    """Give an OSError of the block `path` as its file if it names none, as errors of writing never do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"not JSON (a number of {len(digits):,} digits)")
+    return int(digits)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"not JSON (the number {text[:20]} is not finite)")
+    return value
+
+
+def _object(value: Any, fields: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, found {type(value).__name__}")
+    for name, kind in fields.items():
+        if name not in value:
+            raise ValueError(f"the field {name} is missing")
+        if not isinstance(value[name], kind) or (isinstance(value[name], bool) and kind is not bool):
+            raise ValueError(f"the field {name} holds {type(value[name]).__name__}")
+    return value

@@ -71,9 +71,7 @@ def main() -> int:
         raise ConfigError(f"--problems={_PROBLEMS.value}: a comparison takes 2 problems or more")
     if not folders:
         raise entry.FailedError(f"no run with checkpoints in {_RUNS}/: train one first, or name --policies=NAME=FOLDER")
-    from apr_jax.checkpoints.integrity import CheckpointError
     from apr_jax.evaluation.report.paired_report import draw_runs
-    from apr_jax.model.weights.errors import HuggingFaceError
     from apr_jax.train.signals import StoppedError, StopSignal
 
     if _FIGURE.value:
@@ -87,8 +85,6 @@ def main() -> int:
     except StoppedError:
         print(f"Stopped by a signal; finished cells are in {_WORKDIR.value}. Start again to go on.", file=sys.stderr)
         return entry.STOPPED
-    except (CheckpointError, FileNotFoundError, HuggingFaceError) as error:
-        raise entry.FailedError(str(error)) from error
     return 0
 
 

@@ -52,22 +52,12 @@ def main() -> None:
     config = _CONFIG.config()
     if _CHECKPOINT.value:
         check_policy_folder(pathlib.Path(_CHECKPOINT.value))
-    try:
-        checkpoint = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else newest_run(_RUNS)
-    except FileNotFoundError as error:
-        raise entry.FailedError(str(error)) from error
+    checkpoint = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else newest_run(_RUNS)
     task = policy_task(checkpoint, config, is_given=_CONFIG.is_given)
     if _METHOD.value is not None:
         check_method_flag(_METHOD.value, task, _TEMPERATURE.value, _BUDGET.value)
     own_problems = read_problems(task, _PROBLEMS.value, _NUM_PROBLEMS.value) if _PROBLEMS.value else None
-    from apr_jax.checkpoints.integrity import CheckpointError
-    from apr_jax.data.demonstrations import DatasetError
-    from apr_jax.model.weights.errors import HuggingFaceError
-
-    try:
-        _evaluate(checkpoint, own_problems)
-    except (CheckpointError, DatasetError, FileNotFoundError, HuggingFaceError) as error:
-        raise entry.FailedError(str(error)) from error
+    _evaluate(checkpoint, own_problems)
 
 
 def _evaluate(checkpoint: pathlib.Path, own_problems: list[Any] | None) -> None:

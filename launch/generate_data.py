@@ -34,11 +34,7 @@ _JSON = entry.JsonFlag("the figures")
 
 
 def main() -> None:
-    config = _CONFIG.config()
-    try:
-        _measure(config)
-    except OSError as error:
-        raise entry.FailedError(str(error)) from error
+    _measure(_CONFIG.config())
 
 
 def _measure(config: Config) -> None:

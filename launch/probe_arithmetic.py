@@ -26,7 +26,6 @@ def main() -> None:
     checkpoint = pathlib.Path(_CHECKPOINT.value)
     check_policy_folder(checkpoint)
     from apr_jax.bench.arithmetic import probe_arithmetic
-    from apr_jax.checkpoints.integrity import CheckpointError
     from apr_jax.checkpoints.policy import load_policy
     from apr_jax.data.tokenizer import load_tokenizer
     from apr_jax.evaluation.policy import choose_config
@@ -36,10 +35,7 @@ def main() -> None:
     from apr_jax.tasks.countdown.rules import sample_problem
     from apr_jax.tasks.generation import demonstrate
 
-    try:
-        model, params, saved = load_policy(checkpoint)
-    except (CheckpointError, FileNotFoundError) as error:
-        raise entry.FailedError(str(error)) from error
+    model, params, saved = load_policy(checkpoint)
     given = _CONFIG.config_dict() if _CONFIG.is_given or saved is None else None
     config = choose_config(model, saved, given, _CONFIG.overrides)
     if not isinstance(config.task, CountdownConfig):

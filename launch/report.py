@@ -49,7 +49,7 @@ def main() -> None:
             with chromium() as browser:
                 for picture in take_pictures(browser, out, pathlib.Path(_SCREENSHOTS.value)):
                     print(picture)
-    except (FileNotFoundError, NoBrowserError) as error:
+    except NoBrowserError as error:
         raise entry.FailedError(str(error)) from error
 
 

@@ -52,25 +52,17 @@ def main(words: Sequence[str]) -> None:
     config = _CONFIG.config()
     if _CHECKPOINT.value:
         check_policy_folder(pathlib.Path(_CHECKPOINT.value))
-    try:
-        checkpoint = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else newest_run(_RUNS)
-    except FileNotFoundError as error:
-        raise entry.FailedError(str(error)) from error
+    checkpoint = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else newest_run(_RUNS)
     task = policy_task(checkpoint, config, is_given=_CONFIG.is_given)
     problem = read_problem_words(task, words)
     if _METHOD.value:
         check_method_flag(_METHOD.value, task, _TEMPERATURE.value, _BUDGET.value)
     from apr_jax import library
-    from apr_jax.checkpoints.integrity import CheckpointError
-    from apr_jax.model.weights.errors import HuggingFaceError
 
     given = _CONFIG.config_dict()
-    try:
-        policy = library.load(
-            checkpoint, config=given if _CONFIG.is_given else None, fallback=given, overrides=_CONFIG.overrides
-        )
-    except (CheckpointError, FileNotFoundError, HuggingFaceError) as error:
-        raise entry.FailedError(str(error)) from error
+    policy = library.load(
+        checkpoint, config=given if _CONFIG.is_given else None, fallback=given, overrides=_CONFIG.overrides
+    )
     method = _METHOD.value or policy.config.data.method
     check_method_flag(method, policy.task, _TEMPERATURE.value, _BUDGET.value)
     _warn(problem, policy)

@@ -38,8 +38,6 @@ def main() -> int:
         check_policy_folder(folder, flag)
     if len(folders) > 1:
         raise ConfigError("--checkpoint leaves SFT out, and --start is where SFT starts: name one of them")
-    from apr_jax.checkpoints.integrity import CheckpointError
-    from apr_jax.data.demonstrations import DatasetError
     from apr_jax.parallel import hosts
     from apr_jax.train.run import train
     from apr_jax.train.signals import StoppedError
@@ -51,7 +49,7 @@ def main() -> int:
     except StoppedError:
         print(f"Stopped by a signal; everything is saved in {workdir}. Start again to go on.", file=hosts.messages())
         return entry.STOPPED
-    except (CheckpointError, DatasetError, OSError, FloatingPointError) as error:
+    except FloatingPointError as error:
         raise entry.FailedError(str(error)) from error
     if not hosts.is_first():
         return 0

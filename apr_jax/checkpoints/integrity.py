@@ -9,12 +9,14 @@ import pathlib
 import zlib
 from typing import Any
 
+from apr_jax.files import FileError
+
 SUMS = "sums.json"
 _LEFT_OUT = (SUMS, "_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes the last two later, and needs neither
 _PIECE = 1 << 24  # bytes read at a time
 
 
-class CheckpointError(Exception):
+class CheckpointError(FileError):
     """A checkpoint that cannot be used. The message says which of its files is wrong, and how."""
 
 

@@ -22,6 +22,7 @@ import tensorflow_datasets as tfds
 
 from apr_jax.config import Config
 from apr_jax.data.tokenizer import token_counter
+from apr_jax.files import FileError
 from apr_jax.tasks import task_of
 from apr_jax.tasks.base import SPLITS, Call, Demonstration, OnProgress, Split, Task, split_size
 from apr_jax.tasks.dialect import Dialect
@@ -31,7 +32,7 @@ from apr_jax.tasks.generation import draw_splits, generate_split
 _NOT_IN_FINGERPRINT = ("directory", "num_workers", "tokenizer", "replay_weight", "loss_on_context", "facts_share")
 
 
-class DatasetError(RuntimeError):
+class DatasetError(FileError):
     """A data set on disk that cannot be used. The message names its folder and says what to do."""
 
 

@@ -72,7 +72,8 @@ def write_comparison(
     _add_rollouts(views, rows, records)
     if run is not None:
         add_run_views(views, run)
-    summary, metrics = ({}, []) if run is None else (read_json(run / "summary.json"), read_jsonl(run / "metrics.jsonl"))
+    summary: Row = read_json(run / "summary.json") if run is not None and (run / "summary.json").exists() else {}
+    metrics = [] if run is None else read_jsonl(run / "metrics.jsonl")
     text = page.render(
         "comparison.html",
         name=workdir.resolve().name,

@@ -87,11 +87,11 @@ def write_report(workdir: str | pathlib.Path, path: str | pathlib.Path | None = 
     path = workdir / "report.html" if path is None else pathlib.Path(path)
     if not workdir.is_dir():
         raise FileNotFoundError(f"no run folder {workdir}")
-    summary, metrics = read_json(workdir / "summary.json"), read_jsonl(workdir / "metrics.jsonl")
+    summary, metrics = _read(workdir / "summary.json"), read_jsonl(workdir / "metrics.jsonl")
     text = page.render(
         "report.html",
         name=workdir.resolve().name,
-        about=_about(read_json(workdir / "config.json")),
+        about=_about(_read(workdir / "config.json")),
         entries=_entries(summary),
         rows=_table_rows(summary),
         failures=_failures(summary),
@@ -222,6 +222,10 @@ def _failures(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         {"label": reason.replace("_", " "), "cells": [f"{100 * share:.1f} %" if share else "" for share in row]}
         for reason, row in zip(reasons, shares, strict=True)
     ]
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
 
 
 def evaluations(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from apr_jax.config import ConfigError, ModelConfig
-from apr_jax.files import write_json
+from apr_jax.files import read_json, write_json
 from apr_jax.model.params import Params, abstract_params
 from apr_jax.model.weights.errors import HuggingFaceError
 from apr_jax.model.weights.hf_config import read_config, write_config
-from apr_jax.model.weights.tensors import read_json, save_tensors, tensor_readers
+from apr_jax.model.weights.tensors import FETCH_AGAIN, save_tensors, tensor_readers
 
 _TOP_LEVEL = {
     "embedding": "model.embed_tokens.weight",
@@ -68,7 +68,7 @@ def load_hf(
         FileNotFoundError: no config.json or no safetensors.
     """
     folder = pathlib.Path(folder)
-    values = read_json(folder / "config.json")
+    values = read_json(folder / "config.json", FETCH_AGAIN, HuggingFaceError)
     try:
         config = read_config(values, compute_dtype=compute_dtype, attention=attention, remat=remat)
     except (HuggingFaceError, ConfigError, TypeError, ValueError) as error:

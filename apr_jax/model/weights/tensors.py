@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -13,29 +12,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from apr_jax.files import read_json
 from apr_jax.model.weights.errors import HuggingFaceError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+FETCH_AGAIN = "fetch the file again"
 _GIT_LFS = b"version https://git-lfs"
 
 Readers = Mapping[str, Callable[[], jax.Array]]
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        HuggingFaceError: it does not hold a JSON object.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise HuggingFaceError(f"{path}: not JSON ({error}); fetch the file again") from error
-    if not isinstance(values, dict):
-        raise HuggingFaceError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
 
 
 def tensor_readers(folder: pathlib.Path) -> Readers:
@@ -71,7 +56,7 @@ def save_tensors(folder: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> Non
 
 def _weight_map(folder: pathlib.Path) -> dict[str, str]:
     path = folder / INDEX
-    weight_map = read_json(path).get("weight_map")
+    weight_map = read_json(path, FETCH_AGAIN, HuggingFaceError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise HuggingFaceError(f"{path}: it has no weight_map that says which file holds which tensor")
     for name, shard in weight_map.items():

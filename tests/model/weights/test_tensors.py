@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from apr_jax.model.params import init_params
 from apr_jax.model.weights.errors import HuggingFaceError
 from apr_jax.model.weights.hf import load_hf, save_hf
-from apr_jax.model.weights.tensors import INDEX, WEIGHTS, read_json
+from apr_jax.model.weights.tensors import INDEX, WEIGHTS
 from tests.oracles.made_families import tensors_of, write_folder
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -102,8 +102,9 @@ def test_a_torn_config_is_named(content: bytes, single: pathlib.Path) -> None:
     (single / "config.json").write_bytes(content)
     with pytest.raises(HuggingFaceError, match=f"{single / 'config.json'}: "):
         load_hf(single)
+    (single / "config.json").unlink()
     with pytest.raises(FileNotFoundError):
-        read_json(single / "none.json")
+        load_hf(single)
 
 
 def test_integers_are_no_weights(single: pathlib.Path) -> None:
