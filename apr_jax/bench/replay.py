@@ -18,7 +18,7 @@ from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import Append, Decode, Join, Open, Program, Progress, Rollout, RolloutKey, Spawn, Truncate
 from apr_jax.tasks.base import Call, Demonstration
-from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.adaptive import ADAPTIVE
 from apr_jax.tasks.dialect import SpawnCall
 from apr_jax.tasks.generation import demonstrate, generate_problems
 
@@ -40,7 +40,7 @@ def read_calls(demonstration: Demonstration, tokenizer: Tokenizer) -> list[Repla
 
     def read(call: Call) -> ReplayedCall:
         end = [] if call.ends_in_spawn else [tokenizer.eos_id]
-        spawn = trace.parse_spawn(call.context + call.completion)
+        spawn = ADAPTIVE.read_spawn(call.context + call.completion)
         spawned = len(spawn.contexts) if isinstance(spawn, SpawnCall) else 0
         return ReplayedCall(
             context=[tokenizer.bos_id, *tokenizer.encode(call.context)],

@@ -12,7 +12,7 @@ is redundant.
 
 Any policy runs so (zero-shot: each worker gets an adaptive thread's prompt and a line that names it). One that was
 trained for it has learnt to share out the work, and to leave when another has the answer (Countdown's workers:
-`tasks/countdown/hogwild_traces.py`).
+`tasks/countdown/hogwild.py`).
 """
 
 from collections.abc import Generator

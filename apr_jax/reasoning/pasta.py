@@ -2,7 +2,7 @@
 
 Jin et al., "Learning to Keep a Promise", arXiv 2502.11517, sections 3 and 4. A spawn starts children and stays in the
 parent's text, and the parent decodes on while they run. At its sync marker it waits for all children that are still
-out, and their full text, prompt and all, is appended to its context (Countdown's: `tasks/countdown/pasta_traces.py`).
+out, and their full text, prompt and all, is appended to its context (Countdown's: `tasks/countdown/pasta.py`).
 
 What differs. The paper's children continue the parent's own context and their keys and values are taken over as they
 are, at positions that were set aside for them. Here a child sees its own prompt alone, so its keys and values belong to

@@ -4,7 +4,7 @@ Yao et al., arXiv 2305.10601, section 3: Algorithm 1 (breadth first) and Algorit
 Game of 24. Each proposer and evaluator call is a child thread with a short prompt of its own; all those of a level (in
 depth-first search: of a state) are decoded at the same time. The root only keeps the tree and writes nothing.
 
-What differs: proposer and evaluator are learnt from solver traces (Countdown's: `tasks/countdown/thought_traces.py`)
+What differs: proposer and evaluator are learnt from solver traces (Countdown's: `tasks/countdown/thoughts.py`)
 instead of being prompts for a large model. The dialect tells the states of a level apart, so that each is judged once,
 where the released code values a repeated one at 0. One answer is given, the path to the best leaf. A depth-first search
 ends at its first leaf.

@@ -69,18 +69,19 @@ class Proposal:
 class Dialect(abc.ABC):
     """The part that all dialects share: demonstrations, and a word on how a child ended."""
 
+    names_budget: ClassVar[bool] = False  # prompts of demonstrations can
+
     @abc.abstractmethod
     def demonstrate(
-        self, problem: Any, rng: random.Random, section: Any, count_tokens: CountTokens | None, *, budget: bool
+        self, problem: Any, rng: random.Random, section: Any, count_tokens: CountTokens, *, budget: bool
     ) -> tuple[Call, ...]:
         """Solve a problem and return what threads wrote, in the order of `Demonstration`, whether or not it was solved.
 
         Args:
           rng: draws what the solver may choose.
           section: the task's section of the configuration.
-          count_tokens: of a text; needed where `counts_tokens` says so.
-          budget: name in the prompt what the solution took.
-        Raises ValueError where `count_tokens` is needed and missing, and for a budget that prompts cannot name.
+          count_tokens: of a text; called only where `counts_tokens` says so.
+          budget: name in the prompt what the solution took; False unless `names_budget`.
         """
 
     @abc.abstractmethod

@@ -88,13 +88,18 @@ def demonstrate(
     condition_on_budget: bool,
     count_tokens: CountTokens | None = None,
 ) -> Demonstration:
-    """Return how threads of a way of reasoning solve a problem. Arguments and errors as of `Dialect.demonstrate`.
+    """Return how threads of a way of reasoning solve a problem. Arguments as of `Dialect.demonstrate`.
 
-    Raises TaskLacksError for a method that the task has no dialect for.
+    Raises TaskLacksError for a method that the task has no dialect for, and ValueError where `count_tokens` is needed
+    and missing, and for a budget that prompts cannot name.
     """
     task = TASKS[section.name]
     dialect = task.dialect(method, Dialect)
-    calls = dialect.demonstrate(problem, rng, section, count_tokens, budget=condition_on_budget)
+    if condition_on_budget and not dialect.names_budget:
+        raise ValueError(f"prompts of {method!r} name no budget: set data.condition_on_budget=False")
+    if count_tokens is None and dialect.counts_tokens(section, budget=condition_on_budget):
+        raise ValueError(f"demonstrations of {method!r} depend on how many tokens they are: pass count_tokens")
+    calls = dialect.demonstrate(problem, rng, section, count_tokens or len, budget=condition_on_budget)
     answer = dialect.demonstrated_answer(problem, calls)
     return Demonstration(problem, method, calls, answer, task.verify(answer, problem).correct)
 

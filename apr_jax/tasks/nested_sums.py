@@ -106,10 +106,8 @@ class Adaptive(SpawnDialect):
         return JOIN_BEGIN + "".join(f"{result.path or ''}\n" for result in results) + JOIN_END
 
     def demonstrate(
-        self, problem: Sum, rng: random.Random, section: Any, count_tokens: CountTokens | None, *, budget: bool
+        self, problem: Sum, rng: random.Random, section: Any, count_tokens: CountTokens, *, budget: bool
     ) -> tuple[Call, ...]:
-        if budget:
-            raise ValueError("prompts of nested sums name no budget: set data.condition_on_budget=False")
         return tuple(_calls(problem, 0))
 
     def child_result(self, context: str, completion: str, problem: Sum) -> str:

@@ -19,6 +19,7 @@ from apr_jax.model.params import init_params
 from apr_jax.reasoning import METHODS
 from apr_jax.tasks import TASKS
 from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.adaptive import ADAPTIVE
 from apr_jax.tasks.countdown.rules import Problem, verify
 from apr_jax.tasks.dialect import ThreadDialect
 from apr_jax.train.rl.objective import OBJECTIVES, choose_objective
@@ -85,7 +86,7 @@ def test_a_parent_that_gives_up_is_told_to_go_on_from_its_root(page):
     demos = demonstrations(SMALL, "adaptive", 200)
     demo = next(d for d in demos if d.correct and sum(call.ends_in_spawn for call in d.calls) == 2)
     first, second, last = (call for call in demo.calls if call.depth == 0)
-    header = trace.parent_prompt(demo.problem)
+    header = ADAPTIVE.prompt(demo.problem)
     assert second.completion.startswith(header)
     children = [call for call in demo.calls if call.depth]
     spawned = [call.completion.count("<Start") for call in (first, second)]

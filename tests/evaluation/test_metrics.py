@@ -21,7 +21,7 @@ from apr_jax.reasoning.adaptive import adaptive
 from apr_jax.reasoning.base import Outcome
 from apr_jax.reasoning.programs import make_program
 from apr_jax.reasoning.tree_of_thoughts import tree_of_thoughts
-from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.adaptive import ADAPTIVE
 from apr_jax.tasks.countdown.rules import Problem
 from apr_jax.tasks.countdown.task import COUNTDOWN
 from tests.reasoning.fixtures import MODEL, TOKENIZER, TextScript, settings
@@ -194,7 +194,7 @@ def test_pass_at_k_of_no_samples_is_refused(n, c, k):
 
 def test_one_run_of_samples_gives_the_figures_of_fewer():
     """Wrong, right, nothing, right: two votes against one, and the likeliest is the wrong one."""
-    right = PARENT_WINS.removeprefix(trace.parent_prompt(PROBLEM))
+    right = PARENT_WINS.removeprefix(ADAPTIVE.prompt(PROBLEM))
     texts = [right.replace("2*3=6", "2+3=6"), right, "No solution found.\n", right]
     script = TextScript({(0, index): [text] for index, text in enumerate(texts)})
     engine = ScriptedEngine(script, logprob=lambda path: -0.1 if path == (0, 0) else -0.2)

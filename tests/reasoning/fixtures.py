@@ -9,7 +9,7 @@ from apr_jax.engine.threads import Path
 from apr_jax.reasoning.base import Settings
 from apr_jax.tasks.base import Call, Demonstration
 from apr_jax.tasks.countdown.config import CountdownConfig
-from apr_jax.tasks.countdown.pasta_traces import SYNC
+from apr_jax.tasks.countdown.pasta import SYNC
 from apr_jax.tasks.countdown.rules import sample_problem
 from apr_jax.tasks.countdown.task import COUNTDOWN
 from apr_jax.tasks.dialect import CALL_END

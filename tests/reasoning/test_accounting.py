@@ -18,8 +18,12 @@ from apr_jax.reasoning.pasta import pasta
 from apr_jax.reasoning.programs import make_program
 from apr_jax.reasoning.serial import serial
 from apr_jax.reasoning.tree_of_thoughts import tree_of_thoughts
-from apr_jax.tasks.countdown import hogwild_traces, pasta_traces, trace
+from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.adaptive import ADAPTIVE, render_spawn
+from apr_jax.tasks.countdown.hogwild import HOGWILD, LEAVE
+from apr_jax.tasks.countdown.pasta import SYNC
 from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.countdown.serial import SERIAL
 from apr_jax.tasks.dialect import ChildResult
 from tests.reasoning.accounting import Counts, check, keys, lengths
 from tests.reasoning.fixtures import TOKENIZER, settings
@@ -37,9 +41,9 @@ STATE_6_4 = "Moving to Node #0,1\nCurrent State: 24:[4, 6], Operations: ['2*3=6'
 LOSES = "Exploring Operation: 4*5=20, Resulting Numbers: [20]\n20,24 unequal: No Solution\n"
 LAST = "Exploring Operation: 4*6=24, Resulting Numbers: [24]\n24,24 equal: Goal Reached\n"
 WINS = LAST + STATE_6_4 + LAST
-SPAWN = EXPLORED + trace.render_spawn(["0,0", "0,1"])
+SPAWN = EXPLORED + render_spawn(["0,0", "0,1"])
 REPLAY = (
-    trace.parent_prompt(PROBLEM)
+    ADAPTIVE.prompt(PROBLEM)
     + "Exploring Operation: 2*3=6, Resulting Numbers: [4, 6]\nGenerated Node #0,1: 24:[4, 6] Operation: 2*3=6\n"
     + STATE_6_4
     + LAST
@@ -48,10 +52,10 @@ JOINED = [ChildResult("0,0", None), ChildResult("0,1", (STATE_6_4 + LAST).strip(
 
 
 def test_lengths_that_all_counts_are_made_of():
-    assert lengths(trace.serial_prompt(PROBLEM), trace.parent_prompt(PROBLEM), "Token Budget: 512 ") == [9, 11, 5]
+    assert lengths(SERIAL.prompt(PROBLEM), ADAPTIVE.prompt(PROBLEM), "Token Budget: 512 ") == [9, 11, 5]
     assert lengths(STATE_5_4, STATE_6_4) == [16, 16]  # a child's prompt
     assert lengths(EXPLORED, SPAWN, LOSES, WINS, REPLAY) == [52, 64, 13, 42, 66]
-    assert lengths(trace.NO_SOLUTION, trace.render_join(JOINED)) == [1, 41]
+    assert lengths(trace.NO_SOLUTION, ADAPTIVE.render_join(JOINED)) == [1, 41]
 
 
 def test_serial():
@@ -181,10 +185,10 @@ def test_adaptive_spawns_within_spawns():
     )
     child_prompt = "Moving to Node #0,0\nCurrent State: 24:[3, 4, 2], Operations: ['2*1=2']\n"
     leaf_prompt = "Moving to Node #0,0,0\nCurrent State: 24:[2, 12], Operations: ['2*1=2', '3*4=12']\n"
-    joins = [trace.render_join([ChildResult(node, None)], level) for node, level in (("0,0", 1), ("0,0,0", 2))]
-    assert lengths(trace.parent_prompt(problem), child_prompt, leaf_prompt) == [13, 18, 23]
+    joins = [ADAPTIVE.render_join([ChildResult(node, None)], level) for node, level in (("0,0", 1), ("0,0,0", 2))]
+    assert lengths(ADAPTIVE.prompt(problem), child_prompt, leaf_prompt) == [13, 18, 23]
     assert lengths(root, child, *joins) == [30, 27, 7, 10]
-    spawns = [trace.render_spawn(["0,0"]), trace.render_spawn(["0,0,0"], level=2)]
+    spawns = [render_spawn(["0,0"]), render_spawn(["0,0,0"], level=2)]
     assert lengths(*spawns) == [7, 10]
     expected = Counts(
         generated=30 + 7 + 27 + 10 + 2 + 2 + 2,
@@ -263,8 +267,8 @@ def test_pasta():
 
     It is never cut back, so it attends to each of its keys once; only the join is prefilled beside the prompts.
     """
-    spawn = EXPLORED + trace.render_spawn(["0,1"])
-    own = STATE_5_4 + LOSES + pasta_traces.SYNC
+    spawn = EXPLORED + render_spawn(["0,1"])
+    own = STATE_5_4 + LOSES + SYNC
     assert lengths(spawn, own, trace.goal_line(24)) == [59, 30, 4]
     expected = Counts(
         generated=59 + 30 + 43 + 71,
@@ -281,8 +285,8 @@ def test_pasta():
 
 def test_pasta_whose_parent_takes_longer_than_its_child():
     """A child that gives up at once costs no time: the chain is the parent's alone."""
-    spawn = EXPLORED + trace.render_spawn(["0,1"])
-    own = STATE_5_4 + LOSES + pasta_traces.SYNC
+    spawn = EXPLORED + render_spawn(["0,1"])
+    own = STATE_5_4 + LOSES + SYNC
     expected = Counts(
         generated=59 + 30 + 2 + 2,
         sequential=59 + 30 + 2,
@@ -301,8 +305,8 @@ def test_hogwild():
     The first draws at times 0 to 16 and sees 4 + t tokens of the other; so does the other of it, which then draws 47
     times more and sees all 4 + 16 that the first has read.
     """
-    texts = [LOSES + hogwild_traces.LEAVE, LAST + trace.parent_prompt(PROBLEM) + LOSES + LOSES + LAST]
-    assert lengths(hogwild_traces.header(0), hogwild_traces.header(1), *texts) == [4, 4, 16, 63]
+    texts = [LOSES + LEAVE, LAST + ADAPTIVE.prompt(PROBLEM) + LOSES + LOSES + LAST]
+    assert lengths(HOGWILD.header(0), HOGWILD.header(1), *texts) == [4, 4, 16, 63]
     across = 2 * sum(4 + time for time in range(17)) + (64 - 17) * (4 + 16)
     expected = Counts(
         generated=17 + 64,

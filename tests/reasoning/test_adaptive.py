@@ -9,6 +9,7 @@ from apr_jax.engine.threads import RolloutKey, StopReason
 from apr_jax.reasoning.adaptive import adaptive
 from apr_jax.reasoning.base import Outcome
 from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.adaptive import ADAPTIVE, render_spawn
 from apr_jax.tasks.countdown.rules import Problem, verify
 from apr_jax.tasks.dialect import CALL_BEGIN, CALL_END
 from tests.reasoning.fixtures import (
@@ -25,7 +26,7 @@ from tests.reasoning.forced_engine import ForcedEngine
 from tests.reasoning.scripted_engine import ScriptedEngine
 
 PROBLEM = Problem((2, 3, 4), 24)
-PROMPT = trace.parent_prompt(PROBLEM)
+PROMPT = ADAPTIVE.prompt(PROBLEM)
 STATE_5_4 = "Moving to Node #0,0\nCurrent State: 24:[4, 5], Operations: ['3+2=5']\n"
 STATE_6_4 = "Moving to Node #0,1\nCurrent State: 24:[4, 6], Operations: ['2*3=6']\n"
 EXPLORED = (
@@ -34,7 +35,7 @@ EXPLORED = (
     "Exploring Operation: 2*3=6, Resulting Numbers: [4, 6]\n"
     "Generated Node #0,1: 24:[4, 6] Operation: 2*3=6\n"
 )
-SPAWN = EXPLORED + trace.render_spawn(["0,0", "0,1"])
+SPAWN = EXPLORED + render_spawn(["0,0", "0,1"])
 LAST = "Exploring Operation: 4*6=24, Resulting Numbers: [24]\n24,24 equal: Goal Reached\n"
 LOSES = "Exploring Operation: 4*5=20, Resulting Numbers: [20]\n20,24 unequal: No Solution\nNo solution found.\n"
 WINS = LAST + STATE_6_4 + LAST
@@ -101,7 +102,7 @@ def test_join_replaces_the_spawn_text():
     [
         ("Exploring Operation: 4*6=24, Resulting Numbers: [24]\n", "unfinished"),
         (LAST, "no_replay"),
-        (EXPLORED + trace.render_spawn(["0,1,0"], level=2), "unknown_node"),
+        (EXPLORED + render_spawn(["0,1,0"], level=2), "unknown_node"),
         (CALL_BEGIN + CALL_END, "empty_spawn"),
     ],
 )
@@ -136,9 +137,9 @@ def test_a_join_may_fill_the_context():
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (EXPLORED + trace.render_spawn(["0,7"]), "unknown_node"),
-        (EXPLORED + trace.render_spawn(["0,0", "0,0"]), "duplicate_node"),
-        (EXPLORED + trace.render_spawn(["0,0"], level=2), "wrong_level"),
+        (EXPLORED + render_spawn(["0,7"]), "unknown_node"),
+        (EXPLORED + render_spawn(["0,0", "0,0"]), "duplicate_node"),
+        (EXPLORED + render_spawn(["0,0"], level=2), "wrong_level"),
         (EXPLORED + CALL_END, "no_call_begin"),
         (EXPLORED, "unfinished"),
         (LAST, "no_replay"),
@@ -167,7 +168,7 @@ def test_each_cap_has_its_own_reason(changes, reason):
 
 def test_max_spawns_counts_a_threads_own_spawns():
     again = "Exploring Operation: 4-2=2, Resulting Numbers: [3, 2]\nGenerated Node #0,2: 24:[3, 2] Operation: 4-2=2\n"
-    second = again + trace.render_spawn(["0,2"])
+    second = again + render_spawn(["0,2"])
     texts = {**GOOD, (): [SPAWN, second, PARENT_WINS], (1, 0): ["No solution found.\n"]}
     assert run(texts, max_spawns=2).result.num_children == 3
     outcome = run(texts, max_spawns=1).result
@@ -176,7 +177,7 @@ def test_max_spawns_counts_a_threads_own_spawns():
 
 def test_max_total_children_counts_the_children_of_all_spawns():
     again = "Exploring Operation: 4-2=2, Resulting Numbers: [3, 2]\nGenerated Node #0,2: 24:[3, 2] Operation: 4-2=2\n"
-    second = again + trace.render_spawn(["0,2"])
+    second = again + render_spawn(["0,2"])
     texts = {**GOOD, (): [SPAWN, second, PARENT_WINS], (1, 0): ["No solution found.\n"]}
     assert run(texts, max_total_children=3).result.num_children == 3
     outcome = run(texts, max_total_children=2).result
@@ -220,8 +221,8 @@ def test_spawns_nest_when_depth_allows():
         "Exploring Operation: 3*4=12, Resulting Numbers: [2, 12]\nGenerated Node #0,0,0: 24:[2, 12] Operation: 3*4=12\n"
     )
     texts = {
-        (): [root + trace.render_spawn(["0,0"]), "No solution found.\n"],
-        (0, 0): [child + trace.render_spawn(["0,0,0"], level=2), "No solution found.\n"],
+        (): [root + render_spawn(["0,0"]), "No solution found.\n"],
+        (0, 0): [child + render_spawn(["0,0,0"], level=2), "No solution found.\n"],
         (0, 0, 0, 0): ["No solution found.\n"],
     }
     rollout = run(texts, problem, max_depth=2)

@@ -9,7 +9,7 @@ from apr_jax.engine.threads import RolloutKey
 from apr_jax.evaluation.metrics import record_rollout
 from apr_jax.reasoning.hogwild import hogwild
 from apr_jax.reasoning.policy_engine import policy_engine
-from apr_jax.tasks.countdown import hogwild_traces
+from apr_jax.tasks.countdown.hogwild import LEAVE
 from apr_jax.tasks.countdown.rules import Problem, verify
 from apr_jax.tasks.countdown.task import COUNTDOWN
 from configs.methods import get_config
@@ -24,7 +24,7 @@ ANSWER = (
     "Exploring Operation: 2+3=5, Resulting Numbers: [5]\n5,5 equal: Goal Reached\n"
 )
 WRONG = "Exploring Operation: 2*3=6, Resulting Numbers: [6]\n6,5 unequal: No Solution\n"
-LEFT = WRONG + hogwild_traces.LEAVE
+LEFT = WRONG + LEAVE
 
 
 def test_rebuilds_demonstrations_token_by_token():
@@ -35,7 +35,7 @@ def test_rebuilds_demonstrations_token_by_token():
         assert rollout.result.status == "answered"
         assert verify(rollout.result.answer, demo.problem).correct
         assert (rollout.result.num_spawns, rollout.result.num_children) == (1, 2)
-        answered = [len(call.tokens) for call in rollout.calls if hogwild_traces.LEAVE not in decoded(call)]
+        answered = [len(call.tokens) for call in rollout.calls if LEAVE not in decoded(call)]
         assert rollout.sequential_tokens == min(answered), "the first answer ends it"
 
 

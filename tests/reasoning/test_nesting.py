@@ -11,8 +11,9 @@ from apr_jax.engine.threads import RolloutKey
 from apr_jax.reasoning.adaptive import adaptive
 from apr_jax.reasoning.settings import make_settings
 from apr_jax.tasks.countdown import trace
-from apr_jax.tasks.countdown.dialects import DIALECTS
+from apr_jax.tasks.countdown.adaptive import render_spawn
 from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.countdown.task import COUNTDOWN
 from apr_jax.tasks.dialect import demonstrated_tokens
 from apr_jax.tasks.generation import demonstrate
 from configs.grpo import get_config
@@ -41,7 +42,7 @@ def nested(path=(), node="0", numbers=PROBLEM.numbers, level=1):
     if level > DEPTH:
         return {path: [trace.NO_SOLUTION]}
     text, nodes = explored(node, numbers)
-    texts = {path: [text + trace.render_spawn([child for child, _ in nodes], level=level), trace.NO_SOLUTION]}
+    texts = {path: [text + render_spawn([child for child, _ in nodes], level=level), trace.NO_SOLUTION]}
     for index, (child, left) in enumerate(nodes):
         texts |= nested((*path, 0, index), child, left, level + 1)
     return texts
@@ -119,7 +120,7 @@ def test_nested_demonstrations_are_rebuilt_and_counted_as_the_engine_counts():
         assert rebuilt == [call_tokens(call) for call in demo.calls]
         assert rollout.result.answer == demo.answer
         assert rollout.result.child_reasons == ()
-        counted = demonstrated_tokens(DIALECTS["adaptive"], demo, lambda text: len(TOKENIZER.encode(text)))
+        counted = demonstrated_tokens(COUNTDOWN.dialects["adaptive"], demo, lambda text: len(TOKENIZER.encode(text)))
         assert counted == (rollout.sequential_tokens, sum(len(call.tokens) for call in rollout.calls))
         below += sum(call.depth == 2 for call in demo.calls)
         solved += demo.correct

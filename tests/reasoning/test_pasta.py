@@ -5,7 +5,8 @@ import pytest
 from apr_jax.engine.threads import RolloutKey, StopReason
 from apr_jax.reasoning.pasta import pasta
 from apr_jax.tasks.countdown import trace
-from apr_jax.tasks.countdown.pasta_traces import SYNC
+from apr_jax.tasks.countdown.adaptive import ADAPTIVE, render_spawn
+from apr_jax.tasks.countdown.pasta import SYNC
 from apr_jax.tasks.countdown.rules import Problem, verify
 from apr_jax.tasks.dialect import CALL_END
 from tests.reasoning.fixtures import (
@@ -22,7 +23,7 @@ from tests.reasoning.forced_engine import ForcedEngine
 from tests.reasoning.scripted_engine import ScriptedEngine
 
 PROBLEM = Problem((2, 3, 4), 24)
-PROMPT = trace.parent_prompt(PROBLEM)
+PROMPT = ADAPTIVE.prompt(PROBLEM)
 HEADER_5 = "Moving to Node #0,0\nCurrent State: 24:[4, 5], Operations: ['2+3=5']\n"
 HEADER_6 = "Moving to Node #0,1\nCurrent State: 24:[4, 6], Operations: ['2*3=6']\n"
 EXPLORED = (
@@ -31,7 +32,7 @@ EXPLORED = (
     "Exploring Operation: 2*3=6, Resulting Numbers: [4, 6]\n"
     "Generated Node #0,1: 24:[4, 6] Operation: 2*3=6\n"
 )
-SPAWN = EXPLORED + trace.render_spawn(["0,1"])
+SPAWN = EXPLORED + render_spawn(["0,1"])
 LAST = "Exploring Operation: 4*6=24, Resulting Numbers: [24]\n24,24 equal: Goal Reached\n"
 OWN = HEADER_5 + "Exploring Operation: 4*5=20, Resulting Numbers: [20]\n20,24 unequal: No Solution\n" + SYNC
 WINS = LAST + HEADER_6 + LAST
@@ -120,7 +121,7 @@ def test_a_parent_that_ends_alone_is_charged_for_the_children_that_are_out(engin
 def test_a_parent_may_spawn_again_before_it_waits():
     more = "Exploring Operation: 4-2=2, Resulting Numbers: [3, 2]\nGenerated Node #0,2: 24:[3, 2] Operation: 4-2=2\n"
     texts = {
-        (): [SPAWN, more + trace.render_spawn(["0,2"]), SYNC, REPLAY],
+        (): [SPAWN, more + render_spawn(["0,2"]), SYNC, REPLAY],
         (0, 0): [WINS],
         (1, 0): [trace.NO_SOLUTION],
     }
@@ -136,7 +137,7 @@ def test_a_parent_may_spawn_again_before_it_waits():
     [
         (LAST, "no_replay", LAST),
         (EXPLORED[:-1], "unfinished", EXPLORED.partition("\n")[0] + "\n" + "\n".join(EXPLORED.split("\n")[1:3]) + "\n"),
-        (trace.render_spawn(["0,1,0"], level=2), "too_deep", trace.render_spawn(["0,1,0"], level=2)),
+        (render_spawn(["0,1,0"], level=2), "too_deep", render_spawn(["0,1,0"], level=2)),
     ],
 )
 def test_a_failed_childs_whole_lines_come_back_and_its_reason_is_counted(child, reason, text):
@@ -154,7 +155,7 @@ def test_a_failed_childs_whole_lines_come_back_and_its_reason_is_counted(child, 
     [
         ([SYNC], "nothing_to_wait_for"),
         ([SPAWN, SYNC, SYNC], "nothing_to_wait_for"),
-        ([EXPLORED + trace.render_spawn(["0,7"])], "unknown_node"),
+        ([EXPLORED + render_spawn(["0,7"])], "unknown_node"),
         ([SPAWN, EXPLORED], "unfinished"),
     ],
 )
@@ -184,7 +185,7 @@ def test_a_parent_that_is_cut_off_has_no_answer():
 
 def test_the_first_success_cancels_siblings_which_have_no_text():
     slow = "Exploring Operation: 4*5=20, Resulting Numbers: [20]\n20,24 unequal: No Solution\n" * 9 + trace.NO_SOLUTION
-    texts = {(): [EXPLORED + trace.render_spawn(["0,0", "0,1"]), SYNC, REPLAY], (0, 0): [slow], (0, 1): [WINS]}
+    texts = {(): [EXPLORED + render_spawn(["0,0", "0,1"]), SYNC, REPLAY], (0, 0): [slow], (0, 1): [WINS]}
     rollout = run(texts, forced(4), cancel_on_success=True)
     assert [call.stop.reason for call in rollout.calls if call.path] == [StopReason.CANCELLED, StopReason.TOKEN]
     context = TOKENIZER.decode(rollout.calls[2].context)

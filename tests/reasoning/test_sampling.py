@@ -7,6 +7,7 @@ from apr_jax.reasoning.base import Sample
 from apr_jax.reasoning.programs import check_method, make_program
 from apr_jax.reasoning.sampling import majority, most_likely, read_wrapper, verified
 from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.adaptive import render_spawn
 from apr_jax.tasks.countdown.task import COUNTDOWN
 from tests.reasoning.fixtures import TextScript, settings
 from tests.reasoning.forced_engine import ForcedEngine
@@ -96,7 +97,7 @@ def test_samples_of_adaptive_spawn_and_the_counts_are_of_all():
     explored = (
         "Exploring Operation: 2*3=6, Resulting Numbers: [4, 6]\nGenerated Node #0,1: 24:[4, 6] Operation: 2*3=6\n"
     )
-    spawn = explored + trace.render_spawn(["0,1"])
+    spawn = explored + render_spawn(["0,1"])
     texts = {(0, 0): [spawn, REPLAY], (0, 1): [trace.NO_SOLUTION], (0, 0, 0, 0): [WINS]}
     rollout = run("cons@2:adaptive", texts)
     outcome = rollout.result

@@ -12,17 +12,18 @@ from apr_jax.reasoning import adaptive
 from apr_jax.reasoning.settings import spawn_gate
 from apr_jax.reasoning.spawn_grammar import SpawnGrammar, ThreadGrammar, spawn_grammar
 from apr_jax.tasks.countdown import trace
-from apr_jax.tasks.countdown.dialects import DIALECTS
+from apr_jax.tasks.countdown.adaptive import ADAPTIVE, render_spawn
 from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.countdown.task import COUNTDOWN
 from apr_jax.tasks.dialect import CALL_BEGIN, JOIN_END, Malformed, SpawnCall
 from tests.data.made_tokenizers import byte_level_json, llama_like_json
 from tests.reasoning import fixtures
 from tests.reasoning.fixtures import TOKENIZER
 from tests.train.small import small_config
 
-DIALECT = DIALECTS["adaptive"]
+DIALECT = COUNTDOWN.dialects["adaptive"]
 PROMPTS = {
-    1: trace.parent_prompt(Problem((2, 3, 4, 5), 24)),
+    1: ADAPTIVE.prompt(Problem((2, 3, 4, 5), 24)),
     2: "Moving to Node #0,1\nCurrent State: 24:[4, 5, 6], Operations: ['2*3=6']\n",
 }
 ROOTS = {1: "0", 2: "0,1"}
@@ -83,7 +84,7 @@ def test_every_drawn_spawn_is_well_formed(tokenizers, data, level, which, max_ch
     tokens = [tokenizer.bos_id, *tokenizer.encode(PROMPTS[level])]
     for line in data.draw(lines(level)):
         tokens += tokenizer.encode(line)
-        nodes = trace.spawnable_nodes(tokenizer.decode(tokens))
+        nodes = ADAPTIVE.spawnable(tokenizer.decode(tokens))
         assert held.is_open(tokens) == bool(nodes)
         if not nodes:
             continue
@@ -133,11 +134,11 @@ def test_nodes_that_may_be_named():
             generated("0,3", "4, 5", "2+3=5", 24),
         ]
     )
-    assert trace.spawnable_nodes(text) == ["0,3", "0,0", "0,0,1"]
-    assert trace.spawnable_nodes("No prompt.\n" + text) == []
+    assert ADAPTIVE.spawnable(text) == ["0,3", "0,0", "0,0,1"]
+    assert ADAPTIVE.spawnable("No prompt.\n" + text) == []
     for node_id in ["0", "0,0", "0,1", "0,2", "0,2,0", "0,3", "0,3,1", "1,0", "0,0,1", "0,9"]:
-        parsed = trace.parse_spawn(text + trace.render_spawn([node_id]))
-        assert isinstance(parsed, SpawnCall) == (node_id in trace.spawnable_nodes(text))
+        parsed = ADAPTIVE.read_spawn(text + render_spawn([node_id]))
+        assert isinstance(parsed, SpawnCall) == (node_id in ADAPTIVE.spawnable(text))
 
 
 def test_of_very_many_nodes_the_latest_that_fit_may_be_named(tokenizers):
@@ -171,8 +172,8 @@ def test_spelling_out_the_opening_token_opens_nothing(tokenizers):
     """With an open vocabulary a line may look like CALL_BEGIN; the spawn begins at the token."""
     tokenizer = tokenizers[1]
     before = PROMPTS[1] + generated("0,3", "4, 5", "2+3=5", 24)
-    text = before + CALL_BEGIN + "No solution found.\n" + trace.render_spawn(["0,3"])
-    assert trace.parse_spawn(text) == Malformed("malformed_spawn_line")
+    text = before + CALL_BEGIN + "No solution found.\n" + render_spawn(["0,3"])
+    assert ADAPTIVE.read_spawn(text) == Malformed("malformed_spawn_line")
     asked = fixtures.settings(tokenizer=tokenizer, spawn_grammar=spawn_grammar(tokenizer, DIALECT, 16))
     call = adaptive.read_spawn(DIALECT, text, asked, depth=0, spawns=0, allowance=9)
     assert isinstance(call, SpawnCall)

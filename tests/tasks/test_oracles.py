@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.adaptive import ADAPTIVE, render_spawn
 from apr_jax.tasks.countdown.rules import Problem, is_solvable, operations, verify
 from apr_jax.tasks.dialect import ChildResult, SpawnCall
 
@@ -34,24 +35,24 @@ def test_the_oracles_are_all_there() -> None:
 
 @pytest.mark.parametrize("spawn", SPAWNS)
 def test_spawns_parse_to_the_references_prompts(spawn: dict[str, Any]) -> None:
-    call = trace.parse_spawn(spawn["parent_text"])
+    call = ADAPTIVE.read_spawn(spawn["parent_text"])
     assert isinstance(call, SpawnCall)
     assert list(call.contexts) == [prompt + "\n" for prompt in spawn["child_prompts"]]
     assert call.level == 1
-    assert spawn["parent_text"][call.start :] == trace.render_spawn(call.names)
+    assert spawn["parent_text"][call.start :] == render_spawn(call.names)
 
 
 @pytest.mark.parametrize("spawn", SPAWNS)
 def test_joins_are_the_references_text(spawn: dict[str, Any]) -> None:
-    call = trace.parse_spawn(spawn["parent_text"])
+    call = ADAPTIVE.read_spawn(spawn["parent_text"])
     assert isinstance(call, SpawnCall)
     results = []
     for node_id, text in zip(call.names, spawn["child_texts"], strict=True):
-        result = trace.read_child_result(text, node_id)
+        result = trace.read_child(text, node_id)
         assert isinstance(result, ChildResult)
         results.append(result)
     assert [result.path for result in results] == spawn["child_results"]
-    joined = spawn["parent_text"][: call.start] + trace.render_join(results)
+    joined = spawn["parent_text"][: call.start] + ADAPTIVE.render_join(results)
     assert joined == spawn["parent_text_after_join"]
 
 

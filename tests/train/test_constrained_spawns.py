@@ -23,7 +23,7 @@ from apr_jax.reasoning import adaptive
 from apr_jax.reasoning.programs import make_program
 from apr_jax.reasoning.settings import make_settings, spawn_gate
 from apr_jax.tasks.countdown import trace
-from apr_jax.tasks.countdown.dialects import DIALECTS
+from apr_jax.tasks.countdown.adaptive import ADAPTIVE, render_spawn
 from apr_jax.tasks.countdown.rules import Problem
 from apr_jax.tasks.dialect import SpawnCall
 from apr_jax.train.rl import update
@@ -136,8 +136,8 @@ def _allowed(tokens: list[int], begin: int | None, depth: int, spawns: int) -> s
     settings = make_settings(CONFIG, TOKENIZER)
 
     def accepted(text, nodes):
-        whole = text + trace.render_spawn(nodes, depth + 1)
-        return isinstance(adaptive.read_spawn(DIALECTS["adaptive"], whole, settings, depth, spawns, 1000), SpawnCall)
+        whole = text + render_spawn(nodes, depth + 1)
+        return isinstance(adaptive.read_spawn(ADAPTIVE, whole, settings, depth, spawns, 1000), SpawnCall)
 
     universe = ["0", "0,0", "0,1", "0,2", "0,0,1", "0,0,2"]
     if begin is None:
@@ -146,7 +146,7 @@ def _allowed(tokens: list[int], begin: int | None, depth: int, spawns: int) -> s
         return set(FREE) - {TOKENIZER.call_begin_id} | ({TOKENIZER.call_begin_id} if opens else set())
     text, done = TOKENIZER.decode(tokens[:begin]), tokens[begin:]
     ways = [
-        TOKENIZER.encode(trace.render_spawn(nodes, depth + 1))
+        TOKENIZER.encode(render_spawn(nodes, depth + 1))
         for size in (1, 2, 3)
         for nodes in itertools.permutations(universe, size)
         if accepted(text, nodes)

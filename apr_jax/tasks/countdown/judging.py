@@ -2,7 +2,7 @@
 
 import re
 
-from apr_jax.tasks.countdown import hogwild_traces, rules, trace
+from apr_jax.tasks.countdown import rules, trace
 from apr_jax.tasks.countdown.rules import Problem
 from apr_jax.tasks.dialect import Malformed
 
@@ -26,12 +26,10 @@ def path_solves(path: str, problem: Problem) -> bool:
 
 
 def child_result(text: str, problem: Problem) -> str:
-    """Return how a child that searches ended: solved, wrong_path, no_solution, left, or why it is malformed."""
+    """Return how a child that searches ended: solved, wrong_path, no_solution, or why it is malformed."""
     if rules.verify(trace.read_answer(text), problem).correct:
         return "solved"  # a worker on a shared cache replays from the problem's own root
-    if hogwild_traces.has_left(text):
-        return "left"
-    result = trace.read_child_result(text, trace.thread_node(text) or "")
+    result = trace.read_child(text, trace.thread_node(text) or "")
     if isinstance(result, Malformed):
         return result.reason
     if result.path is None:

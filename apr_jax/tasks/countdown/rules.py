@@ -9,7 +9,7 @@ import functools
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from apr_jax.config import ConfigError
 from apr_jax.tasks.base import Verdict
@@ -161,6 +161,17 @@ def operations(left: int, right: int) -> tuple[tuple[int, str], ...]:
     if small and large % small == 0:
         return (*combined, (large // small, f"{large}/{small}={large // small}"))
     return combined
+
+
+def steps(numbers: Sequence[int]) -> Iterator[tuple[int, str, list[int]]]:
+    """Yield each operation on two of the numbers: its result, its text, and the numbers that it leaves.
+
+    They come by pair and then in the order + - * /, which is the order of all solvers.
+    """
+    for i in range(len(numbers) - 1):
+        for j in range(i + 1, len(numbers)):
+            for result, operation in operations(numbers[i], numbers[j]):
+                yield result, operation, [*numbers[:i], *numbers[i + 1 : j], *numbers[j + 1 :], result]
 
 
 def is_solvable(numbers: Sequence[int], target: int) -> bool:

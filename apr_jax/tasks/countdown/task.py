@@ -3,14 +3,20 @@
 import functools
 import random
 from collections.abc import Callable, Hashable, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from apr_jax.config import Config, ConfigError
 from apr_jax.tasks.base import Split, Task, Verdict
 from apr_jax.tasks.countdown import facts, judging, rules, trace
+from apr_jax.tasks.countdown.adaptive import ADAPTIVE
 from apr_jax.tasks.countdown.config import CountdownConfig
-from apr_jax.tasks.countdown.dialects import DIALECTS
+from apr_jax.tasks.countdown.direct import DIRECT
+from apr_jax.tasks.countdown.hogwild import HOGWILD
+from apr_jax.tasks.countdown.pasta import PASTA
 from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.countdown.serial import SERIAL
+from apr_jax.tasks.countdown.thoughts import THOUGHTS
 from apr_jax.tasks.dialect import Malformed
 
 _MOST_NUMBERS = 6  # for which it is quickly known whether there is a solution
@@ -22,7 +28,16 @@ class Countdown(Task):
     name = "countdown"
     section = CountdownConfig
     problem_fields = ("num_numbers", "min_number", "max_number", "min_target", "max_target", "num_unseen_targets")
-    dialects = DIALECTS
+    dialects = MappingProxyType(
+        {
+            "adaptive": ADAPTIVE,
+            "direct": DIRECT,
+            "hogwild": HOGWILD,
+            "pasta": PASTA,
+            "serial": SERIAL,
+            "tree_of_thoughts": THOUGHTS,
+        }
+    )
     example = "27 22 26 31 53"
 
     def sampler(self, config: Config, split: Split | None) -> Callable[[random.Random], Problem]:
@@ -89,7 +104,7 @@ class Countdown(Task):
         return judging.path_solves(path, problem)
 
     def handed_back(self, text: str) -> str | None:
-        result = trace.read_child_result(text, trace.thread_node(text) or "")
+        result = trace.read_child(text, trace.thread_node(text) or "")
         return None if isinstance(result, Malformed) else result.path
 
 

@@ -1,6 +1,6 @@
 """The phrases of Countdown's traces, which the built-in tokenizer has as one token each, in the order of their ids."""
 
-from apr_jax.tasks.countdown.pasta_traces import SYNC
+from apr_jax.tasks.countdown.pasta import SYNC
 from apr_jax.tasks.dialect import CALL_BEGIN, CALL_END, JOIN_BEGIN, JOIN_END, VALUES
 
 LARGEST_CHILD = 9  # a step of a node id, ",9", is one token up to this one; targets, which follow a comma too, are not

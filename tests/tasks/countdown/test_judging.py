@@ -2,10 +2,10 @@
 
 import pytest
 
-from apr_jax.tasks.countdown import trace
-from apr_jax.tasks.countdown.dialects import DIALECTS
+from apr_jax.tasks.countdown.adaptive import ADAPTIVE
 from apr_jax.tasks.countdown.judging import count_operations, path_solves
 from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.countdown.task import COUNTDOWN
 from tests.reasoning.test_adaptive import LAST, PROBLEM, STATE_6_4
 
 
@@ -33,9 +33,9 @@ def test_path_solves_counts_the_operations_before_the_child():
 
 
 def test_a_childs_result_is_one_word():
-    assert DIALECTS["adaptive"].child_result(STATE_6_4, "No solution found.\n", PROBLEM) == "no_solution"
-    assert DIALECTS["adaptive"].child_result(STATE_6_4, "No solution", PROBLEM) == "unfinished"
-    assert DIALECTS["tree_of_thoughts"].child_result("", "no verdict", PROBLEM) == "proposed"
+    assert COUNTDOWN.dialects["adaptive"].child_result(STATE_6_4, "No solution found.\n", PROBLEM) == "no_solution"
+    assert COUNTDOWN.dialects["adaptive"].child_result(STATE_6_4, "No solution", PROBLEM) == "unfinished"
+    assert COUNTDOWN.dialects["tree_of_thoughts"].child_result("", "no verdict", PROBLEM) == "proposed"
 
 
 @pytest.mark.parametrize(
@@ -48,5 +48,5 @@ def test_a_childs_result_is_one_word():
     ],
 )
 def test_a_sample_of_direct_is_its_path(completion: str, result: str):
-    direct = DIALECTS["direct"]
-    assert direct.child_result(trace.parent_prompt(PROBLEM), completion.rstrip("\n"), PROBLEM) == result
+    direct = COUNTDOWN.dialects["direct"]
+    assert direct.child_result(ADAPTIVE.prompt(PROBLEM), completion.rstrip("\n"), PROBLEM) == result

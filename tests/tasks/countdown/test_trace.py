@@ -5,7 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.adaptive import ADAPTIVE, render_spawn
 from apr_jax.tasks.countdown.rules import Problem, sample_problem, verify
+from apr_jax.tasks.countdown.serial import SERIAL
 from apr_jax.tasks.dialect import CALL_BEGIN, CALL_END, ChildResult, Malformed, SpawnCall
 from apr_jax.tasks.generation import demonstrate
 from tests.tasks.settings import LAPTOP, REFERENCE
@@ -26,22 +28,22 @@ SOLVED = f"{CHILD}Exploring Operation: 15+4=26, Resulting Numbers: [26]\n26,26 e
 
 
 def test_prompts_name_their_budget_where_there_is_one() -> None:
-    assert trace.parent_prompt(PROBLEM) == "Moving to Node #0\nCurrent State: 26:[7, 3, 15], Operations: []\n"
-    assert trace.parent_prompt(PROBLEM, 8) == "Sub Call Budget: 8 " + trace.parent_prompt(PROBLEM)
-    assert trace.parent_prompt(PROBLEM, 8, 96) == "Sub Call Budget: 8 Token Budget: 96 " + trace.parent_prompt(PROBLEM)
-    assert trace.in_window(CHILD, 96) == "Token Budget: 96 " + CHILD
-    assert trace.in_window(CHILD, None) == CHILD
-    assert trace.thread_node(trace.in_window(CHILD, 96)) == trace.thread_node(CHILD) == "0,1"
-    assert trace.thread_node(trace.serial_prompt(PROBLEM)) == "0"
+    assert ADAPTIVE.prompt(PROBLEM) == "Moving to Node #0\nCurrent State: 26:[7, 3, 15], Operations: []\n"
+    assert ADAPTIVE.prompt(PROBLEM, 8) == "Sub Call Budget: 8 " + ADAPTIVE.prompt(PROBLEM)
+    assert ADAPTIVE.prompt(PROBLEM, 8, 96) == "Sub Call Budget: 8 Token Budget: 96 " + ADAPTIVE.prompt(PROBLEM)
+    assert ADAPTIVE.child_prompt(CHILD, 96) == "Token Budget: 96 " + CHILD
+    assert ADAPTIVE.child_prompt(CHILD, None) == CHILD
+    assert trace.thread_node(ADAPTIVE.child_prompt(CHILD, 96)) == trace.thread_node(CHILD) == "0,1"
+    assert trace.thread_node(SERIAL.prompt(PROBLEM)) == "0"
     assert trace.thread_node("hello\n") is None
-    assert trace.serial_prompt(PROBLEM) == "Current State: 26:[7, 3, 15], Operations: []\n"
-    assert trace.serial_prompt(PROBLEM, 512) == "Token Budget: 512 " + trace.serial_prompt(PROBLEM)
+    assert SERIAL.prompt(PROBLEM) == "Current State: 26:[7, 3, 15], Operations: []\n"
+    assert SERIAL.prompt(PROBLEM, 512) == "Token Budget: 512 " + SERIAL.prompt(PROBLEM)
 
 
 @pytest.mark.parametrize("prefix", ["", CALLS, WINDOW, CALLS + WINDOW])
 def test_a_spawn_gives_each_child_its_prompt(prefix: str) -> None:
     text = prefix + SEARCHED + CALL_BEGIN + FIRST + SECOND + CALL_END
-    assert trace.parse_spawn(text) == SpawnCall(
+    assert ADAPTIVE.read_spawn(text) == SpawnCall(
         start=len(prefix + SEARCHED),
         contexts=(CHILD, "Moving to Node #0,0\nCurrent State: 26:[15, 10], Operations: ['7+3=10']\n"),
         names=("0,1", "0,0"),
@@ -59,12 +61,12 @@ def test_a_child_may_spawn_too() -> None:
         "Exploring Operation: 5-5=0, Resulting Numbers: [4, 0]\nGenerated Node #0,4,1,0: 9:[4, 0] Operation: 5-5=0\n"
         f"{CALL_BEGIN}<Start Sub Search 0 at level 2> Moving to Node #0,4,1,0\n{CALL_END}"
     )
-    call = trace.parse_spawn(text)
+    call = ADAPTIVE.read_spawn(text)
     assert isinstance(call, SpawnCall)
     assert call.level == 2
     expected = "Moving to Node #0,4,1,0\nCurrent State: 9:[4, 0], Operations: ['1+1=2', '2+3=5', '5-5=0']\n"
     assert call.contexts == (expected,)
-    assert text[call.start :] == trace.render_spawn(call.names, level=2)
+    assert text[call.start :] == render_spawn(call.names, level=2)
 
 
 @pytest.mark.parametrize(
@@ -99,21 +101,21 @@ def test_a_child_may_spawn_too() -> None:
     ],
 )
 def test_malformed_spawns_have_reasons(text: str, reason: str) -> None:
-    assert trace.parse_spawn(text) == Malformed(reason)
+    assert ADAPTIVE.read_spawn(text) == Malformed(reason)
 
 
 def test_a_join_lists_its_children_in_order() -> None:
-    joined = trace.render_join([ChildResult("0,1", PATH), ChildResult("0,0", None)])
+    joined = ADAPTIVE.render_join([ChildResult("0,1", PATH), ChildResult("0,0", None)])
     assert joined == (
         "<Sub Searches>\n<Goal Reached in Sub Search 0 at level 1 at Node #0,1>\n"
         f"{PATH}\n<No Solution in Sub Search 1 at level 1 at Node #0,0>\n<End Sub Searches>\n"
     )
-    assert "at level 2 at" in trace.render_join([ChildResult("0,1,0", None)], level=2)
+    assert "at level 2 at" in ADAPTIVE.render_join([ChildResult("0,1,0", None)], level=2)
 
 
 def test_a_childs_result_is_its_path_or_that_there_is_none() -> None:
-    assert trace.read_child_result(SOLVED, "0,1") == ChildResult("0,1", PATH)
-    assert trace.read_child_result(CHILD + trace.NO_SOLUTION, "0,1") == ChildResult("0,1", None)
+    assert trace.read_child(SOLVED, "0,1") == ChildResult("0,1", PATH)
+    assert trace.read_child(CHILD + trace.NO_SOLUTION, "0,1") == ChildResult("0,1", None)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,7 @@ def test_a_childs_result_is_its_path_or_that_there_is_none() -> None:
     ],
 )
 def test_malformed_children_have_reasons(text: str, node_id: str, reason: str) -> None:
-    assert trace.read_child_result(text, node_id) == Malformed(reason)
+    assert trace.read_child(text, node_id) == Malformed(reason)
 
 
 def test_an_answer_is_a_replay_at_the_end_of_the_text() -> None:
@@ -174,13 +176,13 @@ def test_damaged_traces_can_be_read(seed: int, small: bool, data: st.DataObject)
 
 
 def _read_all(text: str) -> None:
-    call = trace.parse_spawn(text)
+    call = ADAPTIVE.read_spawn(text)
     assert isinstance(call, SpawnCall | Malformed)
     if isinstance(call, SpawnCall):
         assert len(set(call.names)) == len(call.contexts) > 0
         assert all(context.endswith("\n") for context in call.contexts)
-        assert text[call.start :] == trace.render_spawn(call.names, call.level)
-    result = trace.read_child_result(text, "0,1")
+        assert text[call.start :] == render_spawn(call.names, call.level)
+    result = trace.read_child(text, "0,1")
     assert isinstance(result, ChildResult | Malformed)
     answer = trace.read_answer(text)
     assert answer is None or answer == answer.strip()

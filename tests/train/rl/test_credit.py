@@ -5,6 +5,7 @@ import pytest
 
 from apr_jax.engine.threads import StopReason
 from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown.adaptive import render_spawn
 from apr_jax.tasks.countdown.rules import Problem
 from apr_jax.tasks.countdown.task import COUNTDOWN
 from apr_jax.train.rl import credit
@@ -58,8 +59,8 @@ def test_a_chain_of_threads_is_used_as_far_as_its_paths_are():
     middle = "Moving to Node #0,0\nCurrent State: 10:[3, 4, 3], Operations: ['1+2=3']\n" + second + lowest
     whole = "Moving to Node #0\nCurrent State: 10:[1, 2, 3, 4], Operations: []\n" + first + middle
     texts = {
-        (): [first + trace.render_spawn(["0,0"]), trace.goal_line(10) + whole],
-        (0, 0): [second + trace.render_spawn(["0,0,0"], level=2), trace.goal_line(10) + middle],
+        (): [first + render_spawn(["0,0"]), trace.goal_line(10) + whole],
+        (0, 0): [second + render_spawn(["0,0,0"], level=2), trace.goal_line(10) + middle],
         (0, 0, 0, 0): [last + lowest],
     }
     assert _used(texts, problem=problem, max_depth=2) == {(): 1, (0, 0): 1, (0, 0, 0, 0): 1}

@@ -5,7 +5,8 @@ import random
 import pytest
 
 from apr_jax.data.tokenizer import load_tokenizer
-from apr_jax.tasks.countdown import hogwild_traces, rules, trace
+from apr_jax.tasks.countdown import hogwild, rules, trace
+from apr_jax.tasks.countdown.hogwild import HOGWILD, LEAVE
 from apr_jax.tasks.countdown.rules import Problem, sample_problem
 from apr_jax.tasks.generation import demonstrate
 from tests.tasks.settings import LAPTOP, REFERENCE
@@ -19,7 +20,7 @@ def count_tokens(text):
 
 
 def calls_of(problem):
-    return hogwild_traces.hogwild_calls(problem, random.Random(0), LAPTOP, count_tokens, budget=False)
+    return demonstrate(problem, random.Random(0), LAPTOP, "hogwild", False, count_tokens).calls
 
 
 def problems(count, task=LAPTOP):
@@ -32,14 +33,14 @@ def test_every_solvable_problem_is_solved_and_the_work_is_shared():
         demo = demonstrate(problem, random.Random(0), LAPTOP, "hogwild", False, count_tokens)
         assert demo.correct
         first, second = demo.calls
-        assert first.context == hogwild_traces.prompt(problem) + hogwild_traces.header(0)
-        assert second.context == hogwild_traces.prompt(problem) + hogwild_traces.header(1)
+        assert first.context == HOGWILD.prompt(problem) + HOGWILD.header(0)
+        assert second.context == HOGWILD.prompt(problem) + HOGWILD.header(1)
         solving = min(
             count_tokens(call.completion[: call.replay_start])
             for call in demo.calls
             if call.replay_start < len(call.completion)
         )
-        everything = hogwild_traces._search(problem, list(enumerate(hogwild_traces._operations(problem.numbers))))
+        everything = hogwild._search(enumerate(rules.steps(problem.numbers)), problem.target)
         for step in everything:
             alone += count_tokens(step.text)
             if step.path is not None:
@@ -57,8 +58,8 @@ def test_workers_act_on_what_they_have_seen(problem):
     assert any(goal is not None for goal in goals)
     for worker, call in enumerate(calls):
         other_goal = goals[1 - worker]
-        if call.completion.endswith(hogwild_traces.LEAVE):
-            searched = call.completion.removesuffix(hogwild_traces.LEAVE)
+        if call.completion.endswith(LEAVE):
+            searched = call.completion.removesuffix(LEAVE)
             assert goals[worker] is None
             assert count_tokens(searched) >= other_goal
             before = searched.rpartition("Exploring Operation")[0]
@@ -73,7 +74,7 @@ def test_where_there_is_no_solution_the_workers_meet_having_tried_every_operatio
     problem = Problem((2, 3, 7), 199)
     texts = [call.completion for call in calls_of(problem)]
     assert all(text.endswith(trace.NO_SOLUTION) for text in texts)
-    firsts = [operation for operation, _ in hogwild_traces._operations(problem.numbers)]
+    firsts = [operation for _, operation, _ in rules.steps(problem.numbers)]
     tried = [[op for op in firsts if f"Exploring Operation: {op}, Resulting Numbers: [" in text] for text in texts]
     assert set(tried[0]) | set(tried[1]) == set(firsts)
     assert len(tried[0]) + len(tried[1]) <= len(firsts) + 1
@@ -90,6 +91,6 @@ def test_four_numbers_are_searched_depth_first():
 def test_what_it_cannot_do_is_refused():
     problem = Problem((2, 3), 5)
     with pytest.raises(ValueError, match="count_tokens"):
-        hogwild_traces.hogwild_calls(problem, random.Random(0), LAPTOP, None, budget=False)
+        demonstrate(problem, random.Random(0), LAPTOP, "hogwild", False)
     with pytest.raises(ValueError, match="condition_on_budget"):
-        hogwild_traces.hogwild_calls(problem, random.Random(0), LAPTOP, count_tokens, budget=True)
+        demonstrate(problem, random.Random(0), LAPTOP, "hogwild", True, count_tokens)

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from apr_jax.tasks.base import Call, Demonstration
 from apr_jax.tasks.countdown import rules, trace
+from apr_jax.tasks.countdown.adaptive import ADAPTIVE
 from apr_jax.tasks.countdown.config import CountdownConfig
 from apr_jax.tasks.countdown.rules import Problem, sample_problem, verify
+from apr_jax.tasks.countdown.serial import SERIAL
 from apr_jax.tasks.dialect import CALL_END, JOIN_BEGIN, ChildResult, SpawnCall
 from apr_jax.tasks.generation import demonstrate
 from tests.tasks.settings import LAPTOP, REFERENCE
@@ -88,28 +90,28 @@ def test_no_operation_goes_beyond_the_bound_and_all_others_stay(seed: int, metho
 @settings(deadline=None)
 @given(seeds, tasks, st.booleans())
 def test_readers_rebuild_every_context(seed: int, task: CountdownConfig, budget: bool) -> None:
-    """From the parent's prompt on, parse_spawn, read_child_result and render_join give each call's context exactly."""
+    """From the parent's prompt on, read_spawn, read_child and render_join give each call's context exactly."""
     demonstration = _demonstrate(seed, task, "adaptive", budget)
     parents = [call for call in demonstration.calls if call.depth == 0]
     children = [call for call in demonstration.calls if call.depth == 1]
     assert demonstration.calls == (*parents, *children)
-    context = trace.parent_prompt(demonstration.problem, len(children) if budget else None)
+    context = ADAPTIVE.prompt(demonstration.problem, len(children) if budget else None)
     for call in parents:
         assert call.context == context
         text = call.context + call.completion
         assert call.ends_in_spawn == (call is not parents[-1])
         if call.ends_in_spawn:
-            spawn = trace.parse_spawn(text)
+            spawn = ADAPTIVE.read_spawn(text)
             assert isinstance(spawn, SpawnCall)
             assert call.completion.endswith(CALL_END)
             results = []
             for node_id, prompt in zip(spawn.names, spawn.contexts, strict=True):
                 child = children.pop(0)
                 assert child.context == prompt
-                result = trace.read_child_result(child.context + child.completion, node_id)
+                result = trace.read_child(child.context + child.completion, node_id)
                 assert isinstance(result, ChildResult)
                 results.append(result)
-            context = text[: spawn.start] + trace.render_join(results)
+            context = text[: spawn.start] + ADAPTIVE.render_join(results)
     assert not children
 
 
@@ -125,7 +127,7 @@ def test_the_replay_follows_the_first_goal_line(seed: int, task: CountdownConfig
         target = demonstration.problem.target
         assert searched.endswith(f"{target},{target} equal: Goal Reached\n")
         assert searched.count(" equal: Goal Reached") == 1
-        root = call.context if call.depth == 1 else trace.parent_prompt(demonstration.problem)
+        root = call.context if call.depth == 1 else ADAPTIVE.prompt(demonstration.problem)
         assert replayed.startswith(root)
         assert trace.read_answer(call.context + call.completion) == replayed.strip()
 
@@ -173,7 +175,7 @@ def test_children_are_spawned_by_heuristic_or_in_node_order(seed: int, shuffle: 
     demonstration = _demonstrate(seed, dataclasses.replace(REFERENCE, shuffle=shuffle), "adaptive")
     for call in demonstration.calls:
         if call.ends_in_spawn:
-            spawn = trace.parse_spawn(call.context + call.completion)
+            spawn = ADAPTIVE.read_spawn(call.context + call.completion)
             assert isinstance(spawn, SpawnCall)
             parent_ids = {node_id.rpartition(",")[0] for node_id in spawn.names}
             assert len(parent_ids) == 1
@@ -208,8 +210,8 @@ def test_the_token_budget_is_the_smallest_bin_that_holds_the_search(scale: int, 
 
     demonstration = demonstrate(problem, random.Random(0), LAPTOP, "serial", True, count_tokens)
     (call,) = demonstration.calls
-    assert call.context == trace.serial_prompt(problem, budget)
-    assert counted == [trace.serial_prompt(problem) + call.completion]
+    assert call.context == SERIAL.prompt(problem, budget)
+    assert counted == [SERIAL.prompt(problem) + call.completion]
 
 
 def test_a_token_budget_needs_a_counter() -> None:

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apr_jax.tasks.base import Demonstration
-from apr_jax.tasks.countdown import rules, thought_traces
+from apr_jax.tasks.countdown import rules
 from apr_jax.tasks.countdown.config import CountdownConfig
 from apr_jax.tasks.countdown.rules import Problem, sample_problem, verify
+from apr_jax.tasks.countdown.thoughts import THOUGHTS, read_verdict, verdict
 from apr_jax.tasks.dialect import VALUES, Proposal
 from apr_jax.tasks.generation import demonstrate
 from tests.tasks.settings import LAPTOP, REFERENCE
@@ -28,14 +29,14 @@ def test_every_demonstration_solves_its_problem(seed: int, task: CountdownConfig
     for call in demonstration.calls:
         if call.context.startswith("Current State"):
             numbers = tuple(map(int, call.context.partition(":[")[2].partition("]")[0].split(", ")))
-            proposals, dropped = thought_traces.read_proposals(call.completion, numbers)
+            proposals, dropped = THOUGHTS.read_proposals(call.completion, numbers)
             assert "".join(f"{proposal.line}\n" for proposal in proposals) == call.completion
             assert dropped == []
             assert _operations(call.completion) == {
                 text for pair in itertools.combinations(numbers, 2) for _, text in rules.operations(*pair)
             }
         else:
-            assert thought_traces.read_verdict(call.completion) in VALUES
+            assert read_verdict(call.completion) in VALUES
 
 
 def _operations(text: str) -> set[str]:
@@ -67,16 +68,16 @@ def _demonstrate_problem(problem: Problem) -> Demonstration:
     ],
 )
 def test_verdicts_are_the_exhaustive_solvers(numbers: tuple[int, ...], target: int, expected: str) -> None:
-    assert thought_traces.verdict(numbers, target) == expected
+    assert verdict(numbers, target) == expected
 
 
 def test_what_is_dropped_has_a_reason() -> None:
     good = "Exploring Operation: 2*3=6, Resulting Numbers: [4, 6]"
     text = f"{good}\n{good}\n{good.replace('4, 6', '6')}\n{good}]\n\n{good[:-1]}"
-    proposals, dropped = thought_traces.read_proposals(text, (2, 3, 4))
+    proposals, dropped = THOUGHTS.read_proposals(text, (2, 3, 4))
     assert proposals == [Proposal(good, (4, 6))]
     assert dropped == ["repeated_line", "wrong_count", "malformed_line", "malformed_line", "unfinished_line"]
-    assert thought_traces.read_proposals("", (2, 3, 4)) == ([], [])
+    assert THOUGHTS.read_proposals("", (2, 3, 4)) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -84,13 +85,13 @@ def test_what_is_dropped_has_a_reason() -> None:
     [("sure\n", "sure"), ("4*6=24\nlikely\n", "likely"), ("sure", None), ("", None), ("sure\n4\n", None), ("\n", None)],
 )
 def test_a_verdict_is_the_last_line(text: str, expected: str | None) -> None:
-    assert thought_traces.read_verdict(text) == expected
+    assert read_verdict(text) == expected
 
 
 @given(st.text() | st.text(alphabet="[]\n,: 0123456789+-*/=ExploringOperationsurelikely"))
 def test_any_text_can_be_read(text: str) -> None:
-    thought_traces.read_verdict(text)
-    proposals, dropped = thought_traces.read_proposals(text, (2, 3, 4))
+    read_verdict(text)
+    proposals, dropped = THOUGHTS.read_proposals(text, (2, 3, 4))
     assert len(proposals) + len(dropped) == text.count("\n") + (not text.endswith("\n") and bool(text))
 
 
@@ -99,9 +100,11 @@ def test_an_answer_is_made_of_proposals() -> None:
         "Exploring Operation: 2*3=6, Resulting Numbers: [4, 6]",
         "Exploring Operation: 4*6=24, Resulting Numbers: [24]",
     ]
-    assert verify(thought_traces.render_answer(lines, 24), Problem((2, 3, 4), 24)).correct
+    problem = Problem((2, 3, 4), 24)
+    assert verify(THOUGHTS.render_answer(problem, lines, (24,)), problem).correct
+    assert THOUGHTS.render_answer(problem, lines, (23,)) is None
 
 
 def test_there_is_no_budget_to_name() -> None:
-    with pytest.raises(ValueError, match="no prompt to name a budget"):
+    with pytest.raises(ValueError, match="name no budget"):
         demonstrate(Problem((2, 3, 4), 24), random.Random(0), LAPTOP, "tree_of_thoughts", condition_on_budget=True)
