@@ -1,4 +1,4 @@
-# make train | make test | make test-fast | make test-slow | make test-browser | make test-peers | make peers | make test-aot |
+# make train | make test | make test-fast | make test-slow | make test-browser | make test-peers | make peers | make test-aot | make soak |
 # make compile-aot | make gpu-check | make screenshots | make lint | make lock
 # METHOD=serial trains another way of reasoning (configs/methods.py).
 # ROOM=engine tests one room of the package, tests/engine (test, test-fast, test-slow).
@@ -16,7 +16,7 @@ TOPOLOGY ?= tpu:v5e:4x4
 
 COMPARISON ?= docs/results/laptop
 
-.PHONY: train test test-without-cpu-kernels test-fast test-slow test-browser screenshots test-peers peers test-aot compile-aot gpu-check lint format lock env clean
+.PHONY: train test test-without-cpu-kernels test-fast test-slow test-browser screenshots soak test-peers peers test-aot compile-aot gpu-check lint format lock env clean
 
 env: $(VENV)/.installed
 
@@ -63,6 +63,11 @@ test-without-cpu-kernels: env
 	cp -r apr_jax launch configs docs tests pyproject.toml setup.py README.md Makefile .without-cpu/
 	rm -rf .without-cpu/apr_jax/kernels/cpu .without-cpu/tests/kernels/cpu
 	cd .without-cpu && PYTHONPATH=$$PWD ../$(BIN)/python -m pytest -n 2 -q $(TESTS)
+
+# Kills, damage, full disks, lost hosts and mutated traces at random moments (docs/reliability.md). MINUTES=2 does a share of it.
+MINUTES ?= 15
+soak: env
+	$(BIN)/python -m tests.soak --minutes=$(MINUTES) $(if $(SEED),--seed=$(SEED))
 
 test-peers: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
