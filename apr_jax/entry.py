@@ -1,6 +1,6 @@
 """Entry points: flags and configuration in, one message and an exit code out.
 
-    0 done · 1 failed, with a message · 2 bad arguments or config · 75 stopped by a signal, everything saved
+    0 done · 1 failed, with a message · 2 bad arguments or config · 75 stopped by a signal, everything finished saved
 
 A bug keeps its traceback and exits with 1.
 """
@@ -23,6 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from apr_jax.config import Config, ConfigError
 from apr_jax.config_dict import from_config_dict
 from apr_jax.files import FileError, explain, write
+from apr_jax.stopping import StoppedError, StopSignal
 
 FAILED, BAD_ARGUMENTS, STOPPED = 1, 2, 75  # exit codes
 _STANDARD_OUTPUT = "-"  # as the name of a file to write
@@ -136,7 +137,8 @@ def positive_numbers(flag: str, values: Sequence[str]) -> tuple[int, ...]:
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Parse the command line, which takes flags alone, run `main` and exit with what it returns (None: 0).
 
-    A ConfigError or a wrong command line exits with 2; a FailedError, a FileError or an OSError with 1.
+    A ConfigError or a wrong command line exits with 2; a FailedError, a FileError or an OSError with 1; a signal
+    (`stopping`) with 75 at once, unless `main` handles it.
     """
 
     def without_words(words: Sequence[str]) -> int | None:
@@ -160,7 +162,10 @@ def run_with_words(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
             return main(argv[1:])
 
     try:
-        app.run(quietly, flags_parser=_parse)
+        with StopSignal().listening() as stop, stop.interrupting():
+            app.run(quietly, flags_parser=_parse)
+    except StoppedError as error:
+        _exit(error, STOPPED)
     except ConfigError as error:
         _exit(error, BAD_ARGUMENTS)
     except (FailedError, FileError) as error:

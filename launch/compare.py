@@ -29,6 +29,7 @@ from apr_jax import entry
 from apr_jax.config import ConfigError
 from apr_jax.evaluation.compare.grid import Cell, make_cells, read_policies, read_rows
 from apr_jax.evaluation.rollout_sources import check_policy_folder, choose_split, newest_run, policy_task, read_problems
+from apr_jax.stopping import StoppedError
 from apr_jax.tasks import task_of
 from apr_jax.tasks.base import SPLITS
 
@@ -72,7 +73,6 @@ def main() -> int:
     if not folders:
         raise entry.FailedError(f"no run with checkpoints in {_RUNS}/: train one first, or name --policies=NAME=FOLDER")
     from apr_jax.evaluation.report.paired_report import draw_runs
-    from apr_jax.train.signals import StoppedError, StopSignal
 
     if _FIGURE.value:
         try:
@@ -80,8 +80,7 @@ def main() -> int:
         except ValueError as error:
             raise entry.FailedError(str(error)) from error
     try:
-        with StopSignal().listening() as stop, stop.interrupting():
-            _compare(folders, own)
+        _compare(folders, own)
     except StoppedError:
         print(f"Stopped by a signal; finished cells are in {_WORKDIR.value}. Start again to go on.", file=sys.stderr)
         return entry.STOPPED

@@ -18,6 +18,7 @@ from absl import flags
 from apr_jax import entry
 from apr_jax.config import ConfigError
 from apr_jax.evaluation.rollout_sources import check_policy_folder
+from apr_jax.stopping import StoppedError
 
 _CONFIG = entry.define_config("grpo.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder [runs/NAME, with the config's name].")
@@ -40,7 +41,6 @@ def main() -> int:
         raise ConfigError("--checkpoint leaves SFT out, and --start is where SFT starts: name one of them")
     from apr_jax.parallel import hosts
     from apr_jax.train.run import train
-    from apr_jax.train.signals import StoppedError
 
     workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / config.name)
     try:

@@ -27,9 +27,10 @@ LEAVES = {
     "data": {"data", "tasks", "config", "files"},
     "progress": set(),
     "files": set(),
+    "stopping": set(),
     "config": set(),
     "config_dict": {"config", "tasks", "reasoning", "model"},  # the door asks the registries TASKS, METHODS, FAMILIES
-    "entry": {"config", "config_dict", "files"},
+    "entry": {"config", "config_dict", "files", "stopping"},
 }
 MAY_USE_LEAVES = {"reasoning", "evaluation", "checkpoints", "train", "library", "bench", "aot", "launch"}
 NO_JAX = ["apr_jax/tasks", "apr_jax/data", "apr_jax/engine/pages.py", "apr_jax/engine/threads.py"]

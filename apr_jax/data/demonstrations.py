@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -160,6 +161,7 @@ def load_split(config: Config, split: Split, on_progress: OnProgress | None = No
     Raises:
       DatasetError: the folder is there, but the data set in it is broken.
       ConfigError: there are no such problems (`tasks.generation.draw_splits`).
+      ChildProcessError: a worker process died while building.
     """
     folder = dataset_folder(config)
     if not folder.exists():
@@ -224,6 +226,8 @@ def _broken(folder: pathlib.Path, what: str) -> DatasetError:
 
 def _build(config: Config, on_progress: OnProgress | None) -> None:
     tfds.disable_progress_bar()  # `on_progress` says how far the work is
+    for leftover in dataset_folder(config).parent.glob("incomplete.*"):  # of a process that was killed
+        shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory() as downloads:  # which stays empty
         make_builder(config, on_progress).download_and_prepare(download_dir=downloads)
 

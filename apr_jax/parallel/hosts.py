@@ -56,7 +56,7 @@ def joined() -> Iterator[None]:
     if place is None:
         yield
         return
-    # JAX's service would take SIGTERM, which belongs to `train.signals`.
+    # JAX's service would take SIGTERM, which belongs to `stopping`.
     jax.config.update("jax_enable_preemption_service", False)  # type: ignore[no-untyped-call]
     heartbeat = _positive("APR_HEARTBEAT_SECONDS", os.environ.get("APR_HEARTBEAT_SECONDS", _HEARTBEAT_SECONDS))
     jax.distributed.initialize(

@@ -6,14 +6,11 @@ first and without repetition; a draw for train that hits one of them is drawn ag
 repeat itself, as the reference's does.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import itertools
-import multiprocessing
 import random
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -21,9 +18,9 @@ from apr_jax.config import Config, ConfigError, TaskConfig
 from apr_jax.tasks import TASKS, task_of
 from apr_jax.tasks.base import HELD_OUT_SPLITS, CountTokens, Demonstration, Split, Task, split_size
 from apr_jax.tasks.dialect import Dialect
+from apr_jax.tasks.workers import map_in_processes
 
 _CHUNK_LEN = 64  # problems a worker takes at a time
-_CHUNKS_AHEAD = 4  # chunks a worker that are under way before they are asked for
 _MAX_REDRAWS = 1000
 
 _T = TypeVar("_T")
@@ -119,6 +116,7 @@ def generate_split(config: Config, split: Split, count_tokens: CountTokens | Non
     Raises:
       ConfigError: the splits cannot be drawn (see `draw_splits`).
       ValueError: `count_tokens` is needed and missing.
+      ChildProcessError: a worker died.
     """
     draw_splits(config)
     of_chunk = functools.partial(_demonstrate_chunk, config, split, count_tokens)
@@ -202,20 +200,6 @@ def _measure_chunk(
 
 
 def _map_chunks(function: Callable[[range], _T], num_problems: int, num_workers: int) -> Iterator[_T]:
-    """Apply `function` to consecutive chunks of indices, in order, keeping a bounded number of chunks under way."""
+    """Apply `function` to consecutive chunks of indices, in order."""
     chunks = (range(i, min(i + _CHUNK_LEN, num_problems)) for i in range(0, num_problems, _CHUNK_LEN))
-    if num_workers == 1:
-        yield from map(function, chunks)
-        return
-    # Spawned, not forked: the caller may have started JAX, whose threads a fork would cut off.
-    context = multiprocessing.get_context("spawn")
-    executor = concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=context)
-    try:
-        ahead = itertools.islice(chunks, num_workers * _CHUNKS_AHEAD)
-        under_way = deque(executor.submit(function, chunk) for chunk in ahead)
-        while under_way:
-            result = under_way.popleft().result()
-            under_way.extend(executor.submit(function, chunk) for chunk in itertools.islice(chunks, 1))
-            yield result
-    finally:
-        executor.shutdown(cancel_futures=True)
+    return map_in_processes(function, chunks, num_workers)

@@ -15,8 +15,8 @@ from apr_jax.files import read_json, write_json
 from apr_jax.model.params import Params
 from apr_jax.parallel import hosts
 from apr_jax.reasoning.settings import make_settings
+from apr_jax.stopping import StopSignal
 from apr_jax.train.hosted_engine import RunEngine
-from apr_jax.train.signals import StopSignal
 
 Stage = Literal["before", "after"]
 STAGES: tuple[Stage, ...] = ("before", "after")

@@ -18,7 +18,7 @@ from apr_jax.model.params import Params, abstract_params, logical_axes
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import RULES, param_shardings
 from apr_jax.reasoning.policy_engine import EngineHolder, HeldEngine, policy_engine, workers
-from apr_jax.train.signals import StopSignal
+from apr_jax.stopping import StopSignal
 
 
 class RolloutEngine(RunsPrograms, HeldEngine, Protocol):

@@ -12,8 +12,8 @@ from apr_jax.checkpoints.manager import Checkpoints
 from apr_jax.checkpoints.policy import POLICY
 from apr_jax.config import ModelConfig
 from apr_jax.model.params import Params
+from apr_jax.stopping import StoppedError, StopSignal
 from apr_jax.train.metrics import MetricsWriter
-from apr_jax.train.signals import StoppedError, StopSignal
 from apr_jax.train.skipping import SkippedSteps
 from apr_jax.train.state import TrainState, abstract_state, create_state
 

@@ -36,6 +36,7 @@ from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.progress import Progress, progress
 from apr_jax.reasoning import METHODS
+from apr_jax.stopping import StopSignal
 from apr_jax.tasks import task_of
 from apr_jax.tasks.base import Demonstration
 from apr_jax.train.evaluations import Evaluations
@@ -47,7 +48,7 @@ from apr_jax.train.phase import Phase
 from apr_jax.train.rl.objective import choose_objective
 from apr_jax.train.rl.sample import Sampler
 from apr_jax.train.sft import train_sft
-from apr_jax.train.signals import StopSignal, stop_signal
+from apr_jax.train.signals import stop_signal
 from apr_jax.train.skipping import SkippedSteps
 
 

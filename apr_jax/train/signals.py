@@ -1,9 +1,7 @@
-"""Stopping a run by a signal, with everything saved, on all hosts of a job at the same step."""
+"""Stopping all hosts of a job at the same step, with everything saved, when any of them is asked to stop."""
 
 import contextlib
-import signal
 import time
-import types
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -11,72 +9,11 @@ import jax
 from jax.sharding import Mesh
 
 from apr_jax.parallel import hosts
+from apr_jax.stopping import StoppedError, StopSignal
 
 T = TypeVar("T")
 
 _LISTEN_SECONDS = 1.0
-
-
-class StoppedError(Exception):
-    """The run was asked to stop. What was finished is saved; starting again goes on."""
-
-
-class StopSignal:
-    """A request to stop, made by SIGTERM or SIGINT, which loops ask about. A second signal ends the process at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._signalled = False
-        self._interrupting = False
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator["StopSignal"]:
-        """Handle the signals within the block. Main thread only."""
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    @contextlib.contextmanager
-    def interrupting(self) -> Iterator[None]:
-        """Let a signal raise StoppedError at once within the block, for long work that a restart repeats anyway."""
-        self.check()
-        self._interrupting = True
-        try:
-            yield
-        finally:
-            self._interrupting = False
-
-    def agreed(self) -> bool:
-        """Return True when it is time to stop. All hosts of a job ask once a step, and get the same answer."""
-        return self.requested
-
-    def together(self, work: Callable[[], T]) -> list[T]:
-        """Do `work` on all hosts of a job, and return each host's result. `work` itself calls nothing that they share.
-
-        A restart repeats the work anyway, so a signal on any host raises StoppedError at once on all.
-        """
-        with self.interrupting():
-            return [work()]
-
-    def listen(self) -> None:
-        """Raise StoppedError when another host was asked to stop. `together`'s work calls it now and then."""
-
-    def check(self) -> None:
-        """Raise StoppedError once a stop was requested."""
-        if self.requested:
-            raise StoppedError("stopped by a signal")
-
-    def _handle(self, number: int, frame: types.FrameType | None) -> None:
-        del frame
-        if self._signalled:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.requested = self._signalled = True
-        if self._interrupting:
-            self.check()
 
 
 class StopTogether(StopSignal):

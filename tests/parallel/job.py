@@ -14,7 +14,8 @@ from apr_jax.config import ConfigError, MeshConfig
 from apr_jax.model.params import abstract_params, init_params, logical_axes
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import RULES, make_mesh, param_shardings
-from apr_jax.train.signals import StoppedError, stop_signal
+from apr_jax.stopping import StoppedError
+from apr_jax.train.signals import stop_signal
 from tests.train.small import small_config
 
 MESHES = [(4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)]

@@ -14,9 +14,9 @@ from apr_jax.checkpoints.phases import PHASES, PhaseName
 from apr_jax.config import Config
 from apr_jax.config_dict import from_config_dict
 from apr_jax.data.packing import pack
+from apr_jax.stopping import StopSignal
 from apr_jax.train.metrics import MetricsWriter
 from apr_jax.train.phase import Phase
-from apr_jax.train.signals import StopSignal
 from apr_jax.train.skipping import SkippedSteps
 from configs import grpo as grpo_config
 

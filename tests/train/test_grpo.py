@@ -21,6 +21,7 @@ from apr_jax.parallel.mesh import make_mesh
 from apr_jax.reasoning import METHODS
 from apr_jax.reasoning.base import Outcome
 from apr_jax.reasoning.settings import banned_tokens
+from apr_jax.stopping import StoppedError, StopSignal
 from apr_jax.tasks import TASKS
 from apr_jax.tasks.base import Verdict
 from apr_jax.tasks.countdown.rules import Problem
@@ -29,7 +30,6 @@ from apr_jax.train.grpo import train_grpo
 from apr_jax.train.rl.sample import Sampler, Scored
 from apr_jax.train.rl.sequences import training_sequences
 from apr_jax.train.rl.update import Updater, microbatch_sizes
-from apr_jax.train.signals import StoppedError, StopSignal
 from apr_jax.train.state import create_state
 from tests.train.small import on_mesh, open_phase, small_config
 

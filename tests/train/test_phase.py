@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from apr_jax.parallel.mesh import make_mesh
+from apr_jax.stopping import StoppedError
 from apr_jax.train.optimizer import make_optimizer
-from apr_jax.train.signals import StoppedError
 from apr_jax.train.state import TrainState, create_state
 from tests.train.small import on_mesh, open_phase, small_config
 

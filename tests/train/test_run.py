@@ -10,10 +10,10 @@ from apr_jax.checkpoints.policy import load_policy
 from apr_jax.config import Config, ConfigError
 from apr_jax.data import demonstrations
 from apr_jax.files import read_jsonl
+from apr_jax.stopping import StoppedError
 from apr_jax.train import evaluations, grpo, run
 from apr_jax.train.rl import sample
 from apr_jax.train.run import train
-from apr_jax.train.signals import StoppedError
 from tests.train.small import on_mesh, small_config
 
 pytestmark = pytest.mark.heavy

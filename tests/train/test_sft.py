@@ -13,10 +13,10 @@ from apr_jax.files import read_jsonl
 from apr_jax.model.params import graphdef, init_params
 from apr_jax.model.views.training import training_rows
 from apr_jax.parallel.mesh import make_mesh
+from apr_jax.stopping import StoppedError, StopSignal
 from apr_jax.train.optimizer import make_optimizer, schedule
 from apr_jax.train.scorer import to_mesh
 from apr_jax.train.sft import make_sft_step, normalise, train_sft
-from apr_jax.train.signals import StoppedError, StopSignal
 from apr_jax.train.state import create_state
 from tests.train.small import on_mesh, open_phase, random_rows, small_config
 

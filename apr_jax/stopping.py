@@ -1,0 +1,99 @@
+"""Stopping by a signal: SIGTERM, SIGINT (Ctrl-C) or SIGHUP (a closed terminal)."""
+
+import contextlib
+import os
+import signal
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_INSIST_SECONDS = 5.0
+
+
+class StoppedError(BaseException):
+    """The work was asked to stop. What was finished is saved; starting again goes on.
+
+    Like KeyboardInterrupt this is no Exception, so that a handler of errors cannot take it for one.
+    """
+
+
+class StopSignal:
+    """A request to stop, made by a signal, which loops ask about. A second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._signalled = False
+        self._interrupting = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator["StopSignal"]:
+        """Handle the signals within the block, but no SIGHUP that `nohup` lets the process ignore. Main thread only."""
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        numbers = [number for number in _SIGNALS if number is not signal.SIGHUP or not ignored]
+        before = {number: signal.signal(number, self._handle) for number in (*numbers, signal.SIGALRM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Let a signal raise StoppedError at once within the block, for long work that a restart repeats anyway.
+
+        Python prints and forgets what is raised in a finaliser or a callback from C, so it is raised again and again
+        until the block ends.
+        """
+        self.check()
+        self._interrupting = True
+        try:
+            yield
+        finally:
+            self._interrupting = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        self.check()
+
+    def agreed(self) -> bool:
+        """Return True when it is time to stop. All hosts of a job ask once a step, and get the same answer."""
+        return self.requested
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Do `work` on all hosts of a job, and return each host's result. `work` itself calls nothing that they share.
+
+        A restart repeats the work anyway, so a signal on any host raises StoppedError at once on all.
+        """
+        with self.interrupting():
+            return [work()]
+
+    def listen(self) -> None:
+        """Raise StoppedError when another host was asked to stop. `together`'s work calls it now and then."""
+
+    def check(self) -> None:
+        """Raise StoppedError once a stop was requested."""
+        if self.requested:
+            raise StoppedError("stopped by a signal")
+
+    def _handle(self, number: int, frame: types.FrameType | None) -> None:
+        del frame
+        if number != signal.SIGALRM:
+            if self._signalled:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            if number == signal.SIGHUP:
+                _leave_terminal()
+            self.requested = self._signalled = True
+        if self._interrupting:
+            signal.setitimer(signal.ITIMER_REAL, _INSIST_SECONDS)
+            self.check()
+
+
+def _leave_terminal() -> None:
+    """Send what is written to a terminal nowhere from now on: it is closed, and writing would fail."""
+    for stream in (sys.__stdout__, sys.__stderr__):
+        if stream is not None and stream.isatty():
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
