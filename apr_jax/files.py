@@ -16,6 +16,7 @@ from typing import Any
 REMOVE = "remove the file, or restore it"
 _MOST_DIGITS = 308  # of a whole number, so that it can become a float
 _BOM = b"\xef\xbb\xbf"
+_GIT_LFS = b"version https://git-lfs"
 
 
 _ADVICE = {
@@ -109,6 +110,31 @@ def reading(path: pathlib.Path, advice: str) -> Iterator[None]:
         yield
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise FileError(f"{path}: unexpected contents ({type(error).__name__}: {error}); {advice}") from error
+
+
+def file_in(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """Return the path of a file of a folder that came from elsewhere: nothing is read that lies outside it.
+
+    A link may lead to another file of the folder, or to the blobs of Hugging Face's cache that the folder is a part of.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      FileError: it is a folder, a pipe, a link to elsewhere or a git-lfs pointer.
+    """
+    path, whole = folder / name, folder.resolve()
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+    real, places = path.resolve(), [whole]
+    if whole.parent.name == "snapshots":
+        places.append(whole.parents[1] / "blobs")
+    if not real.is_file():
+        raise FileError(f"{path}: a folder, a pipe or a device, and no file; put the file itself in its place")
+    if not any(real.is_relative_to(place) for place in places):
+        raise FileError(f"{path}: a link to {real}, outside its folder; put the file itself in its place")
+    with real.open("rb") as file:
+        if file.read(len(_GIT_LFS)) == _GIT_LFS:
+            raise FileError(f"{path}: a git-lfs pointer, and not the file; run `git lfs pull` in {folder}")
+    return path
 
 
 def parse_json(data: bytes) -> Any:

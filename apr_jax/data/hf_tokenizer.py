@@ -4,16 +4,15 @@ import functools
 import json
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import tokenizers
 
+from apr_jax.data.special_tokens import read_special_tokens
 from apr_jax.data.tokenizer import save_files
+from apr_jax.files import FileError, file_in
 from apr_jax.tasks.dialect import CALL_BEGIN, CALL_END, JOIN_BEGIN
 
-_BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[BOS]", "<|endoftext|>")
-_EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>", "[EOS]", "<|endoftext|>")
-_PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>")
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _CACHED_LINES = 1 << 16
 
@@ -22,14 +21,21 @@ class HuggingFaceTokenizer:
     """A tokenizer.json, encoded and decoded line by line so that no token spans a newline.
 
     The start and the end of a spawn and the start of a join are added as special tokens where the vocabulary lacks
-    them. BOS, EOS and pad are found by their usual names (pad falls back to EOS).
+    them. BOS, EOS and pad are those that the files beside it state (`special_tokens`).
     """
 
     def __init__(self, path: str | pathlib.Path) -> None:
+        """Load the file at `path`.
+
+        Raises:
+            FileNotFoundError: there is none.
+            FileError: it is damaged.
+            ConfigError: as `read_special_tokens`.
+        """
         path = pathlib.Path(path)
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f'{path}: no such file; a tokenizer is "builtin" or the path of a tokenizer.json')
-        self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text())
+        self._tokenizer = _load(path)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         absent = [
@@ -40,19 +46,13 @@ class HuggingFaceTokenizer:
         )
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        self._names = {
-            "bos_token": _find(_BOS_NAMES, "BOS", vocabulary, path),
-            "eos_token": _find(_EOS_NAMES, "EOS", vocabulary, path),
-        }
-        pads = [name for name in _PAD_NAMES if name in vocabulary]
-        self._names["pad_token"] = pads[0] if pads else self._names["eos_token"]
-        self.bos_id: int = vocabulary[self._names["bos_token"]]
-        self.eos_id: int = vocabulary[self._names["eos_token"]]
-        self.pad_id: int = vocabulary[self._names["pad_token"]]
+        special = read_special_tokens(path, vocabulary)
+        self.bos_id, self.eos_ids, self.pad_id = special
+        self.eos_id = self.eos_ids[0]
         self.call_begin_id: int = vocabulary[CALL_BEGIN]
         self.call_end_id: int = vocabulary[CALL_END]
         self.join_begin_id: int = vocabulary[JOIN_BEGIN]
-        self._control = {self.pad_id, self.bos_id, self.eos_id}
+        self._control = {self.pad_id, self.bos_id, *self.eos_ids}
         self._ids_of_line: Callable[[str], tuple[int, ...]] = functools.lru_cache(_CACHED_LINES)(self._encode_line)
         self._ends_line: Callable[[int], bool] = functools.cache(self._is_line_end)
 
@@ -78,7 +78,7 @@ class HuggingFaceTokenizer:
         return texts
 
     def save(self, folder: str | pathlib.Path) -> None:
-        save_files(json.loads(self._tokenizer.to_str()), folder, self._names)
+        save_files(json.loads(self._tokenizer.to_str()), folder, self, self._tokenizer.id_to_token)
 
     def _encode_line(self, line: str) -> tuple[int, ...]:
         ids = tuple(self._tokenizer.encode(line, add_special_tokens=False).ids)
@@ -107,8 +107,14 @@ class HuggingFaceTokenizer:
         return self._decode_line([index]).endswith("\n")
 
 
-def _find(names: Sequence[str], role: str, vocabulary: Mapping[str, int], path: pathlib.Path) -> str:
-    for name in names:
-        if name in vocabulary:
-            return name
-    raise ValueError(f"{path}: no {role} token; it needs one of {', '.join(names)}")
+def _load(path: pathlib.Path) -> tokenizers.Tokenizer:
+    path = file_in(path.parent, path.name)
+    try:
+        return tokenizers.Tokenizer.from_buffer(path.read_bytes())
+    except OSError:
+        raise
+    except BaseException as error:  # the library raises bare Exceptions, and its panics are no Exceptions
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FileError(f"{path}: no tokenizer that the library reads ({reason}); fetch the file again") from error

@@ -10,9 +10,11 @@ Three promises hold for every tokenizer here:
 """
 
 import functools
+import hashlib
 import json
 import pathlib
 import re
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -30,7 +32,8 @@ class Tokenizer(Protocol):
     vocab_size: int  # ids are 0..vocab_size - 1
     pad_id: int
     bos_id: int
-    eos_id: int
+    eos_id: int  # that training appends
+    eos_ids: tuple[int, ...]  # that end a thread: `eos_id`, and others where a Hugging Face folder states several
     call_begin_id: int  # the token "<Calling Sub Searches>\n"
     call_end_id: int  # the token "<End Calling Sub Searches>\n"
     join_begin_id: int  # the token "<Sub Searches>\n"
@@ -45,7 +48,7 @@ class Tokenizer(Protocol):
         """Return one piece per id; joined they are `decode(ids)`."""
 
     def save(self, folder: str | pathlib.Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which `transformers` loads with the same ids."""
+        """Write tokenizer.json, tokenizer_config.json and generation_config.json, whose ids `transformers` takes."""
 
 
 class BuiltinTokenizer:
@@ -64,6 +67,7 @@ class BuiltinTokenizer:
         self._ids = {text: index for index, text in enumerate(self._texts) if text}  # a number wins over its digit
         self.vocab_size = len(self._texts)
         self.pad_id, self.bos_id, self.eos_id = 0, 1, 2
+        self.eos_ids: tuple[int, ...] = (self.eos_id,)
         self.call_begin_id, self.call_end_id = self._ids[CALL_BEGIN], self._ids[CALL_END]
         self.join_begin_id = self._ids[JOIN_BEGIN]
         self._by_length = sorted((*PHRASES, *LATER_PHRASES, *SYMBOLS), key=len, reverse=True)
@@ -90,7 +94,7 @@ class BuiltinTokenizer:
         return [texts[index] for index in ids]
 
     def save(self, folder: str | pathlib.Path) -> None:
-        save_files(self._to_json(), folder, {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD})
+        save_files(self._to_json(), folder, self, [PAD, BOS, EOS].__getitem__)
 
     def _encode_greedily(self, text: str) -> list[int] | None:
         """Take the longest phrase at each place; return None where that fails."""
@@ -184,13 +188,40 @@ def _count_tokens(spec: str, text: str) -> int:
 _cached_tokenizer = functools.cache(load_tokenizer)
 
 
-def save_files(tokenizer_json: dict[str, Any], folder: str | pathlib.Path, special: dict[str, str]) -> None:
-    """Write tokenizer.json and the tokenizer_config.json that names its special tokens."""
+def save_files(
+    tokenizer_json: dict[str, Any],
+    folder: str | pathlib.Path,
+    tokenizer: Tokenizer,
+    name_of: Callable[[int], str | None],
+) -> None:
+    """Write tokenizer.json, and beside it the special tokens: by name for the tokenizer, by id for generation."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json, indent=1, ensure_ascii=False) + "\n")
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+    names = {f"{role}_token": name_of(index) for role, index in ids.items()}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    several = {"eos": list(tokenizer.eos_ids)} if len(tokenizer.eos_ids) > 1 else {}
+    generation = {f"{role}_token_id": value for role, value in (ids | several).items()}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n")
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """Return sixteen hex digits that are equal where text becomes the same ids, with the same special tokens.
+
+    They don't depend on a tokenizer's class or on the layout of its files.
+    """
+    import tokenizers  # slow to import, and the built-in vocabulary does without it
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        tokenizer.save(folder)
+        content = json.loads(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).to_str())
+        generation = json.loads((folder / "generation_config.json").read_bytes())
+    for key in ("version", "truncation", "padding", "post_processor"):  # encoding uses none of these
+        content.pop(key, None)
+    return hashlib.blake2b(json.dumps([content, generation]).encode(), digest_size=8).hexdigest()
 
 
 def _guarded(phrase: str) -> str:

@@ -19,7 +19,7 @@ from apr_jax.engine.work_counters import Work
 if TYPE_CHECKING:
     from apr_jax.engine.groups import Group
 
-MAX_STOP_TOKENS = 4
+MAX_STOP_TOKENS = 8
 
 Path = tuple[int, ...]
 

@@ -217,7 +217,7 @@ def _call_records(calls: Sequence[Call], texts: Sequence[str], tokenizer: Tokeni
 
 
 def _without_end(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
-    return tokens[:-1] if tokens and tokens[-1] == tokenizer.eos_id else tokens
+    return tokens[:-1] if tokens and tokens[-1] in tokenizer.eos_ids else tokens
 
 
 def _threads(
@@ -238,7 +238,7 @@ def _threads(
             result = "cancelled"
         elif call.stop.reason is not StopReason.TOKEN:
             result = "truncated"
-        elif call.stop.token != tokenizer.eos_id:
+        elif call.stop.token not in tokenizer.eos_ids:
             result = "malformed"
         else:
             context, completion = (

@@ -89,7 +89,7 @@ def _search(
     tokens: one part in n + 1 to each of n children that may spawn themselves, and what they did not use comes back.
     """
     tokenizer, search = settings.tokenizer, _Search()
-    stop_tokens = (mark_id(tokenizer, dialect.spawn_end), tokenizer.eos_id)
+    stop_tokens = (mark_id(tokenizer, dialect.spawn_end), *tokenizer.eos_ids)
     spawns = inherited = 0
     if fork_of is None:
         thread = yield Open(prompt_tokens(tokenizer, prompt), max_length=settings.context_window)
@@ -102,7 +102,7 @@ def _search(
         if stop.reason is not StopReason.TOKEN:
             search.failure = ("truncated", truncated_reason(stop))
             return search
-        if stop.token == tokenizer.eos_id:
+        if stop.token in tokenizer.eos_ids:
             return search
         call = read_spawn(dialect, search.text, settings, depth, spawns, allowance)
         spawn_begin = None if isinstance(call, Malformed) else token_index(tokenizer, thread, inherited + call.start)

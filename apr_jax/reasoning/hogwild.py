@@ -70,7 +70,7 @@ HOGWILD = Method(
 def _worker(dialect: WorkerDialect, number: int, settings: Settings) -> Generator[Any, Any, _Ending]:
     tokenizer = settings.tokenizer
     thread = yield Open(tokenizer.encode(dialect.header(number)))
-    stop = yield Decode(thread, (tokenizer.eos_id,))
+    stop = yield Decode(thread, tokenizer.eos_ids)
     if stop.reason is not StopReason.TOKEN:
         return _Ending(None, "truncated", truncated_reason(stop))
     return _Ending(*dialect.read_ending(thread_text(tokenizer, thread)))

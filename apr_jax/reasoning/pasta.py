@@ -62,11 +62,11 @@ def pasta(problem: Any, settings: Settings) -> Generator[Any, Any, Outcome]:
     ending: tuple[str | None, Status, str] | None = None
     while ending is None:
         limits = (settings, 0, family.num_spawns, settings.max_total_children - family.num_children)
-        stop = yield Decode(thread, (spawn_end_id, wait_id, tokenizer.eos_id), thread_grammar(*limits))
+        stop = yield Decode(thread, (spawn_end_id, wait_id, *tokenizer.eos_ids), thread_grammar(*limits))
         text = thread_text(tokenizer, thread)
         if stop.reason is not StopReason.TOKEN:
             ending = None, "truncated", truncated_reason(stop)
-        elif stop.token == tokenizer.eos_id:
+        elif stop.token in tokenizer.eos_ids:
             ending = dialect.read_ending(text)
         elif stop.token == spawn_end_id:
             call = read_spawn(dialect, text, *limits, last_begin=True)
@@ -136,13 +136,13 @@ class _Family:
 
 def _search(dialect: PromiseDialect, context: str, name: str, settings: Settings) -> Generator[Any, Any, _Child]:
     tokenizer = settings.tokenizer
-    stop_tokens = (mark_id(tokenizer, dialect.spawn_end), tokenizer.eos_id)
+    stop_tokens = (mark_id(tokenizer, dialect.spawn_end), *tokenizer.eos_ids)
     thread = yield Open(prompt_tokens(tokenizer, context))
     stop = yield Decode(thread, stop_tokens, thread_grammar(settings, 1, 0, 0))
     result: ChildResult | Malformed = Malformed("too_deep")  # it wrote a spawn
     if stop.reason is not StopReason.TOKEN:
         result = Malformed(truncated_reason(stop))
-    elif stop.token == tokenizer.eos_id:
+    elif stop.token in tokenizer.eos_ids:
         result = dialect.read_child(thread_text(tokenizer, thread), name)
     tokens = _whole_lines(tokenizer, thread.tokens)
     if isinstance(result, Malformed):
@@ -156,6 +156,6 @@ def _succeeded(child: _Child) -> bool:
 
 def _whole_lines(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
     """Return a thread's tokens without BOS and EOS, up to the last that ends a line."""
-    kept = [token for token in tokens if token not in (tokenizer.bos_id, tokenizer.eos_id)]
+    kept = [token for token in tokens if token not in (tokenizer.bos_id, *tokenizer.eos_ids)]
     texts = tokenizer.token_texts(kept)
     return kept[: max((index + 1 for index, text in enumerate(texts) if text.endswith("\n")), default=0)]

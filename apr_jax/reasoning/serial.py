@@ -19,7 +19,7 @@ def one_thread(
     """Run one thread to EOS and read its answer by a dialect."""
     tokenizer = settings.tokenizer
     thread = yield Open(prompt_tokens(tokenizer, dialect.prompt(problem, budget)))
-    stop = yield Decode(thread, (tokenizer.eos_id,))
+    stop = yield Decode(thread, tokenizer.eos_ids)
     if stop.reason is not StopReason.TOKEN:
         return Outcome(answer=None, status="truncated", reason=truncated_reason(stop))
     answer, status, reason = dialect.read_ending(thread_text(tokenizer, thread))

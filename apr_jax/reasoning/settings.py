@@ -58,7 +58,7 @@ def banned_tokens(tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
     vocabulary and the model's `vocab_size`.
     """
     unused = range(tokenizer.vocab_size, vocab_size)
-    return tuple(sorted({tokenizer.bos_id, tokenizer.pad_id, tokenizer.join_begin_id, *unused} - {tokenizer.eos_id}))
+    return tuple(sorted({tokenizer.bos_id, tokenizer.pad_id, tokenizer.join_begin_id, *unused} - {*tokenizer.eos_ids}))
 
 
 def spelled_spawns(config: Config) -> SpelledSpawnDialect:

@@ -159,7 +159,7 @@ def _think(prompt: str, settings: Settings) -> Generator[Any, Any, _Thought]:
     tokenizer = settings.tokenizer
     thread = yield Open(prompt_tokens(tokenizer, prompt))
     prompt_len = len(thread.tokens)
-    stop = yield Decode(thread, (tokenizer.eos_id,))
+    stop = yield Decode(thread, tokenizer.eos_ids)
     reason = "" if stop.reason is StopReason.TOKEN else truncated_reason(stop)
     return _Thought(tokenizer.decode(thread.tokens[prompt_len:]), reason)
 

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from apr_jax.config import ConfigError, ModelConfig
-from apr_jax.files import read_json, write_json
+from apr_jax.files import write_json
 from apr_jax.model.params import Params, abstract_params
 from apr_jax.model.weights.errors import HuggingFaceError
 from apr_jax.model.weights.hf_config import read_config, write_config
-from apr_jax.model.weights.tensors import FETCH_AGAIN, save_tensors, tensor_readers
+from apr_jax.model.weights.tensors import Tensor, open_tensors, read_own_json, save_tensors
 
 _TOP_LEVEL = {
     "embedding": "model.embed_tokens.weight",
@@ -68,7 +68,7 @@ def load_hf(
         FileNotFoundError: no config.json or no safetensors.
     """
     folder = pathlib.Path(folder)
-    values = read_json(folder / "config.json", FETCH_AGAIN, HuggingFaceError)
+    values = read_own_json(folder, "config.json")
     try:
         config = read_config(values, compute_dtype=compute_dtype, attention=attention, remat=remat)
     except (HuggingFaceError, ConfigError, TypeError, ValueError) as error:
@@ -103,42 +103,59 @@ def _special_tokens(tokenizer: SavableTokenizer) -> dict[str, int]:
 
 
 def _load_params(folder: pathlib.Path, config: ModelConfig) -> Params:
-    readers = tensor_readers(folder)
+    """Read the weights, after the files' headers have shown that they fit: no size is believed before."""
+    tensors = open_tensors(folder)
+    deepest = f"model.layers.{config.num_layers - 1}.input_layernorm.weight"
+    if deepest not in tensors:
+        raise HuggingFaceError(
+            f"{folder}: tensor {deepest} is missing; config.json says num_hidden_layers={config.num_layers}"
+        )
     abstract = abstract_params(config)
-    known = {_hf_name(path)[0] for path, _ in jax.tree_util.tree_leaves_with_path(abstract)}
-    head = _TOP_LEVEL["head"]
-    unexpected = sorted(
-        name
-        for name in readers.keys() - known
-        if not name.endswith("rotary_emb.inv_freq") and not (name == head and config.tie_embeddings)
-    )
+    head, tied = _TOP_LEVEL["head"], config.tie_embeddings
+    expected = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+        name, transposed = _hf_name(path)
+        expected[name] = leaf.shape[::-1] if transposed else leaf.shape
+    if tied and head in tensors:
+        expected[head] = expected[_TOP_LEVEL["embedding"]]
+    unexpected = sorted(name for name in tensors.keys() - expected.keys() if not name.endswith("rotary_emb.inv_freq"))
     if unexpected:
         raise HuggingFaceError(f"{folder}: tensor {unexpected[0]} has no place in this model ({len(unexpected)} such)")
+    for name, shape in expected.items():
+        _check_header(folder, name, tensors.get(name), shape)
 
-    def read(name: str, expected: tuple[int, ...]) -> jax.Array:
-        if name not in readers:
-            raise HuggingFaceError(f"{folder}: tensor {name} is missing")
-        array = readers[name]()
-        if array.shape != expected:
-            raise HuggingFaceError(f"{folder}: tensor {name} has shape {array.shape}, and config.json says {expected}")
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise HuggingFaceError(f"{folder}: tensor {name} holds {array.dtype}, not floating-point numbers")
-        return array.astype(jnp.float32)
+    def read(name: str) -> jax.Array:
+        array = tensors[name].read().astype(jnp.float32)
+        if not jnp.isfinite(array).all():
+            raise HuggingFaceError(f"{folder}: tensor {name} holds NaN or infinity as float32; fetch the file again")
+        return array
 
     def load(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name, transposed = _hf_name(path)
-        array = read(name, leaf.shape[::-1] if transposed else leaf.shape)
-        return array.T if transposed else array
+        return read(name).T if transposed else read(name)
 
     params: Params = jax.tree_util.tree_map_with_path(load, abstract)
-    if config.tie_embeddings and head in readers:
+    if tied and head in tensors:
         embedding: Any = params["embedding"][...]
-        if not jnp.array_equal(read(head, embedding.shape), embedding):
+        if not jnp.array_equal(read(head), embedding):
             raise HuggingFaceError(
                 f"{folder}: config.json says tie_word_embeddings=true, and {head} differs from "
                 f"{_TOP_LEVEL['embedding']}; set tie_word_embeddings to false to use both"
             )
     return params
+
+
+def _check_header(folder: pathlib.Path, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is None:
+        raise HuggingFaceError(f"{folder}: tensor {name} is missing; fetch the folder again")
+    if tensor.shape != shape:
+        raise HuggingFaceError(
+            f"{folder}: tensor {name} has shape {tensor.shape}, and config.json says {shape}; fetch both again"
+        )
+    if not tensor.is_float:
+        raise HuggingFaceError(
+            f"{folder}: tensor {name} holds {tensor.type_name}, not floating-point numbers; save the model in bfloat16"
+        )
 
 
 def _hf_name(path: Any) -> tuple[str, bool]:

@@ -15,6 +15,25 @@ _REQUIRED = (
     "num_attention_heads",
     "max_position_embeddings",
 )
+# Types of the values that are read here. A number may be written as a whole one.
+_TYPES: dict[type, str] = {
+    int: "num_key_value_heads head_dim sliding_window original_max_position_embeddings",
+    float: "rope_theta rms_norm_eps partial_rotary_factor factor low_freq_factor high_freq_factor",
+    bool: "tie_word_embeddings attention_bias mlp_bias use_sliding_window",
+    str: "model_type hidden_act rope_type type",
+    list: "layer_types",
+    dict: "rope_parameters rope_scaling quantization_config",
+}
+_TYPE_OF = {key: kind for kind, keys in _TYPES.items() for key in keys.split()} | dict.fromkeys(_REQUIRED, int)
+_KINDS = {
+    int: "a whole number from 1 to 2,147,483,647",
+    float: "a number above 0",
+    bool: "true or false",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
+_LARGEST = 1 << 31
 # Fields of RopeScaling, and their names in config.json.
 _LLAMA3 = {
     "factor": "factor",
@@ -33,6 +52,7 @@ def read_config(given: Mapping[str, Any], **settings: Any) -> ModelConfig:
     Raises:
         HuggingFaceError: a key is missing, asks for what no family here has, or contradicts another.
     """
+    _check_types(given)
     family = by_model_type(given.get("model_type", "llama"))
     if family is None:
         known = ", ".join(repr(facts.model_type) for facts in FAMILIES.values())
@@ -43,10 +63,12 @@ def read_config(given: Mapping[str, Any], **settings: Any) -> ModelConfig:
     _check_supported(family, values)
     if missing := [key for key in _REQUIRED if values.get(key) is None]:
         raise HuggingFaceError(f"config.json: {missing[0]} is missing")
-    for key in (*_REQUIRED, "num_key_value_heads", "head_dim"):
-        if values.get(key) is not None and not (type(values[key]) is int and 0 < values[key] < 1 << 31):
-            raise HuggingFaceError(f"config.json: {key}={values[key]!r} must be a whole number above 0")
     num_heads = values["num_attention_heads"]
+    if values.get("head_dim") is None and values["hidden_size"] % num_heads:
+        raise HuggingFaceError(
+            f"config.json: hidden_size={values['hidden_size']} must be a multiple of num_attention_heads={num_heads}, "
+            "because head_dim is missing"
+        )
     rope = _read_rope(given, values)
     return ModelConfig(
         family=family,
@@ -64,6 +86,22 @@ def read_config(given: Mapping[str, Any], **settings: Any) -> ModelConfig:
         tie_embeddings=bool(values["tie_word_embeddings"]),
         **settings,
     )
+
+
+def _check_types(given: Mapping[str, Any]) -> None:
+    """Check the type of each value that is read, in RoPE's settings as well. null stands for a key that is missing."""
+    for key, value in given.items():
+        kind = _TYPE_OF.get(key)
+        if kind is None or value is None:
+            continue
+        if kind in (int, float):
+            fits = type(value) in {int, kind} and 0 < value < (_LARGEST if kind is int else float("inf"))
+        else:
+            fits = type(value) is kind
+        if not fits:
+            raise HuggingFaceError(f"config.json: {key}={value!r} must be {_KINDS[kind]}; fetch the file again")
+        if key in ("rope_parameters", "rope_scaling"):
+            _check_types(value)
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:

@@ -5,26 +5,46 @@ import functools
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from apr_jax.files import read_json
+from apr_jax.files import FileError, file_in, read_json
 from apr_jax.model.weights.errors import HuggingFaceError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FETCH_AGAIN = "fetch the file again"
-_GIT_LFS = b"version https://git-lfs"
-
-Readers = Mapping[str, Callable[[], jax.Array]]
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def tensor_readers(folder: pathlib.Path) -> Readers:
-    """Return a function for each tensor of the folder that reads it from its file.
+class Tensor(NamedTuple):
+    """A tensor as its file's header describes it; `read` brings it into memory."""
+
+    shape: tuple[int, ...]
+    type: str  # in the words of safetensors: "F32"
+    read: Callable[[], jax.Array]
+
+    @property
+    def is_float(self) -> bool:
+        """True for numbers that weights may be."""
+        return self.type in _FLOATS
+
+    @property
+    def type_name(self) -> str:
+        """The type in NumPy's words: "int32" for "I32"."""
+        kind = {"I": "int", "U": "uint"}.get(self.type[0], self.type[0].lower())
+        return kind + self.type[1:].lower()
+
+
+Tensors = Mapping[str, Tensor]
+
+
+def open_tensors(folder: pathlib.Path) -> Tensors:
+    """Open the folder's tensors by name. None is read yet.
 
     With an index, a tensor is read from the file that the index names, whatever else that or another file holds.
 
@@ -35,9 +55,15 @@ def tensor_readers(folder: pathlib.Path) -> Readers:
     if (folder / INDEX).exists():
         return _sharded(folder, _weight_map(folder))
     if not (folder / WEIGHTS).exists():
+        _refuse_pickles(folder)
         raise FileNotFoundError(f"{folder / WEIGHTS}: no such file; a Hugging Face folder holds {WEIGHTS} or {INDEX}")
-    file = _open(folder / WEIGHTS)
-    return {name: functools.partial(_read, file, folder / WEIGHTS, name) for name in list(file.keys())}
+    return _open(folder, WEIGHTS)
+
+
+def read_own_json(folder: pathlib.Path, name: str) -> dict[str, Any]:
+    """Read a JSON object of the folder. Raise FileNotFoundError or HuggingFaceError where there is none."""
+    with _named(folder / name):
+        return read_json(file_in(folder, name), FETCH_AGAIN, HuggingFaceError)
 
 
 def save_tensors(folder: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -56,7 +82,7 @@ def save_tensors(folder: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> Non
 
 def _weight_map(folder: pathlib.Path) -> dict[str, str]:
     path = folder / INDEX
-    weight_map = read_json(path, FETCH_AGAIN, HuggingFaceError).get("weight_map")
+    weight_map = read_own_json(folder, INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise HuggingFaceError(f"{path}: it has no weight_map that says which file holds which tensor")
     for name, shard in weight_map.items():
@@ -65,27 +91,30 @@ def _weight_map(folder: pathlib.Path) -> dict[str, str]:
     return weight_map
 
 
-def _sharded(folder: pathlib.Path, weight_map: Mapping[str, str]) -> Readers:
-    files = {shard: _open(folder / shard) for shard in sorted(set(weight_map.values()))}
-    names = {shard: set(file.keys()) for shard, file in files.items()}
+def _sharded(folder: pathlib.Path, weight_map: Mapping[str, str]) -> Tensors:
+    files = {shard: _open(folder, shard) for shard in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
-        if name not in names[shard]:
+        if name not in files[shard]:
             raise HuggingFaceError(f"{folder / shard}: tensor {name} is missing; {INDEX} says that it is in this file")
-    unlisted = sorted((name, shard) for shard, held in names.items() for name in held if name not in weight_map)
+    unlisted = sorted((name, shard) for shard, held in files.items() for name in held if name not in weight_map)
     if unlisted:
         name, shard = unlisted[0]
         raise HuggingFaceError(f"{folder / shard}: tensor {name} is not listed in {INDEX} ({len(unlisted)} such)")
-    return {name: functools.partial(_read, files[shard], folder / shard, name) for name, shard in weight_map.items()}
+    return {name: files[shard][name] for name, shard in weight_map.items()}
 
 
-def _open(path: pathlib.Path) -> Any:
+def _open(folder: pathlib.Path, name: str) -> Tensors:
+    """Return the tensors of one file."""
+    path = folder / name
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; a Hugging Face folder holds {WEIGHTS} or {INDEX} and its files")
-    with path.open("rb") as file:
-        if file.read(len(_GIT_LFS)) == _GIT_LFS:
-            raise HuggingFaceError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull` in {path.parent}")
     with _named(path):
-        return safe_open(path, framework="flax")
+        file: Any = safe_open(file_in(folder, name), framework="flax")
+        headers = {tensor: file.get_slice(tensor) for tensor in list(file.keys())}
+    return {
+        tensor: Tensor(tuple(header.get_shape()), header.get_dtype(), functools.partial(_read, file, path, tensor))
+        for tensor, header in headers.items()
+    }
 
 
 def _read(file: Any, path: pathlib.Path, name: str) -> jax.Array:
@@ -94,10 +123,24 @@ def _read(file: Any, path: pathlib.Path, name: str) -> jax.Array:
     return tensor
 
 
+def _refuse_pickles(folder: pathlib.Path) -> None:
+    """Raise HuggingFaceError for PyTorch's own files: reading one runs code that it holds."""
+    for pattern in ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt"):
+        for path in sorted(folder.glob(pattern)):
+            raise HuggingFaceError(
+                f"{path}: PyTorch's pickles can run code and are not read; convert them with transformers: "
+                "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
+
+
 @contextlib.contextmanager
 def _named(path: pathlib.Path) -> Iterator[None]:
-    """Turn errors of the library into one that names the file."""
+    """Turn errors of the library, and of a file that is none, into one that names the file."""
     try:
         yield
+    except (HuggingFaceError, FileNotFoundError):
+        raise
+    except FileError as error:
+        raise HuggingFaceError(str(error)) from error
     except (SafetensorError, OSError, ValueError) as error:
-        raise HuggingFaceError(f"{path}: not a whole safetensors file ({error}); fetch it again") from error
+        raise HuggingFaceError(f"{path}: not a whole safetensors file ({error}); {FETCH_AGAIN}") from error

@@ -37,5 +37,5 @@ def _is_used(last: Call, answer: str | None, tokenizer: Tokenizer, task: Task) -
     """Tell whether the answer repeats what a thread handed back that ended with the call `last`."""
     text = tokenizer.decode([*last.context.tolist()[1:], *last.tokens.tolist()[:-1]])
     path = task.handed_back(text)
-    ended = last.stop.reason is StopReason.TOKEN and last.stop.token == tokenizer.eos_id
+    ended = last.stop.reason is StopReason.TOKEN and last.stop.token in tokenizer.eos_ids
     return ended and answer is not None and path is not None and path in answer
