@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import jax
 
 from apr_jax.config import ModelConfig
-from apr_jax.model.paged_attention import PagedAttention
+from apr_jax.model.paged_attention import PagedAttention, Places
 from apr_jax.model.paged_cache import PagedKVCache
 from apr_jax.model.views.decode import PagedLanes, paged_lanes
 
@@ -47,7 +47,8 @@ class PagesInPlace:
 
     def view(self, carried: PagedKVCache, step: jax.Array, live_L: jax.Array) -> PagedLanes:
         """See `DecodeCache`."""
-        return paged_lanes(self.config, carried, self.lengths_L + step, live_L, self.tables_LR, self.attention)
+        places = Places(self.lengths_L + step, live_L, self.tables_LR)
+        return paged_lanes(self.config, carried, places, self.attention)
 
     def carried(self, view: PagedLanes) -> PagedKVCache:
         """See `DecodeCache`."""

@@ -22,7 +22,7 @@ from apr_jax.kernels import DecodeKernels
 from apr_jax.model.head_tile import HeadTile
 from apr_jax.model.llama import Llama
 from apr_jax.model.online_softmax import Block
-from apr_jax.model.paged_attention import PagedAttention
+from apr_jax.model.paged_attention import PagedAttention, Places
 from apr_jax.model.paged_cache import PagedKVCache, write_rows
 from apr_jax.model.views.decode import paged_lanes
 from apr_jax.model.views.prefill import prefill_rows
@@ -156,7 +156,7 @@ def compute_positions(
         part = jax.tree.map(
             lambda x: jax.lax.dynamic_slice_in_dim(x, index * POSITIONS_PER_BLOCK, POSITIONS_PER_BLOCK), lanes
         )
-        view = paged_lanes(model.config, pages, part.start, part.count > 0, part.tables, attention)
+        view = paged_lanes(model.config, pages, Places(part.start, part.count > 0, part.tables), attention)
         _, view = model(part.tokens[:, 0], view)
         return view.pages
 

@@ -21,7 +21,7 @@ from apr_jax.kernels.tpu import paged_attention as tpu
 from apr_jax.kernels.tpu import splash
 from apr_jax.model.attention import xla_attention
 from apr_jax.model.ops import XLA, Ops, rms_norm
-from apr_jax.model.paged_attention import PagedAttention, PlainPagedAttention
+from apr_jax.model.paged_attention import PagedAttention
 from apr_jax.model.views.training import TrainingAttention
 from apr_jax.parallel.mesh import TENSOR_AXIS, split_rows
 
@@ -88,7 +88,7 @@ def for_decoding(config: ModelConfig, requested: str, page_size: int, mesh: Mesh
     Accelerators' kernels compute in bfloat16, the CPU's also in float32. Where there is none, XLA does the work.
     """
     platform, whole = mesh.devices.flat[0].platform, mesh.shape[TENSOR_AXIS] == 1
-    on_cpu, plain = platform == "cpu", DecodeKernels(XLA, PlainPagedAttention(), False, platform == "cpu")
+    on_cpu, plain = platform == "cpu", DecodeKernels(XLA, PagedAttention(), False, platform == "cpu")
     cpu = cpu_kernels(platform)
     if requested == "xla" or (on_cpu and cpu is None) or not (on_cpu or config.compute_dtype == "bfloat16"):
         return plain
@@ -98,9 +98,9 @@ def for_decoding(config: ModelConfig, requested: str, page_size: int, mesh: Mesh
     if platform == "tpu":
         tpu.check_page_size(page_size)
         tile = tpu.tile_of(config.head_dim, config.num_kv_heads // mesh.shape[TENSOR_AXIS])
-        return dataclasses.replace(plain, attention=KernelPagedAttention(tpu.attend, tile))
+        return dataclasses.replace(plain, attention=KernelPagedAttention(kernel=tpu.attend, tile=tile))
     gpu.check_page_size(page_size)
-    return dataclasses.replace(plain, attention=KernelPagedAttention(gpu.attend))
+    return dataclasses.replace(plain, attention=KernelPagedAttention(kernel=gpu.attend))
 
 
 def cpu_kernels(platform: str) -> Any | None:

@@ -58,12 +58,14 @@ class PagedKVCache:
         """Return C, the positions of a page."""
         return self.keys[0].shape[-2]
 
-    def replace_layer(self, layer: int, keys: jax.Array, values: jax.Array) -> Self:
+    def layer(self, layer: int) -> Block:
+        """Return one layer's pages of keys and of values."""
+        return self.keys[layer], self.values[layer]
+
+    def replace_layer(self, layer: int, pages: Block) -> Self:
         """Return the cache with other pages in one layer."""
-        return type(self)(
-            (*self.keys[:layer], keys, *self.keys[layer + 1 :]),
-            (*self.values[:layer], values, *self.values[layer + 1 :]),
-        )
+        layers = zip((self.keys, self.values), pages, strict=True)
+        return type(self)(*((*old[:layer], new, *old[layer + 1 :]) for old, new in layers))
 
 
 def write_rows(

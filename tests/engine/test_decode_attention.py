@@ -11,7 +11,7 @@ from apr_jax.engine.prefill import PositionsInPlace
 from apr_jax.kernels import DecodeKernels, cpu_kernels
 from apr_jax.model.head_tile import HeadTile
 from apr_jax.model.ops import XLA
-from apr_jax.model.paged_attention import PlainPagedAttention
+from apr_jax.model.paged_attention import PagedAttention
 from tests.engine.helpers import (
     MODEL,
     ROLLOUT,
@@ -69,7 +69,7 @@ def test_kernels_equal_xla_and_naive_decoding(plainly, kernel_engine):
 
 def test_heads_side_by_side_change_nothing(plainly, monkeypatch):
     """As a TPU lays them out: both key/value heads in one row of 128."""
-    tiled = DecodeKernels(XLA, PlainPagedAttention(HeadTile(heads=2, padding=96)), writes_first=False, own_head=False)
+    tiled = DecodeKernels(XLA, PagedAttention(HeadTile(heads=2, padding=96)), writes_first=False, own_head=False)
     monkeypatch.setattr("apr_jax.engine.plan.for_decoding", lambda *_: tiled)
     engine = make_engine()
     assert engine._pages.keys[0].shape == (1, 97, 1, 8, 128)

@@ -16,7 +16,7 @@ from apr_jax.kernels.tpu.splash import splash_attention
 from apr_jax.model.attention import xla_attention
 from apr_jax.model.head_tile import HeadTile
 from apr_jax.model.ops import XLA
-from apr_jax.model.paged_attention import PlainPagedAttention
+from apr_jax.model.paged_attention import PagedAttention
 from tests.engine.helpers import MODEL, make_mesh
 
 HAS_CPU_KERNELS = cpu_kernels("cpu") is not None
@@ -70,16 +70,16 @@ def test_what_cannot_be_is_refused_by_name():
 
 def test_what_auto_means_in_decoding():
     on_tpu = for_decoding(HALF, "auto", 16, Devices("tpu"))
-    assert on_tpu.attention == KernelPagedAttention(tpu.attend, HeadTile(2, 96))
+    assert on_tpu.attention == KernelPagedAttention(kernel=tpu.attend, tile=HeadTile(2, 96))
     for platform in ("gpu", "cuda"):
-        assert for_decoding(HALF, "auto", 16, Devices(platform)).attention == KernelPagedAttention(gpu.attend)
+        assert for_decoding(HALF, "auto", 16, Devices(platform)).attention == KernelPagedAttention(kernel=gpu.attend)
     for config, requested, platform in ((MODEL, "auto", "tpu"), (MODEL, "auto", "gpu"), (HALF, "xla", "tpu")):
         chosen = for_decoding(config, requested, 16, Devices(platform))
-        assert (chosen.attention, chosen.ops) == (PlainPagedAttention(), XLA)
+        assert (chosen.attention, chosen.ops) == (PagedAttention(), XLA)
         assert not chosen.writes_first
     for config in (MODEL, HALF):
-        assert (for_decoding(config, "auto", 16, make_mesh()).attention != PlainPagedAttention()) == HAS_CPU_KERNELS
-        assert for_decoding(config, "xla", 16, make_mesh()).attention == PlainPagedAttention()
+        assert (for_decoding(config, "auto", 16, make_mesh()).attention != PagedAttention()) == HAS_CPU_KERNELS
+        assert for_decoding(config, "xla", 16, make_mesh()).attention == PagedAttention()
 
 
 def test_heads_that_a_mesh_splits_are_multiplied_by_xla():
@@ -101,7 +101,7 @@ def test_without_the_cpus_folder_there_is_plain_xla(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cpu_kernels("cpu") is None
     assert training("cpu").attention is xla_attention
-    assert for_decoding(MODEL, "auto", 16, make_mesh()).attention == PlainPagedAttention()
+    assert for_decoding(MODEL, "auto", 16, make_mesh()).attention == PagedAttention()
 
 
 def test_a_program_for_other_devices_has_no_kernel_of_the_cpus():

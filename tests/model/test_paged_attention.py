@@ -14,11 +14,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from apr_jax.config import MeshConfig
 from apr_jax.kernels.gpu import paged_attention as gpu
-from apr_jax.kernels.pairs import KernelPagedAttention, attend_to_pages
+from apr_jax.kernels.pairs import KernelPagedAttention
 from apr_jax.kernels.tpu import paged_attention as tpu
 from apr_jax.model.head_tile import HeadTile
-from apr_jax.model.online_softmax import normalise
-from apr_jax.model.paged_attention import PagedAttention, PlainPagedAttention, attend_rows
+from apr_jax.model.paged_attention import PagedAttention, Places
 from apr_jax.model.paged_cache import PagedKVCache
 from apr_jax.model.views.decode import PagedLanes
 from apr_jax.parallel.mesh import make_mesh
@@ -63,22 +62,12 @@ def plain_attention(q_LNH, k_LKSH, v_LKSH, lengths):
 def attend(kernel, tile, N, K, dtype=jnp.float32):
     q_LNH, k_LKSH, v_LKSH = rows(N, K)
     (k_pages, tables_LR), (v_pages, _) = paged(k_LKSH, tile), paged(v_LKSH, tile)
-    arguments = [x.astype(dtype) for x in (q_LNH, k_pages, v_pages)]
-    if kernel is None:
-        out = jax.jit(functools.partial(attend_plainly, tile))(*arguments, jnp.asarray(LENGTHS, jnp.int32), tables_LR)
-    else:
-        attention = jax.jit(functools.partial(attend_to_pages, kernel, tile=tile))
-        out = attention(*arguments, jnp.asarray(LENGTHS, jnp.int32), tables_LR)
+    lengths_L = jnp.asarray(LENGTHS, jnp.int32)
+    attention = PagedAttention(tile) if kernel is None else KernelPagedAttention(kernel=kernel, tile=tile)
+    typed_LNH, *pages = (x.astype(dtype) for x in (q_LNH, k_pages, v_pages))
+    out = jax.jit(attention.attend)(typed_LNH, tuple(pages), Places(lengths_L - 1, lengths_L > 0, tables_LR))
     assert out.dtype == dtype
     return np.asarray(out, np.float32), plain_attention(q_LNH, k_LKSH, v_LKSH, LENGTHS)
-
-
-def attend_plainly(tile, q_LNH, k_pages, v_pages, lengths_L, tables_LR):
-    L, N, H = q_LNH.shape
-    K = k_pages.shape[1] * tile.heads
-    q_LKMH = (q_LNH / H**0.5).astype(q_LNH.dtype).reshape(L, K, N // K, H)
-    out = normalise(attend_rows(q_LKMH, k_pages, v_pages, lengths_L, tables_LR, tile))
-    return out.reshape(q_LNH.shape).astype(q_LNH.dtype)
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -121,9 +110,9 @@ def test_a_tpu_tile_fills_whole_rows_without_crossing_shards():
 
 
 WAYS: dict[str, PagedAttention] = {
-    "plain": PlainPagedAttention(TILES["plain"]),
-    "plain, pairs": PlainPagedAttention(TILES["pairs"]),
-    "triton": KernelPagedAttention(functools.partial(gpu.attend, interpret=True)),
+    "plain": PagedAttention(TILES["plain"]),
+    "plain, pairs": PagedAttention(TILES["pairs"]),
+    "triton": KernelPagedAttention(kernel=functools.partial(gpu.attend, interpret=True)),
 }
 
 
@@ -136,7 +125,8 @@ def test_a_step_writes_one_place_a_live_lane_and_sees_it(way):
     lengths_L = jnp.asarray([min(length, ROW * PAGE - 1) for length in LENGTHS], jnp.int32)
     live_L = jnp.asarray([True, True, False, True, True, True])
     k_LKH, v_LKH = (draw[:, :, 0] + 1 for draw in (k_LKSH, v_LKSH))
-    view = PagedLanes((q_LNH,) * 2, PagedKVCache((k_pages,), (v_pages,)), lengths_L, live_L, tables_LR, attention)
+    places = Places(lengths_L, live_L, tables_LR)
+    view = PagedLanes((q_LNH,) * 2, PagedKVCache((k_pages,), (v_pages,)), places, attention)
     out_LNH, successor = jax.jit(lambda view, *qkv: view.attend(0, *qkv))(view, q_LNH, k_LKH, v_LKH)
     lanes = jnp.arange(len(LENGTHS))
     k_LKSH, v_LKSH = (old.at[lanes, :, lengths_L].set(new) for old, new in ((k_LKSH, k_LKH), (v_LKSH, v_LKH)))
@@ -155,7 +145,8 @@ def test_heads_are_mapped_over_the_mesh(way):
     q_LNH, k_LKSH, v_LKSH = rows(4, 2)
     (k_pages, tables_LR), (v_pages, _) = paged(k_LKSH, HeadTile()), paged(v_LKSH, HeadTile())
     lengths_L = jnp.asarray([min(length, ROW * PAGE - 1) for length in LENGTHS], jnp.int32)
-    arguments = (q_LNH, k_LKSH[:, :, 0], v_LKSH[:, :, 0], k_pages, v_pages, lengths_L, lengths_L > 0, tables_LR)
+    places = Places(lengths_L, lengths_L > 0, tables_LR)
+    arguments = (q_LNH, k_LKSH[:, :, 0], v_LKSH[:, :, 0], (k_pages, v_pages), places)
     step, whole = WAYS[way], jax.sharding.PartitionSpec()
     mapped = jax.shard_map(
         step,
@@ -165,5 +156,6 @@ def test_heads_are_mapped_over_the_mesh(way):
         axis_names={"data"},
         check_vma=False,
     )
-    for ours, theirs in zip(jax.jit(mapped)(*arguments), jax.jit(step)(*arguments), strict=True):
+    made = (jax.tree.leaves(jax.jit(function)(*arguments)) for function in (mapped, step))
+    for ours, theirs in zip(*made, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)

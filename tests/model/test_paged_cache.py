@@ -9,7 +9,7 @@ import pytest
 
 from apr_jax.model.attention import xla_attention
 from apr_jax.model.head_tile import PLAIN
-from apr_jax.model.paged_attention import PlainPagedAttention
+from apr_jax.model.paged_attention import PagedAttention, Places
 from apr_jax.model.paged_cache import PagedKVCache, copy_pages, pages_per_row, write_rows
 from apr_jax.model.views.decode import paged_lanes
 from apr_jax.model.views.prefill import prefill_rows
@@ -80,9 +80,8 @@ def decode_steps(threads, counts):
     outs = []
     for step in range(max(counts)):
         live, at = step < np.asarray(counts), lengths + step
-        view = paged_lanes(
-            CONFIG, pages, jnp.asarray(at), jnp.asarray(live), jnp.asarray(tables), PlainPagedAttention()
-        )
+        places = Places(*map(jnp.asarray, (at, live, tables)))
+        view = paged_lanes(CONFIG, pages, places, PagedAttention())
         q, k, v = (jnp.stack([x[lane, n] for lane, n in enumerate(at)]) for x in (QUERIES, keys, values))
         out, view = attend(view, q, k, v)
         pages = view.pages

@@ -4,7 +4,6 @@ In training sixteen queries at a time see the keys from the beginning of the fir
 the work follows the segments, and neither scores nor operands are copied for a whole row.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -13,8 +12,8 @@ import jax.numpy as jnp
 from apr_jax.kernels.cpu import bindings
 from apr_jax.kernels.mesh import over_rows_and_heads
 from apr_jax.model.attention import named, segment_starts
-from apr_jax.model.head_tile import PLAIN, HeadTile
-from apr_jax.model.paged_attention import Attended, over_heads
+from apr_jax.model.online_softmax import Block
+from apr_jax.model.paged_attention import Attended, PagedAttention, Places
 
 BLOCK = 16  # of the kernels, along T and H
 
@@ -67,37 +66,9 @@ def _backward(saved: Any, dout_BTNH: jax.Array) -> tuple[jax.Array, jax.Array, j
 _attend.defvjp(_forward, _backward)
 
 
-@dataclasses.dataclass(frozen=True)
-class CpuPagedAttention:
+class CpuPagedAttention(PagedAttention):
     """The `PagedAttention` of a kernel that writes and attends."""
 
-    tile: HeadTile = PLAIN
-
-    def __call__(
-        self,
-        q_LNH: jax.Array,
-        k_LKH: jax.Array,
-        v_LKH: jax.Array,
-        k_pages: jax.Array,
-        v_pages: jax.Array,
-        positions_L: jax.Array,
-        live_L: jax.Array,
-        tables_LR: jax.Array,
-    ) -> Attended:
+    def step(self, q_LNH: jax.Array, k_LKH: jax.Array, v_LKH: jax.Array, pages: Block, places: Places) -> Attended:
         """See `PagedAttention`. All lanes write before any attends, so lanes may be neighbouring positions of a row."""
-        seen_L = jnp.where(live_L, positions_L + 1, 0)
-        return over_heads(_write_then_attend, q_LNH, k_LKH, v_LKH, k_pages, v_pages, seen_L, live_L, tables_LR)
-
-
-def _write_then_attend(
-    q_LNH: jax.Array,
-    k_LKH: jax.Array,
-    v_LKH: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    seen_L: jax.Array,
-    live_L: jax.Array,
-    tables_LR: jax.Array,
-) -> Attended:
-    del live_L
-    return bindings.write_then_attend(q_LNH, k_LKH, v_LKH, k_pages, v_pages, seen_L, tables_LR)
+        return bindings.write_then_attend(q_LNH, k_LKH, v_LKH, pages, places.seen_L, places.tables_LR)

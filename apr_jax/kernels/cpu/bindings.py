@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from apr_jax.kernels.cpu import build
+from apr_jax.model.online_softmax import Block
 from apr_jax.model.ops import Angles
 
 _PANEL = 16  # columns of a matrix that lie side by side
@@ -73,31 +74,25 @@ def draw(
 
 
 def write_then_attend(
-    q_LNH: jax.Array,
-    k_LKH: jax.Array,
-    v_LKH: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    seen_L: jax.Array,
-    tables_LR: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q_LNH: jax.Array, k_LKH: jax.Array, v_LKH: jax.Array, pages: Block, seen_L: jax.Array, tables_LR: jax.Array
+) -> tuple[jax.Array, Block]:
     """Write each lane's new key and value at position `seen_L - 1` of its row, then attend to the first `seen_L`.
 
     All lanes write before any attends, so lanes may be neighbouring positions of one row.
 
     Args:
         q_LNH, k_LKH, v_LKH: float32 or bfloat16, RoPE applied; scores are scaled by 1/sqrt(H).
-        k_pages, v_pages: `[P, K, C, H]` of the same dtype; donate them, or they are copied.
+        pages: of keys and of values, `[P, K, C, H]` of the same dtype; donate them, or they are copied.
         seen_L: int32; 0 for a lane that writes nothing and gets zeros.
         tables_LR: int32, the pages of each row in order.
 
     Returns:
-        `[L, N, H]`, and both kinds of pages.
+        `[L, N, H]`, and the pages.
     """
-    shapes = [_array(x.shape, x.dtype) for x in (q_LNH, k_pages, v_pages)]
+    shapes = [_array(x.shape, x.dtype) for x in (q_LNH, *pages)]
     call = build.call("apr_attend", shapes, input_output_aliases={3: 1, 4: 2})
-    out_LNH, k_pages, v_pages = call(q_LNH, k_LKH, v_LKH, k_pages, v_pages, seen_L, tables_LR, threads=build.threads())
-    return out_LNH, k_pages, v_pages
+    out_LNH, k_pages, v_pages = call(q_LNH, k_LKH, v_LKH, *pages, seen_L, tables_LR, threads=build.threads())
+    return out_LNH, (k_pages, v_pages)
 
 
 def attention(

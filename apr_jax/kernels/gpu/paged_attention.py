@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.gpu import paged_attention as kernel
 
 from apr_jax.config import ConfigError
-from apr_jax.kernels.pairs import pairs_of
+from apr_jax.model.paged_attention import pairs_of
 
 _BLOCK = 256  # positions that a Triton program holds at once
 _SPLIT = 1024  # positions that a Triton program goes through

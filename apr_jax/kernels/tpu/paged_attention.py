@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import paged_attention as kernel
 
 from apr_jax.config import ConfigError
-from apr_jax.kernels.pairs import pairs_of
 from apr_jax.model.head_tile import HeadTile
+from apr_jax.model.paged_attention import pairs_of
 
 _LANES = 128
 _BLOCK = 512  # positions that the kernel holds at once

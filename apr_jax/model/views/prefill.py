@@ -39,9 +39,7 @@ class PrefillRows:
         k_LKCH, v_LKCH = (jnp.swapaxes(x, 1, 2) for x in (k_TKH, v_TKH))
         q_LKGCH = (q_TNH / math.sqrt(H)).astype(q_TNH.dtype).reshape(L, C, K, G, H).transpose(0, 2, 3, 1, 4)
         q_LKMH = q_LKGCH.reshape(L, K, G * C, H)
-        row = attend_rows(
-            q_LKMH, self.pages.keys[layer], self.pages.values[layer], self.lengths_L, self.tables_LR, self.tile
-        )
+        row = attend_rows(q_LKMH, self.pages.layer(layer), self.lengths_L, self.tables_LR, self.tile)
         causal_GCC = jnp.broadcast_to(jnp.tri(C, dtype=bool)[None], (G, C, C))
         chunk = softmax_part(q_LKMH, (k_LKCH, v_LKCH), causal_GCC.reshape(1, 1, G * C, C))
         out_LKGCH = normalise(merge(row, chunk)).reshape(L, K, G, C, H)
@@ -50,12 +48,7 @@ class PrefillRows:
 
 
 def prefill_rows(
-    config: ModelConfig,
-    pages: PagedKVCache,
-    starts_L: jax.Array,
-    tables_LR: jax.Array,
-    width: int,
-    tile: HeadTile,
+    config: ModelConfig, pages: PagedKVCache, starts_L: jax.Array, tables_LR: jax.Array, width: int, tile: HeadTile
 ) -> PrefillRows:
     """Return the view of chunks of `width` positions from `starts_L` on."""
     positions_LC = starts_L[:, None] + jnp.arange(width)[None]

@@ -15,7 +15,7 @@ import pytest
 from apr_jax.kernels import cpu, cpu_kernels
 from apr_jax.kernels.cpu import CpuPagedAttention, bindings, build
 from apr_jax.model.ops import apply_rope
-from apr_jax.model.paged_attention import PlainPagedAttention
+from apr_jax.model.paged_attention import PagedAttention, Places
 from apr_jax.model.rope import Frequencies, rope_angles
 from apr_jax.model.sampling import log_probs, sample
 
@@ -124,7 +124,7 @@ def test_dtypes_that_differ_are_refused():
         product(x_MD, panels, 16)
     q_LNH, pages = normal(1, 1, 32, dtype="bfloat16"), normal(2, 1, 16, 32)
     with pytest.raises(Exception, match="must have one dtype"):
-        bindings.write_then_attend(q_LNH, q_LNH, q_LNH, pages, pages, jnp.array([1]), jnp.array([[1]]))
+        bindings.write_then_attend(q_LNH, q_LNH, q_LNH, (pages, pages), jnp.array([1]), jnp.array([[1]]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -228,10 +228,10 @@ def test_attention_to_pages_is_xlas(kernels, head_dim, groups, dtype):
     arrays = [normal(6, n, head_dim, seed=n, dtype=dtype) for n in (kv_heads * groups, kv_heads, kv_heads)]
     arrays += [normal(6 * row + 1, kv_heads, page, head_dim, seed=seed, dtype=dtype) for seed in (7, 8)]
     made, expected = (
-        attend(*arrays, lengths_L, live_L, tables_LR)  # type: ignore[call-arg]
-        for attend, arrays in (
+        jax.tree.leaves(attend(q_LNH, k_LKH, v_LKH, (k_pages, v_pages), Places(lengths_L, live_L, tables_LR)))
+        for attend, (q_LNH, k_LKH, v_LKH, k_pages, v_pages) in (
             (CpuPagedAttention(), arrays),
-            (PlainPagedAttention(), [array.astype("float32") for array in arrays]),
+            (PagedAttention(), [array.astype("float32") for array in arrays]),
         )
     )
     assert {array.dtype.name for array in made} == {dtype}
@@ -247,7 +247,7 @@ def test_scores_of_any_size_are_a_softmax():
     for scale in (0.0, 1.0, 100.0, 1e4):
         q_LNH, k_pages = scale * normal(1, 1, 32), normal(3, 1, 16, 32, seed=1)
         new_k, new_v = k_pages[2, :, 3][None], v_pages[2, :, 3][None]
-        out, *_ = bindings.write_then_attend(q_LNH, new_k, new_v, k_pages, v_pages, seen_L, tables_LR)
+        out, *_ = bindings.write_then_attend(q_LNH, new_k, new_v, (k_pages, v_pages), seen_L, tables_LR)
         k_SH, v_SH = (np.asarray(pages[1:, 0].reshape(32, 32)[:20], np.float64) for pages in (k_pages, v_pages))
         scores = k_SH @ np.asarray(q_LNH[0, 0], np.float64) / 32**0.5
         weights = np.exp(scores - scores.max())
@@ -260,7 +260,7 @@ def test_lanes_may_be_neighbouring_positions_of_one_row():
     q_LNH, k_LKH, v_LKH = (normal(positions, 2, 32, seed=seed) for seed in range(3))
     empty = jnp.full((3, 2, 16, 32), 9.0)
     seen_L, tables_LR = 1 + jnp.arange(positions, dtype=jnp.int32), jnp.tile(tables_R, (positions, 1))
-    out_LNH, *_ = bindings.write_then_attend(q_LNH, k_LKH, v_LKH, empty, empty, seen_L, tables_LR)
+    out_LNH, *_ = bindings.write_then_attend(q_LNH, k_LKH, v_LKH, (empty, empty), seen_L, tables_LR)
     scores = jnp.einsum("LKH,SKH->KLS", q_LNH, k_LKH) / 32**0.5
     weights = jax.nn.softmax(jnp.where(jnp.tri(positions, dtype=bool)[None], scores, -jnp.inf), axis=-1)
     np.testing.assert_allclose(out_LNH, jnp.einsum("KLS,SKH->LKH", weights, v_LKH), atol=2e-6)
@@ -286,7 +286,9 @@ def test_pages_of_any_size_hold_the_same_row(kernels, page):
         jnp.pad(row, ((0, count * page - length), (0, 0)), constant_values=1e30).reshape(count, 1, page, head_dim)
         for row in rows
     ]
-    out, *_ = bindings.write_then_attend(q_LNH, *new, *pages, jnp.array([length]), jnp.arange(count)[None])  # type: ignore[call-arg]
+    out, *_ = bindings.write_then_attend(
+        q_LNH, *new, (pages[0], pages[1]), jnp.array([length]), jnp.arange(count)[None]
+    )  # type: ignore[call-arg]
     weights = jax.nn.softmax(rows[0] @ q_LNH[0, 0] / head_dim**0.5)
     np.testing.assert_allclose(out[0, 0], weights @ rows[1], atol=2e-6)
 
