@@ -78,7 +78,6 @@ class StopSignal:
             raise StoppedError("stopped by a signal")
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
-        del frame
         if number != signal.SIGALRM:
             if self._signalled:
                 signal.signal(number, signal.SIG_DFL)

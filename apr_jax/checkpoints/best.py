@@ -54,6 +54,5 @@ class PreserveBest(PreservationPolicy):
     def should_preserve(
         self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: PreservationContext
     ) -> Sequence[bool]:
-        del context
         best = best_step(self._folder, self._phase, [checkpoint.step for checkpoint in checkpoints])
         return [checkpoint.step == best for checkpoint in checkpoints]

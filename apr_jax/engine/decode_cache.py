@@ -16,19 +16,15 @@ class DecodeCache(Protocol):
 
     def start(self) -> Any:
         """Return what the first step is given."""
-        ...
 
     def view(self, carried: Any, step: jax.Array, live_L: jax.Array) -> Any:
         """Return what the lanes' threads see in a step (a `View`); `live_L` says which of them write."""
-        ...
 
     def carried(self, view: Any) -> Any:
         """Return what a step hands to the next one."""
-        ...
 
     def finish(self, carried: Any, counts_L: jax.Array) -> PagedKVCache:
         """Return the pages, with the first `counts_L` new positions of each lane in them."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,5 +52,4 @@ class PagesInPlace:
 
     def finish(self, carried: PagedKVCache, counts_L: jax.Array) -> PagedKVCache:
         """See `DecodeCache`."""
-        del counts_L
         return carried

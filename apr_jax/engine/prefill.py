@@ -40,15 +40,12 @@ class Prefill(Protocol):
 
     def take(self, scheduler: Scheduler, shard: int) -> list[PrefillChunk]:
         """Take a shard's part of the next call from the scheduler, which counts it as computed from now on."""
-        ...
 
     def arguments(self, pages: PagedKVCache, params: Any, lanes: Any) -> dict[str, tuple[Any, ...]]:
         """Return what each of `steps` is called with, or arrays' shapes, for a call with these arguments."""
-        ...
 
     def __call__(self, pages: PagedKVCache, params: Any, lanes: Any) -> PagedKVCache:
         """Compute the lanes' new positions and write them to the pages, which are donated."""
-        ...
 
 
 def choose_prefill(structure: Any, kernels: DecodeKernels, limits: Limits, mesh: Mesh) -> Prefill:

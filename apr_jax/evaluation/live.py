@@ -44,7 +44,6 @@ class LiveThreads:
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
 
     def __call__(self, key: RolloutKey, thread: Thread, happening: Happening) -> None:
-        del key  # there is one
         self._rows[thread.path] = _Row(thread, happening)
         if self._live is not None:
             if time.monotonic() - self._drawn >= _REDRAW_SECONDS:

@@ -126,7 +126,6 @@ def _cudnn_suits(config: ModelConfig, platform: str) -> bool:
 
 
 def _cudnn_lacks(config: ModelConfig, platform: str) -> str | None:
-    del platform
     return None if config.compute_dtype == "bfloat16" else "bfloat16"
 
 

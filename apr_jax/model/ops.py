@@ -37,7 +37,6 @@ class Ops:
 
 def matmul(x: jax.Array, matrices_DF: Sequence[jax.Array], widths: Sequence[int]) -> list[jax.Array]:
     """Multiply `x [..., D]` by each matrix."""
-    del widths  # the matrices tell
     return [product(x, matrix_DF) for matrix_DF in matrices_DF]
 
 

@@ -43,7 +43,6 @@ _FORM = re.compile(r"([a-z]+)@([1-9][0-9]{0,3}):(.+)")
 
 def most_likely(samples: Sequence[Sample], problem: Any, task: Task) -> int:
     """Return the index of the answer whose mean log-probability is highest, the first of equals; 0 if none."""
-    del problem, task
     answered = [index for index, sample in enumerate(samples) if sample.answer is not None]
     likelihood = [float("-inf") if s.mean_logprob is None else s.mean_logprob for s in samples]
     return max(answered, key=lambda index: likelihood[index], default=0)
@@ -51,7 +50,6 @@ def most_likely(samples: Sequence[Sample], problem: Any, task: Task) -> int:
 
 def majority(samples: Sequence[Sample], problem: Any, task: Task) -> int:
     """Return the index of the first sample with the answer that most samples give, the first of equals; 0 if none."""
-    del problem
     answers = [task.vote(sample.answer) for sample in samples]
     votes = Counter(answer for answer in answers if answer is not None)
     return answers.index(max(votes, key=lambda answer: votes[answer])) if votes else 0  # Counter keeps the order

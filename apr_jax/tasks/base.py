@@ -112,7 +112,6 @@ class Task(abc.ABC):
 
     def express(self, answer: str, problem: Any) -> str:
         """Return a right answer as people read it."""
-        del problem
         return answer
 
     def equation(self, expression: str, problem: Any) -> str:
@@ -121,27 +120,22 @@ class Task(abc.ABC):
 
     def claims_answer(self, text: str) -> bool:
         """Tell whether the end of a thread's text claims an answer."""
-        del text
         return False
 
     def departures(self, problem: Any, section: Any) -> list[str]:
         """Say in what a problem is unlike those that the section draws; nothing where it could be one of them."""
-        del problem, section
         return []
 
     def is_solvable(self, problem: Any) -> bool | None:
         """Tell whether the problem has an answer; None where that is not known quickly."""
-        del problem
         return None
 
     def count_operations(self, text: str) -> tuple[int, int]:
         """Count the steps that a text writes out, and those of them that are right."""
-        del text
         return 0, 0
 
     def path_solves(self, path: str, problem: Any) -> bool:
         """Tell whether what a child handed back solves the whole problem."""
-        del path, problem
         return False
 
     def handed_back(self, text: str) -> str | None:

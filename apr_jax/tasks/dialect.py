@@ -94,12 +94,10 @@ class Dialect(abc.ABC):
 
     def counts_tokens(self, section: Any, *, budget: bool) -> bool:
         """Tell whether demonstrations depend on how many tokens their texts are."""
-        del section, budget
         return False
 
     def child_result(self, context: str, completion: str, problem: Any) -> str:
         """Return one word for the thread viewer: how a child ended by itself; "solved" marks a success."""
-        del context, completion, problem
         return "ended"
 
 
@@ -152,7 +150,6 @@ class SpawnDialect(ThreadDialect):
 
     def child_prompt(self, context: str, window: int | None) -> str:
         """Return a child's prompt, which names the context window where there is one."""
-        del window
         return context
 
 

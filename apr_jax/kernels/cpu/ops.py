@@ -23,7 +23,6 @@ _MLP, _HEADS = partition_spec(BATCH_AXES, None, TENSOR_AXIS), partition_spec(BAT
 
 def matmul(x_BTD: jax.Array, matrices_DF: Sequence[jax.Array], widths: Sequence[int]) -> list[jax.Array]:
     """Multiply as `ops.matmul`, with a kernel for the gradient of each matrix."""
-    del widths
     return [product(x_BTD, matrix_DF) for matrix_DF in matrices_DF]
 
 

@@ -16,7 +16,6 @@ class View(Protocol):
 
     def angles(self) -> Angles:
         """Return RoPE's cosines and sines of the tokens' positions, `[..., 1, H/2]`."""
-        ...
 
     def attend(self, layer: int, q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array) -> tuple[jax.Array, Self]:
         """Attend from each token to what it sees, itself included.
@@ -29,7 +28,6 @@ class View(Protocol):
         Returns:
             `[..., N, H]` in the dtype of the queries, and the view that the next layer sees.
         """
-        ...
 
 
 V = TypeVar("V", bound=View)

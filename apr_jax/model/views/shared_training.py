@@ -52,7 +52,6 @@ class SharedTrainingRows:
 
     def attend(self, layer: int, q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array) -> tuple[jax.Array, Self]:
         """See `View`. The leading axes are B and T."""
-        del layer
         return shared_attention(q_TNH, k_TKH, v_TKH, self.rows, self.further), self
 
 

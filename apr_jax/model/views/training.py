@@ -36,7 +36,6 @@ class TrainingRows:
 
     def attend(self, layer: int, q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array) -> tuple[jax.Array, Self]:
         """See `View`."""
-        del layer
         q_BTNH, k_BTKH, v_BTKH = (x.reshape(-1, *x.shape[-3:]) for x in (q_TNH, k_TKH, v_TKH))
         ids_BT = self.segment_ids.reshape(-1, self.segment_ids.shape[-1])
         ends_BT = None if self.ends is None else self.ends.reshape(ids_BT.shape)

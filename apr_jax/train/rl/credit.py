@@ -9,7 +9,6 @@ from apr_jax.tasks.base import Task
 
 def every_call(rollout: Rollout, tokenizer: Tokenizer, task: Task) -> np.ndarray:
     """Give every call the whole advantage, as the paper does (`credit="rollout"`): float64, one a call."""
-    del tokenizer, task
     return np.ones(len(rollout.calls))
 
 

@@ -132,7 +132,6 @@ def rollout_weights(config: GRPOConfig, rollouts: Sequence[int], tokens: Sequenc
 
 def token_weights(config: GRPOConfig, rollouts: Sequence[int], tokens: Sequence[int]) -> list[CallWeights]:
     """Weigh every token as 1/(generated tokens of the batch)."""
-    del rollouts
     policy = 1.0 / max(sum(tokens), 1)
     return [CallWeights(policy, config.kl_coef * policy)] * len(tokens)
 
