@@ -14,7 +14,7 @@ from apr_jax.reasoning.base import (
     Method,
     Outcome,
     Settings,
-    Status,
+    Tally,
     mark_id,
     prompt_tokens,
     thread_text,
@@ -22,7 +22,7 @@ from apr_jax.reasoning.base import (
     truncated_reason,
 )
 from apr_jax.reasoning.spawn_grammar import ThreadGrammar
-from apr_jax.tasks.dialect import ChildResult, Malformed, SpawnCall, SpawnDialect
+from apr_jax.tasks.dialect import ChildResult, Ending, Malformed, SpawnCall, SpawnDialect
 
 
 @dataclasses.dataclass
@@ -30,11 +30,8 @@ class _Search:
     """One thread's search, with the counts of the tree below it."""
 
     text: str = ""  # from its own prompt on
-    failure: tuple[Status, str] | None = None  # "malformed" or "truncated", and the reason
-    num_spawns: int = 0
-    num_children: int = 0
-    child_reasons: list[str] = dataclasses.field(default_factory=list)
-    child_paths: list[str] = dataclasses.field(default_factory=list)
+    failure: Ending | None = None  # "malformed" or "truncated"
+    tally: Tally = dataclasses.field(default_factory=Tally)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +40,7 @@ class _Child:
 
     result: ChildResult
     reason: str | None  # why the result says "no solution" where the child's search did not end well
-    search: _Search
+    tally: Tally
 
 
 def adaptive(problem: Any, settings: Settings) -> Generator[Any, Any, Outcome]:
@@ -51,16 +48,7 @@ def adaptive(problem: Any, settings: Settings) -> Generator[Any, Any, Outcome]:
     dialect = settings.task.dialect("adaptive", SpawnDialect)
     prompt = dialect.prompt(problem, settings.budget, settings.context_window)
     search = yield from _search(dialect, prompt, None, settings, 0, settings.max_total_children)
-    answer, status, reason = (None, *search.failure) if search.failure else dialect.read_ending(search.text)
-    return Outcome(
-        answer=answer,
-        status=status,
-        reason=reason,
-        num_spawns=search.num_spawns,
-        num_children=search.num_children,
-        child_reasons=tuple(search.child_reasons),
-        child_paths=tuple(search.child_paths),
-    )
+    return search.tally.outcome(search.failure or dialect.read_ending(search.text))
 
 
 ADAPTIVE = Method(name="adaptive", program=adaptive, dialect="adaptive", kind=SpawnDialect, budget="children")
@@ -72,12 +60,11 @@ def _child(
     prompt = dialect.child_prompt(context, settings.context_window)
     fork_of = parent if dialect.children == "fork" else None
     search = yield from _search(dialect, prompt, fork_of, settings, depth, allowance)
-    if search.failure is not None:
-        return _Child(ChildResult(name, None), search.failure[1], search)
-    result = dialect.read_child(search.text, name)
+    failure = search.failure
+    result = dialect.read_child(search.text, name) if failure is None else Malformed(failure.reason)
     if isinstance(result, Malformed):
-        return _Child(ChildResult(name, None), result.reason, search)
-    return _Child(result, None, search)
+        return _Child(ChildResult(name, None), result.reason, search.tally)
+    return _Child(result, None, search.tally)
 
 
 def _search(
@@ -100,16 +87,17 @@ def _search(
         stop = yield Decode(thread, stop_tokens, thread_grammar(settings, depth, spawns, allowance))
         search.text = thread_text(tokenizer, thread)[inherited:]
         if stop.reason is not StopReason.TOKEN:
-            search.failure = ("truncated", truncated_reason(stop))
+            search.failure = Ending(None, "truncated", truncated_reason(stop))
             return search
         if stop.token in tokenizer.eos_ids:
             return search
         call = read_spawn(dialect, search.text, settings, depth, spawns, allowance)
         spawn_begin = None if isinstance(call, Malformed) else token_index(tokenizer, thread, inherited + call.start)
         if isinstance(call, Malformed) or spawn_begin is None:
-            search.failure = ("malformed", call.reason if isinstance(call, Malformed) else "split_token")
+            reason = call.reason if isinstance(call, Malformed) else "split_token"
+            search.failure = Ending(None, "malformed", reason)
             return search
-        count, before = len(call.contexts), search.num_children
+        count, before = len(call.contexts), search.tally.num_children
         share = (allowance - count) // (count + 1) if depth + 1 < settings.max_depth else 0
         children = [
             _child(dialect, name, context, thread, settings, depth + 1, share)
@@ -118,9 +106,9 @@ def _search(
         handle = yield Spawn(children)
         spawns += 1
         returned = yield Join(handle, _succeeded if settings.cancel_on_success else None)
-        joined = dialect.render_join(_count(search, call.names, returned), call.level)
+        joined = dialect.render_join(_count(search.tally, call.names, returned), call.level)
         # What cancelled children opened is not known here: they count as if they had used their whole share.
-        allowance -= search.num_children - before + share * returned.count(None)
+        allowance -= search.tally.num_children - before + share * returned.count(None)
         yield Truncate(thread, spawn_begin)
         yield Append(thread, tokenizer.encode(joined))
 
@@ -169,18 +157,15 @@ def _succeeded(child: _Child) -> bool:
     return child.result.path is not None
 
 
-def _count(search: _Search, names: tuple[str, ...], returned: list[_Child | None]) -> list[ChildResult]:
+def _count(tally: Tally, names: tuple[str, ...], returned: list[_Child | None]) -> list[ChildResult]:
     """Add the children (None: cancelled) to the thread's counts and return what the join will say of each."""
-    search.num_spawns += 1
-    search.num_children += len(returned)
+    tally.spawned(len(returned))
     results = []
     for name, child in zip(names, returned, strict=True):
         if child is None:
             results.append(ChildResult(name, None))
             continue
         results.append(child.result)
-        search.num_spawns += child.search.num_spawns
-        search.num_children += child.search.num_children
-        search.child_reasons += [*child.search.child_reasons, *([child.reason] if child.reason else [])]
-        search.child_paths += [*child.search.child_paths, *([child.result.path] if child.result.path else [])]
+        tally.add(child.tally)
+        tally.returned(child.reason, child.result.path)
     return results

@@ -9,15 +9,13 @@ from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.threads import Stop, StopReason, Thread
 from apr_jax.reasoning.spawn_grammar import SpawnGrammar
 from apr_jax.tasks.base import Task
-from apr_jax.tasks.dialect import Dialect
+from apr_jax.tasks.dialect import Dialect, Ending, Status, ThreadDialect
 
 _TRUNCATED = {
     StopReason.LENGTH: "context_full",
     StopReason.MAX_STEPS: "max_steps",
     StopReason.BUDGET: "rollout_tokens",
 }
-
-Status = Literal["answered", "no_solution", "malformed", "truncated"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +61,47 @@ class Outcome:
     samples: tuple[Sample, ...] = ()  # of which this is one; (): it was not chosen among several
 
 
+@dataclasses.dataclass
+class Tally:
+    """The counts of an `Outcome`, while its rollout goes on."""
+
+    num_spawns: int = 0
+    num_children: int = 0
+    child_reasons: list[str] = dataclasses.field(default_factory=list)
+    child_paths: list[str] = dataclasses.field(default_factory=list)
+    dropped_lines: list[str] = dataclasses.field(default_factory=list)
+
+    def spawned(self, children: int) -> None:
+        """Count a spawn of so many children."""
+        self.num_spawns += 1
+        self.num_children += children
+
+    def returned(self, reason: str | None, path: str | None) -> None:
+        """Note why a child ended badly, if it did, and what it handed back, if anything."""
+        self.child_reasons += [reason] if reason else []
+        self.child_paths += [path] if path else []
+
+    def add(self, other: "Tally | Outcome") -> None:
+        """Add the counts of another tree of threads."""
+        self.num_spawns += other.num_spawns
+        self.num_children += other.num_children
+        self.child_reasons += other.child_reasons
+        self.child_paths += other.child_paths
+        self.dropped_lines += other.dropped_lines
+
+    def outcome(self, ending: Ending, samples: tuple[Sample, ...] = ()) -> Outcome:
+        """Return the outcome of a rollout whose root ended so."""
+        return Outcome(
+            **ending._asdict(),
+            num_spawns=self.num_spawns,
+            num_children=self.num_children,
+            child_reasons=tuple(self.child_reasons),
+            child_paths=tuple(self.child_paths),
+            dropped_lines=tuple(self.dropped_lines),
+            samples=samples,
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
     """A way of reasoning: a program over threads, and its facts."""
@@ -102,6 +141,13 @@ def token_index(tokenizer: Tokenizer, thread: Thread, offset: int) -> int | None
             return index if begin == offset else None
         begin += len(piece)
     return None
+
+
+def read_end(dialect: ThreadDialect, tokenizer: Tokenizer, thread: Thread, stop: Stop) -> Ending:
+    """Return the ending of a thread that a stop token ended, as the dialect reads it, or that was cut off."""
+    if stop.reason is not StopReason.TOKEN:
+        return Ending(None, "truncated", truncated_reason(stop))
+    return dialect.read_ending(thread_text(tokenizer, thread))
 
 
 def truncated_reason(stop: Stop) -> str:

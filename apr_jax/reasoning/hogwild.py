@@ -16,19 +16,11 @@ trained for it has learnt to share out the work, and to leave when another has t
 """
 
 from collections.abc import Generator
-from typing import Any, NamedTuple
+from typing import Any
 
-from apr_jax.engine.threads import Decode, Join, Open, Share, StopReason
-from apr_jax.reasoning.base import Method, Outcome, Settings, Status, prompt_tokens, thread_text, truncated_reason
-from apr_jax.tasks.dialect import WorkerDialect
-
-
-class _Ending(NamedTuple):
-    """The ending of one worker."""
-
-    answer: str | None
-    status: Status
-    reason: str
+from apr_jax.engine.threads import Decode, Join, Open, Share
+from apr_jax.reasoning.base import Method, Outcome, Settings, Tally, prompt_tokens, read_end
+from apr_jax.tasks.dialect import Ending, WorkerDialect
 
 
 def hogwild(problem: Any, settings: Settings) -> Generator[Any, Any, Outcome]:
@@ -40,20 +32,13 @@ def hogwild(problem: Any, settings: Settings) -> Generator[Any, Any, Outcome]:
     prompt = prompt_tokens(settings.tokenizer, dialect.prompt(problem))
     workers = [_worker(dialect, number, settings) for number in range(dialect.num_workers)]
     handle = yield Share(prompt, workers)
-    returned: list[_Ending | None] = yield Join(handle, _has_answered)
+    returned: list[Ending | None] = yield Join(handle, _has_answered)
     endings = [ending for ending in returned if ending is not None]
-    answers = tuple(ending.answer for ending in endings if ending.answer is not None)
     failures = [ending for ending in endings if ending.status in ("malformed", "truncated")]
-    chosen = next((ending for ending in endings if ending.answer is not None), (failures or endings)[0])
-    return Outcome(
-        answer=chosen.answer,
-        status=chosen.status,
-        reason=chosen.reason,
-        num_spawns=1,
-        num_children=len(workers),
-        child_reasons=tuple(ending.reason for ending in failures),
-        child_paths=answers,
-    )
+    tally = Tally(child_reasons=[ending.reason for ending in failures])
+    tally.child_paths = [ending.answer for ending in endings if ending.answer is not None]
+    tally.spawned(len(workers))
+    return tally.outcome(next((ending for ending in endings if ending.answer is not None), (failures or endings)[0]))
 
 
 HOGWILD = Method(
@@ -67,14 +52,12 @@ HOGWILD = Method(
 )
 
 
-def _worker(dialect: WorkerDialect, number: int, settings: Settings) -> Generator[Any, Any, _Ending]:
+def _worker(dialect: WorkerDialect, number: int, settings: Settings) -> Generator[Any, Any, Ending]:
     tokenizer = settings.tokenizer
     thread = yield Open(tokenizer.encode(dialect.header(number)))
     stop = yield Decode(thread, tokenizer.eos_ids)
-    if stop.reason is not StopReason.TOKEN:
-        return _Ending(None, "truncated", truncated_reason(stop))
-    return _Ending(*dialect.read_ending(thread_text(tokenizer, thread)))
+    return read_end(dialect, tokenizer, thread, stop)
 
 
-def _has_answered(ending: _Ending) -> bool:
+def _has_answered(ending: Ending) -> bool:
     return ending.answer is not None

@@ -24,13 +24,14 @@ from apr_jax.reasoning.base import (
     Method,
     Outcome,
     Settings,
-    Status,
+    Tally,
     mark_id,
     prompt_tokens,
+    read_end,
     thread_text,
     truncated_reason,
 )
-from apr_jax.tasks.dialect import ChildResult, Malformed, PromiseDialect, SpawnCall
+from apr_jax.tasks.dialect import ChildResult, Ending, Malformed, PromiseDialect, SpawnCall
 
 
 class _Child(NamedTuple):
@@ -59,36 +60,25 @@ def pasta(problem: Any, settings: Settings) -> Generator[Any, Any, Outcome]:
     spawn_end_id, wait_id = mark_id(tokenizer, dialect.spawn_end), mark_id(tokenizer, dialect.wait)
     family = _Family(dialect, settings)
     thread = yield Open(prompt_tokens(tokenizer, dialect.prompt(problem, settings.budget)))
-    ending: tuple[str | None, Status, str] | None = None
+    ending: Ending | None = None
     while ending is None:
-        limits = (settings, 0, family.num_spawns, settings.max_total_children - family.num_children)
+        spawns, children = family.tally.num_spawns, family.tally.num_children
+        limits = (settings, 0, spawns, settings.max_total_children - children)
         stop = yield Decode(thread, (spawn_end_id, wait_id, *tokenizer.eos_ids), thread_grammar(*limits))
-        text = thread_text(tokenizer, thread)
-        if stop.reason is not StopReason.TOKEN:
-            ending = None, "truncated", truncated_reason(stop)
-        elif stop.token in tokenizer.eos_ids:
-            ending = dialect.read_ending(text)
+        if stop.reason is not StopReason.TOKEN or stop.token in tokenizer.eos_ids:
+            ending = read_end(dialect, tokenizer, thread, stop)
         elif stop.token == spawn_end_id:
-            call = read_spawn(dialect, text, *limits, last_begin=True)
+            call = read_spawn(dialect, thread_text(tokenizer, thread), *limits, last_begin=True)
             if isinstance(call, Malformed):
-                ending = None, "malformed", call.reason
+                ending = Ending(None, "malformed", call.reason)
             else:
                 yield from family.spawn(call)
         elif family.promises:
             yield Append(thread, (yield from family.join()))
         else:
-            ending = None, "malformed", "nothing_to_wait_for"
+            ending = Ending(None, "malformed", "nothing_to_wait_for")
     yield from family.join()
-    answer, status, reason = ending
-    return Outcome(
-        answer=answer,
-        status=status,
-        reason=reason,
-        num_spawns=family.num_spawns,
-        num_children=family.num_children,
-        child_reasons=tuple(family.child_reasons),
-        child_paths=tuple(family.child_paths),
-    )
+    return family.tally.outcome(ending)
 
 
 PASTA = Method(name="pasta", program=pasta, dialect="pasta", kind=PromiseDialect, budget="children")
@@ -100,17 +90,14 @@ class _Family:
     def __init__(self, dialect: PromiseDialect, settings: Settings) -> None:
         self._dialect, self._settings = dialect, settings
         self.promises: list[_Promise] = []
-        self.num_spawns = self.num_children = 0
-        self.child_reasons: list[str] = []
-        self.child_paths: list[str] = []
+        self.tally = Tally()
 
     def spawn(self, call: SpawnCall) -> Generator[Any, Any, None]:
         """Start the children of a spawn."""
         named = zip(call.contexts, call.names, strict=True)
         handle = yield Spawn([_search(self._dialect, context, name, self._settings) for context, name in named])
         self.promises.append(_Promise(call, handle))
-        self.num_spawns += 1
-        self.num_children += len(call.contexts)
+        self.tally.spawned(len(call.contexts))
 
     def join(self) -> Generator[Any, Any, list[int]]:
         """Wait for all children that are out, and return their text as tokens."""
@@ -129,8 +116,7 @@ class _Family:
             tokens += encode(dialect.result_line(index, result, call.level))
             if child is not None:
                 tokens += child.tokens
-                self.child_reasons += [child.reason] if child.reason else []
-                self.child_paths += [result.path] if result.path else []
+                self.tally.returned(child.reason, result.path)
         return tokens + encode(dialect.join_end)
 
 

@@ -33,8 +33,9 @@ from typing import Any
 
 from apr_jax.config import ConfigError
 from apr_jax.engine.threads import Join, Open, Prefill, Program, Spawn, Thread
-from apr_jax.reasoning.base import Outcome, Sample
+from apr_jax.reasoning.base import Outcome, Sample, Tally
 from apr_jax.tasks.base import Task
+from apr_jax.tasks.dialect import Ending
 
 Choose = Callable[[Sequence[Sample], Any, Task], int]
 
@@ -108,16 +109,11 @@ def sampled(choose: Choose, problem: Any, task: Task, programs: Sequence[Program
     samples = tuple(
         Sample(answer=o.answer, status=o.status, reason=o.reason, mean_logprob=logprob) for o, logprob in ended
     )
-    outcomes = [outcome for outcome, _ in ended]
-    return dataclasses.replace(
-        outcomes[choose(samples, problem, task)],
-        num_spawns=sum(o.num_spawns for o in outcomes),
-        num_children=sum(o.num_children for o in outcomes),
-        child_reasons=tuple(reason for o in outcomes for reason in o.child_reasons),
-        child_paths=tuple(path for o in outcomes for path in o.child_paths),
-        dropped_lines=tuple(line for o in outcomes for line in o.dropped_lines),
-        samples=samples,
-    )
+    tally = Tally()
+    for outcome, _ in ended:
+        tally.add(outcome)
+    chosen = samples[choose(samples, problem, task)]
+    return tally.outcome(Ending(chosen.answer, chosen.status, chosen.reason), samples)
 
 
 def _is_prompt(request: Any) -> bool:

@@ -3,8 +3,8 @@
 from collections.abc import Generator
 from typing import Any
 
-from apr_jax.engine.threads import Decode, Open, StopReason
-from apr_jax.reasoning.base import Method, Outcome, Settings, prompt_tokens, thread_text, truncated_reason
+from apr_jax.engine.threads import Decode, Open
+from apr_jax.reasoning.base import Method, Outcome, Settings, Tally, prompt_tokens, read_end
 from apr_jax.tasks.dialect import ThreadDialect
 
 
@@ -20,10 +20,7 @@ def one_thread(
     tokenizer = settings.tokenizer
     thread = yield Open(prompt_tokens(tokenizer, dialect.prompt(problem, budget)))
     stop = yield Decode(thread, tokenizer.eos_ids)
-    if stop.reason is not StopReason.TOKEN:
-        return Outcome(answer=None, status="truncated", reason=truncated_reason(stop))
-    answer, status, reason = dialect.read_ending(thread_text(tokenizer, thread))
-    return Outcome(answer=answer, status=status, reason=reason)
+    return Tally().outcome(read_end(dialect, tokenizer, thread, stop))
 
 
 SERIAL = Method(name="serial", program=serial, dialect="serial", kind=ThreadDialect, budget="tokens")

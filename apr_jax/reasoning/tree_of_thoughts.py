@@ -15,8 +15,8 @@ from collections.abc import Generator, Hashable, Sequence
 from typing import Any
 
 from apr_jax.engine.threads import Decode, Join, Open, Spawn, StopReason
-from apr_jax.reasoning.base import Method, Outcome, Settings, Status, prompt_tokens, truncated_reason
-from apr_jax.tasks.dialect import ThoughtDialect
+from apr_jax.reasoning.base import Method, Outcome, Settings, Tally, prompt_tokens, truncated_reason
+from apr_jax.tasks.dialect import Ending, ThoughtDialect
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,28 +50,18 @@ def tree_of_thoughts(problem: Any, settings: Settings) -> Generator[Any, Any, Ou
     dialect = settings.task.dialect("tree_of_thoughts", ThoughtDialect)
     search = _Search(dialect, problem, settings)
     walk = search.breadth_first if settings.tree_of_thoughts.search == "breadth_first" else search.depth_first
-    answer: str | None = None
-    status: Status = "no_solution"
-    reason = "no_solution"
+    ending = Ending(None, "no_solution", "no_solution")
     try:
         leaf = yield from walk(_Node(dialect.root(problem)))
     except _TooManyChildrenError:
-        status, reason = "truncated", "rollout_children"
+        ending = Ending(None, "truncated", "rollout_children")
     else:
         answer = None if leaf is None else dialect.render_answer(problem, leaf.lines, leaf.state)
         if answer is not None:
-            status, reason = "answered", ""
+            ending = Ending(answer, "answered", "")
         elif not search.num_proposals:
-            status, reason = "malformed", "no_proposals"
-    return Outcome(
-        answer=answer,
-        status=status,
-        reason=reason,
-        num_spawns=search.num_spawns,
-        num_children=search.num_children,
-        child_reasons=tuple(search.child_reasons),
-        dropped_lines=tuple(search.dropped),
-    )
+            ending = Ending(None, "malformed", "no_proposals")
+    return search.tally.outcome(ending)
 
 
 TREE_OF_THOUGHTS = Method(
@@ -90,9 +80,8 @@ class _Search:
     def __init__(self, dialect: ThoughtDialect, problem: Any, settings: Settings) -> None:
         self._dialect, self._problem = dialect, problem
         self._settings, self._options = settings, settings.tree_of_thoughts
-        self.num_spawns = self.num_children = self.num_proposals = 0
-        self.child_reasons: list[str] = []
-        self.dropped: list[str] = []
+        self.num_proposals = 0
+        self.tally = Tally()
 
     def breadth_first(self, root: _Node) -> Generator[Any, Any, _Node | None]:
         """Return the best leaf of a search that keeps the `breadth` best nodes of each level (Algorithm 1)."""
@@ -122,7 +111,7 @@ class _Search:
         for node, text in zip(nodes, (yield from self._think(prompts)), strict=True):
             proposals, dropped = dialect.read_proposals(text, node.state)
             self.num_proposals += len(proposals)
-            self.dropped += dropped
+            self.tally.dropped_lines += dropped
             for proposal in proposals:
                 reached.setdefault(dialect.key(proposal.state), _Node(proposal.state, (*node.lines, proposal.line)))
         samples = self._options.value_samples
@@ -137,7 +126,7 @@ class _Search:
     def _value(self, text: str) -> float:
         value = self._dialect.read_value(text)
         if value is None:
-            self.dropped.append("no_verdict")
+            self.tally.dropped_lines.append("no_verdict")
             return 0.0
         return value
 
@@ -145,13 +134,12 @@ class _Search:
         """Return what children with these prompts write, all at the same time."""
         if not prompts:
             return []
-        if self.num_children + len(prompts) > self._settings.max_total_children:
+        if self.tally.num_children + len(prompts) > self._settings.max_total_children:
             raise _TooManyChildrenError
-        self.num_spawns += 1
-        self.num_children += len(prompts)
+        self.tally.spawned(len(prompts))
         handle = yield Spawn([_think(prompt, self._settings) for prompt in prompts])
         thoughts: list[_Thought] = yield Join(handle)
-        self.child_reasons += [thought.reason for thought in thoughts if thought.reason]
+        self.tally.child_reasons += [thought.reason for thought in thoughts if thought.reason]
         return [thought.text for thought in thoughts]
 
 

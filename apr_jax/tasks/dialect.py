@@ -25,12 +25,15 @@ SURE, LIKELY, IMPOSSIBLE = "sure", "likely", "impossible"
 VALUES: Mapping[str, float] = MappingProxyType({SURE: 20.0, LIKELY: 1.0, IMPOSSIBLE: 0.001})
 
 
+Status = Literal["answered", "no_solution", "malformed", "truncated"]
+
+
 class Ending(NamedTuple):
-    """The claim of a thread that ended by itself."""
+    """The claim of a thread that has ended. One that ended by itself, which a dialect reads, is not "truncated"."""
 
     answer: str | None
-    status: Literal["answered", "no_solution", "malformed"]
-    reason: str  # "" when answered
+    status: Status
+    reason: str  # "" when answered; otherwise a snake_case reason that can be counted
 
 
 @dataclasses.dataclass(frozen=True)
