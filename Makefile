@@ -1,4 +1,4 @@
-# make train | make test | make test-fast | make test-slow | make test-browser | make test-peers | make peers | make test-aot | make soak |
+# make train | make reproduce | make test | make test-fast | make test-slow | make test-browser | make test-peers | make peers | make test-aot | make soak |
 # make compile-aot | make gpu-check | make screenshots | make lint | make lock
 # METHOD=serial trains another way of reasoning (configs/methods.py).
 # ROOM=engine tests one room of the package, tests/engine (test, test-fast, test-slow).
@@ -16,7 +16,7 @@ TOPOLOGY ?= tpu:v5e:4x4
 
 COMPARISON ?= docs/results/laptop
 
-.PHONY: train test test-without-cpu-kernels test-fast test-slow test-browser screenshots soak test-peers peers test-aot compile-aot gpu-check lint format lock env clean
+.PHONY: train reproduce test test-without-cpu-kernels test-fast test-slow test-browser screenshots soak test-peers peers test-aot compile-aot gpu-check lint format lock env clean
 
 env: $(VENV)/.installed
 
@@ -28,6 +28,10 @@ $(VENV)/.installed: requirements.lock setup.py
 
 train: env
 	$(BIN)/python launch/train.py --config=$(CONFIG) $(if $(WORKDIR),--workdir=$(WORKDIR))
+
+# The paper's claims from nothing: tens of hours on two cores, stopped and gone on with at will. FLAGS="--list" shows its parts.
+reproduce: env
+	$(BIN)/python launch/reproduce.py $(if $(WORKDIR),--workdir=$(WORKDIR)) $(FLAGS)
 
 PYTEST := $(BIN)/python -m pytest -n 2 $(if $(ROOM),tests/$(ROOM))
 

@@ -2,7 +2,18 @@
 
     python launch/train.py --config=configs/countdown4.py:facts            # first arithmetic: two million tokens
     python launch/train.py --config=configs/countdown4.py --start=runs/countdown4_facts  # then SFT, and evaluation
-    python launch/train.py --config=configs/countdown4.py:quick            # minutes: does everything run?
+    python launch/train.py --config=configs/countdown4.py:adaptive.rl --checkpoint=runs/countdown4  # then GRPO
+    python launch/reproduce.py --list                                      # all of it, and the paper's claims
+
+A variant is a name, and words after it, with dots between:
+
+    adaptive, serial, direct    a way of reasoning
+    adaptive_budget             prompts name the number of children
+    serial_budget               prompts name the number of tokens
+    facts                       bare arithmetic, where the others start from
+    .rl                         GRPO of it, to be started from its SFT with --checkpoint
+    .path                       (after .rl) with a price on the longest chain of tokens
+    .quick                      minutes: does everything run? Learns nothing
 
 The facts come first: if they are only mixed in, they are learnt after the search. They stay in every batch afterwards,
 so that they are not forgotten.
@@ -19,18 +30,29 @@ from ml_collections import ConfigDict
 
 from configs import grpo
 
+_NAMES = ("adaptive", "adaptive_budget", "serial", "serial_budget", "direct", "facts")
+
 
 def get_config(variant: str = "adaptive") -> ConfigDict:
-    variants = {"adaptive": adaptive, "facts": facts, "quick": quick}
-    if variant not in variants:
-        raise ValueError(f"configs/countdown4.py:{variant}: no such variant; choose one of {', '.join(variants)}")
-    return variants[variant]()
+    name, *words = variant.split(".")
+    changes = {"rl": rl, "path": path, "quick": quick}
+    if name not in _NAMES or not set(words) <= set(changes) or ("path" in words and "rl" not in words):
+        raise ValueError(
+            f"configs/countdown4.py:{variant}: no such variant; choose one of {', '.join(_NAMES)}, and after it "
+            "with dots any of rl, path (after rl), quick"
+        )
+    config = facts() if name == "facts" else sft(name)
+    for word in words:
+        changes[word](config)
+    return config
 
 
-def adaptive() -> ConfigDict:
-    """Configure a 3.3M-parameter Llama from nothing. Its schedule can be extended until it falls."""
+def sft(name: str = "adaptive") -> ConfigDict:
+    """Configure SFT of a 3.3M-parameter Llama. Its schedule can be extended until it falls."""
     config = grpo.get_config("laptop")
-    config.name = "countdown4"
+    method, _, budget = name.partition("_")
+    config.name = "countdown4" if name == "adaptive" else f"countdown4_{name}"
+    config.data.update(method=method, condition_on_budget=bool(budget))
     config.model.update(num_layers=4, embed_dim=256, mlp_dim=688, num_heads=4, num_kv_heads=4, max_seq_len=2_048)
     config.model.tie_embeddings = False
     config.task.update(
@@ -59,8 +81,8 @@ def adaptive() -> ConfigDict:
 
 
 def facts() -> ConfigDict:
-    """Configure the same model on bare arithmetic, with a twentieth of demonstrations: the start of `adaptive`."""
-    config = adaptive()
+    """Configure the same model on bare arithmetic, with a twentieth of demonstrations: the start of the others."""
+    config = sft()
     config.name = "countdown4_facts"
     config.model.max_seq_len = 1_024
     config.data.update(num_train=500, num_validation=32, num_test=16, num_test_unseen_targets=16, facts_share=0.95)
@@ -74,15 +96,29 @@ def facts() -> ConfigDict:
     return config
 
 
-def quick() -> ConfigDict:
-    """Run everything once, in minutes. Learns nothing."""
-    config = adaptive()
-    config.name = "countdown4_quick"
-    config.model.update(num_layers=2, embed_dim=128, mlp_dim=256, num_heads=2, num_kv_heads=2)
-    config.data.update(num_train=256, num_validation=32, num_test=32, num_test_unseen_targets=16)
+def rl(config: ConfigDict) -> None:
+    """Add GRPO: for every way of reasoning the same number of rollouts, which is what their steps cost."""
+    config.name += "_rl"
+    config.grpo.update(num_steps=100, prompts_per_step=24, group_size=8, inner_updates=2, kl_coef=0.001)
+    config.grpo.update(checkpoint_every=1, validate_every=10, validation_problems=200)
+    config.grpo.optimizer.update(learning_rate=3e-5, schedule="constant")
+    config.rollout.temperature = 1.0
+
+
+def path(config: ConfigDict) -> None:
+    """Add a price on the longest chain of tokens: 500 of them cost a twentieth of an answer."""
+    config.name += "_path"
+    config.grpo.reward.sequential_token_price = 1e-4
+
+
+def quick(config: ConfigDict) -> None:
+    """Make everything small."""
+    config.name += "_quick"
+    rl_too = config.grpo.num_steps > 0
+    config.model.update(num_layers=1, embed_dim=64, mlp_dim=128, num_heads=1, num_kv_heads=1)
+    config.data.update(num_train=128, num_validation=32, num_test=32, num_test_unseen_targets=16)
     config.sft.update(num_steps=4, rows_per_step=2, checkpoint_every=2, validate_every=2, validation_rows=2)
     config.sft.optimizer.update(warmup_steps=1, decay_steps=1)
     config.rollout.update(max_steps=64)
-    config.grpo.validation_problems = 16
+    config.grpo.update(num_steps=2 * rl_too, prompts_per_step=2, group_size=2, validate_every=2, validation_problems=4)
     config.evaluation.num_problems = 8
-    return config

@@ -15,6 +15,7 @@ LAYERS = [
     "engine",
     "reasoning",
     "evaluation",
+    "reproduce",
     "train",
     "library",
     "bench",
@@ -32,7 +33,7 @@ LEAVES = {
     "config_dict": {"config", "tasks", "reasoning", "model"},  # the door asks the registries TASKS, METHODS, FAMILIES
     "entry": {"config", "config_dict", "files", "stopping"},
 }
-MAY_USE_LEAVES = {"reasoning", "evaluation", "checkpoints", "train", "library", "bench", "aot", "launch"}
+MAY_USE_LEAVES = {"reasoning", "evaluation", "reproduce", "checkpoints", "train", "library", "bench", "aot", "launch"}
 NO_JAX = ["apr_jax/tasks", "apr_jax/data", "apr_jax/engine/pages.py", "apr_jax/engine/threads.py"]
 NO_JAX += ["apr_jax/engine/scheduler.py", "apr_jax/engine/constraints.py", "apr_jax/bench/peers.py"]
 NO_JAX += ["apr_jax/engine/driver.py", "apr_jax/engine/rollout_tree.py", "apr_jax/engine/groups.py"]
