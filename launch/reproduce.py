@@ -68,7 +68,7 @@ def _run(part: Part, record: Record) -> int:
     """Run a part to its end, hand signals on to it, and return its exit code."""
     started = time.monotonic()
     command = [sys.executable, *map(_in_checkout, part.command)]
-    process = subprocess.Popen(command, process_group=0)
+    process = subprocess.Popen(command, stdout=sys.stdout, process_group=0)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = {number: signal.signal(number, lambda number, _: process.send_signal(number)) for number in numbers}
     try:
