@@ -55,8 +55,6 @@ def test_a_part_is_stopped_gone_on_with_and_then_done(tmp_path):
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path, arguments, code, message):
-    done = launched(
-        "reproduce.py", tmp_path, "--quick", *arguments, code=1 if "facts" in arguments[0] and len(arguments) > 1 else 2
-    )
+    done = launched("reproduce.py", tmp_path, "--quick", *arguments, check=code)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
