@@ -43,7 +43,7 @@ _GENERATED_LINE = re.compile(
 
 
 class Adaptive(SearchDialect, SpelledSpawnDialect):
-    """Spawns of nodes, and joins of the children's winning paths."""
+    """The dialect whose spawns name nodes, and whose joins hold the children's winning paths."""
 
     def prompt(self, problem: Problem, budget: int | None = None, window: int | None = None) -> str:
         """Return a root's prompt: `budget` is how many children it may open, `window` the tokens of any thread."""
