@@ -1,6 +1,8 @@
 """Any Hugging Face tokenizer.json behind the `Tokenizer` protocol."""
 
+import codecs
 import functools
+import itertools
 import json
 import pathlib
 import re
@@ -15,6 +17,19 @@ from apr_jax.tasks.dialect import CALL_BEGIN, CALL_END, JOIN_BEGIN
 
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _CACHED_LINES = 1 << 16
+# Text is cut after one of these as it is where a line has begun. They are tried in turn: none may be merged with it.
+_ANCHORS = ("\n", "a", "1", ".", " ")
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+def _byte_characters() -> dict[str, int]:
+    """Return the byte that each character stands for in a byte-level vocabulary (GPT-2's `bytes_to_unicode`)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_characters()
 
 
 class HuggingFaceTokenizer:
@@ -54,7 +69,10 @@ class HuggingFaceTokenizer:
         self.join_begin_id: int = vocabulary[JOIN_BEGIN]
         self._control = {self.pad_id, self.bos_id, *self.eos_ids}
         self._ids_of_line: Callable[[str], tuple[int, ...]] = functools.lru_cache(_CACHED_LINES)(self._encode_line)
-        self._ends_line: Callable[[int], bool] = functools.cache(self._is_line_end)
+        self._continue: Callable[[str], list[int]] = functools.lru_cache(_CACHED_LINES)(self._encode_after_text)
+        self._piece: Callable[[int, bool], bytes] = functools.cache(self._spell)
+        decoder = json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
+        self._decoders = {*re.findall(r'"type": "(\w+)"', decoder)}
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -62,20 +80,31 @@ class HuggingFaceTokenizer:
             ids += self._ids_of_line(line)
         return ids
 
+    def encode_continuation(self, text: str, before: Sequence[int]) -> list[int]:
+        if self._begins_line(before):
+            return self.encode(text)
+        line, newline, rest = text.partition("\n")
+        return [*self._continue(line + newline), *self.encode(rest)]
+
     def decode(self, ids: Sequence[int]) -> str:
-        return "".join(self._decode_line(line) for line in self._lines(ids))
+        return b"".join(self.token_bytes(ids)).decode(errors="replace")
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
-        texts = []
-        for line in self._lines(ids):
-            full, done = self._decode_line(line), 0
-            for count in range(1, len(line)):
-                prefix = self._decode_line(line[:count])
-                whole = len(prefix) >= done and full.startswith(prefix)  # else: a character of several tokens
-                texts.append(full[done : len(prefix)] if whole else "")
-                done = len(prefix) if whole else done
-            texts.append(full[done:])
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        texts = [decoder.decode(piece) for piece in self.token_bytes(ids)]
+        if texts:
+            texts[-1] += decoder.decode(b"", final=True)
         return texts
+
+    def token_bytes(self, ids: Sequence[int], before: Sequence[int] = ()) -> list[bytes]:
+        first, pieces = self._begins_line(before), []
+        for index in ids:
+            if not 0 <= index < self.vocab_size:
+                raise ValueError(f"token id {index} lies outside the vocabulary of {self.vocab_size}")
+            pieces.append(self._piece(index, first))
+            if index not in self._control:
+                first = pieces[-1].endswith(b"\n")
+        return pieces
 
     def save(self, folder: str | pathlib.Path) -> None:
         save_files(json.loads(self._tokenizer.to_str()), folder, self, self._tokenizer.id_to_token)
@@ -86,25 +115,40 @@ class HuggingFaceTokenizer:
             raise ValueError(f"the tokenizer does not give back the line {line!r}, but {self.decode(ids)!r}")
         return ids
 
-    def _lines(self, ids: Sequence[int]) -> list[list[int]]:
-        """Cut the ids after every token that ends in a newline. Raises ValueError for an id out of range."""
-        lines: list[list[int]] = []
-        new_line = True
-        for index in ids:
-            if not 0 <= index < self.vocab_size:
-                raise ValueError(f"token id {index} lies outside the vocabulary of {self.vocab_size}")
-            if new_line:
-                lines.append([])
-            lines[-1].append(int(index))
-            new_line = self._ends_line(int(index))
-        return lines
+    def _encode_after_text(self, text: str) -> list[int]:
+        """Return ids that write `text` where a line has begun, cut as after one of `_ANCHORS`."""
+        for anchor in _ANCHORS:
+            ids = self._tokenizer.encode(anchor + text, add_special_tokens=False).ids
+            pieces = [self._piece(index, place == 0) for place, index in enumerate(ids)]
+            ends = itertools.accumulate(map(len, pieces))
+            count = next((count for count, end in enumerate(ends, start=1) if end == len(anchor)), len(ids))
+            if b"".join(self._piece(index, False) for index in ids[count:]) == text.encode():
+                return ids[count:]
+        raise ValueError(f"the tokenizer cannot write {text!r} after other text")
 
-    def _decode_line(self, ids: Sequence[int]) -> str:
-        kept = [index for index in ids if index not in self._control]
-        return self._tokenizer.decode(kept, skip_special_tokens=False)
+    def _begins_line(self, before: Sequence[int]) -> bool:
+        """Tell whether what follows these tokens begins a line, or the whole text."""
+        last = next((index for index in reversed(before) if index not in self._control), None)
+        return last is None or self._piece(last, False).endswith(b"\n")
 
-    def _is_line_end(self, index: int) -> bool:
-        return self._decode_line([index]).endswith("\n")
+    def _spell(self, index: int, first: bool) -> bytes:
+        """Return a token's UTF-8, where it is the first of a line or not."""
+        token = self._tokenizer.id_to_token(index)
+        if token is None or index in self._control:
+            return b""
+        if "ByteLevel" in self._decoders:
+            values = [_BYTE_OF.get(char) for char in token]
+            return token.encode() if None in values else bytes(values)  # type: ignore[arg-type]
+        byte = _BYTE_TOKEN.fullmatch(token) if "ByteFallback" in self._decoders else None
+        if byte and int(byte[1], 16) >= 0x80:  # a part of a character; others are text
+            return bytes([int(byte[1], 16)])
+        return self._join([token] if first else ["a", token]).removeprefix("" if first else self._join(["a"])).encode()
+
+    def _join(self, tokens: list[str]) -> str:
+        """Return the text of tokens that stand at the beginning of one."""
+        decoder = self._tokenizer.decoder
+        text: str = " ".join(tokens) if decoder is None else decoder.decode(tokens)
+        return text
 
 
 def _load(path: pathlib.Path) -> tokenizers.Tokenizer:

@@ -41,11 +41,23 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without BOS or EOS. Raises ValueError where `text` would not come back."""
 
+    def encode_continuation(self, text: str, before: Sequence[int]) -> list[int]:
+        """Return ids that write `text` after the tokens `before`, with nothing between: no blank of a new beginning.
+
+        `decode([*before, *ids]) == decode(before) + text`. Raises ValueError where `text` would not come back.
+        """
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of any ids; control tokens (pad, BOS, EOS) have none. ValueError: an id out of range."""
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
-        """Return one piece per id; joined they are `decode(ids)`."""
+        """Return a piece for each id, joined `decode(ids)`; a character belongs to the token that completes it."""
+
+    def token_bytes(self, ids: Sequence[int], before: Sequence[int] = ()) -> list[bytes]:
+        """Return the UTF-8 of each id, where the ids follow the tokens `before`; a token may hold part of a character.
+
+        Joined, and with U+FFFD for what is no UTF-8, they are `decode`'s text.
+        """
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and generation_config.json, whose ids `transformers` takes."""
@@ -83,8 +95,14 @@ class BuiltinTokenizer:
             result += self._encode_searching(line) if ids is None else ids
         return result
 
+    def encode_continuation(self, text: str, before: Sequence[int]) -> list[int]:
+        return self.encode(text)
+
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.token_texts(ids))
+
+    def token_bytes(self, ids: Sequence[int], before: Sequence[int] = ()) -> list[bytes]:
+        return [text.encode() for text in self.token_texts(ids)]
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
         texts, size = self._texts, self.vocab_size

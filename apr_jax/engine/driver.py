@@ -14,6 +14,7 @@ from apr_jax.engine.groups import Group, row_limit
 from apr_jax.engine.recorder import Recorder
 from apr_jax.engine.rollout_tree import Node, RolloutState
 from apr_jax.engine.scheduler import Scheduler
+from apr_jax.engine.stop_strings import StringWatch
 from apr_jax.engine.threads import (
     MAX_STOP_TOKENS,
     Append,
@@ -98,17 +99,21 @@ class Driver:
             self._scheduler.leave_lane(thread)
             self._queue.append((node, None))
             return
-        drawn = len(tokens)
+        drawn, stop = len(tokens), None
         if thread.constraint is not None:
             tokens, logprobs = thread.constraint.take(thread.tokens, tokens, logprobs, shut_logprobs)
             thread.rejected += drawn - len(tokens)
+        elif thread.watch is not None and (found := thread.watch.take(thread.tokens, tokens)) is not None:
+            tokens, logprobs = tokens[: found.count], logprobs[: found.count]
+            stop = Stop(StopReason.STRING, None, found.string, found.excess)
         self._scheduler.cache.decoded(thread, drawn, len(tokens))
         thread.tokens.extend(tokens)
         thread.generated += len(tokens)
         node.clock += len(tokens)
         node.left -= len(tokens)
         self._recorder.wrote(node, tokens, logprobs)
-        stop = self._stop(thread) if tokens else None
+        if stop is None and tokens:
+            stop = self._stop(thread)
         if node.cutoff is not None and (node.clock > node.cutoff or (stop is None and node.clock == node.cutoff)):
             self._cancellation.park(node)
         elif stop is not None:
@@ -225,18 +230,22 @@ class Driver:
         """Hand the thread to the scheduler, or return the Stop of one that can't decode."""
         thread = request.thread
         self._own(node, thread)
-        if node.group is not None and (node.decided or request.grammar is not None):
-            raise ValueError(f"worker {node.path} decodes once, and without a grammar")
+        grammar, strings = request.grammar, request.stop_strings
+        if node.group is not None and (node.decided or grammar is not None or strings is not None):
+            raise ValueError(f"worker {node.path} decodes once, without a grammar and without stop strings")
+        if grammar is not None and strings is not None:
+            raise ValueError("a Decode has a grammar or stop strings, and not both")
         if len(request.stop_tokens) > MAX_STOP_TOKENS:
             raise ValueError(f"{len(request.stop_tokens)} stop tokens; at most {MAX_STOP_TOKENS} can be matched")
         thread.stop_tokens = tuple(request.stop_tokens)
         budget = node.left if request.max_tokens is None else min(node.left, request.max_tokens)
         thread.max_generated = min(self._max_steps, thread.generated + budget)
+        thread.watch = None if strings is None else StringWatch(strings)
         thread.constraint = None
-        if request.grammar is not None:
+        if grammar is not None:
             if self._gate is None:
                 raise ValueError("a Decode with a grammar needs an engine with a gate")
-            thread.constraint = Constraint(self._gate, request.grammar)
+            thread.constraint = Constraint(self._gate, grammar)
         limit = self._limit(thread)
         if limit is not None:
             self._decide(node, None)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from apr_jax.engine.constraints import Constraint, Grammar, Masks
+from apr_jax.engine.stop_strings import StopStrings, StringWatch
 from apr_jax.engine.work_counters import Work
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class StopReason(enum.Enum):
     """The reason why a Decode ended."""
 
     TOKEN = "token"  # it wrote one of its stop tokens
+    STRING = "string"  # its text has one of its stop strings
     LENGTH = "length"  # the thread is full: model.max_seq_len tokens, or what its Open allows
     MAX_STEPS = "max_steps"  # the thread has generated rollout.max_steps tokens in its life
     BUDGET = "budget"  # its share of rollout.max_total_tokens (see Spawn), or its Decode's own limit, is used up
@@ -36,10 +38,12 @@ class StopReason(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Stop:
-    """The end of a Decode. `token` is the stop token, which stays in the thread, or None."""
+    """The end of a Decode. The stop token, or the token that completes the stop string, stays in the thread."""
 
     reason: StopReason
-    token: int | None
+    token: int | None  # the stop token; None: another reason
+    string: str | None = None  # the stop string; None: another reason
+    excess: int = 0  # bytes of the thread's last token that stand after the stop string
 
 
 class Status(enum.Enum):
@@ -92,6 +96,7 @@ class Thread:
     stop_tokens: tuple[int, ...] = ()
     max_generated: int = 0  # what `generated` may reach
     constraint: Constraint | None = None
+    watch: StringWatch | None = None
     turn: Turn = dataclasses.field(default_factory=Turn)
     cached: Cached = dataclasses.field(default_factory=Cached)
 
@@ -127,7 +132,10 @@ class Prefill:
 
 @dataclasses.dataclass(frozen=True)
 class Decode:
-    """A request to decode until one of `stop_tokens` (at most MAX_STOP_TOKENS) or a limit. Resumed with a Stop.
+    """A request to decode until one of `stop_tokens` (at most MAX_STOP_TOKENS), a stop string or a limit.
+
+    Resumed with a Stop. `stop_strings` are looked for after each visit, and what was drawn after one is trimmed
+    (`engine/stop_strings.py`). They go neither with a grammar nor with workers on a shared cache (ValueError).
 
     A thread that is already full, out of steps or out of its rollout's tokens stops at once, and no Call is recorded.
     With a `grammar`, which takes an engine with a gate (else ValueError), the thread writes only what that allows
@@ -138,6 +146,7 @@ class Decode:
     stop_tokens: tuple[int, ...]
     grammar: Grammar | None = None
     max_tokens: int | None = None  # that this Decode may generate; it then stops with BUDGET
+    stop_strings: StopStrings | None = None
 
 
 @dataclasses.dataclass(frozen=True)

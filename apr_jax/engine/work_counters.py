@@ -10,7 +10,8 @@ class Work:
     """Tokens that went through the model, and the keys that they attended to.
 
     It is measured: what is shared (forks, published pages) is not computed and not counted; what was computed again
-    after a preemption, or written past a cutoff or in place of a refused token and then dropped, is counted.
+    after a preemption, or written past a cutoff or a stop string, or in place of a refused token, and then dropped, is
+    counted.
     """
 
     prefilled: int = 0  # tokens computed by prefill

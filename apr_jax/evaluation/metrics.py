@@ -236,10 +236,10 @@ def _threads(
             result = record["verdict"]
         elif call.stop.reason is StopReason.CANCELLED:
             result = "cancelled"
+        elif call.stop.reason is StopReason.STRING or call.stop.token not in (None, *tokenizer.eos_ids):
+            result = "malformed"
         elif call.stop.reason is not StopReason.TOKEN:
             result = "truncated"
-        elif call.stop.token not in tokenizer.eos_ids:
-            result = "malformed"
         else:
             context, completion = (
                 tokenizer.decode(call.context.tolist()[1:]),

@@ -9,16 +9,19 @@ import dataclasses
 from collections.abc import Generator
 from typing import Any
 
-from apr_jax.engine.threads import Append, Decode, Join, Open, Spawn, StopReason, Thread, Truncate
+from apr_jax.data.tokenizer import Tokenizer
+from apr_jax.engine.threads import Append, Join, Open, Spawn, Thread, Truncate
 from apr_jax.reasoning.base import (
     Method,
     Outcome,
     Settings,
+    Stops,
     Tally,
+    cut,
     mark_id,
     prompt_tokens,
+    stops_at,
     thread_text,
-    token_index,
     truncated_reason,
 )
 from apr_jax.reasoning.spawn_grammar import ThreadGrammar
@@ -76,7 +79,7 @@ def _search(
     tokens: one part in n + 1 to each of n children that may spawn themselves, and what they did not use comes back.
     """
     tokenizer, search = settings.tokenizer, _Search()
-    stop_tokens = (mark_id(tokenizer, dialect.spawn_end), *tokenizer.eos_ids)
+    stops = spawn_stops(dialect, tokenizer)
     spawns = inherited = 0
     if fork_of is None:
         thread = yield Open(prompt_tokens(tokenizer, prompt), max_length=settings.context_window)
@@ -84,16 +87,17 @@ def _search(
         inherited = len(thread_text(tokenizer, fork_of))
         thread = yield Open(tokenizer.encode(prompt), fork_of=fork_of, max_length=settings.context_window)
     while True:
-        stop = yield Decode(thread, stop_tokens, thread_grammar(settings, depth, spawns, allowance))
-        search.text = thread_text(tokenizer, thread)[inherited:]
-        if stop.reason is not StopReason.TOKEN:
+        stop = yield stops.decode(thread, thread_grammar(settings, depth, spawns, allowance))
+        search.text = thread_text(tokenizer, thread, stop.excess)[inherited:]
+        mark = stops.mark(stop)
+        if mark is None:
             search.failure = Ending(None, "truncated", truncated_reason(stop))
             return search
-        if stop.token in tokenizer.eos_ids:
+        if not mark:
             return search
         call = read_spawn(dialect, search.text, settings, depth, spawns, allowance)
-        spawn_begin = None if isinstance(call, Malformed) else token_index(tokenizer, thread, inherited + call.start)
-        if isinstance(call, Malformed) or spawn_begin is None:
+        kept = None if isinstance(call, Malformed) else cut(tokenizer, thread, inherited + call.start)
+        if isinstance(call, Malformed) or kept is None:
             reason = call.reason if isinstance(call, Malformed) else "split_token"
             search.failure = Ending(None, "malformed", reason)
             return search
@@ -109,8 +113,18 @@ def _search(
         joined = dialect.render_join(_count(search.tally, call.names, returned), call.level)
         # What cancelled children opened is not known here: they count as if they had used their whole share.
         allowance -= search.tally.num_children - before + share * returned.count(None)
-        yield Truncate(thread, spawn_begin)
-        yield Append(thread, tokenizer.encode(joined))
+        yield Truncate(thread, kept[0])
+        yield Append(thread, tokenizer.encode_continuation(kept[1] + joined, thread.tokens))
+
+
+def spawn_stops(dialect: SpawnDialect, tokenizer: Tokenizer, *marks: str) -> Stops:
+    """Return where threads of a dialect stop: at EOS, at the end of a spawn, and at other `marks`.
+
+    They stop at the beginning of a join, too, where that is no one token which could be banned: only the engine writes
+    joins, and `read_spawn` gives such text a reason.
+    """
+    joins = () if mark_id(tokenizer, dialect.join_begin) is not None else (dialect.join_begin,)
+    return stops_at(tokenizer, dialect.spawn_end, *marks, *joins)
 
 
 def thread_grammar(settings: Settings, depth: int, spawns: int, allowance: int) -> ThreadGrammar | None:
@@ -136,6 +150,8 @@ def read_spawn(
 
     It begins at the dialect's first `spawn_begin`, or with `last_begin`, and where a grammar holds it, at the last.
     """
+    if text.endswith(dialect.join_begin):
+        return Malformed("wrote_join")
     # A grammar holds what follows the token `spawn_begin`, which an open vocabulary could also spell out before.
     call = dialect.read_spawn(text, last_begin=last_begin or settings.spawn_grammar is not None)
     if isinstance(call, Malformed):

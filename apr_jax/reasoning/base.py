@@ -1,13 +1,15 @@
 """A way of reasoning (`Method`), the settings that its program is told, and the `Outcome` that it hands back."""
 
+import codecs
 import dataclasses
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, Literal
 
 from apr_jax.config import TreeOfThoughtsConfig
 from apr_jax.data.tokenizer import Tokenizer
-from apr_jax.engine.threads import Stop, StopReason, Thread
-from apr_jax.reasoning.spawn_grammar import SpawnGrammar
+from apr_jax.engine.stop_strings import StopStrings
+from apr_jax.engine.threads import Decode, Stop, StopReason, Thread
+from apr_jax.reasoning.spawn_grammar import SpawnGrammar, ThreadGrammar
 from apr_jax.tasks.base import Task
 from apr_jax.tasks.dialect import Dialect, Ending, Status, ThreadDialect
 
@@ -120,27 +122,63 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return [tokenizer.bos_id, *tokenizer.encode(prompt)]
 
 
-def mark_id(tokenizer: Tokenizer, mark: str) -> int:
-    """Return the token that a mark of a dialect is. Raises ValueError where it is several."""
+@dataclasses.dataclass(frozen=True)
+class Stops:
+    """EOS and the marks at which a thread stops: tokens where the tokenizer has them, else stop strings."""
+
+    tokens: tuple[int, ...]  # EOS first
+    strings: StopStrings | None
+    _marks: Mapping[int, str]  # of tokens
+
+    def decode(self, thread: Thread, grammar: ThreadGrammar | None = None) -> Decode:
+        """Return the request to decode until EOS, a mark or a limit."""
+        return Decode(thread, self.tokens, grammar, stop_strings=self.strings)
+
+    def mark(self, stop: Stop) -> str | None:
+        """Return the mark at which a Decode stopped, "" for EOS, or None for a limit."""
+        return stop.string if stop.token is None else self._marks.get(stop.token, "")
+
+
+def stops_at(tokenizer: Tokenizer, *marks: str) -> Stops:
+    """Return the stops at EOS and at marks. Raises ValueError where the tokenizer cannot spell a mark."""
+    ids = {mark: mark_id(tokenizer, mark) for mark in marks}
+    strings = tuple(mark for mark, index in ids.items() if index is None)
+    of_token = {index: mark for mark, index in ids.items() if index is not None}
+    watched = StopStrings(strings, tokenizer.token_bytes) if strings else None
+    return Stops((*tokenizer.eos_ids, *of_token), watched, of_token)
+
+
+def mark_id(tokenizer: Tokenizer, mark: str) -> int | None:
+    """Return the token that a mark is; None where it is spelt in several. Raises ValueError where it can't be spelt."""
     ids = tokenizer.encode(mark)
-    if len(ids) != 1:
-        raise ValueError(f"threads stop at {mark!r}: add it to the tokenizer as one token")
-    return ids[0]
+    return ids[0] if len(ids) == 1 else None
 
 
-def thread_text(tokenizer: Tokenizer, thread: Thread) -> str:
-    """Return the thread's whole text, prompt and all (BOS and EOS have none)."""
-    return tokenizer.decode(thread.tokens)
+def thread_text(tokenizer: Tokenizer, thread: Thread, excess: int = 0) -> str:
+    """Return the thread's whole text, prompt and all (BOS and EOS have none), less the last `excess` bytes."""
+    if not excess:
+        return tokenizer.decode(thread.tokens)
+    return b"".join(tokenizer.token_bytes(thread.tokens))[:-excess].decode(errors="replace")
 
 
-def token_index(tokenizer: Tokenizer, thread: Thread, offset: int) -> int | None:
-    """Return the index in `thread.tokens` at which the text's character `offset` > 0 begins; None: inside a token."""
-    begin = 0
-    for index, piece in enumerate(tokenizer.token_texts(thread.tokens)):
-        if begin >= offset:
-            return index if begin == offset else None
-        begin += len(piece)
-    return None
+def cut(tokenizer: Tokenizer, thread: Thread, offset: int) -> tuple[int, str] | None:
+    """Find where to truncate a thread whose text is to be kept up to its character `offset` > 0.
+
+    Returns the number of its tokens that lie before the offset, whole characters all, and the text from there to the
+    offset: "" where a token begins there. Text that is no UTF-8 cannot be given as text: None.
+    """
+    decoder, done = codecs.getincrementaldecoder("utf-8")("replace"), 0
+    kept, begin = 0, 0
+    pieces = tokenizer.token_bytes(thread.tokens)
+    for index, piece in enumerate([*pieces, b""]):
+        if not decoder.getstate()[0]:
+            if done <= offset:
+                kept, begin = index, done
+            if done >= offset:
+                break
+        done += len(decoder.decode(piece))
+    between = thread_text(tokenizer, thread)[begin:offset]
+    return (kept, between) if b"".join(pieces[kept:]).startswith(between.encode()) else None
 
 
 def read_end(dialect: ThreadDialect, tokenizer: Tokenizer, thread: Thread, stop: Stop) -> Ending:
@@ -151,5 +189,5 @@ def read_end(dialect: ThreadDialect, tokenizer: Tokenizer, thread: Thread, stop:
 
 
 def truncated_reason(stop: Stop) -> str:
-    """Return why a decode ended before a stop token. Raises KeyError where a stop token did end it."""
+    """Return why a decode ended at a limit. Raises KeyError where another reason ended it."""
     return _TRUNCATED[stop.reason]

@@ -18,14 +18,14 @@ from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 from apr_jax.data.tokenizer import Tokenizer
-from apr_jax.engine.threads import Append, Decode, Join, Open, Spawn, SpawnHandle, StopReason
-from apr_jax.reasoning.adaptive import read_spawn, thread_grammar
+from apr_jax.engine.threads import Append, Join, Open, Spawn, SpawnHandle, Truncate
+from apr_jax.reasoning.adaptive import read_spawn, spawn_stops, thread_grammar
 from apr_jax.reasoning.base import (
     Method,
     Outcome,
     Settings,
     Tally,
-    mark_id,
+    cut,
     prompt_tokens,
     read_end,
     thread_text,
@@ -53,28 +53,33 @@ def pasta(problem: Any, settings: Settings) -> Generator[Any, Any, Outcome]:
     """Run PASTA on one problem. Malformed and cut-off threads are outcomes with a reason, never exceptions.
 
     Besides the dialect's reasons and adaptive's caps there is nothing_to_wait_for: a parent waits although no child is
-    running. With `cancel_on_success` a child that is cancelled has no text. Raises ValueError where the tokenizer has
-    no token for a mark of the dialect.
+    running. With `cancel_on_success` a child that is cancelled has no text.
     """
     tokenizer, dialect = settings.tokenizer, settings.task.dialect("pasta", PromiseDialect)
-    spawn_end_id, wait_id = mark_id(tokenizer, dialect.spawn_end), mark_id(tokenizer, dialect.wait)
+    stops = spawn_stops(dialect, tokenizer, dialect.wait)
     family = _Family(dialect, settings)
     thread = yield Open(prompt_tokens(tokenizer, dialect.prompt(problem, settings.budget)))
     ending: Ending | None = None
     while ending is None:
         spawns, children = family.tally.num_spawns, family.tally.num_children
         limits = (settings, 0, spawns, settings.max_total_children - children)
-        stop = yield Decode(thread, (spawn_end_id, wait_id, *tokenizer.eos_ids), thread_grammar(*limits))
-        if stop.reason is not StopReason.TOKEN or stop.token in tokenizer.eos_ids:
+        stop = yield stops.decode(thread, thread_grammar(*limits))
+        text, mark = thread_text(tokenizer, thread, stop.excess), stops.mark(stop)
+        if not mark:
             ending = read_end(dialect, tokenizer, thread, stop)
-        elif stop.token == spawn_end_id:
-            call = read_spawn(dialect, thread_text(tokenizer, thread), *limits, last_begin=True)
+        elif mark != dialect.wait:
+            call = read_spawn(dialect, text, *limits, last_begin=True)
             if isinstance(call, Malformed):
                 ending = Ending(None, "malformed", call.reason)
             else:
                 yield from family.spawn(call)
         elif family.promises:
-            yield Append(thread, (yield from family.join()))
+            joined = yield from family.join()
+            if stop.excess:  # the join stands directly after the mark
+                kept, between = cut(tokenizer, thread, len(text)) or (len(thread.tokens), "")
+                yield Truncate(thread, kept)
+                joined = [*tokenizer.encode_continuation(between, thread.tokens), *joined]
+            yield Append(thread, joined)
         else:
             ending = Ending(None, "malformed", "nothing_to_wait_for")
     yield from family.join()
@@ -122,13 +127,14 @@ class _Family:
 
 def _search(dialect: PromiseDialect, context: str, name: str, settings: Settings) -> Generator[Any, Any, _Child]:
     tokenizer = settings.tokenizer
-    stop_tokens = (mark_id(tokenizer, dialect.spawn_end), *tokenizer.eos_ids)
+    stops = spawn_stops(dialect, tokenizer)
     thread = yield Open(prompt_tokens(tokenizer, context))
-    stop = yield Decode(thread, stop_tokens, thread_grammar(settings, 1, 0, 0))
-    result: ChildResult | Malformed = Malformed("too_deep")  # it wrote a spawn
-    if stop.reason is not StopReason.TOKEN:
+    stop = yield stops.decode(thread, thread_grammar(settings, 1, 0, 0))
+    mark = stops.mark(stop)
+    result: ChildResult | Malformed = Malformed("too_deep" if mark == dialect.spawn_end else "wrote_join")
+    if mark is None:
         result = Malformed(truncated_reason(stop))
-    elif stop.token in tokenizer.eos_ids:
+    elif not mark:
         result = dialect.read_child(thread_text(tokenizer, thread), name)
     tokens = _whole_lines(tokenizer, thread.tokens)
     if isinstance(result, Malformed):

@@ -128,10 +128,14 @@ class ThreadDialect(Dialect):
 
 
 class SpawnDialect(ThreadDialect):
-    """Threads that hand work to children by a spawn, whose text a join replaces. Its marks must be one token each."""
+    """Threads that hand work to children by a spawn, whose text a join replaces.
 
-    spawn_begin: ClassVar[str] = CALL_BEGIN  # stands at the start of a line
+    Its marks are tokens where the tokenizer has them as one each. Others are found in the text that threads write.
+    """
+
+    spawn_begin: ClassVar[str] = CALL_BEGIN
     spawn_end: ClassVar[str] = CALL_END
+    join_begin: ClassVar[str] = JOIN_BEGIN  # only the engine writes it
     # What a child begins from: the context that the spawn gives it (Pan et al., arXiv 2504.15466), or the whole thread
     # of its parent, after which that context then stands (ThreadWeaver, arXiv 2512.07843).
     children: ClassVar[Literal["context", "fork"]] = "context"
@@ -175,8 +179,7 @@ class SpelledSpawnDialect(SpawnDialect):
 class PromiseDialect(SpawnDialect):
     """Threads that go on beside their children and wait for them at a mark (PASTA)."""
 
-    wait: ClassVar[str]  # one token
-    join_begin: ClassVar[str] = JOIN_BEGIN
+    wait: ClassVar[str]
     join_end: ClassVar[str] = JOIN_END
 
     @abc.abstractmethod

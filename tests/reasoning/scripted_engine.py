@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from apr_jax.engine.groups import Group
+from apr_jax.engine.stop_strings import StopStrings, StringWatch
 from apr_jax.engine.threads import (
     Append,
     Call,
@@ -100,12 +101,12 @@ class ScriptedEngine:
                     if len(thread.tokens) < thread.max_length:
                         self._prefill(thread)
                     reply = None
-                case Decode(asked, stop_tokens, _, max_tokens):
+                case Decode(asked, stop_tokens, _, max_tokens, stop_strings):
                     assert asked is thread
                     budget = left if max_tokens is None else min(left, max_tokens)
                     thread.max_generated = min(self._max_steps, thread.generated + budget)
                     left += thread.generated
-                    reply, clock = self._decode(thread, stop_tokens, clock, calls)
+                    reply, clock = self._decode(thread, stop_tokens, stop_strings, clock, calls)
                     left -= thread.generated
                 case Truncate(_, length):
                     assert 1 <= length <= len(thread.tokens)
@@ -147,12 +148,23 @@ class ScriptedEngine:
         until = min(succeeded, default=max((end for _, end in ended), default=clock))
         return [value if end <= until else None for value, end in ended], max(clock, until)
 
-    def _decode(self, thread: Thread, stop_tokens: tuple[int, ...], clock: int, calls: list[Call]) -> tuple[Stop, int]:
+    def _decode(
+        self,
+        thread: Thread,
+        stop_tokens: tuple[int, ...],
+        stop_strings: StopStrings | None,
+        clock: int,
+        calls: list[Call],
+    ) -> tuple[Stop, int]:
         wanted = list(self._complete(thread.path, list(thread.tokens)))
-        assert wanted[-1] in stop_tokens, "a script ends in a stop token"
+        found = StringWatch(stop_strings).take(thread.tokens, wanted) if stop_strings else None
+        wanted = wanted[: found.count] if found else wanted
+        assert found or wanted[-1] in stop_tokens, "a script ends in a stop token or in a stop string"
         room = min(thread.max_length - len(thread.tokens), thread.max_generated - thread.generated)
         written = wanted[: max(0, room)]
-        if written == wanted:
+        if written == wanted and found:
+            stop = Stop(StopReason.STRING, None, found.string, found.excess)
+        elif written == wanted:
             stop = Stop(StopReason.TOKEN, wanted[-1])
         elif len(thread.tokens) + len(written) >= thread.max_length:
             stop = Stop(StopReason.LENGTH, None)

@@ -196,20 +196,23 @@ def test_a_rollouts_tokens_are_counted_over_all_threads():
     assert (outcome.answer, outcome.status, outcome.reason) == (None, "truncated", "rollout_tokens")
 
 
-def test_a_spawn_that_begins_inside_a_token_is_malformed():
-    class Splitting:
-        """The built-in tokens, with the one that opens a spawn glued to the token before it."""
+class Gluing:
+    """The built-in tokens, with the text of the one that opens a spawn glued to the token before it."""
 
-        def __getattr__(self, name):
-            return getattr(TOKENIZER, name)
+    def __getattr__(self, name):
+        return getattr(TOKENIZER, name)
 
-        def token_texts(self, ids):
-            texts = TOKENIZER.token_texts(ids)
-            place = texts.index(CALL_BEGIN)
-            return [*texts[: place - 1], "", texts[place - 1] + texts[place], *texts[place + 1 :]]
+    def token_bytes(self, ids, before=()):
+        pieces = TOKENIZER.token_bytes(ids, before)
+        for place in (index for index, piece in enumerate(pieces) if piece == CALL_BEGIN.encode()):
+            pieces[place - 1 : place + 1] = pieces[place - 1] + pieces[place], b""
+        return pieces
 
-    outcome = run(GOOD, tokenizer=Splitting()).result
-    assert (outcome.status, outcome.reason) == ("malformed", "split_token")
+
+def test_where_a_spawn_begins_inside_a_token_the_characters_before_it_stay():
+    rollout = run(GOOD, tokenizer=Gluing())
+    assert rollout.result == run(GOOD).result
+    assert [call.context.tolist() for call in rollout.calls] == [call.context.tolist() for call in run(GOOD).calls]
 
 
 def test_spawns_nest_when_depth_allows():
