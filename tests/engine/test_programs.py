@@ -354,7 +354,7 @@ def test_roots_start_only_when_lanes_are_free():
     [
         (lambda t: [Open([1])], ValueError, "second thread"),
         (lambda t: [Truncate(t, 0)], ValueError, "to 0"),
-        (lambda t: [Decode(t, (1, 2, 3, 4, 5))], ValueError, "at most 4"),
+        (lambda t: [Decode(t, tuple(range(9)))], ValueError, "at most 8"),
         (lambda t: [Spawn([leaf(3)])], RuntimeError, "without joining 1"),
         (lambda t: ["decode"], TypeError, "no request"),
     ],
