@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from apr_jax.config import Config, ConfigError, TaskConfig, check_choice
+from apr_jax.config import Config, ConfigError, ModelConfig, TaskConfig, check_choice
 from apr_jax.model.families import FAMILIES
 from apr_jax.reasoning import METHODS
 from apr_jax.reasoning.settings import spelled_spawns
@@ -27,6 +27,13 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
     check_choice("model.family", converted.model.family, FAMILIES)
     _check_method(converted)
     return converted
+
+
+def read_model(values: Any) -> ModelConfig:
+    """Convert a saved model's section. Raise ConfigError as `from_config_dict`."""
+    model: ModelConfig = _convert_value(ModelConfig, values, "model")
+    check_choice("model.family", model.family, FAMILIES)
+    return model
 
 
 def to_dict(config: Any) -> dict[str, Any]:

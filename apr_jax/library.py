@@ -19,12 +19,14 @@ from ml_collections import ConfigDict
 
 from apr_jax.checkpoints.policy import load_policy
 from apr_jax.config import Config
+from apr_jax.config_dict import to_dict
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import Observer, Program, Progress, Rollout, RolloutKey
 from apr_jax.evaluation.metrics import record_rollout
-from apr_jax.evaluation.policy import choose_config, choose_tokenizer
+from apr_jax.evaluation.policy import configure
 from apr_jax.model.params import Params
+from apr_jax.model.weights.hf import save_hf
 from apr_jax.parallel.mesh import make_mesh, offer_cpu_devices
 from apr_jax.reasoning import METHODS
 from apr_jax.reasoning.base import Outcome, Settings
@@ -132,6 +134,10 @@ class Policy:
         name = getattr(method, "__name__", name) if callable(method) else name
         return [self._solution(problem, rollout, name) for problem, rollout in zip(asked, rollouts, strict=True)]
 
+    def export(self, folder: str | pathlib.Path) -> None:
+        """Write the policy as a Hugging Face folder, with its tokenizer and configuration. `load` reads it back."""
+        save_hf(folder, self.config.model, self.params, self.tokenizer, to_dict(self.config))
+
     def _solution(self, problem: Any, rollout: Rollout, method: str) -> Solution:
         record = record_rollout(
             problem, rollout, self.tokenizer, self.config.model, method=method, keep_calls=False, task=self.task
@@ -175,5 +181,5 @@ def load(
     offer_cpu_devices()  # before the weights start JAX; how many the mesh needs, they will tell
     model, params, saved = load_policy(folder)
     given = fallback if config is None and saved is None else config
-    chosen = choose_config(model, saved, given, overrides or {})
-    return Policy(chosen, choose_tokenizer(folder, chosen, saved), params)
+    chosen, tokenizer = configure(folder, model, saved, given, overrides or {})
+    return Policy(chosen, tokenizer, params)

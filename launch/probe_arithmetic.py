@@ -27,8 +27,7 @@ def main() -> None:
     check_policy_folder(checkpoint)
     from apr_jax.bench.arithmetic import probe_arithmetic
     from apr_jax.checkpoints.policy import load_policy
-    from apr_jax.data.tokenizer import load_tokenizer
-    from apr_jax.evaluation.policy import choose_config
+    from apr_jax.evaluation.policy import configure
     from apr_jax.model.placement import place_params
     from apr_jax.parallel.mesh import make_mesh
     from apr_jax.tasks.countdown.config import CountdownConfig
@@ -37,7 +36,7 @@ def main() -> None:
 
     model, params, saved = load_policy(checkpoint)
     given = _CONFIG.config_dict() if _CONFIG.is_given or saved is None else None
-    config = choose_config(model, saved, given, _CONFIG.overrides)
+    config, tokenizer = configure(checkpoint, model, saved, given, _CONFIG.overrides)
     if not isinstance(config.task, CountdownConfig):
         raise ConfigError(f"task.name={config.task.name!r}: the probe reads Countdown's operations")
     task = dataclasses.replace(config.task, context_windows=())  # naming them would need token counts
@@ -47,7 +46,7 @@ def main() -> None:
         demonstrations.append(demonstrate(sample_problem(rng, task), rng, task, "adaptive", False))
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1))
     params = place_params(params, mesh, model)
-    shares = probe_arithmetic(params, model, mesh, load_tokenizer(config.data.tokenizer), demonstrations)
+    shares = probe_arithmetic(params, model, mesh, tokenizer, demonstrations)
     for label, share in shares.items():
         print(f"{label:12} {share}")
     _JSON.write({label: dataclasses.asdict(share) for label, share in shares.items()})

@@ -7,6 +7,8 @@
     python launch/train.py --checkpoint=runs/laptop --workdir=runs/more_grpo --config.grpo.num_steps=40
     python launch/train.py --checkpoint=runs/sft_laptop/best     # GRPO from the best by validation
 
+A field that says auto takes that of the policy: data.tokenizer, data.method, task.name (the section), model.family (the
+model).
 A second start with the same workdir goes on from its last checkpoint. Exit codes: 0 done, 1 failed, 2 bad arguments or
 config, 75 stopped by a signal with everything saved.
 """
@@ -16,7 +18,9 @@ import pathlib
 from absl import flags
 
 from apr_jax import entry
+from apr_jax.checkpoints.identity import with_auto
 from apr_jax.config import ConfigError
+from apr_jax.config_dict import from_config_dict
 from apr_jax.evaluation.rollout_sources import check_policy_folder
 from apr_jax.stopping import StoppedError
 
@@ -32,17 +36,20 @@ _JSON = entry.JsonFlag("the summary")
 
 
 def main() -> int:
-    config = _CONFIG.config()  # a config that cannot work is refused before JAX and its friends have loaded
+    # What can be refused is refused at once, before JAX and its friends have loaded.
     given = {"checkpoint": _CHECKPOINT.value, "start": _START.value}
     folders = {flag: pathlib.Path(value) for flag, value in given.items() if value}
     for flag, folder in folders.items():
         check_policy_folder(folder, flag)
     if len(folders) > 1:
         raise ConfigError("--checkpoint leaves SFT out, and --start is where SFT starts: name one of them")
+    values = _CONFIG.config_dict().to_dict()
+    workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / values["name"])
+    has_policy = any((workdir / "checkpoints").glob("*/*/meta"))
+    config = from_config_dict(with_auto(values, next(iter(folders.values()), workdir if has_policy else None)))
     from apr_jax.parallel import hosts
     from apr_jax.train.run import train
 
-    workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / config.name)
     try:
         with hosts.joined():
             summary = train(config, workdir, folders.get("checkpoint"), folders.get("start"))

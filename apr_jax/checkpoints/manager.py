@@ -19,12 +19,14 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from apr_jax.checkpoints.best import PreserveBest, add_score, read_scores
+from apr_jax.checkpoints.identity import TOKENIZER, agreed_tokenizer, own_tokenizer
 from apr_jax.checkpoints.integrity import CheckpointError, check_files, read_meta, write_sums
 from apr_jax.checkpoints.phases import PhaseName
 from apr_jax.checkpoints.resume_check import check_same
 from apr_jax.checkpoints.trees import flatten, unflatten
 from apr_jax.config import Config, ConfigError
 from apr_jax.config_dict import to_dict
+from apr_jax.data.tokenizer import load_tokenizer
 from apr_jax.parallel import hosts
 
 
@@ -41,12 +43,13 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path, phase: PhaseName, config: Config) -> None:
         self.phase, self._config = phase, config
+        self._tokenizer = load_tokenizer(config.data.tokenizer)
         self.directory = (workdir / "checkpoints" / phase).absolute()
         newest = checkpoint_managers.LatestN(config.faults.keep_checkpoints)
         policies = [newest, PreserveBest(self.directory, phase)]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_sums),
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._complete),
             cleanup_tmp_directories=True,
             create=True,
         )
@@ -149,7 +152,9 @@ class Checkpoints:
             folder = self.directory / str(step)
             try:
                 check_files(folder)
-                check_same(read_meta(folder), to_dict(self._config), self.phase, str(folder))
+                meta = read_meta(folder)
+                check_same(meta, to_dict(self._config), self.phase, str(folder))
+                agreed_tokenizer(folder, own_tokenizer(folder, meta["config"]), self._config.data.tokenizer)
             except (ConfigError, CheckpointError) as error:
                 unusable[step] = error
             else:
@@ -174,8 +179,9 @@ class Checkpoints:
             source.rename(target)
             print(f"{source} cannot be used and is now {target}: {problem}", file=sys.stderr)
 
-    def _write_sums(self) -> None:
-        """Add checksums to the checkpoint whose files are all written, just before the rename that completes it."""
+    def _complete(self) -> None:
+        """Add tokenizer and checksums to the checkpoint whose files are all written, just before its last rename."""
         if hosts.is_first():
             for folder in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                self._tokenizer.save(folder / TOKENIZER)
                 write_sums(folder)

@@ -1,22 +1,22 @@
 """Reading a policy from any folder that holds one."""
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from apr_jax.checkpoints.best import best_step
-from apr_jax.checkpoints.integrity import CheckpointError, check_files, read_meta
-from apr_jax.checkpoints.phases import PHASES
+from apr_jax.checkpoints.identity import POLICY, find_policy
+from apr_jax.checkpoints.integrity import CheckpointError, check_files
 from apr_jax.checkpoints.trees import flatten, unflatten
-from apr_jax.config import MeshConfig, ModelConfig
-from apr_jax.model.params import Params
+from apr_jax.config import ConfigError, MeshConfig, ModelConfig
+from apr_jax.config_dict import read_model
+from apr_jax.model.params import Params, abstract_params
 from apr_jax.model.placement import abstract_params_on
 from apr_jax.model.weights.hf import load_hf
 from apr_jax.parallel.mesh import make_mesh
-
-POLICY = "policy"  # the item of a checkpoint that holds the model's parameters
 
 
 def load_policy(path: pathlib.Path) -> tuple[ModelConfig, Params, dict[str, Any] | None]:
@@ -25,52 +25,60 @@ def load_policy(path: pathlib.Path) -> tuple[ModelConfig, Params, dict[str, Any]
     Args:
       path: a run folder (its newest checkpoint, GRPO's before SFT's), a checkpoint folder, or a Hugging Face folder;
         or "best" in one of the first two: the checkpoint with the best validation score.
-    Returns: the model's config, its parameters, and the whole config it was trained with (None from Hugging Face).
-    Raises: FileNotFoundError when there is no policy at `path`, CheckpointError when it is damaged.
+    Returns: the model's config, its parameters, and the whole config it was trained with (None from a Hugging Face
+      folder that others made).
+    Raises: FileNotFoundError when there is no policy at `path`; CheckpointError or HuggingFaceError when it is damaged
+      or holds NaN.
     """
-    path = path.absolute()
-    folder = _checkpoint_folder(path)
-    if folder is None:
-        if list(path.glob("*.safetensors")):
-            model, params = load_hf(path)
-            return model, params, None
-        raise FileNotFoundError(f"{path} is neither a run folder, a checkpoint folder nor a Hugging Face folder")
+    found = find_policy(path)
+    if not found.is_checkpoint:
+        trained = {} if found.config is None else found.config["model"]
+        settings = {name: trained[name] for name in ("compute_dtype", "attention", "remat") if name in trained}
+        return *load_hf(found.path, **settings), found.config
     try:
-        check_files(folder)
-        meta = read_meta(folder)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder} is damaged: {error}. Name another checkpoint of the run.") from error
-    model = ModelConfig(**meta["config"]["model"])
-    abstract = abstract_params_on(make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.local_devices()), model)
-    target = ocp.args.Composite(**{POLICY: ocp.args.StandardRestore(flatten(abstract))})
+        check_files(found.path)
+        config = found.config
+        model = read_model(config["model"])  # type: ignore[index]  # a checkpoint has one
+        params = _restore(found.path, model)
+    except (CheckpointError, ConfigError) as error:
+        raise CheckpointError(f"{found.path} is damaged: {error}. Name another checkpoint of the run.") from error
+    return model, params, config
+
+
+def check_finite(params: Params, where: pathlib.Path) -> None:
+    """Raise CheckpointError where weights hold NaN or infinity, naming the first such tensor."""
+    for name, array in flatten(params).items():
+        if not jnp.isfinite(array).all():
+            raise CheckpointError(f"{where}: tensor {name} holds NaN or infinity; name another checkpoint of the run")
+
+
+def _restore(folder: pathlib.Path, model: ModelConfig) -> Params:
     checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-    return model, unflatten(abstract, checkpointer.restore(folder, args=target)[POLICY]), meta["config"]
+    try:
+        stored = ocp.StandardCheckpointHandler().metadata(folder / POLICY).tree
+        target = flatten(_abstract(model, stored))
+        restored = checkpointer.restore(folder, args=ocp.args.Composite(**{POLICY: ocp.args.StandardRestore(target)}))
+    except CheckpointError:
+        raise
+    except Exception as error:  # as in `Checkpoints.restore`
+        raise CheckpointError(f"its weights cannot be read ({str(error).splitlines()[0]})") from error
+    params: Params = unflatten(abstract_params(model), restored[POLICY])
+    check_finite(params, folder)
+    return params
 
 
-def _checkpoint_folder(path: pathlib.Path) -> pathlib.Path | None:
-    """Find the newest checkpoint in a run, phase or checkpoint folder; for PATH/best the best one in PATH.
+def _abstract(model: ModelConfig, stored: Mapping[str, Any]) -> Params:
+    """Return what the weights are restored into. Raise CheckpointError where they are not the model's.
 
-    Raises FileNotFoundError where the best is asked for and no checkpoint was validated.
+    Args:
+      stored: for each array its shape and dtype on disk. No size that the configuration names is believed before.
     """
-    if (path / "meta").is_dir() and (path / POLICY).is_dir():
-        return path
-    best = path.name == "best" and not path.exists()
-    root = path.parent if best else path
-    for folder in (root / "checkpoints", root, root.parent):
-        for phase in reversed(PHASES):
-            inside = folder / phase
-            if folder == root.parent and inside != root:  # a phase's own folder
-                continue
-            steps = _steps_in(inside)
-            chosen = best_step(inside, phase, steps) if best else max(steps, default=None)
-            if chosen is not None:
-                return inside / str(chosen)
-    if best:
-        raise FileNotFoundError(f"no checkpoint in {root} has a validation score, so none is the best")
-    return None
-
-
-def _steps_in(folder: pathlib.Path) -> list[int]:
-    """Return the steps with a checkpoint in a phase's folder."""
-    names = [child.name for child in folder.iterdir()] if folder.is_dir() else []
-    return [int(name) for name in names if name.isdigit() and (folder / name / "meta").is_dir()]
+    deepest = f"blocks.{model.num_layers - 1}."
+    if not any(name.startswith(deepest) for name in stored):
+        raise CheckpointError(f"it has no weights {deepest}*, and its configuration says num_layers={model.num_layers}")
+    abstract = abstract_params_on(make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.local_devices()), model)
+    for name, wanted in flatten(abstract).items():
+        there = f"{stored[name].dtype} {stored[name].shape}" if name in stored else "missing"
+        if there != (here := f"{wanted.dtype} {wanted.shape}"):
+            raise CheckpointError(f"tensor {name} is {there}, and its configuration says {here}")
+    return abstract

@@ -10,7 +10,8 @@ _SECTIONS = {
     "sft": ("seed", "model", "task", "data", "sft"),
     "grpo": ("seed", "model", "task", "data", "engine", "rollout", "grpo"),
 }
-_FREE = ("data.directory", "data.num_workers", "sft.checkpoint_every", "grpo.checkpoint_every")
+# The tokenizer is compared by its content, and not by its place (checkpoints/identity.py).
+_FREE = ("data.directory", "data.num_workers", "data.tokenizer", "sft.checkpoint_every", "grpo.checkpoint_every")
 
 
 def check_same(meta: dict[str, Any], current: dict[str, Any], phase: PhaseName, where: str) -> None:

@@ -153,12 +153,11 @@ class HuggingFaceTokenizer:
 
 def _load(path: pathlib.Path) -> tokenizers.Tokenizer:
     path = file_in(path.parent, path.name)
+    data = path.read_bytes()
     try:
-        return tokenizers.Tokenizer.from_buffer(path.read_bytes())
-    except OSError:
-        raise
-    except BaseException as error:  # the library raises bare Exceptions, and its panics are no Exceptions
-        if isinstance(error, KeyboardInterrupt | SystemExit):
+        return tokenizers.Tokenizer.from_buffer(data)
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # how the library's bugs end
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileError(f"{path}: no tokenizer that the library reads ({reason}); fetch the file again") from error

@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from apr_jax.checkpoints.identity import agreed_tokenizer, check_meaning, own_tokenizer
 from apr_jax.config import Config, ConfigError, ModelConfig
 from apr_jax.config_dict import from_config_dict
 from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -26,8 +27,8 @@ def choose_config(
       given: a config named on the command line, which then takes the saved one's place. One of the two is needed.
       overrides: {"engine.lanes": 8}, applied to either.
     Raises:
-      ConfigError: an override that fits no field, or that contradicts the policy's weights; a saved configuration that
-        another version wrote, whose fields are not today's.
+      ConfigError: an override that fits no field; one, or a configuration given, that contradicts the policy's weights
+        or what it was trained for; a saved configuration that another version wrote, whose fields are not today's.
     """
     base = given if given is not None else saved
     if base is None:
@@ -46,7 +47,9 @@ def choose_config(
         parent[name] = value
     longest = max(values.model.max_seq_len, values.sft.row_len, values.grpo.row_len)
     values.sft.row_len = values.grpo.row_len = longest  # read in training only
-    return from_config_dict(values.to_dict())
+    now = values.to_dict()
+    check_meaning("the policy", saved, now, "Leave them to the policy; --method chooses another way of reasoning.")
+    return from_config_dict(now)
 
 
 def _check_version(saved: Mapping[str, Any]) -> None:
@@ -59,22 +62,35 @@ def _check_version(saved: Mapping[str, Any]) -> None:
         ) from error
 
 
-def choose_tokenizer(folder: pathlib.Path, config: Config, saved: Mapping[str, Any] | None) -> Tokenizer:
-    """Load the tokenizer of the policy in `folder`: the configuration's, or a Hugging Face folder's own.
+def configure(
+    folder: pathlib.Path,
+    model: ModelConfig,
+    saved: Mapping[str, Any] | None,
+    given: ConfigDict | None,
+    overrides: Mapping[str, Any],
+) -> tuple[Config, Tokenizer]:
+    """Return the configuration and the tokenizer to evaluate the policy in `folder` under.
 
-    Args: `config` and `saved` as of `choose_config`.
-    Raises: ConfigError where it has ids that the policy's model lacks.
+    The tokenizer is the policy's own. An override, or a configuration in place of the policy's, may name it as well.
+    What a configuration says beside a Hugging Face folder that brings none of its own is not about the policy.
+
+    Args: as of `choose_config`.
+    Raises: ConfigError as `choose_config`, for another tokenizer than the policy's, and for none.
     """
-    own = folder / "tokenizer.json"
-    tokenizer = load_tokenizer(str(own) if saved is None and own.exists() else config.data.tokenizer)
-    check_vocabulary(config.model, tokenizer)
-    return tokenizer
+    asked = overrides.get("data.tokenizer")
+    if asked is None and given is not None and saved is not None:
+        asked = given.data.tokenizer
+    tokenizer = agreed_tokenizer(folder, own_tokenizer(folder, saved), asked)
+    config = choose_config(model, saved, given, {**overrides, "data.tokenizer": tokenizer})
+    loaded = load_tokenizer(tokenizer)
+    check_vocabulary(config.model, loaded)
+    return config, loaded
 
 
 def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
     """Raise ConfigError where the tokenizer has ids that the model lacks."""
     if tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(
-            f"model.vocab_size={model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} ids: "
-            "this tokenizer is not the policy's"
+            f"model.vocab_size={model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} ids (with marks "
+            "of spawns and joins): this tokenizer is not the policy's, or the model needs more embeddings"
         )

@@ -6,7 +6,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from apr_jax.checkpoints.identity import find_policy
 from apr_jax.config import Config, ConfigError
+from apr_jax.files import FileError
 from apr_jax.reasoning.programs import check_method
 from apr_jax.tasks import TASKS, task_of
 from apr_jax.tasks.base import Split, Task, split_size
@@ -48,10 +50,11 @@ def policy_task(folder: pathlib.Path | None, config: Config, *, is_given: bool) 
 
     A policy without a configuration of its own, or in whose place one `is_given`, has `config`'s task.
     """
-    metas = () if folder is None or is_given else (folder if folder.is_dir() else folder.parent).rglob("meta/metadata")
-    for meta in metas:
-        with contextlib.suppress(ValueError, LookupError, TypeError):  # loading it will say what is wrong with it
-            return TASKS[json.loads(meta.read_bytes())["config"]["task"]["name"]]
+    if folder is not None and not is_given:
+        with contextlib.suppress(OSError, FileError, ConfigError, LookupError, TypeError):  # loading it will say more
+            saved = find_policy(folder if folder.is_dir() else folder.parent).config
+            if saved is not None:
+                return TASKS[saved["task"]["name"]]
     return task_of(config)
 
 

@@ -1,15 +1,18 @@
 """The weights of a decoder as a tree: fresh ones, their shapes, their number, and the logical axes of each."""
 
 import dataclasses
+import hashlib
 import math
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from apr_jax.config import ModelConfig
 from apr_jax.model.llama import Llama
 from apr_jax.model.ops import XLA, Ops
+from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import partition_spec
 
 Params = nnx.State[Any, Any]  # the weights as a pytree; its keys are the attributes of the modules
@@ -82,3 +85,13 @@ def name_of(path: Any) -> str:
 
 def _abstract(config: ModelConfig, ops: Ops) -> Llama:
     return nnx.eval_shape(lambda: Llama(config, ops, rngs=nnx.Rngs(0)))
+
+
+def weights_digest(params: Params) -> str:
+    """Return sixteen hex digits that stand for all arrays and their names. All hosts of a job call it."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.ascontiguousarray(hosts.whole_array(leaf) if isinstance(leaf, jax.Array) else leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(array.view(np.uint8).data)
+    return digest.hexdigest()

@@ -9,10 +9,10 @@ from apr_jax.checkpoints.phases import PHASES
 from apr_jax.checkpoints.resume_check import fields_that_matter
 from apr_jax.config import Config
 from apr_jax.config_dict import to_dict
-from apr_jax.data.tokenizer import Tokenizer
+from apr_jax.data.tokenizer import Tokenizer, tokenizer_digest
 from apr_jax.evaluation.run import ShownProgress, evaluate, load_problems, save_rollouts
 from apr_jax.files import read_json, write_json
-from apr_jax.model.params import Params
+from apr_jax.model.params import Params, weights_digest
 from apr_jax.parallel import hosts
 from apr_jax.reasoning.settings import make_settings
 from apr_jax.stopping import StopSignal
@@ -50,6 +50,7 @@ class Evaluations:
     def _at(self, stage: Stage, label: str, params: Params, temperature: float) -> dict[str, Any]:
         config, path = self.config, self._path(label)
         settings = fields_that_matter(to_dict(config), PHASES[0] if stage == "before" else PHASES[1], "evaluation")
+        settings |= {"weights": weights_digest(params), "tokenizer": tokenizer_digest(self.tokenizer)}
         done = hosts.from_first(lambda: json.loads(path.read_text()) if path.exists() else None)
         if done is not None and done["settings"] == settings:
             summary: dict[str, Any] = done["summary"]

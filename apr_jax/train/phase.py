@@ -8,8 +8,9 @@ from typing import Any
 import optax
 from jax.sharding import Mesh
 
+from apr_jax.checkpoints.identity import POLICY
 from apr_jax.checkpoints.manager import Checkpoints
-from apr_jax.checkpoints.policy import POLICY
+from apr_jax.checkpoints.policy import check_finite
 from apr_jax.config import ModelConfig
 from apr_jax.model.params import Params
 from apr_jax.stopping import StoppedError, StopSignal
@@ -45,6 +46,7 @@ class Phase:
             return create_state(mesh, model, optimizer, params, seed), None
         abstract = abstract_state(mesh, model, optimizer)
         trees, position, meta = self.checkpoints.restore(_trees(abstract))
+        check_finite(trees[POLICY], self.checkpoints.directory)
         self.skipped.in_a_row = meta.get("skipped_in_a_row", 0)
         step, opt_state = trees[_OPTIMIZER]
         return TrainState(step, trees[POLICY], opt_state), position

@@ -9,7 +9,6 @@ WORKDIR/skipped/            batches whose loss or gradient was not finite, of a 
 WORKDIR/summary.json, rollouts.jsonl, report.html, figure.svg
 """
 
-import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -17,8 +16,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from apr_jax.checkpoints.manager import Checkpoints
-from apr_jax.checkpoints.phases import PHASES
-from apr_jax.checkpoints.policy import load_policy
+from apr_jax.checkpoints.phases import PHASES, PhaseName
+from apr_jax.checkpoints.policy import check_finite
 from apr_jax.checkpoints.reference import forget_reference, has_reference, load_reference, save_reference
 from apr_jax.config import Config, ConfigError
 from apr_jax.config_dict import to_dict
@@ -30,7 +29,7 @@ from apr_jax.evaluation.policy import check_vocabulary
 from apr_jax.evaluation.report.run_report import write_figure, write_report
 from apr_jax.evaluation.run import load_problems
 from apr_jax.files import write_json
-from apr_jax.model.params import Params, init_params
+from apr_jax.model.params import Params, init_params, weights_digest
 from apr_jax.model.placement import abstract_params_on, place_params
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import make_mesh
@@ -44,6 +43,7 @@ from apr_jax.train.grpo import train_grpo
 from apr_jax.train.hosted_engine import RunEngine, plan_engine
 from apr_jax.train.metrics import MetricsWriter
 from apr_jax.train.number_waves import with_number_waves
+from apr_jax.train.origins import Given, Origins, load_given
 from apr_jax.train.phase import Phase
 from apr_jax.train.rl.objective import choose_objective
 from apr_jax.train.rl.sample import Sampler
@@ -108,15 +108,22 @@ class _Run:
         self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer)
         check_vocabulary(config.model, self.tokenizer)
         self.engine = RunEngine(config, mesh, self.tokenizer, stop)
+        self.origins = Origins(workdir, self.tokenizer)
         self.evaluations = Evaluations(config, workdir, self.tokenizer, self.engine, stop)
         plan = plan_engine(config, mesh)  # an engine that cannot fit is refused before any training
         print(f"engine memory: {plan.memory}", file=hosts.messages())
 
     def run(self, checkpoint: pathlib.Path | None, start: pathlib.Path | None) -> dict[str, Any]:
         config = self.config
-        if hosts.is_first():
-            write_json(self.workdir / "config.json", to_dict(config))
+        named: dict[PhaseName, pathlib.Path | None] = {"sft": start, "grpo": checkpoint}
+        given = {phase: load_given(phase, path, config) for phase, path in named.items() if path is not None}
         with Checkpoints(self.workdir, "sft", config) as sft, Checkpoints(self.workdir, "grpo", config) as grpo:
+            has_begun = {"sft": sft.latest_step() is not None, "grpo": has_reference(self.workdir)}
+            for phase in given:
+                if has_begun[phase] or has_begun["grpo"]:
+                    self.origins.check(given[phase])
+            if hosts.is_first():
+                write_json(self.workdir / "config.json", to_dict(config))
             sft_step, grpo_step = sft.settle() or 0, grpo.settle() or 0
             if sft.is_extended() and has_reference(self.workdir):
                 self._reopen_sft(sft_step, grpo_step)
@@ -124,11 +131,14 @@ class _Run:
             current, step = (PHASES[1], grpo_step) if started else (PHASES[0], sft_step)
             split = self._build_data()
             with MetricsWriter(self.workdir, PHASES, current, step, writes=hosts.is_first()) as writer:
-                if checkpoint and not started:
-                    save_reference(self.workdir, self._given(checkpoint))
+                if not started and checkpoint:
+                    save_reference(self.workdir, given["grpo"].placed(self.mesh, config))
                 elif not started:
-                    save_reference(self.workdir, self._sft(split, start, self._phase(sft, writer)))
+                    save_reference(self.workdir, self._sft(split, given.get("sft"), sft, writer))
+                given.clear()  # whole weights on one device
                 reference = load_reference(self.workdir, abstract_params_on(self.mesh, config.model))
+                check_finite(reference, self.workdir / "checkpoints" / "reference")
+                self.origins.note("grpo", checkpoint, weights_digest(reference), has_begun=bool(grpo_step))
                 summary = self.evaluations.run("before", reference)
                 policy = self._grpo(split, reference, self._phase(grpo, writer))
                 summary |= self.evaluations.run("after", policy)
@@ -170,21 +180,12 @@ class _Run:
         self.stop.together(build)
         return demonstrations.load_split(self.config, "train")
 
-    def _given(self, checkpoint: pathlib.Path) -> Params:
-        """Return the policy at `checkpoint`, on the mesh. Raises ConfigError where its weights are another model's."""
-        model, params, _ = load_policy(checkpoint)
-        there, here = dataclasses.asdict(model), dataclasses.asdict(self.config.model)
-        wrong = [
-            f"  model.{name}: {there[name]!r} there, {here[name]!r} here"
-            for name in _WEIGHT_FIELDS
-            if there[name] != here[name]
-        ]
-        if wrong:
-            raise ConfigError(f"the policy of {checkpoint} is another model:\n" + "\n".join(wrong))
-        return place_params(params, self.mesh, self.config.model)
-
-    def _sft(self, split: Sequence[Demonstration], start: pathlib.Path | None, phase: Phase) -> Params:
-        """Return the policy after SFT, which starts from the policy at `start` or from fresh weights."""
+    def _sft(
+        self, split: Sequence[Demonstration], given: Given | None, checkpoints: Checkpoints, writer: MetricsWriter
+    ) -> Params:
+        """Return the policy after SFT, which starts from a policy that was given or from fresh weights."""
+        path, weights = (None, None) if given is None else (given.path, given.weights)
+        self.origins.note("sft", path, weights, has_begun=checkpoints.latest_step() is not None)
         config = self.config
         sft = config.sft
         how: dict[str, Any] = {
@@ -215,11 +216,11 @@ class _Run:
             sft,
             config.model,
             self.mesh,
-            phase,
+            self._phase(checkpoints, writer),
             rows=rows,
             validation_rows=validation[0],
             seed=config.seed,
-            params=self._fresh() if start is None else self._given(start),
+            params=self._fresh() if given is None else given.placed(self.mesh, config),
         )
 
     def _facts(self, num_tokens: int) -> Facts:
@@ -253,20 +254,3 @@ class _Run:
             held_out = load_problems(config, "validation", grpo.validation_problems)
         sampler = Sampler(config, engine, Problems(split), held_out, self.tokenizer)
         return train_grpo(config, self.mesh, phase, sampler, reference)
-
-
-# The fields that must agree for weights to fit. The rest of ModelConfig may change from one run to the next.
-_WEIGHT_FIELDS = (
-    "family",
-    "vocab_size",
-    "num_layers",
-    "embed_dim",
-    "mlp_dim",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "rope_theta",
-    "rope_scaling",
-    "rms_norm_eps",
-    "tie_embeddings",
-)

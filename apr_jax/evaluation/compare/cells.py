@@ -7,23 +7,20 @@ import hashlib
 import itertools
 import json
 import pathlib
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from apr_jax.config import Config, ConfigError, ModelConfig
 from apr_jax.config_dict import to_dict
-from apr_jax.data.tokenizer import Tokenizer
+from apr_jax.data.tokenizer import Tokenizer, tokenizer_digest
 from apr_jax.engine.engine import Engine
 from apr_jax.evaluation.compare.grid import Cell, Row
 from apr_jax.evaluation.compare.store import Json, Results
-from apr_jax.evaluation.policy import choose_config, choose_tokenizer
+from apr_jax.evaluation.policy import configure
 from apr_jax.evaluation.run import ShownProgress, evaluate
-from apr_jax.model.params import Params
+from apr_jax.model.params import Params, weights_digest
 from apr_jax.parallel.machine import device_name
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.reasoning import METHODS
@@ -53,10 +50,8 @@ class Policy:
 
     @functools.cached_property
     def vocabulary(self) -> str:
-        """A digest of the tokenizer's files, wherever it came from."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.tokenizer.save(folder)
-            return _digest(b"".join(path.read_bytes() for path in sorted(pathlib.Path(folder).iterdir())))
+        """A digest of the tokenizer, wherever it came from."""
+        return tokenizer_digest(self.tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +87,7 @@ def make_policy(
         shared = {f"engine.{field}": value for field, value in engine.items()}
         overrides = {**shared, **{f"mesh.{axis}": size for axis, size in mesh.items()}, **overrides}
     try:
-        config = choose_config(model, saved, given, overrides)
-        tokenizer = choose_tokenizer(pathlib.Path(checkpoint), config, saved)
+        config, tokenizer = configure(pathlib.Path(checkpoint), model, saved, given, overrides)
     except ConfigError as error:
         raise ConfigError(f"--policies={name}: {error}") from error
     return Policy(name, checkpoint, params, config, tokenizer, weights_digest(params))
@@ -197,16 +191,6 @@ def check_programs(cells: Sequence[Cell], task: Task) -> None:
             check_method(cell.row.program, task, cell.temperature, budget=cell.budget)
         except ConfigError as error:
             raise ConfigError(f"--methods={cell.row.label}: {error}") from error
-
-
-def weights_digest(params: Params) -> str:
-    """Return sixteen hex digits that stand for all arrays and their names."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(array.view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def _engine_for(holder: EngineHolder[Engine], policy: Policy, row: Row) -> Engine:

@@ -5,6 +5,7 @@ order of RoPE's pairs is the same. Which models load is in `families.py`.
 """
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import jax
@@ -15,7 +16,7 @@ from apr_jax.config import ConfigError, ModelConfig
 from apr_jax.files import write_json
 from apr_jax.model.params import Params, abstract_params
 from apr_jax.model.weights.errors import HuggingFaceError
-from apr_jax.model.weights.hf_config import read_config, write_config
+from apr_jax.model.weights.hf_config import TRAINED, read_config, write_config
 from apr_jax.model.weights.tensors import Tensor, open_tensors, read_own_json, save_tensors
 
 _TOP_LEVEL = {
@@ -77,17 +78,25 @@ def load_hf(
 
 
 def save_hf(
-    folder: str | pathlib.Path, config: ModelConfig, params: Params, tokenizer: SavableTokenizer | None = None
+    folder: str | pathlib.Path,
+    config: ModelConfig,
+    params: Params,
+    tokenizer: SavableTokenizer | None = None,
+    trained: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a folder that `load_hf` and `transformers` load: float32 weights and, when given, the tokenizer.
 
-    Weights that the folder held before, sharded ones too, are replaced.
+    Weights that the folder held before, sharded ones too, are replaced. `trained` is the whole configuration of the
+    policy's training, which then travels with the weights (`checkpoints.identity`).
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     special = {} if tokenizer is None else _special_tokens(tokenizer)
     write_json(folder / "config.json", write_config(config) | special)
     write_json(folder / "generation_config.json", special)
+    (folder / TRAINED).unlink(missing_ok=True)  # of a policy that was here before
+    if trained is not None:
+        write_json(folder / TRAINED, trained)
     tensors = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name, transposed = _hf_name(path)

@@ -7,6 +7,8 @@ from apr_jax.config import ModelConfig, RopeScaling
 from apr_jax.model.families import FAMILIES, by_model_type
 from apr_jax.model.weights.errors import HuggingFaceError
 
+TRAINED = "apr_jax.json"  # the file, in folders that this project writes, with the configuration of the training
+
 _REQUIRED = (
     "vocab_size",
     "num_hidden_layers",

@@ -19,9 +19,9 @@ from apr_jax.evaluation.compare.cells import (
     check_programs,
     held_out,
     make_policy,
-    weights_digest,
 )
 from apr_jax.evaluation.compare.grid import Cell, Row
+from apr_jax.model.params import weights_digest
 from apr_jax.reasoning.policy_engine import EngineHolder
 from apr_jax.tasks.countdown.rules import Problem
 from apr_jax.tasks.countdown.task import COUNTDOWN

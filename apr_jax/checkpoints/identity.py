@@ -1,0 +1,233 @@
+"""The meaning of a policy's weights: their tokenizer and the configuration of their training. No JAX.
+
+    RUN/checkpoints/PHASE/STEP/meta       the configuration
+    RUN/checkpoints/PHASE/STEP/tokenizer  tokenizer.json, and its special tokens beside it
+    HUGGING_FACE/apr_jax.json             the configuration, where this project wrote the folder
+    HUGGING_FACE/tokenizer.json           and likewise
+
+Tokenizers are compared by their content. docs/architecture.md says which fields must agree where.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from apr_jax.checkpoints.integrity import CheckpointError, read_meta
+from apr_jax.checkpoints.phases import PHASES, PhaseName
+from apr_jax.config import ConfigError, ModelConfig
+from apr_jax.config_dict import read_model
+from apr_jax.data.tokenizer import load_tokenizer, tokenizer_digest
+from apr_jax.files import file_in, read_json
+from apr_jax.model.weights.hf_config import TRAINED, read_config
+
+POLICY = "policy"  # the item of a checkpoint that holds the model's parameters
+TOKENIZER = "tokenizer"  # its folder with the tokenizer's files
+AUTO = "auto"  # as the value of a field: the policy's own
+
+# Fields that decide how prompts and threads read, and so what a policy's weights mean.
+_MEANING = ("task.name", "task.context_windows", "data.method", "data.condition_on_budget")
+# Fields of ModelConfig that must agree for weights to fit. The rest may change from one run to the next.
+WEIGHT_FIELDS = (
+    *("family", "vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim"),
+    *("rope_theta", "rope_scaling", "rms_norm_eps", "tie_embeddings"),
+)
+
+_FREE_SETTINGS: dict[str, Any] = {"compute_dtype": "float32", "attention": "auto", "remat": "none"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PolicyFolder:
+    """The folder of one policy: a checkpoint, or a Hugging Face folder."""
+
+    path: pathlib.Path
+    is_checkpoint: bool
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any] | None:
+        """Return the whole configuration that the policy was trained with; None where the folder brings none.
+
+        Raises CheckpointError or FileError for a damaged one.
+        """
+        if self.is_checkpoint:
+            config = read_meta(self.path).get("config")
+        elif (self.path / TRAINED).exists():
+            config = read_json(file_in(self.path, TRAINED), "export the policy again")
+        else:
+            return None
+        if not isinstance(config, dict) or not all(
+            isinstance(config.get(key), dict) for key in ("model", "data", "task")
+        ):
+            raise CheckpointError(f"{self.path}: its configuration lacks a section; name another checkpoint of the run")
+        return config
+
+
+def find_policy(path: pathlib.Path) -> PolicyFolder:
+    """Find the policy in a run folder (its newest checkpoint, GRPO's before SFT's), checkpoint or Hugging Face folder.
+
+    PATH/best is the checkpoint in PATH with the best validation score. Raises FileNotFoundError where there is none.
+    """
+    path = path.absolute()
+    checkpoint = _checkpoint_folder(path)
+    if checkpoint is not None:
+        return PolicyFolder(checkpoint, True)
+    is_run = (path / "checkpoints").is_dir()
+    if not is_run and any(any(path.glob(pattern)) for pattern in ("config.json", "*.safetensors*", "*.bin")):
+        return PolicyFolder(path, False)
+    raise FileNotFoundError(f"{path} is neither a run folder, a checkpoint folder nor a Hugging Face folder")
+
+
+def own_tokenizer(path: pathlib.Path, config: Mapping[str, Any] | None) -> str | None:
+    """Return the tokenizer of the policy at `path` as `load_tokenizer` takes it, or None where its folder has none.
+
+    Args:
+      config: the policy's configuration. It names the tokenizer where no file does, as in checkpoints of old versions.
+    """
+    named = None if config is None else config["data"].get("tokenizer")
+    checkpoint = _checkpoint_folder(path.absolute())
+    own = (path if checkpoint is None else checkpoint / TOKENIZER) / "tokenizer.json"
+    if own.exists():
+        return "builtin" if named == "builtin" and same_tokenizer("builtin", str(own)) else str(own)
+    is_there = isinstance(named, str) and (named == "builtin" or pathlib.Path(named).is_file())
+    return named if is_there else None
+
+
+def same_tokenizer(one: str, other: str) -> bool:
+    """Return True if two tokenizers make the same ids of the same text, with the same special tokens."""
+    return one == other or tokenizer_digest(load_tokenizer(one)) == tokenizer_digest(load_tokenizer(other))
+
+
+def agreed_tokenizer(path: pathlib.Path, own: str | None, asked: str | None) -> str:
+    """Return the tokenizer of the policy at `path`, as `load_tokenizer` takes it.
+
+    Args:
+      own: what the policy's folder brings.
+      asked: what the user names; None or "auto" for the policy's own.
+    Raises: ConfigError where they differ, or neither is there.
+    """
+    asked = None if asked == AUTO else asked
+    if own is None and asked is None:
+        raise ConfigError(
+            f"{path} holds no tokenizer.json, and no other tokenizer is guessed: put there the one that its model was "
+            "trained with, or name it with --config.data.tokenizer=FILE (or =builtin)"
+        )
+    if own is None or asked is None:
+        return str(own or asked)
+    if not same_tokenizer(own, asked):
+        raise ConfigError(
+            f"the policy of {path} has the tokenizer {own}, and data.tokenizer={asked} is another; "
+            "--config.data.tokenizer=auto takes the policy's"
+        )
+    return own
+
+
+def with_auto(values: dict[str, Any], path: pathlib.Path | None) -> dict[str, Any]:
+    """Return a configuration's values with the policy's own where they say "auto".
+
+    `data.tokenizer`, `data.method` (with `data.condition_on_budget`), `task.name` (with the whole section) and
+    `model.family` (with all that the weights fix) may say so.
+
+    Args:
+      path: the policy's folder, None if the user names none.
+    Raises: ConfigError where there is no policy to take a field from, or its folder does not tell it.
+    """
+    data, task, model = (dict(values[section]) for section in ("data", "task", "model"))
+    fields = {"data.tokenizer": data, "data.method": data, "task.name": task, "model.family": model}
+    wanted = {field for field, section in fields.items() if section[field.split(".")[1]] == AUTO}
+    if not wanted:
+        return values
+    if path is None:
+        raise ConfigError(f"{min(wanted)}={AUTO!r} takes a policy's: name it with --start or --checkpoint")
+    found = find_policy(path)
+    saved = found.config
+    if "data.tokenizer" in wanted:
+        data["tokenizer"] = agreed_tokenizer(path, own_tokenizer(path, saved), None)
+    if "model.family" in wanted:
+        own = dataclasses.asdict(_model_of(found))
+        model |= {field: own[field] for field in WEIGHT_FIELDS}
+    if wanted & {"data.method", "task.name"} and saved is None:
+        raise ConfigError(f"{path} does not say which method and task its policy was trained for: name them")
+    if saved is not None and "data.method" in wanted:
+        data |= {name: saved["data"][name] for name in ("method", "condition_on_budget")}
+    if saved is not None and "task.name" in wanted:
+        task = saved["task"]
+    return {**values, "data": data, "task": task, "model": model}
+
+
+def check_meaning(name: str, saved: Mapping[str, Any] | None, now: Mapping[str, Any], advice: str) -> None:
+    """Raise ConfigError where a policy was trained to read or write otherwise than a configuration says.
+
+    Args:
+      name: what to call the policy.
+      saved: its whole configuration; None, or a field that an older version lacks: nothing to compare.
+      now: the configuration to use it under.
+      advice: what the user can do.
+    """
+    lines = []
+    for field in _MEANING:
+        section, name = field.split(".")
+        there, here = (dict(config or {}).get(section, {}).get(name) for config in (saved, now))
+        if there is not None and _plain(there) != _plain(here):
+            lines.append(f"  {field}: {there!r} there, {here!r} here")
+    if lines:
+        raise ConfigError(f"{name} was trained for something else:\n" + "\n".join(lines) + f"\n{advice}")
+
+
+def check_model(path: pathlib.Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raise ConfigError where weights of the policy at `path` are another model's, with each field that differs."""
+    lines = [
+        f"  model.{name}: {there[name]!r} there, {here[name]!r} here"
+        for name in WEIGHT_FIELDS
+        if there[name] != here[name]
+    ]
+    if lines:
+        raise ConfigError(
+            f"the policy of {path} is another model:\n" + "\n".join(lines) + "\n"
+            "--config.model.family=auto takes the policy's model"
+        )
+
+
+def _model_of(found: PolicyFolder) -> ModelConfig:
+    if found.is_checkpoint and found.config is not None:
+        return read_model(found.config["model"])
+    return read_config(read_json(file_in(found.path, "config.json"), "fetch it again"), **_FREE_SETTINGS)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _checkpoint_folder(path: pathlib.Path) -> pathlib.Path | None:
+    """Find the newest checkpoint in a run, phase or checkpoint folder; for PATH/best the best one in PATH.
+
+    Raises FileNotFoundError where the best is asked for and no checkpoint was validated.
+    """
+    if (path / "meta").is_dir() and (path / POLICY).is_dir():
+        return path
+    best = path.name == "best" and not path.exists()
+    root = path.parent if best else path
+    for folder in (root / "checkpoints", root, root.parent):
+        for phase in reversed(PHASES):
+            inside = folder / phase
+            if folder == root.parent and inside != root:  # a phase's own folder
+                continue
+            steps = _steps_in(inside)
+            chosen = _best(inside, phase, steps) if best else max(steps, default=None)
+            if chosen is not None:
+                return inside / str(chosen)
+    if best:
+        raise FileNotFoundError(f"no checkpoint in {root} has a validation score, so none is the best")
+    return None
+
+
+def _best(folder: pathlib.Path, phase: PhaseName, steps: list[int]) -> int | None:
+    from apr_jax.checkpoints.best import best_step  # slow to import, and few ask for it
+
+    return best_step(folder, phase, steps)
+
+
+def _steps_in(folder: pathlib.Path) -> list[int]:
+    """Return the steps with a checkpoint in a phase's folder."""
+    names = [child.name for child in folder.iterdir()] if folder.is_dir() else []
+    return [int(name) for name in names if name.isdigit() and (folder / name / "meta").is_dir()]
