@@ -6,18 +6,22 @@ downstream sees a ConfigDict.
 
 import dataclasses
 import difflib
+import random
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from ml_collections import ConfigDict
 
-from apr_jax.config import Config, ConfigError, ModelConfig, TaskConfig, check_choice
+from apr_jax.config import Config, ConfigError, ModelConfig, TaskConfig, check_choice, check_range, shown
+from apr_jax.config_checks import futile
+from apr_jax.config_fields import number_range
 from apr_jax.model.families import FAMILIES
 from apr_jax.reasoning import METHODS
 from apr_jax.reasoning.settings import spelled_spawns
 from apr_jax.tasks import TASKS, task_of
+from apr_jax.tasks.base import SPLITS, TaskLacksError
 
 
 def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
@@ -26,6 +30,8 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
     converted: Config = _convert(Config, values, "")
     check_choice("model.family", converted.model.family, FAMILIES)
     _check_method(converted)
+    for fault in futile(converted):
+        raise ConfigError(fault)
     return converted
 
 
@@ -44,13 +50,14 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def _convert(cls: type, values: Mapping[str, Any], path: str) -> Any:
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
     unknown = [key for key in values if key not in hints]
     missing = [key for key in hints if key not in values]
     if unknown:
-        close = difflib.get_close_matches(unknown[0], missing or hints, n=1, cutoff=0.4) or difflib.get_close_matches(
-            unknown[0], hints, n=1, cutoff=0
-        )
+        close = difflib.get_close_matches(
+            str(unknown[0]), missing or hints, n=1, cutoff=0.4
+        ) or difflib.get_close_matches(str(unknown[0]), hints, n=1, cutoff=0)
         hint = f"did you mean {close[0]}?" if close else f"fields: {', '.join(hints)}"
         raise ConfigError(f"{path}{unknown[0]}: no such field; {hint}")
     if missing:
@@ -64,7 +71,7 @@ def _convert_value(hint: Any, value: Any, path: str) -> Any:
         return None if value is None else _convert_value(section, value, path)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{path}={value!r}: wrong type, it takes a section of settings")
+            raise ConfigError(f"{path}={shown(value)}: wrong type, it takes a section of settings")
         section = _task_section(value) if hint is TaskConfig else typing.cast(type, hint)
         return _convert(section, value, f"{path}.")
     if typing.get_origin(hint) is Literal:
@@ -73,13 +80,16 @@ def _convert_value(hint: Any, value: Any, path: str) -> Any:
     if typing.get_origin(hint) is tuple:
         item_hint = typing.get_args(hint)[0]
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{path}={value!r}: wrong type, it takes a list of {_type_name(item_hint)}")
+            raise ConfigError(f"{path}={shown(value)}: wrong type, it takes a list of {_type_name(item_hint)}")
         return tuple(_convert_value(item_hint, item, f"{path}[{i}]") for i, item in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint:
-        raise ConfigError(f"{path}={value!r}: wrong type, it takes {_type_name(hint)}, not {type(value).__name__}")
-    return value
+    allowed = number_range(hint)
+    hint = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+    if type(value) is not hint and not (hint is float and type(value) is int):
+        raise ConfigError(f"{path}={shown(value)}: wrong type, it takes {_type_name(hint)}, not {type(value).__name__}")
+    if allowed is None:
+        return value
+    check_range(path, value, allowed)
+    return hint(value)
 
 
 def _task_section(value: Mapping[str, Any]) -> type[TaskConfig]:
@@ -91,11 +101,12 @@ def _task_section(value: Mapping[str, Any]) -> type[TaskConfig]:
 
 
 def _type_name(hint: Any) -> str:
+    hint = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
     return getattr(hint, "__name__", str(hint))
 
 
 def _check_method(config: Config) -> None:
-    """Check that the task has what the method, and what is asked of it, need."""
+    """Check that the task has problems, and what the method and the rest of the configuration ask of it."""
     data, task = config.data, task_of(config)
     check_choice("data.method", data.method, METHODS)
     method = METHODS[data.method]
@@ -103,4 +114,11 @@ def _check_method(config: Config) -> None:
     if data.condition_on_budget and method.budget is None:
         raise ConfigError(f"data.condition_on_budget=True: data.method={data.method!r} has no budget to name")
     if config.rollout.constrain_spawns:
-        spelled_spawns(config)
+        try:
+            spelled_spawns(config)
+        except TaskLacksError as error:
+            raise TaskLacksError(f"rollout.constrain_spawns=True: {error}") from error
+    if data.facts_share:
+        task.draw_fact(random.Random(0), config.task)
+    for split in SPLITS:  # a problem of each can be drawn, or the task says why not
+        task.sampler(config, split)(random.Random(0))

@@ -11,6 +11,7 @@ Results depend on weights, configuration, seed, temperature and the problem's pl
 
 import dataclasses
 import functools
+import logging
 import pathlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
@@ -36,6 +37,8 @@ from apr_jax.reasoning.sampling import innermost
 from apr_jax.reasoning.settings import make_settings
 from apr_jax.tasks import task_of
 from apr_jax.tasks.base import Task
+
+_LOG = logging.getLogger(__name__)
 
 Method = str | Callable[[Any, Settings], Generator[Any, Any, Outcome]]
 
@@ -147,7 +150,7 @@ class Policy:
             problem=problem,
             solved=solved,
             reason=record["verdict"],
-            expression=self.task.express(answer, problem) if solved else None,
+            expression=self._expression(answer, problem) if solved else None,
             answer=answer,
             total_tokens=record["total_tokens"],
             sequential_tokens=record["sequential_tokens"],
@@ -156,6 +159,14 @@ class Policy:
             record=record,
             rollout=rollout,
         )
+
+    def _expression(self, answer: str, problem: Any) -> str:
+        """Return a right answer for people. One that a task cannot express costs nothing but its looks."""
+        try:
+            return self.task.express(answer, problem)
+        except Exception:
+            _LOG.warning("the task %r cannot express the answer %.200r", self.task.name, answer, exc_info=True)
+            return answer
 
 
 def load(

@@ -24,13 +24,16 @@ LAYERS = [
 ]
 # Leaves: what they may import of apr_jax themselves.
 LEAVES = {
-    "tasks": {"tasks", "config"},
+    "tasks": {"tasks", "config", "config_fields"},
     "data": {"data", "tasks", "config", "files"},
     "progress": set(),
     "files": set(),
     "stopping": set(),
-    "config": set(),
-    "config_dict": {"config", "tasks", "reasoning", "model"},  # the door asks the registries TASKS, METHODS, FAMILIES
+    "config": {"config_fields", "config_checks"},
+    "config_fields": set(),
+    "config_checks": {"config"},  # for its types alone
+    # The door asks the registries TASKS, METHODS, FAMILIES.
+    "config_dict": {"config", "config_fields", "config_checks", "tasks", "reasoning", "model"},
     "entry": {"config", "config_dict", "files", "stopping"},
 }
 MAY_USE_LEAVES = {"reasoning", "evaluation", "reproduce", "checkpoints", "train", "library", "bench", "aot", "launch"}
@@ -38,7 +41,7 @@ NO_JAX = ["apr_jax/tasks", "apr_jax/data", "apr_jax/engine/pages.py", "apr_jax/e
 NO_JAX += ["apr_jax/engine/scheduler.py", "apr_jax/engine/constraints.py", "apr_jax/bench/peers.py"]
 NO_JAX += ["apr_jax/engine/driver.py", "apr_jax/engine/rollout_tree.py", "apr_jax/engine/groups.py"]
 NO_JAX += [f"apr_jax/engine/{name}.py" for name in ("cancellation", "limits", "recorder", "thread_cache")]
-NO_JAX += ["apr_jax/config.py"]
+NO_JAX += ["apr_jax/config.py", "apr_jax/config_fields.py", "apr_jax/config_checks.py"]
 
 
 def _files() -> list[pathlib.Path]:

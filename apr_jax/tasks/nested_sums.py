@@ -16,9 +16,10 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
-from apr_jax.config import Config, TaskConfig, positive
+from apr_jax.config import Config, TaskConfig
+from apr_jax.config_fields import Range
 from apr_jax.tasks.base import Call, CountTokens, Split, Task, Verdict
 from apr_jax.tasks.dialect import (
     CALL_BEGIN,
@@ -75,10 +76,8 @@ def sample(rng: random.Random, depth: int) -> Sum:
 class NestedSumsConfig(TaskConfig):
     """Nested sums' section of the configuration."""
 
-    depth: int  # brackets lie at most depth - 1 deep, and so do threads below the root
-
-    def __post_init__(self) -> None:
-        positive(self, "task", "depth")
+    # Brackets lie at most depth - 1 deep, and so do threads below the root. What is deeper may be too long to be read.
+    depth: Annotated[int, Range(1, 6)]
 
 
 class Adaptive(SpawnDialect):

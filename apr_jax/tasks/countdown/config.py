@@ -1,41 +1,48 @@
 """Countdown's section of the configuration."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
-from apr_jax.config import Config, ConfigError, TaskConfig, not_negative, positive, share
+from apr_jax.config import Config, ConfigError, TaskConfig
+from apr_jax.config_fields import Count, Natural, Range, Share
+
+# Whether six numbers reach a target is known in milliseconds; each further number takes thirty times as long.
+Numbers = Annotated[int, Range(2, 6, " must lie in 2..6: Countdown needs at least 2 numbers, and more are not solved")]
+Number = Annotated[int, Range(1, 1_000_000)]
+Target = Annotated[int, Range(1, 10_000)]  # the heuristic has a table of the numbers up to each
+Beam = Annotated[int, Range(1, 10_000)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CountdownConfig(TaskConfig):
     """Countdown problems and the searches that demonstrate them (Pan et al., section 4.1, and its released code)."""
 
-    num_numbers: int
-    min_number: int
-    max_number: int
-    min_target: int
-    max_target: int
-    num_unseen_targets: int  # targets held out of train for the split test_unseen_targets
-    serial_beam_min: int  # SoS+: nodes kept per expansion, drawn per problem
-    serial_beam_max: int
-    serial_dfs_probability: float  # SoS+: chance that an expansion's nodes are searched depth-first in place
-    parent_beams: tuple[int, ...]  # APR: the parent's beam is one of these, drawn per problem; repeats weigh more
-    child_beam_max: int  # APR: the children's beam is drawn from [parent's beam, this]
-    spawn_probability: float  # APR: chance that a parent's expansion is handed to children
-    spawn_depth: int  # APR: levels of threads that spawn; 1 = the parent alone (the reference), 2 = its children, too
+    num_numbers: Numbers
+    min_number: Number
+    max_number: Number
+    min_target: Target
+    max_target: Target
+    num_unseen_targets: Count  # targets held out of train for the split test_unseen_targets
+    serial_beam_min: Beam  # SoS+: nodes kept per expansion, drawn per problem
+    serial_beam_max: Beam
+    serial_dfs_probability: Share  # SoS+: chance that an expansion's nodes are searched depth-first in place
+    parent_beams: tuple[Beam, ...]  # APR: the parent's beam is one of these, drawn per problem; repeats weigh more
+    child_beam_max: Beam  # APR: the children's beam is drawn from [parent's beam, this]
+    spawn_probability: Share  # APR: chance that a parent's expansion is handed to children
+    spawn_depth: Count  # APR: levels of threads that spawn; 1 = the parent alone (the reference), 2 = its children, too
     # APR: the prompt of each thread names the smallest of these, in tokens, that holds it; (): none is named.
-    context_windows: tuple[int, ...]
-    retry_probability: float  # APR: chance that the next best operations follow when all children failed; reference: 0
+    context_windows: tuple[Count, ...]
+    retry_probability: Share  # APR: chance that the next best operations follow when all children failed; reference: 0
     heuristic: Literal["mult", "none"]  # what ranks operations; none: the order in which they were generated
     shuffle: bool  # kept operations: in random order (the reference) or the order in which they were generated (fixed)
-    max_result: int  # SoS+ and APR leave out operations whose result is larger; reference: 0, which leaves out none
+    max_result: Natural  # SoS+ and APR leave out operations whose result is larger; reference: 0, which leaves out none
 
     def __post_init__(self) -> None:
-        positive(self, "task", "num_numbers min_number num_unseen_targets serial_beam_min spawn_depth")
-        if self.context_windows != tuple(sorted({*self.context_windows})) or min(self.context_windows, default=1) < 1:
+        super().__post_init__()
+        if self.context_windows != tuple(sorted({*self.context_windows})):
             raise ConfigError(f"task.context_windows={self.context_windows}: name distinct sizes from 1, in order")
-        if not self.parent_beams or min(self.parent_beams) < 1:
-            raise ConfigError(f"task.parent_beams={self.parent_beams}: name at least one beam, each at least 1")
+        if not self.parent_beams:
+            raise ConfigError(f"task.parent_beams={self.parent_beams}: name at least one beam")
         for low, high in (
             ("min_number", "max_number"),
             ("min_target", "max_target"),
@@ -48,10 +55,8 @@ class CountdownConfig(TaskConfig):
                 f"task.parent_beams={self.parent_beams} holds {max(self.parent_beams)}, which is above "
                 f"task.child_beam_max={self.child_beam_max}"
             )
-        not_negative(self, "task", "max_result")
-        share(self, "task", "serial_dfs_probability spawn_probability retry_probability")
-        if self.num_numbers < 2:
-            raise ConfigError(f"task.num_numbers={self.num_numbers}: Countdown needs at least 2 numbers")
+        if self.max_result and self.max_result < self.min_number:
+            raise ConfigError(f"task.max_result={self.max_result} is below task.min_number={self.min_number}")
 
     @property
     def windows(self) -> tuple[int, ...]:

@@ -3,7 +3,11 @@
 import functools
 import random
 
+from apr_jax.config import ConfigError
 from apr_jax.tasks.countdown.config import CountdownConfig
+
+_MAX_DRAWS = 100_000
+_LARGEST_BOUND = 100_000
 
 
 def draw_fact(rng: random.Random, task: CountdownConfig) -> tuple[str, int]:
@@ -11,7 +15,7 @@ def draw_fact(rng: random.Random, task: CountdownConfig) -> tuple[str, int]:
 
     Sums and differences, of which there are more, come twice as often as products and quotients. One number of a sum or
     difference is like those of a problem; the other is, too, in half of the cases, and any number up to the bound in
-    the rest. All products are equally likely, and so are all quotients.
+    the rest. All products are equally likely, and so are all quotients. Raises ConfigError where there are no sums.
     """
     bound = largest_result(task)
     operator = rng.choice("++--*/")
@@ -20,7 +24,7 @@ def draw_fact(rng: random.Random, task: CountdownConfig) -> tuple[str, int]:
         if operator == "/":
             return f"{left * right}/{left}=", right
         return f"{left}*{right}=", left * right
-    while True:
+    for _ in range(_MAX_DRAWS):
         left = rng.randint(task.min_number, task.max_number)
         right = rng.randint(task.min_number, task.max_number) if rng.random() < 0.5 else rng.randint(0, bound)
         left, right = (left, right) if rng.random() < 0.5 else (right, left)
@@ -28,11 +32,23 @@ def draw_fact(rng: random.Random, task: CountdownConfig) -> tuple[str, int]:
             return f"{max(left, right)}-{min(left, right)}=", abs(left - right)
         if left + right <= bound:
             return f"{left}+{right}=", left + right
+    raise ConfigError(
+        f"none of {_MAX_DRAWS} draws of a number in {task.min_number}..{task.max_number} gives a sum up to {bound}: "
+        "raise task.max_result, or set data.facts_share=0"
+    )
 
 
 def largest_result(task: CountdownConfig) -> int:
-    """Return the bound on results: that of the searches or, if they have none, the largest product of two numbers."""
-    return task.max_result or task.max_number**2
+    """Return the bound on results: that of the searches or, if they have none, the largest product of two numbers.
+
+    Raises ConfigError for a bound whose products are too many to list.
+    """
+    bound = task.max_result or task.max_number**2
+    if bound > _LARGEST_BOUND:
+        raise ConfigError(
+            f"facts with results up to {bound} are too many: set task.max_result to at most {_LARGEST_BOUND}"
+        )
+    return bound
 
 
 @functools.cache

@@ -21,6 +21,7 @@ _OPERATION_LINE = re.compile(
 )
 _GOAL_LINE = re.compile(rf"({NUMBER}),({NUMBER}) equal: Goal Reached")
 _EXIT_LINE = re.compile(r"Exit Sub Search at level [0-9]+")
+_TOO_LARGE = 10**18
 _MAX_DRAWS = 10_000
 _BINDING = {"+": 1, "-": 1, "*": 2, "/": 2}
 
@@ -30,7 +31,8 @@ class Problem:
     """The numbers to use, in the order in which they are shown, and the target.
 
     Raises:
-      ValueError: fewer than two numbers, a number that is not an int or is negative, or a target below 1.
+      ValueError: fewer than two numbers, a number that is not an int, is negative or has more than 18 digits, which no
+        trace can write, or a target below 1.
     """
 
     numbers: tuple[int, ...]
@@ -45,6 +47,8 @@ class Problem:
             raise ValueError(f"Problem.numbers={self.numbers!r} must not be negative")
         if type(self.target) is not int or self.target < 1:
             raise ValueError(f"Problem.target={self.target!r} must be a positive int")
+        if max(*self.numbers, self.target) >= _TOO_LARGE:
+            raise ValueError("Problem: its numbers and its target have at most 18 digits")
 
     @property
     def key(self) -> tuple[tuple[int, ...], int]:
@@ -64,13 +68,10 @@ def verify(answer: str | None, problem: Problem) -> Verdict:
         return Verdict(False, "no_answer")
     available = Counter(problem.numbers)
     result = None
-    for line in answer.split("\n"):
-        if not line.startswith("Exploring Operation"):
-            continue
-        match = _OPERATION_LINE.fullmatch(line)
-        if match is None:
+    for operation in _read_operations(answer):
+        if operation is None:
             return Verdict(False, "malformed_operation")
-        left, operator, right, result = int(match[1]), match[2], int(match[3]), int(match[4])
+        left, operator, right, result = operation
         for number in (left, right):
             if available[number] < 1:
                 return Verdict(False, "number_not_available")
@@ -105,10 +106,9 @@ def express(answer: str, problem: Problem) -> str:
         reordered = on_the_right and inner != "" and _BINDING[inner] == _BINDING[operator] and operator in "-/"
         return f"({text})" if weaker or reordered else text
 
-    for match in _OPERATION_LINE.finditer(answer):
-        left, operator, right = int(match[1]), match[2], int(match[3])
+    for left, operator, right, result in filter(None, _read_operations(answer)):
         first = take(left, operator, on_the_right=False)
-        terms.append((int(match[4]), f"{first}{operator}{take(right, operator, on_the_right=True)}", operator))
+        terms.append((result, f"{first}{operator}{take(right, operator, on_the_right=True)}", operator))
     return terms[0][1]
 
 
@@ -118,16 +118,14 @@ def canonical_path(answer: str | None) -> tuple[str, ...] | None:
     None where there is no answer, or one that holds no operation or something else in place of one; whether it is right
     does not matter.
     """
-    lines = [line for line in (answer or "").split("\n") if line.startswith("Exploring Operation")]
-    matches = [_OPERATION_LINE.fullmatch(line) for line in lines]
     operations = []
-    for match in matches:
-        if match is None:
+    for operation in _read_operations(answer or ""):
+        if operation is None:
             return None
-        left, operator, right = int(match[1]), match[2], int(match[3])
+        left, operator, right, result = operation
         if operator in "+*":
             left, right = sorted((left, right))
-        operations.append(f"{left}{operator}{right}={match[4]}")
+        operations.append(f"{left}{operator}{right}={result}")
     return tuple(sorted(operations)) or None
 
 
@@ -198,16 +196,17 @@ def sample_problem(rng: random.Random, task: CountdownConfig, targets: Sequence[
     """Draw a solvable problem: numbers uniform in their range, target in `targets` (default: the task's range).
 
     Raises:
-      ConfigError: none of 10,000 draws could be solved.
+      ConfigError: none of many draws could be solved.
     """
     choices = range(task.min_target, task.max_target + 1) if targets is None else targets
-    for _ in range(_MAX_DRAWS):
+    draws = _MAX_DRAWS if task.num_numbers < 6 else _MAX_DRAWS // 10  # within seconds
+    for _ in range(draws):
         numbers = tuple([rng.randint(task.min_number, task.max_number) for _ in range(task.num_numbers)])
         target = rng.choice(choices)
         if is_solvable(numbers, target):
             return Problem(numbers, target)
     raise ConfigError(
-        f"none of {_MAX_DRAWS} draws of {task.num_numbers} numbers in {task.min_number}..{task.max_number} "
+        f"none of {draws} draws of {task.num_numbers} numbers in {task.min_number}..{task.max_number} "
         f"reaches a target in {min(choices)}..{max(choices)}"
     )
 
@@ -240,6 +239,14 @@ def _partners(value: int, target: int) -> list[int]:
         if value % target == 0:
             partners.append(value // target)
     return partners
+
+
+def _read_operations(answer: str) -> Iterator[tuple[int, str, int, int] | None]:
+    """Yield left, operator, right and result of each line that begins as an operation; None for a malformed one."""
+    for line in answer.split("\n"):
+        if line.startswith("Exploring Operation"):
+            match = _OPERATION_LINE.fullmatch(line)
+            yield match and (int(match[1]), match[2], int(match[3]), int(match[4]))
 
 
 def _holds(left: int, operator: str, right: int, result: int) -> bool:

@@ -57,7 +57,7 @@ class Countdown(Task):
             return value
         if isinstance(value, tuple):
             target, numbers = value
-            return Problem(tuple(numbers), target)
+            return Problem(tuple(numbers) if isinstance(numbers, list | tuple) else numbers, target)
         if not isinstance(value, dict) or "numbers" not in value or "target" not in value:
             raise ValueError("no object with numbers and target")
         if not isinstance(value["numbers"], list):
@@ -66,8 +66,8 @@ class Countdown(Task):
 
     def read_words(self, words: Sequence[str]) -> Problem:
         for word in words:
-            if not (word.isascii() and word.isdecimal()):
-                raise ValueError(f"{word!r} is no whole number")
+            if not (word.isascii() and word.isdecimal() and len(word) < 100):
+                raise ValueError(f"{word[:100]!r} is no whole number")
         if len(words) < 3:
             raise ValueError(f"a problem is a target and at least two numbers, and here are {len(words)}")
         target, *numbers = map(int, words)
