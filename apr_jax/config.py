@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
-from apr_jax.config_checks import disagreements
+from apr_jax.config_checks import disagreements, futile
 from apr_jax.config_fields import (
     Count,
     Decay,
@@ -308,6 +308,12 @@ class Config(Section, path=""):
         for disagreement in disagreements(self):
             raise ConfigError(disagreement)
         self.task.check(self)
+
+
+def check_run(config: Config) -> None:
+    """Raise ConfigError for a training run that would fail late, or do something in vain (`config_checks.futile`)."""
+    for fault in futile(config):
+        raise ConfigError(fault)
 
 
 def check_choice(field: str, value: Any, choices: Iterable[Any]) -> None:

@@ -19,7 +19,7 @@ from absl import flags
 
 from apr_jax import entry
 from apr_jax.checkpoints.identity import with_auto
-from apr_jax.config import ConfigError
+from apr_jax.config import ConfigError, check_run
 from apr_jax.config_dict import from_config_dict
 from apr_jax.evaluation.rollout_sources import check_policy_folder
 from apr_jax.stopping import StoppedError
@@ -44,9 +44,10 @@ def main() -> int:
     if len(folders) > 1:
         raise ConfigError("--checkpoint leaves SFT out, and --start is where SFT starts: name one of them")
     values = _CONFIG.config_dict().to_dict()
-    workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / values["name"])
+    workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / str(values.get("name")))
     has_policy = any((workdir / "checkpoints").glob("*/*/meta"))
     config = from_config_dict(with_auto(values, next(iter(folders.values()), workdir if has_policy else None)))
+    check_run(config)
     from apr_jax.parallel import hosts
     from apr_jax.train.run import train
 

@@ -7,15 +7,33 @@ import typing
 import pytest
 
 from apr_jax import config as config_lib
-from apr_jax.config import Config, ConfigError, Section
+from apr_jax.config import Config, ConfigError, Section, check_run
 from apr_jax.config_dict import from_config_dict, to_dict
 from apr_jax.config_fields import ANY_NUMBER, number_range, ranges_of
 from apr_jax.tasks import TASKS
+from apr_jax.train.run import train
 from configs import methods, nested_sums
 from configs.grpo import get_config
 
 NAN, INF = math.nan, math.inf
-HOSTILE: list[object] = [-1, 0, 1, -1.5, 0.5, 1e300, -1e300, 1e-300, NAN, INF, -INF, 2**31, 2**63, -(2**63), 10**400, 10**5000]
+HOSTILE: list[object] = [
+    -1,
+    0,
+    1,
+    -1.5,
+    0.5,
+    1e300,
+    -1e300,
+    1e-300,
+    NAN,
+    INF,
+    -INF,
+    2**31,
+    2**63,
+    -(2**63),
+    10**400,
+    10**5000,
+]
 HOSTILE += ["x", "", "a/b", "\0", "\ud800", b"x", None, True, False, [], {}, (1,), [NAN], [True], [2**63], object()]
 SECTIONS = [kind for kind in vars(config_lib).values() if isinstance(kind, type) and issubclass(kind, Section)][1:]
 SECTIONS += [task.section for task in TASKS.values()]
@@ -123,16 +141,12 @@ def test_both_ends_are_taken_and_what_lies_just_outside_is_not(key):
         ("sft.num_steps", -1, r"sft\.num_steps=-1 must be at least 0"),
         ("sft.optimizer.learning_rate", -0.01, r"sft\.optimizer\.learning_rate=-0\.01 must be at least 0"),
         ("grpo.optimizer.learning_rate", NAN, r"grpo\.optimizer\.learning_rate=nan must be a finite number"),
-        ("sft.optimizer.muon_learning_rate", 0.0, r"sft\.optimizer\.muon_learning_rate=0\.0: Muon would leave"),
         ("sft.optimizer.b2", 1.0, r"sft\.optimizer\.b2=1\.0 must lie in \[0, 0\.999999\]"),
         ("sft.optimizer.b1", 0.99999999, r"b1=0\.99999999 must lie in"),
         ("sft.optimizer.weight_decay", INF, r"weight_decay=inf must be a finite number"),
-        ("grpo.prompts_per_step", 65, r"grpo\.prompts_per_step=65 is more than data\.num_train=64"),
         ("grpo.kl_coef", -0.1, r"grpo\.kl_coef=-0\.1 must be at least 0"),
-        ("evaluation.num_problems", 17, r"evaluation\.num_problems=17 is more than data\.num_test=16"),
         ("evaluation.also_temperature", -0.5, r"evaluation\.also_temperature=-0\.5 must be >= 0"),
         ("evaluation.temperature", NAN, r"evaluation\.temperature=nan must be a finite number from 0 to"),
-        ("rollout.temperature", 0, r"rollout\.temperature=0\.0: GRPO learns from how rollouts of a problem differ"),
         ("rollout.max_depth", -1, r"rollout\.max_depth=-1 must be at least 0"),
         ("data.facts_share", 1, r"data\.facts_share=1 must lie in \[0, 0\.99\]"),
         ("data.replay_weight", -1.0, r"data\.replay_weight=-1\.0 must be at least 0"),
@@ -163,10 +177,6 @@ def test_what_cannot_work_is_refused_at_the_door(path, value, message):
         ),
         ({"data.facts_share": 0.5, "task.max_number": 400}, r"facts with results up to 160000 are too many"),
         ({"task.max_result": 5, "task.min_number": 6}, r"task\.max_result=5 is below task\.min_number=6"),
-        (
-            {"evaluation.split": "validation", "evaluation.num_problems": 40},
-            r"=40 is more than data\.num_validation=16",
-        ),
     ],
 )
 def test_two_fields_that_contradict_each_other_are_named(changes, message):
@@ -175,6 +185,32 @@ def test_two_fields_that_contradict_each_other_are_named(changes, message):
         values = replaced(values, tuple(path.split(".")), value)
     with pytest.raises(ConfigError, match=message):
         from_config_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grpo.prompts_per_step": 65}, r"grpo\.prompts_per_step=65 is more than data\.num_train=64"),
+        ({"evaluation.num_problems": 17}, r"evaluation\.num_problems=17 is more than data\.num_test=16"),
+        (
+            {"evaluation.split": "validation", "evaluation.num_problems": 40},
+            r"=40 is more than data\.num_validation=16",
+        ),
+        ({"rollout.temperature": 0}, r"rollout\.temperature=0\.0: GRPO learns from how rollouts of a problem differ"),
+        ({"sft.optimizer.muon_learning_rate": 0.0}, r"sft\.optimizer\.muon_learning_rate=0\.0: Muon would leave"),
+        ({"grpo.optimizer.name": "muon"}, r"grpo\.optimizer\.muon_learning_rate=0\.0: Muon would leave"),
+        ({"sft.number_waves": 0.5, "model.embed_dim": 32}, r"model\.embed_dim=32 holds no 40 waves"),
+    ],
+)
+def test_a_run_that_would_fail_late_or_learn_nothing_is_refused_before_any_work(tmp_path, changes, message):
+    values = VALUES["smoke"]
+    for path, value in changes.items():
+        values = replaced(values, tuple(path.split(".")), value)
+    with pytest.raises(ConfigError, match=message):
+        train(from_config_dict(values), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    if "grpo.prompts_per_step" in changes or "rollout.temperature" in changes:  # without GRPO nothing is amiss
+        check_run(from_config_dict(replaced(values, ("grpo", "num_steps"), 0)))
 
 
 def test_a_number_of_thousands_of_digits_is_refused_in_a_line():

@@ -12,7 +12,7 @@ from apr_jax.files import write_jsonl
 from apr_jax.progress import progress
 from apr_jax.reasoning.base import Settings
 from apr_jax.reasoning.programs import check_method, make_program
-from apr_jax.tasks.base import OnProgress, Split
+from apr_jax.tasks.base import OnProgress, Split, split_size
 
 Record = dict[str, Any]
 
@@ -101,9 +101,10 @@ def load_problems(config: Config, split: Split, limit: int, on_progress: OnProgr
     """
     from apr_jax.data.demonstrations import load_split  # slow to import, and most callers bring their problems
 
+    size = split_size(config.data, split)
+    if limit > size:
+        raise ConfigError(f"evaluation.num_problems={limit} is more than the {size} problems of {split}")
     source = load_split(config, split, on_progress)
-    if limit > len(source):
-        raise ConfigError(f"evaluation.num_problems={limit} is more than the {len(source)} problems of {split}")
     return [source[index].problem for index in range(limit)]
 
 

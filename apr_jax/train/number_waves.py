@@ -34,8 +34,7 @@ def with_number_waves(params: Params, tokenizer: Tokenizer, amplitude: float) ->
     waves_NW = amplitude * number_waves(np.asarray([*numbers]))
     rows, width = np.asarray([*numbers.values()]), waves_NW.shape[1]
     embedding_VD = np.array(changed["embedding"][...])
-    if width > embedding_VD.shape[1]:
-        raise ConfigError(f"model.embed_dim={embedding_VD.shape[1]} holds no {width} waves: set sft.number_waves=0")
+    check_width(embedding_VD.shape[1])
     embedding_VD[rows, :width] = waves_NW
     changed["embedding"] = changed["embedding"].replace(jnp.asarray(embedding_VD))
     if "head" in changed:
@@ -45,10 +44,18 @@ def with_number_waves(params: Params, tokenizer: Tokenizer, amplitude: float) ->
     return params
 
 
+def check_width(embed_dim: int) -> None:
+    """Raise ConfigError if an embedding has fewer columns than there are waves."""
+    width = 2 * (len(PERIODS) + len(LOG_PERIODS))
+    if width > embed_dim:
+        raise ConfigError(f"model.embed_dim={embed_dim} holds no {width} waves: set sft.number_waves=0")
+
+
 def number_tokens(tokenizer: Tokenizer) -> Mapping[int, int]:
     """Find the numbers that are one token. Returns their ids by number."""
     texts = tokenizer.token_texts(range(tokenizer.vocab_size))
-    found = {int(text): tokenizer.encode(text) for text in texts if text.isdecimal() and text == str(int(text))}
+    spelt = [text for text in texts if text.isascii() and text.isdecimal() and len(text) < 100]
+    found = {int(text): tokenizer.encode(text) for text in spelt if text == str(int(text))}
     return {number: ids[0] for number, ids in sorted(found.items()) if len(ids) == 1}
 
 

@@ -19,7 +19,7 @@ from apr_jax.checkpoints.manager import Checkpoints
 from apr_jax.checkpoints.phases import PHASES, PhaseName
 from apr_jax.checkpoints.policy import check_finite
 from apr_jax.checkpoints.reference import forget_reference, has_reference, load_reference, save_reference
-from apr_jax.config import Config, ConfigError
+from apr_jax.config import Config, ConfigError, check_run
 from apr_jax.config_dict import to_dict
 from apr_jax.data import demonstrations
 from apr_jax.data.facts import Facts
@@ -42,7 +42,7 @@ from apr_jax.train.evaluations import Evaluations
 from apr_jax.train.grpo import train_grpo
 from apr_jax.train.hosted_engine import RunEngine, plan_engine
 from apr_jax.train.metrics import MetricsWriter
-from apr_jax.train.number_waves import with_number_waves
+from apr_jax.train.number_waves import check_width, with_number_waves
 from apr_jax.train.origins import Given, Origins, load_given
 from apr_jax.train.phase import Phase
 from apr_jax.train.rl.objective import choose_objective
@@ -64,7 +64,8 @@ def train(
       checkpoint: the policy to start GRPO from (`load_policy`); SFT is then left out.
       start: the policy to start SFT from; None: fresh weights. Not read where SFT has a checkpoint to go on from.
     Raises:
-      ConfigError: the mesh needs more devices than there are, or `workdir` or `checkpoint` belongs to another config.
+      ConfigError: `config.check_run` finds a fault, the mesh needs more devices than there are, or `workdir` or
+        `checkpoint` belongs to another config.
       StoppedError: SIGTERM or SIGINT came; all that was finished is saved, and the same call goes on from there.
     """
     if METHODS[config.data.method].shares_cache and config.grpo.num_steps:
@@ -77,7 +78,10 @@ def train(
             f"data.facts_share={config.data.facts_share}: data.method={config.data.method!r} has workers that see each "
             "other, and facts have none; set it to 0"
         )
-    choose_objective(config.grpo)  # a wrong name is refused before any work
+    check_run(config)  # what cannot work is refused before any work
+    choose_objective(config.grpo)
+    if config.sft.number_waves:
+        check_width(config.model.embed_dim)
     mesh = make_mesh(config.mesh)
     hosts.meet(mesh)
     workdir.mkdir(parents=True, exist_ok=True)
