@@ -119,6 +119,11 @@ class TaskConfig(Section, path="task"):
         """The context windows that prompts of demonstrations name, in ascending order; none by default."""
         return ()
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that demonstrations are taken from; none by default."""
+        return ()
+
     def check(self, config: "Config") -> None:
         """Check what the section asks of others. Raises ConfigError with the two numbers that disagree."""
 

@@ -36,7 +36,7 @@ _CHECKPOINT = flags.DEFINE_string(
 )
 _SPLIT = flags.DEFINE_enum("split", None, list(SPLITS), "Split to take problems from [evaluation.split].")
 _NUM_PROBLEMS = flags.DEFINE_integer("num_problems", None, "Their number [evaluation.num_problems].", lower_bound=1)
-_PROBLEMS = flags.DEFINE_string("problems", None, 'JSONL file, such as {"numbers": [3, 7, 12], "target": 40} a line.')
+_PROBLEMS = flags.DEFINE_string("problems", None, 'File: {"numbers": [3, 7, 12], "target": 40} a line, or a JSON list.')
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy [evaluation.temperature].", lower_bound=0.0)
 _BUDGET = flags.DEFINE_integer("budget", None, "Named in prompts: children, or tokens for serial.", lower_bound=1)
 _METHOD = flags.DEFINE_string("method", None, "Way of reasoning, such as serial or cons@8:adaptive [the policy's own].")

@@ -130,6 +130,7 @@ def fingerprint(config: Config) -> str:
     dialect = task_of(config).dialect(data.method, Dialect)
     if dialect.counts_tokens(config.task, budget=data.condition_on_budget):
         values["tokenizer"] = _tokenizer_fingerprint(data.tokenizer)  # what is counted is its tokens
+    values["files"] = [hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest() for file in config.task.files]
     settings = {"task": dataclasses.asdict(config.task), "data": values, "seed": config.seed}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -15,7 +15,7 @@ from apr_jax.engine.threads import Call, Rollout, StopReason
 from apr_jax.reasoning import METHODS
 from apr_jax.reasoning.base import Outcome, Sample
 from apr_jax.reasoning.sampling import CHOICES, innermost
-from apr_jax.tasks.base import Task
+from apr_jax.tasks.base import Task, ThreadText
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
@@ -78,6 +78,9 @@ def record_rollout(
         "operations_right": sum(right for _, right in counts),
         "latency_ms": rollout.latency_ms,
     }
+    if task.reads_leniently:
+        verdict = task.read_strictly(problem, _thread_texts(rollout.calls, tokenizer))
+        record |= {"strict_correct": verdict.correct, "strict_verdict": verdict.reason}
     if outcome.samples:
         record |= _sample_figures(outcome.samples, rollout.calls, problem, task)
     if keep_calls:
@@ -179,6 +182,17 @@ def summarize(records: Sequence[Mapping[str, Any]], seconds: float) -> dict[str,
         "tokens_per_second": share(tokens, seconds) if seconds > 0 else 0.0,
         "seconds": seconds,
         **_means_at_k(records),
+        **_strict_figures(records),
+    }
+
+
+def _strict_figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what a task's strict reading says of rollouts that were read leniently; nothing where it has but one."""
+    if not all("strict_correct" in record for record in records):
+        return {}
+    return {
+        "strict_accuracy": sum(record["strict_correct"] for record in records) / len(records),
+        "strict_failures": _counted(r["strict_verdict"] for r in records if not r["strict_correct"]),
     }
 
 
@@ -218,6 +232,19 @@ def _call_records(calls: Sequence[Call], texts: Sequence[str], tokenizer: Tokeni
 
 def _without_end(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
     return tokens[:-1] if tokens and tokens[-1] in tokenizer.eos_ids else tokens
+
+
+def _thread_texts(calls: Sequence[Call], tokenizer: Tokenizer) -> list[ThreadText]:
+    last = {call.path: index for index, call in enumerate(calls)}
+    return [
+        ThreadText(
+            text=tokenizer.decode([*call.context.tolist(), *call.tokens.tolist()]),
+            depth=len(call.path) // 2,
+            ended=call.stop.token == tokenizer.eos_id,
+            is_last=last[call.path] == index,
+        )
+        for index, call in enumerate(calls)
+    ]
 
 
 def _threads(

@@ -8,7 +8,7 @@ from typing import Any
 
 from apr_jax.checkpoints.identity import find_policy
 from apr_jax.config import Config, ConfigError
-from apr_jax.files import FileError
+from apr_jax.files import FileError, parse_json
 from apr_jax.reasoning.programs import check_method
 from apr_jax.tasks import TASKS, task_of
 from apr_jax.tasks.base import Split, Task, split_size
@@ -19,19 +19,24 @@ class ProblemFileError(ConfigError):
 
 
 def read_problems(task: Task, path: str | pathlib.Path, limit: int | None = None) -> list[Any]:
-    """Read problems from a JSONL file, each as `task.describe` writes it; other keys are ignored.
+    """Read problems, each as `task.read_problem` takes it, from JSON lines or one JSON list; other keys are ignored.
 
-    Raises ProblemFileError, which names the line, for anything else, and for a file that is missing or has no problem.
+    Raises ProblemFileError, which names the line or the item, for anything else, and for a file that is missing or has
+    no problem.
     """
     path = pathlib.Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_bytes()
+        is_list = text.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        items = parse_json(text) if is_list else text.split(b"\n")
+    except (OSError, ValueError) as error:
         raise ProblemFileError(f"{path}: cannot be read: {error}") from error
     problems = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            problems.append(_read_problem(task, line, f"{path}, line {number}"))
+    for number, item in enumerate(items, start=1):
+        if is_list:
+            problems.append(_read_problem(task, item, f"{path}, item {number}"))
+        elif item.strip():
+            problems.append(_read_problem(task, item, f"{path}, line {number}"))
     if not problems:
         raise ProblemFileError(f"{path}: holds no problem")
     return problems if limit is None else problems[:limit]
@@ -92,12 +97,11 @@ def check_method_flag(method: str, task: Task, temperature: float | None, budget
         raise ConfigError(f"--{error}") from error
 
 
-def _read_problem(task: Task, line: str, where: str) -> Any:
+def _read_problem(task: Task, item: Any, where: str) -> Any:
+    """Read a problem from a JSON value, or from the bytes of a line."""
     example = f"a line takes {json.dumps(task.describe(task.read_words(task.example.split())))}"
     try:
-        return task.read_problem(json.loads(line))
-    except json.JSONDecodeError as error:
-        raise ProblemFileError(f"{where}: not JSON ({error}); {example}") from error
+        return task.read_problem(parse_json(item) if isinstance(item, bytes) else item)
     except ValueError as error:
         raise ProblemFileError(f"{where}: {error}; {example}") from error
 

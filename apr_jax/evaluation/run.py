@@ -138,6 +138,11 @@ def show_summary(summary: Mapping[str, Any]) -> str:
         f"operations      {100 * summary['operations_right_rate']:.1f} % of those written are right",
         f"speed           {summary['tokens_per_second']:,.0f} tokens/s, {summary['latency_ms']:,.0f} ms a problem",
     ]
+    if "strict_accuracy" in summary:
+        lines.append(
+            f"read strictly   {100 * summary['strict_accuracy']:.1f} % solved; not "
+            f"{_share_and_reasons(1 - summary['strict_accuracy'], summary['strict_failures'])}"
+        )
     if "pass_at_k" in summary:
         names = {"cons_at_k": "the majority", "best_at_k": "the likeliest", "pass_at_k": "any"}
         ends = [f"{who} in {100 * summary[name][-1]:.1f} %" for name, who in names.items() if name in summary]

@@ -4,8 +4,9 @@ from apr_jax.config import Config
 from apr_jax.tasks.base import Task
 from apr_jax.tasks.countdown.task import COUNTDOWN
 from apr_jax.tasks.nested_sums import NESTED_SUMS
+from apr_jax.tasks.reference.task import REFERENCE_APR, REFERENCE_SOSP
 
-TASKS: dict[str, Task] = {task.name: task for task in (COUNTDOWN, NESTED_SUMS)}
+TASKS: dict[str, Task] = {task.name: task for task in (COUNTDOWN, NESTED_SUMS, REFERENCE_APR, REFERENCE_SOSP)}
 
 
 def task_of(config: Config) -> Task:

@@ -47,6 +47,16 @@ class Demonstration:
 
 
 @dataclasses.dataclass(frozen=True)
+class ThreadText:
+    """A thread's whole text as one of its calls left it, prompt included."""
+
+    text: str
+    depth: int  # 0 = the root
+    ended: bool  # with EOS
+    is_last: bool  # call of its thread
+
+
+@dataclasses.dataclass(frozen=True)
 class Verdict:
     """A verifier's judgement of an answer; `reason` is "correct" or the first thing found wrong, in snake_case."""
 
@@ -80,6 +90,7 @@ class Task(abc.ABC):
     section: type[TaskConfig]  # of the configuration
     problem_fields: tuple[str, ...]  # of the section: those that problems depend on, and not demonstrations alone
     example: str  # a problem as `read_words` takes it, for messages
+    reads_leniently: bool = False  # so that `read_strictly` is to be asked, too
     dialects: Mapping[str, "Dialect"]  # by way of reasoning: how its threads write, and demonstrations of that
 
     @abc.abstractmethod
@@ -144,6 +155,13 @@ class Task(abc.ABC):
         Raises TaskLacksError where answers do not repeat it: then credit cannot follow it.
         """
         raise TaskLacksError(f"answers of the task {self.name!r} do not repeat what children hand back")
+
+    def read_strictly(self, problem: Any, threads: Sequence[ThreadText]) -> Verdict:
+        """Judge a rollout, all of whose calls are given in order, by a stricter reading than it was decoded with.
+
+        Raises TaskLacksError where there is no other reading (`reads_leniently`).
+        """
+        raise TaskLacksError(f"the task {self.name!r} is read in one way")
 
     def draw_fact(self, rng: random.Random, section: Any) -> tuple[str, Any]:
         """Draw a step of the task on its own: its text up to the result, and the result.

@@ -107,6 +107,8 @@ class Dialect(abc.ABC):
 class ThreadDialect(Dialect):
     """Threads that are given a prompt and end in an answer."""
 
+    reads_cut_off: ClassVar[bool] = False  # threads that a limit cut off are read as if they had ended by themselves
+
     @abc.abstractmethod
     def prompt(self, problem: Any, budget: int | None = None, window: int | None = None) -> str:
         """Return the root thread's prompt. It names a budget and a context window where they are given."""
@@ -139,6 +141,8 @@ class SpawnDialect(ThreadDialect):
     # What a child begins from: the context that the spawn gives it (Pan et al., arXiv 2504.15466), or the whole thread
     # of its parent, after which that context then stands (ThreadWeaver, arXiv 2512.07843).
     children: ClassVar[Literal["context", "fork"]] = "context"
+    # Text that threads may not write, and what takes its place as soon as one has: both are spelt out.
+    replaced: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @abc.abstractmethod
     def read_spawn(self, text: str, *, last_begin: bool = False) -> SpawnCall | Malformed:
@@ -154,6 +158,15 @@ class SpawnDialect(ThreadDialect):
     @abc.abstractmethod
     def render_join(self, results: Sequence[ChildResult], level: int | None) -> str:
         """Return the text that takes the spawn's place: the children's results, in spawn order."""
+
+    def asks_for_children(self, text: str, depth: int) -> bool:
+        """Tell whether a thread that ended with EOS asks for children; not in dialects that mark the end of a spawn."""
+        del text, depth
+        return False
+
+    def is_spawn(self, call: Call) -> bool:
+        """Tell whether a demonstrated call ends in a spawn."""
+        return call.ends_in_spawn
 
     def child_prompt(self, context: str, window: int | None) -> str:
         """Return a child's prompt, which names the context window where there is one."""
@@ -251,9 +264,8 @@ def _longest_chain(dialect: Dialect, calls: Iterator[tuple[Call, int]]) -> int:
     chain, spawned = 0, []
     for call, length in calls:
         chain += length
-        if not call.ends_in_spawn:
+        if not (isinstance(dialect, SpawnDialect) and dialect.is_spawn(call)):
             break
-        assert isinstance(dialect, SpawnDialect)
         spawn = dialect.read_spawn(call.context + call.completion)
         assert isinstance(spawn, SpawnCall), "demonstrations are well-formed"
         spawned.append(len(spawn.contexts))

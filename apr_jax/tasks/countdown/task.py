@@ -2,7 +2,7 @@
 
 import functools
 import random
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -17,7 +17,7 @@ from apr_jax.tasks.countdown.pasta import PASTA
 from apr_jax.tasks.countdown.rules import Problem
 from apr_jax.tasks.countdown.serial import SERIAL
 from apr_jax.tasks.countdown.thoughts import THOUGHTS
-from apr_jax.tasks.dialect import Malformed
+from apr_jax.tasks.dialect import Dialect, Malformed
 
 _MOST_NUMBERS = 6  # for which it is quickly known whether there is a solution
 
@@ -26,9 +26,9 @@ class Countdown(Task):
     """Countdown's problems, verifier and texts; `tasks/countdown/` has the parts."""
 
     name = "countdown"
-    section = CountdownConfig
+    section: type[CountdownConfig] = CountdownConfig
     problem_fields = ("num_numbers", "min_number", "max_number", "min_target", "max_target", "num_unseen_targets")
-    dialects = MappingProxyType(
+    dialects: Mapping[str, Dialect] = MappingProxyType(
         {
             "adaptive": ADAPTIVE,
             "direct": DIRECT,
@@ -58,11 +58,14 @@ class Countdown(Task):
         if isinstance(value, tuple):
             target, numbers = value
             return Problem(tuple(numbers) if isinstance(numbers, list | tuple) else numbers, target)
-        if not isinstance(value, dict) or "numbers" not in value or "target" not in value:
-            raise ValueError("no object with numbers and target")
-        if not isinstance(value["numbers"], list):
-            raise ValueError(f"numbers={value['numbers']!r} is not a list")
-        return Problem(tuple(value["numbers"]), value["target"])
+        if isinstance(value, str):
+            return trace.read_problem(value)
+        numbers = value.get("numbers", value.get("nums")) if isinstance(value, dict) else None
+        if numbers is None or "target" not in value:
+            raise ValueError("no object with numbers and target, and no prompt")
+        if not isinstance(numbers, list):
+            raise ValueError(f"numbers={numbers!r} is not a list")
+        return Problem(tuple(numbers), value["target"])
 
     def read_words(self, words: Sequence[str]) -> Problem:
         for word in words:

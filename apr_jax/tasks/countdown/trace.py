@@ -22,6 +22,10 @@ _STATE = rf"Current State: ({NUMBER}):\[{NUMBERS}\], Operations: \[({_OPERATIONS
 PROMPT = re.compile(
     rf"(?:Sub Call Budget: {NUMBER} )?(?:Token Budget: {NUMBER} )?(?:Moving to Node #({NODE})\n)?{_STATE}\n",
 )
+_PROBLEM = re.compile(
+    rf"(?:Sub Call Budget: {NUMBER} )?(?:Token Budget: {NUMBER} )?(?:Moving to Node #{ROOT_ID}\n)?"
+    rf"Current State: ({NUMBER}):\[({NUMBERS})\], Operations: \[\]\n?"
+)
 _GOAL_LINE = re.compile(rf"^{NUMBER},{NUMBER} equal: Goal Reached$", re.MULTILINE)
 _PATH = re.compile(
     rf"(?:Moving to Node #{NODE}\nCurrent State: {NUMBER}:\[{NUMBERS}\], Operations: \[{_OPERATIONS}\]\n"
@@ -73,6 +77,14 @@ def root_prompt(problem: Problem) -> str:
 def start_line(index: int, level: int, node_id: str) -> str:
     """Return the line of a spawn that asks for its `index`-th child, counted from 0."""
     return f"<Start Sub Search {index} at level {level}> {move_line(node_id)}"
+
+
+def read_problem(prompt: str) -> Problem:
+    """Return the problem that a root's prompt shows. Raises ValueError where it shows none."""
+    match = _PROBLEM.fullmatch(prompt)
+    if match is None:
+        raise ValueError(f"{prompt[:100]!r} is no root's prompt")
+    return Problem(tuple(map(int, match[2].split(", "))), int(match[1]))
 
 
 def thread_node(text: str) -> str | None:
