@@ -219,6 +219,7 @@ class RolloutConfig(Section, path="rollout"):
     max_depth: Natural  # levels of threads below the root
     max_total_children: Count  # children in the whole tree of one rollout
     max_total_tokens: Count  # tokens that all threads of one rollout may generate
+    budget: Natural  # named in prompts where data.condition_on_budget; 0: the most that the limits here allow
     temperature: Temperature  # GRPO's sampling temperature
     cancel_on_success: bool  # the first child that reaches the goal ends its siblings
     constrain_spawns: bool  # a thread can only write well-formed spawns within the limits above; reference: False

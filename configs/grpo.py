@@ -119,6 +119,7 @@ def laptop() -> ConfigDict:
         max_depth=1,
         max_total_children=256,
         max_total_tokens=262_144,
+        budget=0,
         temperature=0.5,
         cancel_on_success=False,
         constrain_spawns=False,

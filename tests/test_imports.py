@@ -24,7 +24,7 @@ LAYERS = [
 ]
 # Leaves: what they may import of apr_jax themselves.
 LEAVES = {
-    "tasks": {"tasks", "config", "config_fields"},
+    "tasks": {"tasks", "config", "config_fields", "files"},
     "data": {"data", "tasks", "config", "files"},
     "progress": set(),
     "files": set(),

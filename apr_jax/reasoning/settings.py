@@ -21,14 +21,15 @@ def make_settings(
 ) -> Settings:
     """Return the settings that `config` asks for, for `method` (None: `data.method`; wrappers make no difference).
 
-    A policy whose demonstrations named their budget (`data.condition_on_budget`) is always told one: `budget`, or the
-    most that its limits allow of what the method counts (`Method.budget`). One whose demonstrations named their context
-    windows is told and held to `rollout.context_window`, or the largest of them. No prompt says anything of
-    `max_tokens`: it cuts threads off while they are decoded, so that accuracy can be measured against it.
+    A policy whose demonstrations named their budget (`data.condition_on_budget`) is always told one: `budget`, else
+    `rollout.budget`, else the most that its limits allow of what the method counts (`Method.budget`). One whose
+    demonstrations named their context windows is told and held to `rollout.context_window`, or the largest of them. No
+    prompt says anything of `max_tokens`: it cuts threads off while they are decoded, so that accuracy can be measured
+    against it.
     """
     rollout = config.rollout
     if budget is None and config.data.condition_on_budget:
-        budget = _largest_budget(config, innermost(method or config.data.method))
+        budget = rollout.budget or _largest_budget(config, innermost(method or config.data.method))
     return Settings(
         task=task_of(config),
         tokenizer=tokenizer,

@@ -23,7 +23,7 @@ from apr_jax.tasks.dialect import (
     ThoughtDialect,
     ThreadDialect,
 )
-from configs import grpo, nested_sums
+from configs import grpo, nested_sums, reference
 
 TRACES = 1_000_000  # in 15 minutes
 CHARACTERS = "0123456789+-*/=,:#<>[]'() \n\t\r.eE_\x00\u2028\u00b2\u0663\ufeff\U0001f600"
@@ -33,7 +33,8 @@ def drill(folder: pathlib.Path, share: float, seed: int) -> str:
     """Reads a share of the traces. Raises AssertionError for the first that a reader does not survive."""
     del folder
     total, rng = max(1, int(TRACES * share)), random.Random(seed)
-    cases = [case for config in (grpo.get_config("smoke"), nested_sums.get_config()) for case in _cases(config, rng)]
+    configs = grpo.get_config("smoke"), nested_sums.get_config(), *map(reference.get_config, ("apr", "sosp"))
+    cases = [case for config in configs for case in _cases(config, rng)]
     assert {case.task.name for case in cases} == set(TASKS), "a task is not drilled"
     counts: collections.Counter[str] = collections.Counter()
     said = time.monotonic()
@@ -122,7 +123,8 @@ class Case:
                 spawn = dialect.read_spawn(ended, last_begin=last)
                 if isinstance(spawn, SpawnCall):
                     counts["well-formed spawns"] += 1
-                    assert len(spawn.contexts) == len(spawn.names) > 0
+                    assert len(spawn.contexts) == len(spawn.names)
+                    assert spawn.contexts or task.reads_leniently
             child = dialect.read_child(text, "0,1")
             results = [child if isinstance(child, ChildResult) else ChildResult("0,1", None)]
             assert dialect.render_join(results, 1).endswith("\n")
@@ -145,6 +147,8 @@ class Case:
         if verdict.correct:
             counts["right answers"] += 1
             expression = self.task.express(answer, problem)
+            if self.task.reads_leniently:  # and so takes some wrong answers for right ones
+                return
             value, numbers = _evaluate(expression)
             facts = self.task.describe(problem)
             assert value == facts.get("target", value), f"{expression} is no answer to {facts}"

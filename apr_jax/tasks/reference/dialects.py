@@ -1,4 +1,4 @@
-"""How threads of the authors' checkpoints write Countdown: marks are spelt out, and EOS ends each call.
+"""Texts of Countdown as the authors' checkpoints write them: marks are spelt out, and EOS ends each call.
 
 Prompts lack the newline at their end, which the model writes. Traces are those of `tasks/countdown/`. A spawn is a call
 like others: it ends with EOS, after SPAWN_END. A thread never writes the beginning of a join: that of a spawn takes its
@@ -25,7 +25,7 @@ _TOKEN_BUDGET = "Token Budget: "
 
 
 class ReferenceAdaptive(SearchDialect, SpawnDialect):
-    """Spawns and joins of APR as the released code reads them (`reading.py`)."""
+    """Dialect of APR, whose spawns and endings are read as the released code does (`reading.py`)."""
 
     reads_cut_off = True
     replaced = MappingProxyType({JOIN_BEGIN.rstrip("\n"): CALL_BEGIN.rstrip("\n")})
@@ -73,7 +73,7 @@ class ReferenceAdaptive(SearchDialect, SpawnDialect):
 
 
 class ReferenceSerial(SearchDialect):
-    """SoS+ as the released code reads it."""
+    """Dialect of SoS+, read as the released code does."""
 
     reads_cut_off = True
 
