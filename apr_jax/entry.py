@@ -23,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from apr_jax.config import Config, ConfigError
 from apr_jax.config_dict import from_config_dict
 from apr_jax.files import FileError, explain, write
-from apr_jax.stopping import StoppedError, StopSignal
+from apr_jax.stopping import StoppedAtOnceError, StoppedError, StopSignal
 
 FAILED, BAD_ARGUMENTS, STOPPED = 1, 2, 75  # exit codes
 _STANDARD_OUTPUT = "-"  # as the name of a file to write
@@ -162,7 +162,7 @@ def run_with_words(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
             return main(argv[1:])
 
     try:
-        with StopSignal().listening() as stop, stop.interrupting():
+        with StopSignal(StoppedAtOnceError).listening() as stop, stop.interrupting():
             app.run(quietly, flags_parser=_parse)
     except StoppedError as error:
         _exit(error, STOPPED)

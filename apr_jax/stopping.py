@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -21,11 +21,16 @@ class StoppedError(BaseException):
     """
 
 
+class StoppedAtOnceError(StoppedError):
+    """A stop of a program that nothing else listened for: of this process alone, if it is one of several hosts."""
+
+
 class StopSignal:
     """A request to stop, made by a signal, which loops ask about. A second signal ends the process at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, error: type[StoppedError] = StoppedError) -> None:
         self.requested = False
+        self._error = error
         self._signalled = False
         self._interrupting = False
 
@@ -61,11 +66,13 @@ class StopSignal:
         """Return True when it is time to stop. All hosts of a job ask once a step, and get the same answer."""
         return self.requested
 
-    def together(self, work: Callable[[], T]) -> list[T]:
+    def together(self, work: Callable[[], T], types: Collection[type] = ()) -> list[T]:
         """Do `work` on all hosts of a job, and return each host's result. `work` itself calls nothing that they share.
 
-        A restart repeats the work anyway, so a signal on any host raises StoppedError at once on all.
+        A restart repeats the work anyway, so a signal on any host raises StoppedError at once on all. `types` are those
+        of the result that hosts may send each other (`parallel/wire.py`).
         """
+        del types  # one host sends nothing
         with self.interrupting():
             return [work()]
 
@@ -75,7 +82,7 @@ class StopSignal:
     def check(self) -> None:
         """Raise StoppedError once a stop was requested."""
         if self.requested:
-            raise StoppedError("stopped by a signal")
+            raise self._error("stopped by a signal; the same command starts again")
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         if number != signal.SIGALRM:
@@ -83,14 +90,14 @@ class StopSignal:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
             if number == signal.SIGHUP:
-                _leave_terminal()
+                leave_terminal()
             self.requested = self._signalled = True
         if self._interrupting:
             signal.setitimer(signal.ITIMER_REAL, _INSIST_SECONDS)
             self.check()
 
 
-def _leave_terminal() -> None:
+def leave_terminal() -> None:
     """Send what is written to a terminal nowhere from now on: it is closed, and writing would fail."""
     for stream in (sys.__stdout__, sys.__stderr__):
         if stream is not None and stream.isatty():

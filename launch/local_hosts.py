@@ -11,6 +11,7 @@ Exit codes: 0 all done, 75 stopped by a signal with everything saved, 2 bad argu
 fail (128 + N if signal N killed it).
 """
 
+import ctypes
 import dataclasses
 import os
 import signal
@@ -26,6 +27,7 @@ from absl import flags
 
 from apr_jax import entry
 from apr_jax.config import ConfigError
+from apr_jax.stopping import leave_terminal
 
 _HOSTS = flags.DEFINE_integer("hosts", 2, "Number of processes.", lower_bound=1)
 _DEVICES = flags.DEFINE_integer("devices-per-host", 1, "CPU devices of each process.", lower_bound=1)
@@ -33,6 +35,8 @@ _DEVICES = flags.DEFINE_integer("devices-per-host", 1, "CPU devices of each proc
 _GRACE_SECONDS = 5.0  # in which hosts may say why they fail, when one has failed
 _POLL_SECONDS = 0.05
 _FOREIGN = ("[Gloo] ",)  # lines that no user asked for
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +55,8 @@ def main(command: Sequence[str]) -> int:
         probe.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{probe.getsockname()[1]}"  # free, until host 0 takes it
     hosts = [_start(command, _place(index, coordinator), f"host {index}") for index in range(_HOSTS.value)]
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: _signal_all(hosts, number))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, _: _pass_on(hosts, number))
     try:
         return _wait(hosts)
     finally:
@@ -72,6 +76,7 @@ def _place(index: int, coordinator: str) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
         "APR_HEARTBEAT_SECONDS": "3600",  # who dies is seen here; a machine that sleeps for a while kills nobody
+        "APR_LAUNCHER": str(os.getpid()),  # a host ends with it
         "PYTHONUNBUFFERED": "1",
     }
 
@@ -86,6 +91,7 @@ def _start(command: Sequence[str], place: Mapping[str, str], name: str) -> Host:
         text=True,
         errors="replace",
         process_group=0,
+        preexec_fn=_end_with_launcher,
     )
     assert process.stdout is not None
     assert process.stderr is not None
@@ -98,10 +104,23 @@ def _start(command: Sequence[str], place: Mapping[str, str], name: str) -> Host:
     return Host(name, process, printers)
 
 
+def _end_with_launcher() -> None:
+    """Let Linux kill this process when the launcher is gone. Elsewhere `parallel.hosts` ends it."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _copy_lines(source: IO[str], target: IO[str], name: str) -> None:
     for line in source:
         if not line.startswith(_FOREIGN):
             print(f"{name}: {line.rstrip()}", file=target, flush=True)
+
+
+def _pass_on(hosts: Sequence[Host], number: int) -> None:
+    if number == signal.SIGHUP:
+        leave_terminal()
+        number = signal.SIGTERM
+    _signal_all(hosts, number)
 
 
 def _signal_all(hosts: Sequence[Host], number: int) -> None:
@@ -120,7 +139,7 @@ def _wait(hosts: Sequence[Host]) -> int:
         if None not in codes:
             return entry.STOPPED if entry.STOPPED in codes else 0
         time.sleep(_POLL_SECONDS)
-    host, code = failed[0]
+    host, code = min(failed, key=lambda failure: failure[1] > 0)  # one that was killed: others may end because of it
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     print(f"{host.name} {how}: ending the other hosts. The same command resumes the job.", file=sys.stderr, flush=True)
     deadline = time.monotonic() + _GRACE_SECONDS

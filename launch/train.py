@@ -13,16 +13,19 @@ A second start with the same workdir goes on from its last checkpoint. Exit code
 config, 75 stopped by a signal with everything saved.
 """
 
+import functools
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from absl import flags
 
 from apr_jax import entry
 from apr_jax.checkpoints.identity import with_auto
-from apr_jax.config import ConfigError, check_run
-from apr_jax.config_dict import from_config_dict
+from apr_jax.config import Config, ConfigError, check_run
+from apr_jax.config_dict import from_config_dict, to_dict
 from apr_jax.evaluation.rollout_sources import check_policy_folder
-from apr_jax.stopping import StoppedError
+from apr_jax.stopping import StoppedAtOnceError, StoppedError
 
 _CONFIG = entry.define_config("grpo.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder [runs/NAME, with the config's name].")
@@ -52,8 +55,10 @@ def main() -> int:
     from apr_jax.train.run import train
 
     try:
-        with hosts.joined():
+        with hosts.joined(functools.partial(_same_everywhere, config, workdir, folders)):
             summary = train(config, workdir, folders.get("checkpoint"), folders.get("start"))
+    except StoppedAtOnceError:
+        raise
     except StoppedError:
         print(f"Stopped by a signal; everything is saved in {workdir}. Start again to go on.", file=hosts.messages())
         return entry.STOPPED
@@ -66,6 +71,18 @@ def main() -> int:
     print(f"{'report':16} {workdir / 'report.html'}")
     _JSON.write(summary)
     return 0
+
+
+def _same_everywhere(config: Config, workdir: pathlib.Path, folders: Mapping[str, pathlib.Path]) -> dict[str, Any]:
+    """Return what all hosts of a job must be started with. Where a host keeps data and tokenizer is its own affair."""
+    from apr_jax.data.tokenizer import load_tokenizer, tokenizer_digest
+
+    values = to_dict(config)
+    own = ("directory", "num_workers", "tokenizer")
+    values["data"] = {name: value for name, value in values["data"].items() if name not in own}
+    values["data"]["tokenizer's content"] = tokenizer_digest(load_tokenizer(config.data.tokenizer))
+    paths = {"workdir": workdir, **folders}
+    return {"config": values, **{f"--{flag}": str(path.absolute()) for flag, path in paths.items()}}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@
 A run derives all its randomness from (seed, phase, step), so these three are its whole RNG state.
 """
 
+import dataclasses
 import pathlib
 import shutil
 import sys
@@ -36,6 +37,14 @@ class Restored(NamedTuple):
     trees: dict[str, Any]
     position: Any  # in the data: JSON-able, in global batches, so that it depends on neither mesh nor process count
     meta: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """The reason why a checkpoint cannot be used."""
+
+    is_foreign: bool  # whole, but another configuration's
+    text: str
 
 
 class Checkpoints:
@@ -67,10 +76,10 @@ class Checkpoints:
           ConfigError: none is of this configuration; names each field with both values.
           CheckpointError: there are checkpoints, and all are damaged.
         """
-        usable, unusable = hosts.from_first(self._look)
+        usable, unusable = hosts.from_first(self._look, [_Problem])
         if unusable and usable is None:
-            foreign = [problem for problem in unusable.values() if isinstance(problem, ConfigError)]
-            raise foreign[0] if foreign else CheckpointError(self._all_damaged(unusable))
+            foreign = [problem.text for problem in unusable.values() if problem.is_foreign]
+            raise ConfigError(foreign[0]) if foreign else CheckpointError(self._all_damaged(unusable))
         hosts.from_first(lambda: self._set_aside(unusable))  # all are moved before another host reads what there is
         self._manager.reload()
         return usable
@@ -145,9 +154,9 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _look(self) -> tuple[int | None, dict[int, Exception]]:
+    def _look(self) -> tuple[int | None, dict[int, _Problem]]:
         """Return the last step that can be used, and why each after it cannot."""
-        unusable: dict[int, Exception] = {}
+        unusable: dict[int, _Problem] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             folder = self.directory / str(step)
             try:
@@ -156,19 +165,19 @@ class Checkpoints:
                 check_same(meta, to_dict(self._config), self.phase, str(folder))
                 agreed_tokenizer(folder, own_tokenizer(folder, meta["config"]), self._config.data.tokenizer)
             except (ConfigError, CheckpointError) as error:
-                unusable[step] = error
+                unusable[step] = _Problem(isinstance(error, ConfigError), str(error))
             else:
                 return step, unusable
         return None, unusable
 
-    def _all_damaged(self, unusable: Mapping[int, Exception]) -> str:
+    def _all_damaged(self, unusable: Mapping[int, _Problem]) -> str:
         return (
             f"no checkpoint under {self.directory} can be used:\n"
-            + "\n".join(f"  {step}: {problem}" for step, problem in unusable.items())
+            + "\n".join(f"  {step}: {problem.text}" for step, problem in unusable.items())
             + "\nMove the folder away to start this phase anew."
         )
 
-    def _set_aside(self, problems: Mapping[int, Exception]) -> None:
+    def _set_aside(self, problems: Mapping[int, _Problem]) -> None:
         """Move checkpoints that cannot be used out of the way, and say why each."""
         for step, problem in problems.items():
             source = self.directory / str(step)
@@ -177,7 +186,7 @@ class Checkpoints:
                 shutil.rmtree(target)
             target.parent.mkdir(exist_ok=True)
             source.rename(target)
-            print(f"{source} cannot be used and is now {target}: {problem}", file=sys.stderr)
+            print(f"{source} cannot be used and is now {target}: {problem.text}", file=sys.stderr)
 
     def _complete(self) -> None:
         """Add tokenizer and checksums to the checkpoint whose files are all written, just before its last rename."""

@@ -107,6 +107,15 @@ class DemonstrationSource(Sequence[Demonstration]):
     def __init__(self, task: Task, records: Sequence[Any], folder: pathlib.Path, split: str) -> None:
         self._task, self._records, self._folder, self._split = task, records, folder, split
 
+    def digest(self) -> str:
+        """Return a digest of the data set's files, all splits included."""
+        digest = hashlib.sha256()
+        for path in sorted(self._folder.glob("*.array_record*")):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()[:16]
+
     def __len__(self) -> int:
         return len(self._records)
 

@@ -5,6 +5,7 @@ A process learns its place from the environment, which `launch/local_hosts.py` o
     APR_HOSTS=4 APR_HOST=1 APR_COORDINATOR=node0:9876     host 1 of 4, and the address where host 0 listens
     APR_HOSTS=auto                                        JAX finds the place: Slurm, TPU pods, Open MPI
     APR_HEARTBEAT_SECONDS=20                              optional: a host silent for so long counts as dead
+    APR_MEET_SECONDS=300                                  optional: hosts wait so long for each other at the start
 
 Without APR_HOSTS there is one host, and everything here costs nothing.
 
@@ -14,75 +15,116 @@ job's mesh in the same order, so a decision to call one must be the same on all 
 
 import contextlib
 import functools
+import hashlib
 import io
 import itertools
 import os
-import pickle
+import pathlib
+import platform
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from importlib import metadata
 from typing import Any, TextIO, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed  # the job's small shared memory has no public name
+from jax._src import (  # what finds a cluster and the job's small shared memory have no public names
+    clusters,
+    distributed,
+)
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ConfigError
+from apr_jax.parallel import meeting, wire
+from apr_jax.parallel.meeting import Place
 from apr_jax.parallel.mesh import AXES, partition_spec, replicated
+from apr_jax.stopping import StoppedAtOnceError, StoppedError
 
 T = TypeVar("T")
 
-_HEARTBEAT_SECONDS = "20"
-_VERDICT_SECONDS = 20  # the longest that a host in trouble waits for the coordinator
-_START_SECONDS = 300  # in which all hosts must have joined
+_HEARTBEAT_SECONDS = 20
+_MEET_SECONDS = 300
+_NEVER_SECONDS = 7 * 24 * 3600
+_START_SECONDS = 300  # in which JAX must have started everywhere
 _END_SECONDS = 300  # hosts wait so long for each other at the end: host 0 may still be writing a report
 _STOP_KEYS = "apr_jax_stop"
 _SMALLEST_BUFFER = 1 << 12
+_PACKAGE = pathlib.Path(__file__).parents[1]
+_VERSIONS = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "tensorflow-datasets",
+    "numpy",
+    "tokenizers",
+)
+_SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_threefry_partitionable", "jax_default_prng_impl")
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
+def joined(record: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
     """Join the job that the environment names, before anything else touches JAX. Without a job, do nothing.
 
-    A host that dies ends the others: JAX's coordination service misses its heartbeat after 20 seconds, names the dead
-    host on standard error and ends the process. A collective fails sooner and names nobody, so the block waits for the
-    service before it passes that error on.
+    The hosts meet first (`meeting.meet`) and compare `record()`, which must be the same on all, and their versions. A
+    host that dies, fails or is silent for APR_HEARTBEAT_SECONDS ends the others with a sentence that names it.
 
-    Raises ConfigError for an environment that makes no sense.
+    Raises:
+      ConfigError: the environment makes no sense, or the hosts differ.
+      TimeoutError, ConnectionError: a host is missing.
     """
-    place = _place_in_job()
+    place, devices = _place_in_job()
     if place is None:
         yield
         return
+    heartbeat = _seconds("APR_HEARTBEAT_SECONDS", _HEARTBEAT_SECONDS)
+    _end_with_launcher()
+    bind = place.bind_address() if place.host == 0 else None
+    company = meeting.meet(place, {**record(), **_software()}, _seconds("APR_MEET_SECONDS", _MEET_SECONDS), bind)
     # JAX's service would take SIGTERM, which belongs to `stopping`.
     jax.config.update("jax_enable_preemption_service", False)  # type: ignore[no-untyped-call]
-    heartbeat = _positive("APR_HEARTBEAT_SECONDS", os.environ.get("APR_HEARTBEAT_SECONDS", _HEARTBEAT_SECONDS))
+    company.watch(heartbeat)
     jax.distributed.initialize(
-        **place,
-        heartbeat_timeout_seconds=heartbeat,
+        coordinator_address=place.address if place.host == 0 else meeting.tunnel(place.endpoint),
+        num_processes=place.count,
+        process_id=place.host,
+        local_device_ids=devices,
+        cluster_detection_method="deactivate",
         initialization_timeout=_START_SECONDS,
+        heartbeat_timeout_seconds=_NEVER_SECONDS,  # `company` watches
         shutdown_timeout_seconds=_END_SECONDS,
+        coordinator_bind_address=bind,
     )
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        print(f"host {jax.process_index()}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-        print("Is another host dead? Waiting for the job's coordinator to say so.", file=sys.stderr, flush=True)
-        time.sleep(min(heartbeat, _VERDICT_SECONDS) + 10)
+    except StoppedAtOnceError as error:
+        company.failed(error)
         raise
+    except StoppedError:
+        company.done()  # all hosts stop at the same step
+        raise
+    except jax.errors.JaxRuntimeError as error:
+        time.sleep(heartbeat + 1)  # another host's death is a failed collective here: `company` names it
+        company.failed(error)
+        raise
+    except BaseException as error:
+        company.failed(error)
+        raise
+    company.done()
 
 
-def _place_in_job() -> dict[str, Any] | None:
-    """Return the arguments of `jax.distributed.initialize`, or None for a process on its own."""
-    hosts = os.environ.get("APR_HOSTS")
-    if hosts is None:
-        return None
+def _place_in_job() -> tuple[Place | None, Sequence[int] | None]:
+    """Return this process's place, or None if it is on its own, and its devices, or None for all."""
+    hosts = os.environ.get("APR_HOSTS", "1")
     if hosts == "auto":
-        return {}
+        return _place_in_cluster()
     if hosts == "1":
-        return None
+        return None, None
     missing = [name for name in ("APR_HOST", "APR_COORDINATOR") if name not in os.environ]
     if missing:
         raise ConfigError(f"APR_HOSTS={hosts} is set, but {missing[0]} is not; set it too")
@@ -92,8 +134,47 @@ def _place_in_job() -> dict[str, Any] | None:
         raise ConfigError(f"APR_HOST={host} must lie in 0..{count - 1}, because APR_HOSTS={hosts}")
     if not coordinator.rpartition(":")[2].isdecimal():
         raise ConfigError(f"APR_COORDINATOR={coordinator} must be HOST:PORT")
-    place = {"coordinator_address": coordinator, "num_processes": count, "process_id": int(host)}
-    return {**place, "cluster_detection_method": "deactivate"}
+    return Place(int(host), count, coordinator), None
+
+
+def _place_in_cluster() -> tuple[Place, Sequence[int] | None]:
+    """Return the place that JAX finds, and the devices that it gives to a task of its own."""
+    given = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    address, count, host, devices = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        given, None, None, None, None, _MEET_SECONDS
+    )
+    if address is None or count is None or host is None:
+        raise ConfigError("APR_HOSTS=auto, but JAX finds no cluster here (Slurm, TPU pod, Open MPI); set APR_HOSTS=N")
+    return Place(host, count, address), None if "JAX_LOCAL_DEVICE_IDS" in os.environ else devices
+
+
+def _seconds(name: str, default: int) -> int:
+    return _positive(name, os.environ.get(name, str(default)))
+
+
+def _software() -> dict[str, str]:
+    """Return all that must be the same on every host whatever the job is: versions, code, and JAX's own settings."""
+    digest = hashlib.sha256()
+    for path in sorted(_PACKAGE.rglob("*")):
+        if path.suffix in (".py", ".cc", ".h"):
+            digest.update(path.read_bytes())
+    settings = {name: str(getattr(jax.config, name)) for name in _SETTINGS}
+    versions = {name: metadata.version(name) for name in _VERSIONS}
+    return {"python": platform.python_version(), "apr_jax's code": digest.hexdigest()[:16], **versions, **settings}
+
+
+def _end_with_launcher() -> None:
+    """End this process when `launch/local_hosts.py`, which started it, is gone."""
+    launcher = os.environ.get("APR_LAUNCHER")
+    if launcher is None:
+        return
+
+    def watch() -> None:
+        while str(os.getppid()) == launcher:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _positive(name: str, value: str) -> int:
@@ -139,22 +220,29 @@ def own_part(items: Sequence[T]) -> Sequence[T]:
     return items[len(items) * host // hosts : len(items) * (host + 1) // hosts]
 
 
-def gather(value: T) -> list[T]:
-    """Return every host's `value`, in the order of hosts. It must pickle to less than 2 GiB."""
+def gather(value: T, types: Collection[type] = ()) -> list[T]:
+    """Return every host's `value`, in the order of hosts. It becomes less than 2 GiB, and `wire.encode` takes it."""
     if jax.process_count() == 1:
         return [value]
-    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    data = np.frombuffer(wire.encode(value, types), np.uint8)
     lengths = multihost_utils.process_allgather(np.asarray(len(data), np.int32))
     longest = max(_SMALLEST_BUFFER, int(np.max(lengths)))
     padded = np.zeros(1 << (longest - 1).bit_length(), np.uint8)  # few sizes, because each compiles a program
     padded[: len(data)] = data
     rows = multihost_utils.process_allgather(padded)
-    return [pickle.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+    return [wire.decode(row[:length].tobytes(), types) for row, length in zip(rows, lengths, strict=True)]
 
 
-def from_first(make: Callable[[], T]) -> T:
-    """Return on all hosts what `make` returns on host 0. Only host 0 calls it."""
-    return gather(make() if is_first() else None)[0]  # type: ignore[return-value]
+def from_first(make: Callable[[], T], types: Collection[type] = ()) -> T:
+    """Return on all hosts what `make` returns on host 0 (as `gather` takes it). Only host 0 calls it."""
+    return gather(make() if is_first() else None, types)[0]  # type: ignore[return-value]
+
+
+def check_same(what: str, value: str) -> None:
+    """Raise ConfigError on all hosts, naming `what`, unless all have the same value."""
+    found = meeting.differences({host: {what: theirs} for host, theirs in enumerate(gather(value))})
+    if found is not None:
+        raise ConfigError(found)
 
 
 def place(tree: Any, shardings: Any) -> Any:

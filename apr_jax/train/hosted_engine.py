@@ -10,15 +10,20 @@ from jax.sharding import Mesh
 
 from apr_jax.config import Config, ModelConfig
 from apr_jax.data.tokenizer import Tokenizer
+from apr_jax.engine.constraints import Masks
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.plan import EnginePlan
-from apr_jax.engine.threads import Program, Progress, Rollout, RolloutKey
+from apr_jax.engine.threads import Call, Program, Progress, Rollout, RolloutKey, Stop, StopReason
+from apr_jax.engine.work_counters import Work
 from apr_jax.evaluation.run import RunsPrograms
 from apr_jax.model.params import Params, abstract_params, logical_axes
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import RULES, param_shardings
+from apr_jax.reasoning.base import Outcome, Sample
 from apr_jax.reasoning.policy_engine import EngineHolder, HeldEngine, policy_engine, workers
 from apr_jax.stopping import StopSignal
+
+ROLLOUT_TYPES = (Rollout, RolloutKey, Call, Stop, StopReason, Masks, Work, Outcome, Sample)  # all that one is made of
 
 
 class RolloutEngine(RunsPrograms, HeldEngine, Protocol):
@@ -116,7 +121,7 @@ class HostedEngine:
             return self._engine.run(mine, seed=seed, temperature=temperature, on_progress=show)
 
         begin = time.perf_counter()
-        rollouts = [rollout for theirs in self._stop.together(run_mine) for rollout in theirs]
+        rollouts = [rollout for theirs in self._stop.together(run_mine, ROLLOUT_TYPES) for rollout in theirs]
         if on_progress is not None:
             tokens = sum(len(call.tokens) for rollout in rollouts for call in rollout.calls)
             on_progress(Progress(len(rollouts), len(rollouts), tokens, time.perf_counter() - begin))

@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from apr_jax.checkpoints.manager import Checkpoints
@@ -121,6 +122,8 @@ class _Run:
         config = self.config
         named: dict[PhaseName, pathlib.Path | None] = {"sft": start, "grpo": checkpoint}
         given = {phase: load_given(phase, path, config) for phase, path in named.items() if path is not None}
+        for phase, source in given.items():
+            hosts.check_same(f"the policy that {phase} starts from", source.weights)
         with Checkpoints(self.workdir, "sft", config) as sft, Checkpoints(self.workdir, "grpo", config) as grpo:
             has_begun = {"sft": sft.latest_step() is not None, "grpo": has_reference(self.workdir)}
             for phase in given:
@@ -182,7 +185,10 @@ class _Run:
             demonstrations.load_split(self.config, "train", on_progress)
 
         self.stop.together(build)
-        return demonstrations.load_split(self.config, "train")
+        split = demonstrations.load_split(self.config, "train")
+        if jax.process_count() > 1:
+            hosts.check_same("the data set", split.digest())
+        return split
 
     def _sft(
         self, split: Sequence[Demonstration], given: Given | None, checkpoints: Checkpoints, writer: MetricsWriter

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TypeVar
 
 import jax
@@ -34,14 +34,14 @@ class StopTogether(StopSignal):
         """Interrupt nothing, because a host must not leave work that it shares with others (see `together`)."""
         yield
 
-    def together(self, work: Callable[[], T]) -> list[T]:
+    def together(self, work: Callable[[], T], types: Collection[type] = ()) -> list[T]:
         done: list[T] | None = None
         try:
             with super().interrupting():
                 done = [work()]
         except StoppedError:
             hosts.tell_stop()
-        everybody = hosts.gather(done)
+        everybody = hosts.gather(done, types)
         if None in everybody:  # only then: a signal that came meanwhile is this host's own knowledge
             self.requested = True
             self.check()

@@ -27,7 +27,7 @@ def shared():
         {"host": i, "long": "x" * 5_000 * i} for i in range(2)
     ]
     assert hosts.from_first(lambda: ("only", jax.process_index())) == ("only", 0)
-    assert [list(part) for part in hosts.gather(hosts.own_part(range(5)))] == [[0, 1], [2, 3, 4]]
+    assert [list(part) for part in hosts.gather(list(hosts.own_part(range(5))))] == [[0, 1], [2, 3, 4]]
     assert (hosts.messages() is sys.stderr) == hosts.is_first()
     with pytest.raises(ConfigError, match="needs 2 devices, but the job's 2 hosts have 4; use all of them"):
         make_mesh(MeshConfig(data=2, fsdp=1, tensor=1))
@@ -73,10 +73,10 @@ def stopping():
     raise AssertionError("nobody stopped")
 
 
-def dying():
-    """Host 1 dies while the other waits for it."""
-    if not hosts.is_first():
-        os.kill(os.getpid(), signal.SIGKILL)
+def dying(victim, number):
+    """A host is killed, or stopped, while the other waits for it."""
+    if jax.process_index() == victim:
+        os.kill(os.getpid(), number)
     hosts.whole_array(jax.jit(jnp.sum)(hosts.place(np.ones(4), jax.sharding.NamedSharding(_mesh(), jax.P("data")))))
     hosts.gather("host 0 waits")
 
@@ -86,10 +86,15 @@ def _mesh():
 
 
 if __name__ == "__main__":
-    with hosts.joined():
+    with hosts.joined(dict):
         if sys.argv[1] == "dying":
             hosts.gather("all are here")
-            dying()
+            dying(int(sys.argv[2]), signal.Signals[sys.argv[3]])
+        if sys.argv[1] == "failing":
+            hosts.gather("all are here")
+            if not hosts.is_first():
+                raise ConfigError("this cannot work")
+            hosts.gather("host 0 waits")
         shared()
         hosts.meet(_mesh())
         for mesh_shape in MESHES:

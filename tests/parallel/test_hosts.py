@@ -19,22 +19,22 @@ pytestmark = pytest.mark.heavy
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def _start_job(what, **more):
-    """The two processes of a job, as a cluster starts them."""
+def _start_job(*what, hosts=(0, 1), **more):
+    """The processes of a job of two, as a cluster starts them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
-    shared = {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", **more}
-    place = {"APR_HOSTS": "2", "APR_COORDINATOR": coordinator}
+    shared = {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    place = {"APR_HOSTS": "2", "APR_COORDINATOR": coordinator, **more}
     return [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "parallel" / "job.py"), what],
+            [sys.executable, str(ROOT / "tests" / "parallel" / "job.py"), *what],
             env={**os.environ, **shared, **place, "APR_HOST": str(host)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for host in range(2)
+        for host in hosts
     ]
 
 
@@ -45,13 +45,29 @@ def test_two_hosts_share_values_weights_and_the_wish_to_stop():
         assert "fine on 2" in output
 
 
-def test_a_host_that_dies_ends_the_other_and_is_named():
-    survivor, victim = _start_job("dying", APR_HEARTBEAT_SECONDS="3")
-    _, errors = survivor.communicate(timeout=300)
-    victim.communicate(timeout=300)
-    assert victim.returncode == -9
-    assert survivor.returncode not in (0, None)
-    assert "The following tasks are unhealthy (stopped sending heartbeats):\n1\n" in errors
+@pytest.mark.parametrize(
+    ("victim", "number", "why"),
+    [(1, "SIGKILL", "was lost (its connection ended)"), (0, "SIGKILL", "was lost"), (1, "SIGSTOP", "has been silent")],
+)
+def test_a_host_that_dies_ends_the_other_and_is_named(victim, number, why):
+    job = _start_job("dying", str(victim), number, APR_HEARTBEAT_SECONDS="3")
+    survivor = job[1 - victim]
+    _, errors = survivor.communicate(timeout=60)
+    job[victim].kill()
+    job[victim].communicate(timeout=60)
+    assert survivor.returncode == 1, errors
+    assert f"host {1 - victim} ends, because host {victim} {why}" in errors
+    assert "Check failure stack trace" not in errors
+    assert "Traceback" not in errors
+
+
+def test_a_host_that_fails_ends_the_other_with_its_words_and_code():
+    survivor, victim = _start_job("failing")
+    _, errors = survivor.communicate(timeout=60)
+    victim.kill()  # without `entry` it waits for the other at its exit
+    victim.communicate(timeout=60)
+    assert survivor.returncode == 2, errors
+    assert "host 0 ends, because host 1 failed: this cannot work." in errors
 
 
 def test_one_host_on_its_own_shares_with_nobody():
@@ -90,5 +106,5 @@ def test_placing_and_reading_back():
 def test_an_environment_that_makes_no_sense_is_refused(monkeypatch, environment, message):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=message), hosts.joined():
+    with pytest.raises(ConfigError, match=message), hosts.joined(dict):
         pass
