@@ -25,9 +25,10 @@ LAYERS = [
 # Leaves: what they may import of apr_jax themselves.
 LEAVES = {
     "tasks": {"tasks", "config", "config_fields", "files"},
-    "data": {"data", "tasks", "config", "files"},
+    "data": {"data", "tasks", "config", "files", "gguf_file"},
     "progress": set(),
     "files": set(),
+    "gguf_file": {"config", "files"},
     "stopping": set(),
     "config": {"config_fields", "config_checks"},
     "config_fields": set(),
