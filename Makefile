@@ -60,7 +60,7 @@ screenshots: browser
 .PHONY: browser
 browser: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[browser]'
-	@$(BIN)/python -c 'from apr_jax.evaluation.report.browser import find_chromium as f; f()' 2> /dev/null || \
+	@$(BIN)/python -c 'from apr_jax.bench.browser import find_chromium as f; f()' 2> /dev/null || \
 	  { echo "no Chromium here: apt-get install -y chromium, or set CHROMIUM to a browser's path" >&2; exit 2; }
 
 # The contract of apr_jax/kernels: a copy without kernels/cpu/ passes the tests on plain XLA. TESTS="tests/engine" chooses others.
