@@ -6,6 +6,7 @@ A bug keeps its traceback and exits with 1.
 """
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import absl.logging
 from absl import app, flags
@@ -22,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 
 from apr_jax.config import Config, ConfigError
 from apr_jax.config_dict import from_config_dict
-from apr_jax.files import FileError, explain, write
+from apr_jax.files import FileError, explain, naming, write
 from apr_jax.stopping import StoppedAtOnceError, StoppedError, StopSignal
 
 FAILED, BAD_ARGUMENTS, STOPPED = 1, 2, 75  # exit codes
@@ -153,13 +154,18 @@ def run_with_words(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Do what `run` does, and hand `main` the words of the command line that are no flags."""
     _prefer_huge_pages()
     _cache_compilations()
+    sys.stderr = _ForPeople(sys.stderr)
 
     def quietly(argv: list[str]) -> int | None:
         if not flags.FLAGS["verbosity"].present:
             absl.logging.set_verbosity(absl.logging.ERROR)  # libraries log each file that they touch
+            absl.logging.get_absl_logger().addFilter(lambda record: not record.exc_info)  # what they raise as well
             logging.getLogger("apr_jax").setLevel(logging.WARNING)
         with _standard_output_for_programs():
-            return main(argv[1:])
+            code = main(argv[1:])
+        with naming(pathlib.Path("standard output")):
+            sys.stdout.flush()
+        return code
 
     try:
         with StopSignal(StoppedAtOnceError).listening() as stop, stop.interrupting():
@@ -178,6 +184,28 @@ def run_with_words(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         traceback.print_exc()
         _leave(FAILED)
     sys.exit(0)
+
+
+class _ForPeople(io.TextIOBase):
+    """A stream whose reader may go away, or whose disk may fill: the work goes on without it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
 
 
 def _standard_output_for_programs() -> contextlib.AbstractContextManager[Any]:

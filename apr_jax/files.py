@@ -10,14 +10,17 @@ import json
 import math
 import os
 import pathlib
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from apr_jax.config import ConfigError
+
 REMOVE = "remove the file, or restore it"
 _MOST_DIGITS = 308  # of a whole number, so that it can become a float
+_SEAL = "crc32"
 _BOM = b"\xef\xbb\xbf"
 _GIT_LFS = b"version https://git-lfs"
-
 
 _ADVICE = {
     errno.ENOSPC: "free some space on this disk and start again",
@@ -59,9 +62,10 @@ def write(path: pathlib.Path, data: bytes) -> None:
             raise
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write one JSON value, as `write` does."""
-    write(path, (json.dumps(value, indent=2) + "\n").encode())
+def write_json(path: pathlib.Path, value: Mapping[str, Any], *, sealed: bool = False) -> None:
+    """Write one JSON object, as `write` does; with `sealed`, with a checksum that `read_json` compares."""
+    seal = {_SEAL: _crc(value)} if sealed else {}
+    write(path, (json.dumps({**value, **seal}, indent=2) + "\n").encode())
 
 
 def write_jsonl(path: pathlib.Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -70,20 +74,29 @@ def write_jsonl(path: pathlib.Path, records: Iterable[Mapping[str, Any]]) -> Non
 
 
 def read_json(
-    path: pathlib.Path, advice: str = REMOVE, error: type[FileError] = FileError, **fields: type | tuple[type, ...]
+    path: pathlib.Path,
+    advice: str = REMOVE,
+    error: type[FileError] = FileError,
+    *,
+    sealed: bool = False,
+    **fields: type | tuple[type, ...],
 ) -> dict[str, Any]:
     """Return a file's JSON object.
 
     Args:
       advice: what the user can do about a damaged file, for the message.
       error: the error to raise for a damaged file.
+      sealed: compare and remove the checksum. A file without one is not checked.
       fields: fields that the object must have, with their types.
     Raises:
       FileNotFoundError: there is no such file.
-      FileError: it holds no such object.
+      FileError: it holds no such object, or another one than was sealed.
     """
     try:
-        return _object(parse_json(path.read_bytes()), fields)
+        value = _object(parse_json(path.read_bytes()), fields)
+        if sealed and value.pop(_SEAL, None) not in (None, _crc(value)):
+            raise ValueError("another checksum than when it was written")
+        return value
     except ValueError as problem:
         raise error(f"{path}: {problem}; {advice}") from problem
 
@@ -170,13 +183,27 @@ def explain(error: OSError) -> str:
 
 @contextlib.contextmanager
 def naming(path: pathlib.Path) -> Iterator[None]:
-    """Give an OSError of the block `path` as its file if it names none, as errors of writing never do."""
+    """Raise the system's errors in the block as OSErrors with a file: `path` if they name none.
+
+    Errors of writing name none, and libraries in C++ only quote the system in errors of their own.
+    """
     try:
         yield
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
+    except (FileError, ConfigError):
+        raise
+    except Exception as error:
+        quoted = [code for code in _ADVICE if os.strerror(code) in str(error)]
+        if not quoted:
+            raise
+        raise OSError(quoted[0], os.strerror(quoted[0]), str(path)) from error
+
+
+def _crc(value: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(value).encode())
 
 
 def _whole(digits: str) -> int:

@@ -25,10 +25,10 @@ LAYERS = [
 # Leaves: what they may import of apr_jax themselves.
 LEAVES = {
     "tasks": {"tasks", "config", "config_fields", "files"},
-    "data": {"data", "tasks", "config", "files", "gguf_file"},
+    "data": {"data", "tasks", "config", "files", "lock"},
     "progress": set(),
-    "files": set(),
-    "gguf_file": {"config", "files"},
+    "files": {"config"},
+    "lock": {"config", "files"},
     "stopping": set(),
     "config": {"config_fields", "config_checks"},
     "config_fields": set(),

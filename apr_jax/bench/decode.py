@@ -100,7 +100,8 @@ def about(config: Config) -> dict[str, Any]:
 def make_prompts(config: Config, lanes: int, lengths: Lengths) -> list[list[int]]:
     """Draw random prompts; those of fewer lanes are the first of those of more."""
     rng = np.random.default_rng(config.seed)
-    return rng.integers(0, config.model.vocab_size, (lanes, lengths.prompt)).tolist()
+    prompts: list[list[int]] = rng.integers(0, config.model.vocab_size, (lanes, lengths.prompt)).tolist()
+    return prompts
 
 
 def _engine(config: Config, lanes: int, lengths: Lengths, mesh: Mesh, params: Any) -> Engine:

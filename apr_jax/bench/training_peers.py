@@ -99,4 +99,5 @@ class Peer:
                     raise PeerError(f"{self._name} ended: {lines}")
                 line += part
         self._left -= time.perf_counter() - start
-        return json.loads(line)
+        answer: dict[str, Any] = json.loads(line)
+        return answer

@@ -1,14 +1,16 @@
 """Validation scores of a phase's checkpoints, which `best.json` beside them keeps, and the best of them."""
 
-import json
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, PreservationContext, PreservationPolicy
 
+from apr_jax.checkpoints.integrity import CheckpointError
 from apr_jax.checkpoints.phases import PhaseName
-from apr_jax.files import write_json
+from apr_jax.files import read_json, reading, write_json
+
+SCORES = "best.json"
 
 
 class Measure(NamedTuple):
@@ -23,17 +25,24 @@ MEASURES = {"sft": Measure("validation_loss", min), "grpo": Measure("validation_
 
 def read_scores(folder: pathlib.Path, phase: PhaseName) -> dict[int, float]:
     """Return the scores in a phase's folder by step, {} where nothing was validated yet."""
-    path = folder / "best.json"
+    path, measure = folder / SCORES, MEASURES[phase].name
     if not path.exists():
         return {}
-    scores = json.loads(path.read_text())[MEASURES[phase].name]
-    return {int(step): float(value) for step, value in scores.items()}
+    advice = "launch/train.py makes it anew from metrics.jsonl when the run goes on"
+    scores = read_json(path, advice, CheckpointError, sealed=True, **{measure: dict})[measure]
+    with reading(path, advice):
+        return {int(step): float(value) for step, value in scores.items()}
 
 
 def add_score(folder: pathlib.Path, phase: PhaseName, step: int, value: float) -> None:
     """Add a step's score, or replace it."""
-    scores = {**read_scores(folder, phase), step: value}
-    write_json(folder / "best.json", {MEASURES[phase].name: dict(sorted(scores.items()))})
+    write_scores(folder, phase, {**read_scores(folder, phase), step: value})
+
+
+def write_scores(folder: pathlib.Path, phase: PhaseName, scores: Mapping[int, float]) -> None:
+    """Write the scores of a phase's steps."""
+    named = {str(step): value for step, value in sorted(scores.items())}
+    write_json(folder / SCORES, {MEASURES[phase].name: named}, sealed=True)
 
 
 def best_step(folder: pathlib.Path, phase: PhaseName, steps: Iterable[int]) -> int | None:

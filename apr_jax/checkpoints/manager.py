@@ -10,9 +10,8 @@ A run derives all its randomness from (seed, phase, step), so these three are it
 """
 
 import dataclasses
+import functools
 import pathlib
-import shutil
-import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -21,13 +20,14 @@ from orbax.checkpoint import checkpoint_managers
 
 from apr_jax.checkpoints.best import PreserveBest, add_score, read_scores
 from apr_jax.checkpoints.identity import TOKENIZER, agreed_tokenizer, own_tokenizer
-from apr_jax.checkpoints.integrity import CheckpointError, check_files, read_meta, write_sums
-from apr_jax.checkpoints.phases import PhaseName
+from apr_jax.checkpoints.integrity import CheckpointError, check_files, read_meta, set_aside, write_sums
+from apr_jax.checkpoints.phases import PhaseName, steps_in
 from apr_jax.checkpoints.resume_check import check_same
 from apr_jax.checkpoints.trees import flatten, unflatten
 from apr_jax.config import Config, ConfigError
 from apr_jax.config_dict import to_dict
 from apr_jax.data.tokenizer import load_tokenizer
+from apr_jax.files import naming
 from apr_jax.parallel import hosts
 
 
@@ -40,56 +40,72 @@ class Restored(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Problem:
-    """The reason why a checkpoint cannot be used."""
+class Found:
+    """The checkpoints of a phase, from the newest on until one can be used."""
 
-    is_foreign: bool  # whole, but another configuration's
-    text: str
+    step: int | None  # the one that can be used
+    foreign: dict[int, str]  # those of other configurations, and the difference
+    damaged: dict[int, str]  # those with damaged files, and the damage
 
 
 class Checkpoints:
-    """The checkpoints of one phase of a run. Call `close` (or leave the with-block) before the process ends."""
+    """The checkpoints of one phase of a run. Call `close` (or leave the with-block) before the process ends.
+
+    Nothing is written, not even a folder, before `settle`, `latest_step` or `save` is called.
+    """
 
     def __init__(self, workdir: pathlib.Path, phase: PhaseName, config: Config) -> None:
         self.phase, self._config = phase, config
         self._tokenizer = load_tokenizer(config.data.tokenizer)
         self.directory = (workdir / "checkpoints" / phase).absolute()
-        newest = checkpoint_managers.LatestN(config.faults.keep_checkpoints)
-        policies = [newest, PreserveBest(self.directory, phase)]
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        newest = checkpoint_managers.LatestN(self._config.faults.keep_checkpoints)
+        policies = [newest, PreserveBest(self.directory, self.phase)]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._complete),
             cleanup_tmp_directories=True,
             create=True,
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        return ocp.CheckpointManager(self.directory, options=options)
 
     def latest_step(self) -> int | None:
         """Return the step of the last complete checkpoint; after `settle`, of the last that can be used."""
         return self._manager.latest_step()
 
-    def settle(self) -> int | None:
-        """Move damaged and foreign checkpoints out of the way, until the last one can be used.
+    def look(self) -> Found:
+        """Find the last checkpoint that can be used. Each that is looked at is compared with its checksums.
 
-        Each that is looked at is compared with its checksums. Returns the last step, None where there is none.
         Raises:
           ConfigError: none is of this configuration; names each field with both values.
           CheckpointError: there are checkpoints, and all are damaged.
         """
-        usable, unusable = hosts.from_first(self._look, [_Problem])
-        if unusable and usable is None:
-            foreign = [problem.text for problem in unusable.values() if problem.is_foreign]
-            raise ConfigError(foreign[0]) if foreign else CheckpointError(self._all_damaged(unusable))
+        found = hosts.from_first(self._look, [Found])
+        if found.step is None and found.foreign:
+            raise ConfigError(next(iter(found.foreign.values())))
+        if found.step is None and found.damaged:
+            raise CheckpointError(self._all_damaged(found.damaged))
+        return found
+
+    def settle(self, found: Found | None = None) -> int | None:
+        """Move the damaged and foreign checkpoints that `look` found out of the way. Return the last step, if any."""
+        found = found or self.look()
+        unusable = {**found.foreign, **found.damaged}
         hosts.from_first(lambda: self._set_aside(unusable))  # all are moved before another host reads what there is
         self._manager.reload()
-        return usable
+        return found.step
 
-    def is_extended(self) -> bool:
-        """Return True where the phase was done when it was last saved, and has more steps to do now."""
-        step = self.latest_step()
+    def meta(self, step: int) -> dict[str, Any]:
+        """Read what was noted about a checkpoint (`Restored.meta`)."""
+        return read_meta(self.directory / str(step))
+
+    def is_extended(self, step: int | None) -> bool:
+        """Return True where the phase was done when `step`, its last one, was saved, and has more steps to do now."""
         if step is None:
             return False
-        then = read_meta(self.directory / str(step))["config"][self.phase]["num_steps"]
+        then = self.meta(step)["config"][self.phase]["num_steps"]
         now: int = to_dict(self._config)[self.phase]["num_steps"]
         return bool(step >= then and now > then)
 
@@ -103,9 +119,14 @@ class Checkpoints:
         """
         meta = {"phase": self.phase, "step": step, "seed": self._config.seed, "config": to_dict(self._config), **notes}
         items = {name: ocp.args.StandardSave(flatten(tree)) for name, tree in trees.items()}
-        self._manager.save(
-            step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(position), meta=ocp.args.JsonSave(meta))
-        )
+        args = ocp.args.Composite(**items, data=ocp.args.JsonSave(position), meta=ocp.args.JsonSave(meta))
+        with naming(self.directory):
+            self._manager.save(step, args=args)
+
+    def check(self) -> None:
+        """Raise OSError if a checkpoint could not be written in the background. Wait for nothing."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def score(self, step: int, value: float) -> None:
         """Note a step's validation score. The best of the checkpoints is kept, however many follow."""
@@ -130,7 +151,7 @@ class Checkpoints:
         if step is None:
             raise FileNotFoundError(f"no complete checkpoint under {self.directory}")
         folder = self.directory / str(step)
-        meta = read_meta(folder)
+        meta = self.meta(step)
         check_same(meta, to_dict(self._config), self.phase, str(folder))
         items = {name: ocp.args.StandardRestore(flatten(tree)) for name, tree in abstract.items()}
         try:
@@ -141,12 +162,15 @@ class Checkpoints:
         return Restored(trees, found["data"], meta)
 
     def wait(self) -> None:
-        """Return when every save has reached the disk."""
-        self._manager.wait_until_finished()
+        """Return when every save has reached the disk. Raise OSError where one does not."""
+        with naming(self.directory):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finish what is being saved."""
-        self._manager.close()
+        """Finish what is being saved. Raise OSError where that fails."""
+        if "_manager" in vars(self):
+            with naming(self.directory):
+                self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -154,39 +178,34 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _look(self) -> tuple[int | None, dict[int, _Problem]]:
-        """Return the last step that can be used, and why each after it cannot."""
-        unusable: dict[int, _Problem] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+    def _look(self) -> Found:
+        found = Found(None, {}, {})
+        for step in sorted(steps_in(self.directory), reverse=True):
             folder = self.directory / str(step)
             try:
                 check_files(folder)
                 meta = read_meta(folder)
                 check_same(meta, to_dict(self._config), self.phase, str(folder))
                 agreed_tokenizer(folder, own_tokenizer(folder, meta["config"]), self._config.data.tokenizer)
-            except (ConfigError, CheckpointError) as error:
-                unusable[step] = _Problem(isinstance(error, ConfigError), str(error))
+            except ConfigError as error:
+                found.foreign[step] = str(error)
+            except CheckpointError as error:
+                found.damaged[step] = str(error)
             else:
-                return step, unusable
-        return None, unusable
+                return dataclasses.replace(found, step=step)
+        return found
 
-    def _all_damaged(self, unusable: Mapping[int, _Problem]) -> str:
+    def _all_damaged(self, unusable: Mapping[int, str]) -> str:
         return (
             f"no checkpoint under {self.directory} can be used:\n"
-            + "\n".join(f"  {step}: {problem.text}" for step, problem in unusable.items())
+            + "\n".join(f"  {step}: {problem}" for step, problem in unusable.items())
             + "\nMove the folder away to start this phase anew."
         )
 
-    def _set_aside(self, problems: Mapping[int, _Problem]) -> None:
-        """Move checkpoints that cannot be used out of the way, and say why each."""
+    def _set_aside(self, problems: Mapping[int, str]) -> None:
         for step, problem in problems.items():
-            source = self.directory / str(step)
             target = self.directory.parent / "unusable" / f"{self.phase}-{step}"
-            if target.exists():
-                shutil.rmtree(target)
-            target.parent.mkdir(exist_ok=True)
-            source.rename(target)
-            print(f"{source} cannot be used and is now {target}: {problem.text}", file=sys.stderr)
+            set_aside(self.directory / str(step), target, problem)
 
     def _complete(self) -> None:
         """Add tokenizer and checksums to the checkpoint whose files are all written, just before its last rename."""

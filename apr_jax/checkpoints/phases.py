@@ -1,6 +1,18 @@
-"""The names of a run's phases, in their order."""
+"""The names of a run's phases, in their order, and the steps that they have checkpoints of."""
 
+import pathlib
 from typing import Literal
 
 PhaseName = Literal["sft", "grpo"]
 PHASES: tuple[PhaseName, ...] = ("sft", "grpo")
+
+
+def steps_in(folder: pathlib.Path) -> list[int]:
+    """Return the steps of the checkpoints in a phase's folder, damaged ones too."""
+    names = [child.name for child in folder.iterdir()] if folder.is_dir() else []
+    return [int(name) for name in names if name.isdecimal()]
+
+
+def saved_steps(workdir: pathlib.Path) -> dict[PhaseName, int]:
+    """Return the last step of each phase that a run folder has a checkpoint of, 0 without one."""
+    return {phase: max(steps_in(workdir / "checkpoints" / phase), default=0) for phase in PHASES}

@@ -6,22 +6,51 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from apr_jax.checkpoints.integrity import CheckpointError
+from apr_jax.checkpoints.integrity import CheckpointError, check_files, set_aside, write_sums
 from apr_jax.checkpoints.trees import flatten, unflatten
+from apr_jax.files import naming
 from apr_jax.parallel import hosts
 
 
 def save_reference(workdir: pathlib.Path, params: Any) -> None:
-    """Save the reference policy, unless there is one."""
+    """Save the reference policy with the checksums of its files, unless there is one."""
     path = _folder(workdir)
-    if not path.exists():
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path, flatten(params))
+    if path.exists():
+        return
+    new = path.with_name("reference.new")
+    with naming(path), ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(new, flatten(params), force=True)
+
+    def complete() -> None:
+        write_sums(new)
+        new.rename(path)
+
+    hosts.from_first(complete)
 
 
 def has_reference(workdir: pathlib.Path) -> bool:
     """Return True once the reference policy is saved: SFT is done, or a policy was given."""
     return _folder(workdir).exists()
+
+
+def reference_damage(workdir: pathlib.Path) -> str:
+    """Return the damage to the reference policy's files, "" where there is none."""
+
+    def check() -> str:
+        try:
+            check_files(_folder(workdir))
+        except CheckpointError as error:
+            return str(error)
+        return ""
+
+    return hosts.from_first(check)
+
+
+def set_reference_aside(workdir: pathlib.Path, damage: str) -> None:
+    """Move a damaged reference policy out of the way, so that it is made again."""
+    path = _folder(workdir)
+    problem = f"{damage}. It is made again."
+    hosts.from_first(lambda: set_aside(path, path.parent / "unusable" / "reference", problem))
 
 
 def load_reference(workdir: pathlib.Path, abstract: Any) -> Any:

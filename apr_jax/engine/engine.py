@@ -298,7 +298,8 @@ class Engine:
         return jax.device_put(sampling, replicated)
 
     def _pack(self, lanes: Any) -> PackedArrays:
-        return self._put(pack_arrays(lanes))
+        packed: PackedArrays = self._put(pack_arrays(lanes))
+        return packed
 
     def _put(self, tree: Any) -> Any:
         return jax.device_put(tree, NamedSharding(self._mesh, SHARDED))
@@ -314,4 +315,5 @@ class Engine:
 
 def _by_lane(written: Any) -> list[list[list[Any]]]:
     """Return an array `[shards, steps, L]` as lists `[shards][L][steps]`, in one call instead of one for each lane."""
-    return np.swapaxes(written, 1, 2).tolist()
+    by_lane: list[list[list[Any]]] = np.swapaxes(written, 1, 2).tolist()
+    return by_lane

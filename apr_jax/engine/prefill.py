@@ -87,7 +87,8 @@ class PagePerLane:
         return {"prefill": (pages, params, lanes), "prefill_write": (pages, lanes, fresh)}
 
     def __call__(self, pages: PagedKVCache, params: Any, lanes: Any) -> PagedKVCache:
-        return self._write(pages, lanes, self._compute(pages, params, lanes))
+        written: PagedKVCache = self._write(pages, lanes, self._compute(pages, params, lanes))
+        return written
 
 
 class PositionsInPlace:
@@ -122,7 +123,8 @@ class PositionsInPlace:
         return {"prefill": (pages, params, lanes)}
 
     def __call__(self, pages: PagedKVCache, params: Any, lanes: Any) -> PagedKVCache:
-        return self._prefill(pages, params, lanes)
+        written: PagedKVCache = self._prefill(pages, params, lanes)
+        return written
 
 
 def compute_pages(model: Llama, tile: HeadTile, pages: PagedKVCache, lanes: PrefillLanes) -> tuple[Block, ...]:

@@ -55,7 +55,8 @@ class HeldWeights:
 
     def abstract(self) -> Params:
         """Return the held weights' tree with a `jax.ShapeDtypeStruct` for each array."""
-        return jax.eval_shape(self.hold, abstract_params(self.config))
+        held: Params = jax.eval_shape(self.hold, abstract_params(self.config))
+        return held
 
     def shardings(self, mesh: Mesh) -> Params:
         """Place the held weights: split over "tensor" where they lie as trained, and whole otherwise.

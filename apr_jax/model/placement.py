@@ -24,7 +24,8 @@ def abstract_params_on(mesh: Mesh, model: ModelConfig) -> Params:
 
 def place_params(params: Any, mesh: Mesh, model: ModelConfig) -> Params:
     """Put parameters, which every host of a job holds, on the mesh."""
-    return hosts.place(params, model_shardings(mesh, model))
+    placed: Params = hosts.place(params, model_shardings(mesh, model))
+    return placed
 
 
 def with_sharding(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

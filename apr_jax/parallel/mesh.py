@@ -158,7 +158,8 @@ def split_rows(x: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     constrain: Any = jax.lax.with_sharding_constraint
-    return constrain(x, partition_spec(BATCH_AXES))
+    rows: jax.Array = constrain(x, partition_spec(BATCH_AXES))
+    return rows
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

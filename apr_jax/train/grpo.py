@@ -65,7 +65,7 @@ def train_grpo(config: Config, mesh: Mesh, phase: Phase, sampler: Sampler, refer
             phase.skipped.note("grpo", step, metrics["skipped_rate"], functools.partial(updater.rows, sequences))
 
             # Save, now and then, at the end, and when all hosts agree that a signal came.
-            regular, stopping = step % grpo.checkpoint_every == 0 or step == grpo.num_steps, phase.stop.agreed()
+            regular, stopping = step % grpo.checkpoint_every == 0 or step == grpo.num_steps, phase.stopping()
             if regular:
                 writer.write_rollouts(step, kept_records(sample, config, sampler.tokenizer))
             if regular or stopping:

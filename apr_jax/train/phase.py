@@ -18,6 +18,7 @@ from apr_jax.train.metrics import MetricsWriter
 from apr_jax.train.skipping import SkippedSteps
 from apr_jax.train.state import TrainState, abstract_state, create_state
 
+METRICS_CRC = "metrics_crc"  # the note of a checkpoint on metrics.jsonl
 _OPTIMIZER = "optimizer"  # the item of a checkpoint that holds the step and the optimiser's state
 
 
@@ -54,7 +55,13 @@ class Phase:
     def save(self, step: int, state: TrainState, position: Any) -> None:
         """Save a finished step. The metrics up to it reach the disk first, because the checkpoint counts on them."""
         self.writer.sync()
-        self.checkpoints.save(step, _trees(state), position, skipped_in_a_row=self.skipped.in_a_row)
+        notes = {"skipped_in_a_row": self.skipped.in_a_row, METRICS_CRC: self.writer.crc}
+        self.checkpoints.save(step, _trees(state), position, **notes)
+
+    def stopping(self) -> bool:
+        """Return True when all hosts agree to stop. Raise OSError if a checkpoint could not be written."""
+        self.checkpoints.check()
+        return self.stop.agreed()
 
     @contextlib.contextmanager
     def interruptible(self, step: int, state: TrainState, position: Any) -> Iterator[None]:

@@ -9,17 +9,26 @@ WORKDIR/skipped/            batches whose loss or gradient was not finite, of a 
 WORKDIR/summary.json, rollouts.jsonl, report.html, figure.svg
 """
 
+import contextlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from apr_jax.checkpoints.integrity import CheckpointError
 from apr_jax.checkpoints.manager import Checkpoints
-from apr_jax.checkpoints.phases import PHASES, PhaseName
+from apr_jax.checkpoints.phases import PhaseName
 from apr_jax.checkpoints.policy import check_finite
-from apr_jax.checkpoints.reference import forget_reference, has_reference, load_reference, save_reference
+from apr_jax.checkpoints.reference import (
+    forget_reference,
+    has_reference,
+    load_reference,
+    reference_damage,
+    save_reference,
+    set_reference_aside,
+)
 from apr_jax.config import Config, ConfigError, check_run
 from apr_jax.config_dict import to_dict
 from apr_jax.data import demonstrations
@@ -29,7 +38,8 @@ from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
 from apr_jax.evaluation.policy import check_vocabulary
 from apr_jax.evaluation.report.run_report import write_figure, write_report
 from apr_jax.evaluation.run import load_problems
-from apr_jax.files import write_json
+from apr_jax.files import naming, write_json
+from apr_jax.lock import LockedError, locked
 from apr_jax.model.params import Params, init_params, weights_digest
 from apr_jax.model.placement import abstract_params_on, place_params
 from apr_jax.parallel import hosts
@@ -45,7 +55,7 @@ from apr_jax.train.hosted_engine import RunEngine, plan_engine
 from apr_jax.train.metrics import MetricsWriter
 from apr_jax.train.number_waves import check_width, with_number_waves
 from apr_jax.train.origins import Given, Origins, load_given
-from apr_jax.train.phase import Phase
+from apr_jax.train.phase import METRICS_CRC, Phase
 from apr_jax.train.rl.objective import choose_objective
 from apr_jax.train.rl.sample import Sampler
 from apr_jax.train.sft import train_sft
@@ -85,9 +95,27 @@ def train(
         check_width(config.model.embed_dim)
     mesh = make_mesh(config.mesh)
     hosts.meet(mesh)
-    workdir.mkdir(parents=True, exist_ok=True)
     with stop_signal(mesh).listening() as stop:
-        return _Run(config, workdir, mesh, stop).run(checkpoint, start)
+        run = _Run(config, workdir, mesh, stop)
+        with _locked(workdir), naming(workdir):
+            return run.run(checkpoint, start)
+
+
+@contextlib.contextmanager
+def _locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Hold a run's folder within the block. Host 0 does so for all. Raise LockedError if another run holds it."""
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> str:
+            try:
+                stack.enter_context(locked(workdir / "lock", "wait for it, or choose another --workdir"))
+            except LockedError as error:
+                return str(error)
+            return ""
+
+        if refusal := hosts.from_first(lock):
+            raise LockedError(refusal)
+        yield
 
 
 class Problems(Sequence[Any]):
@@ -125,19 +153,10 @@ class _Run:
         for phase, source in given.items():
             hosts.check_same(f"the policy that {phase} starts from", source.weights)
         with Checkpoints(self.workdir, "sft", config) as sft, Checkpoints(self.workdir, "grpo", config) as grpo:
-            has_begun = {"sft": sft.latest_step() is not None, "grpo": has_reference(self.workdir)}
-            for phase in given:
-                if has_begun[phase] or has_begun["grpo"]:
-                    self.origins.check(given[phase])
-            if hosts.is_first():
-                write_json(self.workdir / "config.json", to_dict(config))
-            sft_step, grpo_step = sft.settle() or 0, grpo.settle() or 0
-            if sft.is_extended() and has_reference(self.workdir):
-                self._reopen_sft(sft_step, grpo_step)
+            done, writer = self._settle(sft, grpo, given)
             started = has_reference(self.workdir)
-            current, step = (PHASES[1], grpo_step) if started else (PHASES[0], sft_step)
             split = self._build_data()
-            with MetricsWriter(self.workdir, PHASES, current, step, writes=hosts.is_first()) as writer:
+            with writer:
                 if not started and checkpoint:
                     save_reference(self.workdir, given["grpo"].placed(self.mesh, config))
                 elif not started:
@@ -145,7 +164,7 @@ class _Run:
                 given.clear()  # whole weights on one device
                 reference = load_reference(self.workdir, abstract_params_on(self.mesh, config.model))
                 check_finite(reference, self.workdir / "checkpoints" / "reference")
-                self.origins.note("grpo", checkpoint, weights_digest(reference), has_begun=bool(grpo_step))
+                self.origins.note("grpo", checkpoint, weights_digest(reference), has_begun=bool(done["grpo"]))
                 summary = self.evaluations.run("before", reference)
                 policy = self._grpo(split, reference, self._phase(grpo, writer))
                 summary |= self.evaluations.run("after", policy)
@@ -156,18 +175,47 @@ class _Run:
             write_figure(self.workdir, self.workdir / "figure.svg")
         return summary
 
+    def _settle(
+        self, sft: Checkpoints, grpo: Checkpoints, given: Mapping[PhaseName, Given]
+    ) -> tuple[dict[PhaseName, int], MetricsWriter]:
+        """Make the folder one that this run goes on in. Whatever refuses that does so before anything is written.
+
+        Return the steps that each phase has done, and the writer that goes on after them.
+        """
+        of_phase: dict[PhaseName, Checkpoints] = {"sft": sft, "grpo": grpo}
+        found = {phase: checkpoints.look() for phase, checkpoints in of_phase.items()}
+        done = {phase: one.step or 0 for phase, one in found.items()}
+        for phase, policy in given.items():
+            if has_reference(self.workdir) or done["grpo"] or (phase == "sft" and done["sft"]):
+                self.origins.check(policy)
+        is_extended = sft.is_extended(found["sft"].step) and has_reference(self.workdir)
+        if is_extended and done["grpo"]:
+            raise ConfigError(
+                f"sft.num_steps={self.config.sft.num_steps}: SFT ended at step {done['sft']} and GRPO started from its "
+                f"policy. Set it back to go on with GRPO, or choose another --workdir."
+            )
+        damage = reference_damage(self.workdir)
+        is_lost = bool(damage) or not has_reference(self.workdir)
+        if done["grpo"] and is_lost and not done["sft"] and "grpo" not in given:
+            raise CheckpointError(
+                f"{self.workdir}/checkpoints/reference: the policy that GRPO started from is missing or damaged, and "
+                "no checkpoint of SFT is left to make it from; name the policy with --checkpoint, or restore the folder"
+            )
+        if hosts.is_first():
+            write_json(self.workdir / "config.json", to_dict(self.config))
+        for phase, checkpoints in of_phase.items():
+            checkpoints.settle(found[phase])
+        if is_extended:
+            forget_reference(self.workdir)
+        elif damage:
+            set_reference_aside(self.workdir, damage)
+        last: PhaseName = "grpo" if has_reference(self.workdir) or done["grpo"] else "sft"
+        crc = of_phase[last].meta(done[last]).get(METRICS_CRC) if done[last] else None
+        return done, MetricsWriter(self.workdir, last, done[last], done=done, crc=crc, writes=hosts.is_first())
+
     def _phase(self, checkpoints: Checkpoints, writer: MetricsWriter) -> Phase:
         skipped = SkippedSteps(self.workdir, self.config.faults.max_skipped_steps)
         return Phase(checkpoints, writer, self.stop, skipped)
-
-    def _reopen_sft(self, sft_step: int, grpo_step: int) -> None:
-        """Forget the reference policy, because SFT goes on. Raises ConfigError where GRPO started from it."""
-        if grpo_step:
-            raise ConfigError(
-                f"sft.num_steps={self.config.sft.num_steps}: SFT ended at step {sft_step} and GRPO started from its "
-                f"policy. Set it back to go on with GRPO, or choose another --workdir."
-            )
-        forget_reference(self.workdir)
 
     def _build_data(self) -> Sequence[Demonstration]:
         """Return the train split. Builds all splits where they are absent, under a progress bar for each."""

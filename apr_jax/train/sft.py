@@ -123,7 +123,7 @@ def train_sft(
             if step % config.validate_every == 0 or step == config.num_steps:
                 metrics |= validate(state.params, held_out)
             bar.update(1, **log.add(_Step(step, batch, waited, metrics)))
-            stopping = phase.stop.agreed()
+            stopping = phase.stopping()
             if stopping or step % config.checkpoint_every == 0 or step == config.num_steps:
                 written = log.flush()
                 if "validation_loss" in written:

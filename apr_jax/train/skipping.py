@@ -4,12 +4,15 @@
 device has gone on from the weights that the skipped step left as they were.
 """
 
+import io
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+
+from apr_jax.files import write
 
 
 class SkippedSteps:
@@ -32,9 +35,10 @@ class SkippedSteps:
         if self.in_a_row < self._limit:
             return
         path = self._workdir / "skipped" / f"{phase}_{step}_process_{jax.process_index()}.npz"
-        path.parent.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = {name: np.asarray(array) for name, array in batch().items()}
-        np.savez_compressed(path, **arrays)
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **arrays)
+        write(path, packed.getvalue())
         raise FloatingPointError(
             f"{phase} step {step}: the loss or the gradient was not finite, in {self.in_a_row} steps in a row "
             f"(faults.max_skipped_steps={self._limit}). The weights are as they were before these steps, and the batch "

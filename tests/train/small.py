@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from apr_jax.checkpoints.manager import Checkpoints
-from apr_jax.checkpoints.phases import PHASES, PhaseName
+from apr_jax.checkpoints.phases import PhaseName
 from apr_jax.config import Config
 from apr_jax.config_dict import from_config_dict
 from apr_jax.data.packing import pack
@@ -60,7 +60,7 @@ def open_phase(
     """A phase of a run in `workdir`, that goes on after its last checkpoint."""
     with Checkpoints(workdir, name, config) as checkpoints:
         step = checkpoints.latest_step() or 0
-        with MetricsWriter(workdir, PHASES, name, step) as writer:
+        with MetricsWriter(workdir, name, step) as writer:
             skipped = SkippedSteps(workdir, config.faults.max_skipped_steps)
             yield Phase(checkpoints, writer, stop or StopSignal(), skipped)
 

@@ -7,8 +7,6 @@ import pytest
 from apr_jax.files import read_jsonl
 from apr_jax.train.metrics import MetricsWriter, cut
 
-PHASES = ("sft", "grpo")
-
 
 def _lines(*places):
     return "".join(json.dumps({"step": step, "phase": phase}) + "\n" for phase, step in places)
@@ -27,12 +25,12 @@ def _lines(*places):
 def test_cut_keeps_what_the_checkpoint_knows(tmp_path, phase, step, kept):
     path = tmp_path / "metrics.jsonl"
     path.write_text(_lines(("sft", 1), ("sft", 2), ("grpo", 1), ("grpo", 2)) + '{"step": 3, "phase": "gr')
-    cut(path, PHASES, phase, step)
+    cut(path, phase, step)
     assert path.read_text() == _lines(*kept)
 
 
 def test_writer_appends_and_refuses_what_is_not_finite(tmp_path):
-    with MetricsWriter(tmp_path, PHASES, "sft", 0) as writer:
+    with MetricsWriter(tmp_path, "sft", 0) as writer:
         writer.write("sft", 1, {"loss": 0.5, "reasons": {"no_call_begin": 2}})
         writer.write_timings("sft", 1, {"seconds": 0.1})
         with pytest.raises(FloatingPointError, match="sft step 2: loss is nan"):

@@ -13,13 +13,12 @@ from markupsafe import Markup
 
 from apr_jax.evaluation.compare.store import read_records, read_results
 from apr_jax.evaluation.metrics import wilson_interval
-from apr_jax.evaluation.report import charts, page, paper
-from apr_jax.evaluation.report.behaviour import behaviour_tables
+from apr_jax.evaluation.report import page, paper
 from apr_jax.evaluation.report.curves import Curve, Point, accuracy_chart
 from apr_jax.evaluation.report.paired_report import cell_name, compare
-from apr_jax.evaluation.report.run_report import add_run_views, evaluations, training_panels
+from apr_jax.evaluation.report.run_report import add_run_views, training_parts
 from apr_jax.evaluation.report.thread_view import ThreadViews
-from apr_jax.files import read_json, read_jsonl
+from apr_jax.files import write
 
 _WRAPPED = re.compile(r"(?P<kind>[a-z]+)@[0-9]+:(?P<inner>.+)")
 _MAX_VIEW_BYTES = 2_500_000  # of rollouts; a page of this size opens at once
@@ -72,8 +71,7 @@ def write_comparison(
     _add_rollouts(views, rows, records)
     if run is not None:
         add_run_views(views, run)
-    summary: Row = read_json(run / "summary.json") if run is not None and (run / "summary.json").exists() else {}
-    metrics = [] if run is None else read_jsonl(run / "metrics.jsonl")
+    training = {"behaviour": [], "panels": [], "problems": ""} if run is None else training_parts(run)
     text = page.render(
         "comparison.html",
         name=workdir.resolve().name,
@@ -84,16 +82,15 @@ def write_comparison(
         paired=[_paired(row, rows, records[0], own) for row, own in zip(rows[1:], records[1:], strict=True)],
         figures=[figure for key, title, x_label in _FIGURES if (figure := _figure(key, title, x_label, rows))],
         about_paper=paper.ABOUT,
-        behaviour=behaviour_tables(evaluations(summary), metrics),
         behaviour_of_paper=paper.BEHAVIOUR if run is not None else (),
-        panels=[page.svg(body, charts.WIDTH, charts.HEIGHT) for body in training_panels(metrics)],
+        **training,
         run="" if run is None else str(run),
         views=views,
         command=command,
         commands=list(dict.fromkeys(row["command"] for row in rows)),
         embed=page.embed,
     )
-    path.write_text(text, encoding="utf-8")
+    write(path, text.encode())
 
 
 def curves_of(key: str, rows: Sequence[Row]) -> list[Curve]:

@@ -11,8 +11,8 @@ import numpy as np
 from apr_jax.evaluation.metrics import Z95
 from apr_jax.evaluation.report import charts
 from apr_jax.evaluation.report.charts import Series
+from apr_jax.evaluation.report.run_files import read_metrics
 from apr_jax.evaluation.report.run_report import write_svg
-from apr_jax.files import read_jsonl
 
 _RESAMPLES = 10_000
 _DRAWS_AT_ONCE = 1_000_000
@@ -126,7 +126,7 @@ def draw_runs(runs: Mapping[str, pathlib.Path], path: pathlib.Path) -> None:
 
     Raises ValueError if `path` does not end in .svg, or no run has logged a step of GRPO.
     """
-    metrics = {name: read_jsonl(folder / "metrics.jsonl") for name, folder in runs.items()}
+    metrics = {name: read_metrics(folder)[0] for name, folder in runs.items()}
     bodies: list[str] = []
     for key, title, percent in _PANELS:
         series = []

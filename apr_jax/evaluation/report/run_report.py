@@ -9,11 +9,19 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from apr_jax.checkpoints.step_log import read_step_log
 from apr_jax.evaluation.report import charts, page, viewer
 from apr_jax.evaluation.report.behaviour import behaviour_tables
 from apr_jax.evaluation.report.charts import Series
+from apr_jax.evaluation.report.run_files import (
+    MADE_ANEW,
+    METRICS_ADVICE,
+    evaluations,
+    read_metrics,
+    read_object,
+)
 from apr_jax.evaluation.report.thread_view import ThreadViews
-from apr_jax.files import read_json, read_jsonl
+from apr_jax.files import REMOVE, read_jsonl, reading, write
 from apr_jax.tasks import TASKS
 
 # Each panel: phase, title, (metric, label) curves; a curve or a panel that a run did not log is left out.
@@ -87,21 +95,33 @@ def write_report(workdir: str | pathlib.Path, path: str | pathlib.Path | None = 
     path = workdir / "report.html" if path is None else pathlib.Path(path)
     if not workdir.is_dir():
         raise FileNotFoundError(f"no run folder {workdir}")
-    summary, metrics = _read(workdir / "summary.json"), read_jsonl(workdir / "metrics.jsonl")
+    with reading(workdir / "config.json", MADE_ANEW):
+        about = _about(read_object(workdir / "config.json"))
+    with reading(workdir / "summary.json", MADE_ANEW):
+        summary = read_object(workdir / "summary.json")
+        held_out = {"entries": _entries(summary), "rows": _table_rows(summary), "failures": _failures(summary)}
     text = page.render(
         "report.html",
         name=workdir.resolve().name,
-        about=_about(_read(workdir / "config.json")),
-        entries=_entries(summary),
-        rows=_table_rows(summary),
-        failures=_failures(summary),
-        behaviour=behaviour_tables(evaluations(summary), metrics),
-        panels=[page.svg(body, charts.WIDTH, charts.HEIGHT) for body in training_panels(metrics)],
+        about=about,
+        **held_out,
+        **training_parts(workdir),
         views=add_run_views(ThreadViews(), workdir),
         embed=page.embed,
     )
-    path.write_text(text, encoding="utf-8")
+    write(path, text.encode())
     return path
+
+
+def training_parts(run: pathlib.Path) -> dict[str, Any]:
+    """Return a page's parts on a run's training: tables, panels, and the problems of its metrics."""
+    with reading(run / "summary.json", MADE_ANEW):
+        tables = behaviour_tables(evaluations(read_object(run / "summary.json")), [])
+    metrics, problems = read_metrics(run)
+    with reading(run / "metrics.jsonl", METRICS_ADVICE):
+        tables += behaviour_tables({}, metrics)
+        panels = [page.svg(body, charts.WIDTH, charts.HEIGHT) for body in training_panels(metrics)]
+    return {"behaviour": tables, "panels": panels, "problems": problems}
 
 
 def write_figure(workdir: str | pathlib.Path, path: str | pathlib.Path) -> None:
@@ -111,12 +131,14 @@ def write_figure(workdir: str | pathlib.Path, path: str | pathlib.Path) -> None:
     """
     workdir, path = pathlib.Path(workdir), pathlib.Path(path)
     width, y, parts = 1000, 10, []
-    rollouts = pick_rollouts(read_jsonl(workdir / "rollouts.jsonl"))
+    rollouts = _rollouts(workdir)
     if rollouts:
-        body, height = viewer.draw_threads(rollouts[0], width)
+        with reading(workdir / "rollouts.jsonl", MADE_ANEW):
+            body, height = viewer.draw_threads(rollouts[0], width)
         parts.append(f'<g transform="translate(0,{y})">{body}</g>')
         y += height + 14
-    panels = training_panels(read_jsonl(workdir / "metrics.jsonl"))
+    with reading(workdir / "metrics.jsonl", METRICS_ADVICE):
+        panels = training_panels(read_step_log(workdir / "metrics.jsonl").records)
     wanted = [
         panel
         for title in ("loss per token", "share of rollouts solved", "children per")
@@ -137,17 +159,25 @@ def write_svg(path: pathlib.Path, body: str, width: int, height: int) -> None:
     """Write a drawing with its own colours and background. Raise ValueError unless `path` ends in .svg."""
     if path.suffix != ".svg":
         raise ValueError(f"{path}: the figure is an SVG, so its name must end in .svg")
-    path.write_text(page.standalone_svg(body, width, height), encoding="utf-8")
+    write(path, page.standalone_svg(body, width, height).encode())
 
 
 def add_run_views(views: ThreadViews, workdir: pathlib.Path) -> ThreadViews:
     """Add the rollouts of a run folder: those of its evaluations, then those that steps of GRPO learnt from."""
-    for record in pick_rollouts(read_jsonl(workdir / "rollouts.jsonl")):
-        views.add(record.get("label", "rollouts").replace("_", ", "), record)
-    for path in sorted((workdir / "grpo_rollouts").glob("*.jsonl"), key=lambda path: int(path.stem)):
-        for record in read_jsonl(path):
-            views.add(f"GRPO step {path.stem}", record)
+    with reading(workdir / "rollouts.jsonl", MADE_ANEW):
+        for record in _rollouts(workdir):
+            views.add(record.get("label", "rollouts").replace("_", ", "), record)
+    paths = [path for path in (workdir / "grpo_rollouts").glob("*.jsonl") if path.stem.isdecimal()]
+    for path in sorted(paths, key=lambda path: int(path.stem)):
+        with reading(path, REMOVE):
+            for record in read_jsonl(path):
+                views.add(f"GRPO step {path.stem}", record)
     return views
+
+
+def _rollouts(workdir: pathlib.Path) -> list[Mapping[str, Any]]:
+    with reading(workdir / "rollouts.jsonl", MADE_ANEW):
+        return pick_rollouts(read_jsonl(workdir / "rollouts.jsonl", MADE_ANEW))
 
 
 def pick_rollouts(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -222,14 +252,6 @@ def _failures(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         {"label": reason.replace("_", " "), "cells": [f"{100 * share:.1f} %" if share else "" for share in row]}
         for reason, row in zip(reasons, shares, strict=True)
     ]
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
-
-
-def evaluations(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    return {name: entry for name, entry in summary.items() if isinstance(entry, dict) and "accuracy" in entry}
 
 
 def _about(config: Mapping[str, Any]) -> str:

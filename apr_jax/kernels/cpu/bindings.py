@@ -49,7 +49,8 @@ def products(x: jax.Array, panels: Sequence[jax.Array], outputs: Sequence[int], 
 def rotate(x: jax.Array, angles: Angles) -> jax.Array:
     """Rotate whole heads `x [..., N H]` as `ops.apply_rope`; `angles` are `[..., 1, H/2]`."""
     cos, sin = (jnp.squeeze(each, -2) for each in angles)
-    return build.call("apr_rotate", _array(x.shape, x.dtype), vmap_method="broadcast_all")(x, cos, sin)
+    out: jax.Array = build.call("apr_rotate", _array(x.shape, x.dtype), vmap_method="broadcast_all")(x, cos, sin)
+    return out
 
 
 def draw(
@@ -138,13 +139,15 @@ def outer(x_MD: jax.Array, y_MF: jax.Array) -> jax.Array:
         x_MD, y_MF: float32, D and F multiples of 16.
     """
     shape = _float32(x_MD.shape[1], y_MF.shape[1])
-    return build.call("apr_outer", shape, vmap_method="sequential")(x_MD, y_MF, threads=build.threads())
+    out_DF: jax.Array = build.call("apr_outer", shape, vmap_method="sequential")(x_MD, y_MF, threads=build.threads())
+    return out_DF
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """Compute `silu(gate) * up`, elementwise."""
     call = build.call("apr_swiglu", _array(gate.shape, gate.dtype), vmap_method="broadcast_all")
-    return call(gate, up, threads=build.threads())
+    out: jax.Array = call(gate, up, threads=build.threads())
+    return out
 
 
 def swiglu_backward(gate: jax.Array, up: jax.Array, dout: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -159,7 +162,8 @@ def swiglu_backward(gate: jax.Array, up: jax.Array, dout: jax.Array) -> tuple[ja
 def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     """Compute RMSNorm of each row of `x [..., D]`, float32 or bfloat16, with a float32 scale."""
     call = build.call("apr_rms_norm", _array(x.shape, x.dtype), vmap_method="expand_dims")
-    return call(x, scale_D, threads=build.threads(), eps=np.float32(eps))
+    out: jax.Array = call(x, scale_D, threads=build.threads(), eps=np.float32(eps))
+    return out
 
 
 def rms_norm_backward(

@@ -39,7 +39,7 @@ def test_a_call_has_its_own_share():
 def test_the_report_shows_what_a_step_kept(tmp_path):
     for step in (2, 10):
         records = kept_records(made_sample([0.5, -0.5, 0.0, 0.0]), CONFIG, TOKENIZER)
-        with MetricsWriter(tmp_path, ("grpo",), "grpo", 0) as writer:
+        with MetricsWriter(tmp_path, "grpo", 0) as writer:
             writer.write_rollouts(step, records)
     data = add_run_views(ThreadViews(), tmp_path).data
     assert [r["label"] for r in data["rollouts"]] == ["GRPO step 2"] * 2 + ["GRPO step 10"] * 2
