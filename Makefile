@@ -2,9 +2,10 @@
 # make compile-aot | make gpu-check | make screenshots | make lint | make lock
 # METHOD=serial trains another way of reasoning (configs/methods.py).
 # ROOM=engine tests one room of the package, tests/engine (test, test-fast, test-slow).
-# PYTHON=python3.13 picks another interpreter (and its own environment).
+# PYTHON=python3.13 picks another interpreter, PLATFORM=cuda12 or tpu a JAX for it; each has an environment of its own.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-VENV ?= .venv-$(notdir $(PYTHON))
+PLATFORM ?=
+VENV ?= .venv-$(notdir $(PYTHON))$(if $(PLATFORM),-$(PLATFORM))
 BIN := $(VENV)/bin
 METHOD ?=
 ROOM ?=
@@ -23,6 +24,8 @@ env: $(VENV)/.installed
 $(VENV)/.installed: requirements.lock setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(if $(PLATFORM),$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  "jax[$(PLATFORM)]==$$($(BIN)/python -c 'import jax; print(jax.__version__)')" -c requirements.lock)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
@@ -57,7 +60,7 @@ screenshots: browser
 .PHONY: browser
 browser: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[browser]'
-	@$(BIN)/python -c 'from apr_jax.evaluation.report.browser import find_chromium as f; f()' 2> /dev/null || \
+	@$(BIN)/python -c 'from apr_jax.bench.browser import find_chromium as f; f()' 2> /dev/null || \
 	  { echo "no Chromium here: apt-get install -y chromium, or set CHROMIUM to a browser's path" >&2; exit 2; }
 
 # The contract of apr_jax/kernels: a copy without kernels/cpu/ passes the tests on plain XLA. TESTS="tests/engine" chooses others.
@@ -97,16 +100,8 @@ compile-aot: .venv-aot/.installed
 
 gpu-check:
 	@command -v nvidia-smi > /dev/null || { echo "gpu-check: no NVIDIA GPU here (there is no nvidia-smi)" >&2; exit 2; }
-	$(MAKE) .venv-gpu/.installed
-	.venv-gpu/bin/python launch/gpu_check.py
-
-.venv-gpu/.installed: requirements.lock setup.py
-	$(PYTHON) -m venv .venv-gpu
-	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check \
-	  "jax[cuda12]==$$(.venv-gpu/bin/python -c 'import jax; print(jax.__version__)')" -c requirements.lock
-	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	touch $@
+	$(MAKE) env PLATFORM=cuda12
+	.venv-$(notdir $(PYTHON))-cuda12/bin/python launch/gpu_check.py
 
 lint: env
 	$(BIN)/ruff check .

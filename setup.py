@@ -34,11 +34,13 @@ setup(
         "gpu": ["jax[cuda12]>=0.10,<1"],
         "tpu": ["jax[tpu]>=0.10,<1"],
         "peers": ["torch>=2.9", "transformers>=5"],
+        "pretrained": ["gguf>=0.17,<1"],  # reads and writes GGUF files
         "browser": ["playwright>=1.60,<2", "pillow>=11"],  # drives a Chromium that is there; brings none
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.130",
+            "gguf>=0.17,<1",
             "ruff>=0.14",
             "mypy>=1.18",
             "types-tqdm",

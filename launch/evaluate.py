@@ -32,7 +32,7 @@ from apr_jax.tasks.base import SPLITS
 _RUNS = "runs"
 _CONFIG = entry.define_config("grpo.py")
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, f"Run (or RUN/best), checkpoint or Hugging Face folder [newest in {_RUNS}/]."
+    "checkpoint", None, f"Run (or RUN/best), checkpoint or Hugging Face folder, or FILE.gguf [newest in {_RUNS}/]."
 )
 _SPLIT = flags.DEFINE_enum("split", None, list(SPLITS), "Split to take problems from [evaluation.split].")
 _NUM_PROBLEMS = flags.DEFINE_integer("num_problems", None, "Their number [evaluation.num_problems].", lower_bound=1)

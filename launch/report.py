@@ -32,7 +32,7 @@ def main() -> None:
     run = pathlib.Path(_RUN.value) if _RUN.value else None
     if run is not None and not run.is_dir():
         raise ConfigError(f"--run={run}: no such folder")
-    from apr_jax.evaluation.report.browser import NoBrowserError, chromium, take_pictures
+    from apr_jax.bench.browser import NoBrowserError, chromium, take_pictures
     from apr_jax.evaluation.report.comparison_report import write_comparison
     from apr_jax.evaluation.report.run_report import write_report
 

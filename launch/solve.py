@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _RUNS = "runs"
 _CONFIG = entry.define_config("grpo.py")
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, f"Run (or RUN/best), checkpoint or Hugging Face folder [newest in {_RUNS}/]."
+    "checkpoint", None, f"Run (or RUN/best), checkpoint or Hugging Face folder, or FILE.gguf [newest in {_RUNS}/]."
 )
 _METHOD = flags.DEFINE_string("method", None, "Way of reasoning [the one that the policy was trained for].")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0)

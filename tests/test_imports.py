@@ -25,10 +25,11 @@ LAYERS = [
 # Leaves: what they may import of apr_jax themselves.
 LEAVES = {
     "tasks": {"tasks", "config", "config_fields", "files"},
-    "data": {"data", "tasks", "config", "files", "lock"},
+    "data": {"data", "tasks", "config", "files", "lock", "gguf_file"},
     "progress": set(),
     "files": {"config"},
     "lock": {"config", "files"},
+    "gguf_file": {"config", "files"},
     "stopping": set(),
     "config": {"config_fields", "config_checks"},
     "config_fields": set(),

@@ -229,8 +229,7 @@ def groups(line: str, num_devices: int) -> list[list[int]]:
         shape, order = (list(map(int, part.split(","))) for part in iota.groups()[:2])
         ids = np.arange(math.prod(order)).reshape(order)
         ids = ids.transpose(list(map(int, iota[3].split(",")))) if iota[3] else ids
-        grouped: list[list[int]] = ids.reshape(shape).tolist()
-        return grouped
+        return ids.reshape(shape).tolist()
     if listed := _LISTED.search(line):
         return [list(map(int, group.split(","))) for group in re.findall(r"\{([0-9,]+)\}", listed[1])]
     return [list(range(num_devices))]

@@ -100,8 +100,7 @@ def about(config: Config) -> dict[str, Any]:
 def make_prompts(config: Config, lanes: int, lengths: Lengths) -> list[list[int]]:
     """Draw random prompts; those of fewer lanes are the first of those of more."""
     rng = np.random.default_rng(config.seed)
-    prompts: list[list[int]] = rng.integers(0, config.model.vocab_size, (lanes, lengths.prompt)).tolist()
-    return prompts
+    return rng.integers(0, config.model.vocab_size, (lanes, lengths.prompt)).tolist()
 
 
 def _engine(config: Config, lanes: int, lengths: Lengths, mesh: Mesh, params: Any) -> Engine:

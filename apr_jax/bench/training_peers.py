@@ -99,5 +99,4 @@ class Peer:
                     raise PeerError(f"{self._name} ended: {lines}")
                 line += part
         self._left -= time.perf_counter() - start
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        return json.loads(line)

@@ -4,6 +4,7 @@
     RUN/checkpoints/PHASE/STEP/tokenizer  tokenizer.json, and its special tokens beside it
     HUGGING_FACE/apr_jax.json             the configuration, where this project wrote the folder
     HUGGING_FACE/tokenizer.json           and likewise
+    FILE.gguf                             holds both in its metadata
 
 Tokenizers are compared by their content. docs/architecture.md says which fields must agree where.
 """
@@ -20,6 +21,7 @@ from apr_jax.config import ConfigError, ModelConfig
 from apr_jax.config_dict import read_model
 from apr_jax.data.tokenizer import load_tokenizer, tokenizer_digest
 from apr_jax.files import file_in, read_json
+from apr_jax.gguf_file import gguf_in, gguf_with_tokenizer, open_gguf, read_gguf_trained
 from apr_jax.model.weights.hf_config import TRAINED, read_config
 
 POLICY = "policy"  # the item of a checkpoint that holds the model's parameters
@@ -39,10 +41,15 @@ _FREE_SETTINGS: dict[str, Any] = {"compute_dtype": "float32", "attention": "auto
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PolicyFolder:
-    """The folder of one policy: a checkpoint, or a Hugging Face folder."""
+    """The folder of one policy: a checkpoint or a Hugging Face folder, or a GGUF file."""
 
     path: pathlib.Path
     is_checkpoint: bool
+
+    @property
+    def is_gguf(self) -> bool:
+        """True for a GGUF file."""
+        return not self.is_checkpoint and gguf_in(self.path) == self.path
 
     @functools.cached_property
     def config(self) -> dict[str, Any] | None:
@@ -52,6 +59,10 @@ class PolicyFolder:
         """
         if self.is_checkpoint:
             config = read_meta(self.path).get("config")
+        elif self.is_gguf:
+            config = read_gguf_trained(self.path)
+            if config is None:
+                return None
         elif (self.path / TRAINED).exists():
             config = read_json(file_in(self.path, TRAINED), "export the policy again")
         else:
@@ -66,7 +77,8 @@ class PolicyFolder:
 def find_policy(path: pathlib.Path) -> PolicyFolder:
     """Find the policy in a run folder (its newest checkpoint, GRPO's before SFT's), checkpoint or Hugging Face folder.
 
-    PATH/best is the checkpoint in PATH with the best validation score. Raises FileNotFoundError where there is none.
+    Or a GGUF file, or the one in a folder. PATH/best is the checkpoint in PATH with the best validation score. Raises
+    FileNotFoundError where there is none.
     """
     path = path.absolute()
     checkpoint = _checkpoint_folder(path)
@@ -75,7 +87,11 @@ def find_policy(path: pathlib.Path) -> PolicyFolder:
     is_run = (path / "checkpoints").is_dir()
     if not is_run and any(any(path.glob(pattern)) for pattern in ("config.json", "*.safetensors*", "*.bin")):
         return PolicyFolder(path, False)
-    raise FileNotFoundError(f"{path} is neither a run folder, a checkpoint folder nor a Hugging Face folder")
+    if not is_run and (file := gguf_in(path)) is not None:
+        return PolicyFolder(file, False)
+    raise FileNotFoundError(
+        f"{path} is neither a run folder, a checkpoint folder, a Hugging Face folder nor a GGUF file"
+    )
 
 
 def own_tokenizer(path: pathlib.Path, config: Mapping[str, Any] | None) -> str | None:
@@ -86,8 +102,11 @@ def own_tokenizer(path: pathlib.Path, config: Mapping[str, Any] | None) -> str |
     """
     named = None if config is None else config["data"].get("tokenizer")
     checkpoint = _checkpoint_folder(path.absolute())
-    own = (path if checkpoint is None else checkpoint / TOKENIZER) / "tokenizer.json"
-    if own.exists():
+    own: pathlib.Path | None = (path if checkpoint is None else checkpoint / TOKENIZER) / "tokenizer.json"
+    if own is not None and not own.exists():
+        is_hugging_face = checkpoint is not None or any(path.glob("*.safetensors"))
+        own = None if is_hugging_face else gguf_with_tokenizer(path)
+    if own is not None:
         return "builtin" if named == "builtin" and same_tokenizer("builtin", str(own)) else str(own)
     is_there = isinstance(named, str) and (named == "builtin" or pathlib.Path(named).is_file())
     return named if is_there else None
@@ -191,6 +210,10 @@ def check_model(path: pathlib.Path, there: Mapping[str, Any], here: Mapping[str,
 def _model_of(found: PolicyFolder) -> ModelConfig:
     if found.is_checkpoint and found.config is not None:
         return read_model(found.config["model"])
+    if found.is_gguf:
+        from apr_jax.model.weights.gguf import read_gguf_config  # imports JAX
+
+        return read_gguf_config(open_gguf(found.path), **_FREE_SETTINGS)
     return read_config(read_json(file_in(found.path, "config.json"), "fetch it again"), **_FREE_SETTINGS)
 
 

@@ -1,4 +1,4 @@
-"""Reading a policy from any folder that holds one."""
+"""Reading a policy from any folder or file that holds one."""
 
 import pathlib
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ from apr_jax.config import ConfigError, MeshConfig, ModelConfig
 from apr_jax.config_dict import read_model
 from apr_jax.model.params import Params, abstract_params
 from apr_jax.model.placement import abstract_params_on
+from apr_jax.model.weights.gguf import load_gguf
 from apr_jax.model.weights.hf import load_hf
 from apr_jax.parallel.mesh import make_mesh
 
@@ -23,10 +24,11 @@ def load_policy(path: pathlib.Path) -> tuple[ModelConfig, Params, dict[str, Any]
     """Load a policy onto one device, for evaluation or as the start of training.
 
     Args:
-      path: a run folder (its newest checkpoint, GRPO's before SFT's), a checkpoint folder, or a Hugging Face folder;
-        or "best" in one of the first two: the checkpoint with the best validation score.
-    Returns: the model's config, its parameters, and the whole config it was trained with (None from a Hugging Face
-      folder that others made).
+      path: a run folder (its newest checkpoint, GRPO's before SFT's), a checkpoint folder, a Hugging Face folder, a
+        GGUF file or a folder that holds one; or "best" in one of the first two: the checkpoint with the best
+        validation score.
+    Returns: the model's config, its parameters, and the whole config it was trained with (None where others made the
+      folder or file).
     Raises: FileNotFoundError when there is no policy at `path`; CheckpointError or HuggingFaceError when it is damaged
       or holds NaN.
     """
@@ -34,7 +36,7 @@ def load_policy(path: pathlib.Path) -> tuple[ModelConfig, Params, dict[str, Any]
     if not found.is_checkpoint:
         trained = {} if found.config is None else found.config["model"]
         settings = {name: trained[name] for name in ("compute_dtype", "attention", "remat") if name in trained}
-        return *load_hf(found.path, **settings), found.config
+        return *(load_gguf if found.is_gguf else load_hf)(found.path, **settings), found.config
     try:
         check_files(found.path)
         config = found.config

@@ -1,4 +1,4 @@
-"""Any Hugging Face tokenizer.json behind the `Tokenizer` protocol."""
+"""Any Hugging Face tokenizer.json, or the tokenizer of a GGUF file, behind the `Tokenizer` protocol."""
 
 import codecs
 import functools
@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 
 import tokenizers
 
-from apr_jax.data.special_tokens import read_special_tokens
+from apr_jax.config import ConfigError
+from apr_jax.data.special_tokens import Stated, read_special_tokens, stated_beside
 from apr_jax.data.tokenizer import save_files
 from apr_jax.files import FileError, file_in
+from apr_jax.gguf_file import open_gguf
 from apr_jax.tasks.dialect import CALL_BEGIN, CALL_END, JOIN_BEGIN
 
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
@@ -50,7 +52,7 @@ class HuggingFaceTokenizer:
         path = pathlib.Path(path)
         if not path.exists():
             raise FileNotFoundError(f'{path}: no such file; a tokenizer is "builtin" or the path of a tokenizer.json')
-        self._tokenizer = _load(path)
+        self._tokenizer, stated = _load_gguf(path) if path.suffix == ".gguf" else (_load(path), stated_beside(path))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         absent = [
@@ -61,7 +63,7 @@ class HuggingFaceTokenizer:
         )
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        special = read_special_tokens(path, vocabulary)
+        special = read_special_tokens(path, vocabulary, stated)
         self.bos_id, self.eos_ids, self.pad_id = special
         self.eos_id = self.eos_ids[0]
         self.call_begin_id: int = vocabulary[CALL_BEGIN]
@@ -149,6 +151,15 @@ class HuggingFaceTokenizer:
         decoder = self._tokenizer.decoder
         text: str = " ".join(tokens) if decoder is None else decoder.decode(tokens)
         return text
+
+
+def _load_gguf(path: pathlib.Path) -> tuple[tokenizers.Tokenizer, Stated]:
+    from apr_jax.data.gguf_tokenizer import read_gguf_tokenizer
+
+    try:
+        return read_gguf_tokenizer(open_gguf(path).metadata)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _load(path: pathlib.Path) -> tokenizers.Tokenizer:

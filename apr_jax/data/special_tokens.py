@@ -21,6 +21,10 @@ _USUAL = {
 }
 
 
+Stated = Mapping[str, Mapping[str, Any]]  # JSON objects by the name of their file in a Hugging Face folder
+_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+
+
 class SpecialTokens(NamedTuple):
     """The ids of a tokenizer's special tokens."""
 
@@ -29,24 +33,25 @@ class SpecialTokens(NamedTuple):
     pad: int
 
 
-def read_special_tokens(path: pathlib.Path, vocabulary: Mapping[str, int]) -> SpecialTokens:
-    """Read the special tokens of the tokenizer.json at `path` from the files beside it.
+def stated_beside(path: pathlib.Path) -> Stated:
+    """Read the files beside the tokenizer.json at `path`. Raises FileError where one is damaged."""
+    advice = f"fetch the file again, or remove it to go by {path.name} alone"
+    return {name: read_json(file_in(path.parent, name), advice) for name in _FILES if (path.parent / name).exists()}
+
+
+def read_special_tokens(path: pathlib.Path, vocabulary: Mapping[str, int], stated: Stated) -> SpecialTokens:
+    """Read the special tokens of the tokenizer at `path` from what is stated of it.
 
     Raises:
-        ConfigError: they state no BOS or EOS, one that the vocabulary lacks, or something that is no token.
-        FileError: one of the files is damaged.
+        ConfigError: no BOS or EOS is stated, one that the vocabulary lacks, or something that is no token.
     """
-    advice = f"fetch the file again, or remove it to go by {path.name} alone"
-    found = {
-        name: read_json(file_in(path.parent, name), advice) if (path.parent / name).exists() else {}
-        for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
-    }
+    found = {name: stated.get(name, {}) for name in _FILES}
     own = [found["tokenizer_config.json"]]
     if "added_tokens_decoder" not in own[0]:
         own.insert(0, found["special_tokens_map.json"])
     reader = _Reader(path, vocabulary)
 
-    def stated(role: str) -> tuple[int, ...]:
+    def of_generation(role: str) -> tuple[int, ...]:
         """Return the ids by which generation knows a role."""
         for name in ("generation_config.json", "config.json"):
             if ids := reader.ids(found[name].get(f"{role}_token_id"), f"{name}: {role}_token_id"):
@@ -57,8 +62,8 @@ def read_special_tokens(path: pathlib.Path, vocabulary: Mapping[str, int]) -> Sp
         values = (values.get(f"{role}_token") for values in own)
         return reader.token(next((value for value in values if value is not None), None), f"{role}_token")
 
-    bos = of_tokenizer("bos") or stated("bos") or reader.usual("bos")
-    eos = tuple(dict.fromkeys((*of_tokenizer("eos"), *stated("eos")))) or reader.usual("eos")
+    bos = of_tokenizer("bos") or of_generation("bos") or reader.usual("bos")
+    eos = tuple(dict.fromkeys((*of_tokenizer("eos"), *of_generation("eos")))) or reader.usual("eos")
     for role, ids in (("bos", bos), ("eos", eos)):
         if not ids:
             raise ConfigError(
@@ -68,7 +73,7 @@ def read_special_tokens(path: pathlib.Path, vocabulary: Mapping[str, int]) -> Sp
         raise ConfigError(
             f"{path.parent}: {len(eos)} EOS ids, and at most {_MOST_STOPS} can be matched; leave some out"
         )
-    pad = of_tokenizer("pad") or stated("pad") or reader.usual("pad") or eos
+    pad = of_tokenizer("pad") or of_generation("pad") or reader.usual("pad") or eos
     return SpecialTokens(bos[0], eos, pad[0])
 
 

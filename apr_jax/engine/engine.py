@@ -298,8 +298,7 @@ class Engine:
         return jax.device_put(sampling, replicated)
 
     def _pack(self, lanes: Any) -> PackedArrays:
-        packed: PackedArrays = self._put(pack_arrays(lanes))
-        return packed
+        return self._put(pack_arrays(lanes))
 
     def _put(self, tree: Any) -> Any:
         return jax.device_put(tree, NamedSharding(self._mesh, SHARDED))
@@ -315,5 +314,4 @@ class Engine:
 
 def _by_lane(written: Any) -> list[list[list[Any]]]:
     """Return an array `[shards, steps, L]` as lists `[shards][L][steps]`, in one call instead of one for each lane."""
-    by_lane: list[list[list[Any]]] = np.swapaxes(written, 1, 2).tolist()
-    return by_lane
+    return np.swapaxes(written, 1, 2).tolist()

@@ -87,8 +87,7 @@ class PagePerLane:
         return {"prefill": (pages, params, lanes), "prefill_write": (pages, lanes, fresh)}
 
     def __call__(self, pages: PagedKVCache, params: Any, lanes: Any) -> PagedKVCache:
-        written: PagedKVCache = self._write(pages, lanes, self._compute(pages, params, lanes))
-        return written
+        return self._write(pages, lanes, self._compute(pages, params, lanes))
 
 
 class PositionsInPlace:
@@ -123,8 +122,7 @@ class PositionsInPlace:
         return {"prefill": (pages, params, lanes)}
 
     def __call__(self, pages: PagedKVCache, params: Any, lanes: Any) -> PagedKVCache:
-        written: PagedKVCache = self._prefill(pages, params, lanes)
-        return written
+        return self._prefill(pages, params, lanes)
 
 
 def compute_pages(model: Llama, tile: HeadTile, pages: PagedKVCache, lanes: PrefillLanes) -> tuple[Block, ...]:

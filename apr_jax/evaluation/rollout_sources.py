@@ -64,9 +64,11 @@ def policy_task(folder: pathlib.Path | None, config: Config, *, is_given: bool) 
 
 
 def check_policy_folder(path: pathlib.Path, flag: str = "checkpoint") -> None:
-    """Raise ConfigError unless there is a folder `path`, or `path` is "best" in one (`load_policy`)."""
+    """Raise ConfigError unless there is a folder or GGUF file `path`, or `path` is "best" in one (`load_policy`)."""
+    if path.suffix == ".gguf" and path.exists():
+        return
     if not path.is_dir() and not (path.name == "best" and path.parent.is_dir()):
-        raise ConfigError(f"--{flag}={path}: no such folder")
+        raise ConfigError(f"--{flag}={path}: no such folder" + (" or file" if path.suffix == ".gguf" else ""))
 
 
 def newest_run(root: str | pathlib.Path) -> pathlib.Path:

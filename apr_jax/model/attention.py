@@ -107,8 +107,7 @@ def segment_starts(segment_ids_BT: jax.Array) -> jax.Array:
     """Return the time of the first token of each token's segment, int32 `[B, T]`."""
     times_1T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)[None]
     begins_BT = jnp.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)))
-    starts_BT: jax.Array = jax.lax.cummax(jnp.where(begins_BT, times_1T, 0), axis=1)
-    return starts_BT
+    return jax.lax.cummax(jnp.where(begins_BT, times_1T, 0), axis=1)
 
 
 def pad_to(x: jax.Array, length: int, axis: int = 1) -> jax.Array:

@@ -55,8 +55,7 @@ class HeldWeights:
 
     def abstract(self) -> Params:
         """Return the held weights' tree with a `jax.ShapeDtypeStruct` for each array."""
-        held: Params = jax.eval_shape(self.hold, abstract_params(self.config))
-        return held
+        return jax.eval_shape(self.hold, abstract_params(self.config))
 
     def shardings(self, mesh: Mesh) -> Params:
         """Place the held weights: split over "tensor" where they lie as trained, and whole otherwise.

@@ -59,8 +59,7 @@ class PagedAttention:
         heads, whole = partition_spec(None, TENSOR_AXIS), partition_spec()
         specs = (heads, heads, heads, heads, whole)
         mapped = jax.shard_map(self.step, in_specs=specs, out_specs=heads, axis_names=unmapped, check_vma=False)
-        attended: Attended = mapped(*arguments)
-        return attended
+        return mapped(*arguments)
 
     def step(self, q_LNH: jax.Array, k_LKH: jax.Array, v_LKH: jax.Array, pages: Block, places: Places) -> Attended:
         """Write and attend on one device, with its own heads."""

@@ -24,8 +24,7 @@ def abstract_params_on(mesh: Mesh, model: ModelConfig) -> Params:
 
 def place_params(params: Any, mesh: Mesh, model: ModelConfig) -> Params:
     """Put parameters, which every host of a job holds, on the mesh."""
-    placed: Params = hosts.place(params, model_shardings(mesh, model))
-    return placed
+    return hosts.place(params, model_shardings(mesh, model))
 
 
 def with_sharding(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -191,6 +191,11 @@ def meet(mesh: Mesh) -> None:
     """
     if jax.process_count() == 1:
         return
+    if not jax.distributed.is_initialized():
+        raise ConfigError(
+            f"this process is one of {jax.process_count()} of a TPU pod, and APR_HOSTS is not set; start it with "
+            "APR_HOSTS=auto on every host (launch/cluster/tpu_pod.sh does)"
+        )
     split = [axis for axis in AXES if mesh.shape[axis] > 1]
     for axes in (axes for count in range(1, len(split) + 1) for axes in itertools.combinations(split, count)):
         _client().wait_at_barrier(f"apr_jax_meet/{'-'.join(axes)}", _START_SECONDS * 1_000)

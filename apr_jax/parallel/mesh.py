@@ -158,8 +158,7 @@ def split_rows(x: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     constrain: Any = jax.lax.with_sharding_constraint
-    rows: jax.Array = constrain(x, partition_spec(BATCH_AXES))
-    return rows
+    return constrain(x, partition_spec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -10,6 +10,7 @@ from collections.abc import Generator
 from typing import Any
 
 from apr_jax.data.tokenizer import Tokenizer
+from apr_jax.engine.stop_strings import StopStrings
 from apr_jax.engine.threads import Append, Join, Open, Spawn, Thread, Truncate
 from apr_jax.reasoning.base import (
     Method,
@@ -20,9 +21,9 @@ from apr_jax.reasoning.base import (
     cut,
     mark_id,
     prompt_tokens,
+    read_end,
     stops_at,
     thread_text,
-    truncated_reason,
 )
 from apr_jax.reasoning.spawn_grammar import ThreadGrammar
 from apr_jax.tasks.dialect import ChildResult, Ending, Malformed, SpawnCall, SpawnDialect
@@ -90,10 +91,15 @@ def _search(
         stop = yield stops.decode(thread, thread_grammar(settings, depth, spawns, allowance))
         search.text = thread_text(tokenizer, thread, stop.excess)[inherited:]
         mark = stops.mark(stop)
-        if mark is None:
-            search.failure = Ending(None, "truncated", truncated_reason(stop))
-            return search
-        if not mark:
+        if mark is not None and mark in dialect.replaced:
+            kept = cut(tokenizer, thread, inherited + len(search.text) - len(mark))
+            assert kept is not None, "a mark is whole characters"
+            yield Truncate(thread, kept[0])
+            yield Append(thread, tokenizer.encode_continuation(kept[1] + dialect.replaced[mark], thread.tokens))
+            continue
+        if not mark and not dialect.asks_for_children(search.text, depth):
+            ending = read_end(dialect, tokenizer, thread, stop)
+            search.failure = ending if ending.status == "truncated" else None
             return search
         call = read_spawn(dialect, search.text, settings, depth, spawns, allowance)
         kept = None if isinstance(call, Malformed) else cut(tokenizer, thread, inherited + call.start)
@@ -120,9 +126,12 @@ def _search(
 def spawn_stops(dialect: SpawnDialect, tokenizer: Tokenizer, *marks: str) -> Stops:
     """Return where threads of a dialect stop: at EOS, at the end of a spawn, and at other `marks`.
 
-    They stop at the beginning of a join, too, where that is no one token which could be banned: only the engine writes
-    joins, and `read_spawn` gives such text a reason.
+    Where the dialect has text `replaced`, its spawns end with EOS, and threads stop at that text instead, however it is
+    spelt. Elsewhere they stop at the beginning of a join, too, where that is no one token which could be banned: only
+    the engine writes joins, and `read_spawn` gives such text a reason.
     """
+    if dialect.replaced:
+        return Stops(tokenizer.eos_ids, StopStrings(tuple(dialect.replaced), tokenizer.token_bytes), {})
     joins = () if mark_id(tokenizer, dialect.join_begin) is not None else (dialect.join_begin,)
     return stops_at(tokenizer, dialect.spawn_end, *marks, *joins)
 

@@ -162,14 +162,16 @@ def thread_text(tokenizer: Tokenizer, thread: Thread, excess: int = 0) -> str:
 
 
 def cut(tokenizer: Tokenizer, thread: Thread, offset: int) -> tuple[int, str] | None:
-    """Find where to truncate a thread whose text is to be kept up to its character `offset` > 0.
+    """Find where to truncate a thread whose text is to be kept up to its character `offset`.
 
-    Returns the number of its tokens that lie before the offset, whole characters all, and the text from there to the
-    offset: "" where a token begins there. Text that is no UTF-8 cannot be given as text: None.
+    Returns the number of its tokens that lie before the offset, whole characters all (at 0: its BOS tokens), and the
+    text from there to the offset: "" where a token begins there. Text that is no UTF-8 cannot be given as text: None.
     """
     decoder, done = codecs.getincrementaldecoder("utf-8")("replace"), 0
     kept, begin = 0, 0
     pieces = tokenizer.token_bytes(thread.tokens)
+    if offset == 0:
+        return next(index for index, piece in enumerate(pieces) if piece), ""
     for index, piece in enumerate([*pieces, b""]):
         if not decoder.getstate()[0]:
             if done <= offset:
@@ -182,10 +184,14 @@ def cut(tokenizer: Tokenizer, thread: Thread, offset: int) -> tuple[int, str] | 
 
 
 def read_end(dialect: ThreadDialect, tokenizer: Tokenizer, thread: Thread, stop: Stop) -> Ending:
-    """Return the ending of a thread that a stop token ended, as the dialect reads it, or that was cut off."""
-    if stop.reason is not StopReason.TOKEN:
-        return Ending(None, "truncated", truncated_reason(stop))
-    return dialect.read_ending(thread_text(tokenizer, thread))
+    """Return the ending of a thread that a stop token ended, as the dialect reads it, or that was cut off.
+
+    A dialect may read an answer out of what was cut off, too.
+    """
+    if stop.reason is StopReason.TOKEN:
+        return dialect.read_ending(thread_text(tokenizer, thread))
+    ending = dialect.read_ending(thread_text(tokenizer, thread)) if dialect.reads_cut_off else None
+    return ending if ending and ending.answer is not None else Ending(None, "truncated", truncated_reason(stop))
 
 
 def truncated_reason(stop: Stop) -> str:

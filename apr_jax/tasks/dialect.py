@@ -141,7 +141,8 @@ class SpawnDialect(ThreadDialect):
     # What a child begins from: the context that the spawn gives it (Pan et al., arXiv 2504.15466), or the whole thread
     # of its parent, after which that context then stands (ThreadWeaver, arXiv 2512.07843).
     children: ClassVar[Literal["context", "fork"]] = "context"
-    # Text that threads may not write, and what takes its place as soon as one has: both are spelt out.
+    # Text that threads may not write, and what takes its place as soon as one has, both spelt out. A dialect with such
+    # text ends its spawns with EOS.
     replaced: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @abc.abstractmethod
@@ -160,7 +161,7 @@ class SpawnDialect(ThreadDialect):
         """Return the text that takes the spawn's place: the children's results, in spawn order."""
 
     def asks_for_children(self, text: str, depth: int) -> bool:
-        """Tell whether a thread that ended with EOS asks for children; not in dialects that mark the end of a spawn."""
+        """Tell whether a thread that ended with EOS asks for children, and not at the end of a spawn that is marked."""
         del text, depth
         return False
 

@@ -53,8 +53,7 @@ class Evaluations:
         settings |= {"weights": weights_digest(params), "tokenizer": tokenizer_digest(self.tokenizer)}
         done = hosts.from_first(lambda: _read(path))
         if done is not None and done["settings"] == settings:
-            summary: dict[str, Any] = done["summary"]
-            return summary
+            return done["summary"]
         problems = load_problems(config, config.evaluation.split, config.evaluation.num_problems)
         title = f"Evaluate {stage} GRPO, temperature {temperature:g}"
         engine = self.engine.holding(params)

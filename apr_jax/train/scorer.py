@@ -127,8 +127,7 @@ def to_mesh(rows: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int | None
 
     def place(rows_BT: np.ndarray) -> jax.Array:
         shaped = rows_BT if microbatches is None else rows_BT.reshape(microbatches, -1, *rows_BT.shape[1:])
-        placed: jax.Array = hosts.place(shaped, sharding)
-        return placed
+        return hosts.place(shaped, sharding)
 
     return {name: place(rows_BT) for name, rows_BT in rows.items()}
 

@@ -49,8 +49,7 @@ def products(x: jax.Array, panels: Sequence[jax.Array], outputs: Sequence[int], 
 def rotate(x: jax.Array, angles: Angles) -> jax.Array:
     """Rotate whole heads `x [..., N H]` as `ops.apply_rope`; `angles` are `[..., 1, H/2]`."""
     cos, sin = (jnp.squeeze(each, -2) for each in angles)
-    out: jax.Array = build.call("apr_rotate", _array(x.shape, x.dtype), vmap_method="broadcast_all")(x, cos, sin)
-    return out
+    return build.call("apr_rotate", _array(x.shape, x.dtype), vmap_method="broadcast_all")(x, cos, sin)
 
 
 def draw(
@@ -139,15 +138,13 @@ def outer(x_MD: jax.Array, y_MF: jax.Array) -> jax.Array:
         x_MD, y_MF: float32, D and F multiples of 16.
     """
     shape = _float32(x_MD.shape[1], y_MF.shape[1])
-    out_DF: jax.Array = build.call("apr_outer", shape, vmap_method="sequential")(x_MD, y_MF, threads=build.threads())
-    return out_DF
+    return build.call("apr_outer", shape, vmap_method="sequential")(x_MD, y_MF, threads=build.threads())
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """Compute `silu(gate) * up`, elementwise."""
     call = build.call("apr_swiglu", _array(gate.shape, gate.dtype), vmap_method="broadcast_all")
-    out: jax.Array = call(gate, up, threads=build.threads())
-    return out
+    return call(gate, up, threads=build.threads())
 
 
 def swiglu_backward(gate: jax.Array, up: jax.Array, dout: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -162,8 +159,7 @@ def swiglu_backward(gate: jax.Array, up: jax.Array, dout: jax.Array) -> tuple[ja
 def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     """Compute RMSNorm of each row of `x [..., D]`, float32 or bfloat16, with a float32 scale."""
     call = build.call("apr_rms_norm", _array(x.shape, x.dtype), vmap_method="expand_dims")
-    out: jax.Array = call(x, scale_D, threads=build.threads(), eps=np.float32(eps))
-    return out
+    return call(x, scale_D, threads=build.threads(), eps=np.float32(eps))
 
 
 def rms_norm_backward(

@@ -5,7 +5,7 @@ each of the parts between two products. Training activations have their rows spl
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -47,7 +47,7 @@ def rope(x_BTNH: jax.Array, angles: Angles) -> jax.Array:
 
 def norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
     """Compute `ops.rms_norm`, whose backward pass adds up both gradients at once."""
-    return over_mesh(functools.partial(_normed, eps), (_ROWS, _WHOLE), (_ROWS, _ROWS))(split_rows(x_BTD), scale_D)
+    return over_mesh(_normed(eps), (_ROWS, _WHOLE), (_ROWS, _ROWS))(split_rows(x_BTD), scale_D)
 
 
 TRAINING = Ops(matmul=matmul, logits=ops.logits, norm=norm, rope=rope, swiglu=swiglu, draw=ops.draw, hold=ops.hold)
@@ -80,72 +80,37 @@ def _decoding(paired: bool) -> Ops:
 DECODING = {"float32": _decoding(paired=False), "bfloat16": _decoding(paired=True)}
 
 
-@jax.custom_vjp
-def _multiplied(x_BTD: jax.Array, matrix_DF: jax.Array) -> jax.Array:
-    return ops.product(x_BTD, matrix_DF)
+def _with_gradient(compute: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `compute`, whose gradient is `backward(*inputs, gradient of the output)`."""
+    function = jax.custom_vjp(compute)
+    function.defvjp(lambda *inputs: (compute(*inputs), inputs), lambda inputs, dout: backward(*inputs, dout))
+    return function
 
 
-def _multiplied_forward(x_BTD: jax.Array, matrix_DF: jax.Array) -> tuple[jax.Array, Any]:
-    return ops.product(x_BTD, matrix_DF), (x_BTD, matrix_DF)
-
-
-def _multiplied_backward(saved: Any, dout_BTF: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x_BTD, matrix_DF = saved
+def _multiplied_backward(x_BTD: jax.Array, matrix_DF: jax.Array, dout_BTF: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_MD, dout_MF = (x.reshape(-1, x.shape[-1]) for x in (x_BTD, dout_BTF))
     return ops.product(dout_BTF, matrix_DF.T), bindings.outer(x_MD, dout_MF)
 
 
-_multiplied.defvjp(_multiplied_forward, _multiplied_backward)
-
-
-@jax.custom_vjp
-def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-    return bindings.swiglu(gate, up)
-
-
-def _gated_forward(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, Any]:
-    return bindings.swiglu(gate, up), (gate, up)
-
-
-def _gated_backward(saved: Any, dout: jax.Array) -> tuple[jax.Array, jax.Array]:
-    gate, up = saved
-    return bindings.swiglu_backward(gate, up, dout)
-
-
-_gated.defvjp(_gated_forward, _gated_backward)
-
-
-@jax.custom_vjp
-def _rotated(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def _rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     flat = bindings.rotate(x_BTNH.reshape(*x_BTNH.shape[:2], -1), (cos, sin))
     return flat.reshape(x_BTNH.shape)
 
 
-def _rotated_forward(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, Any]:
-    return _rotated(x_BTNH, cos, sin), (cos, sin)
+def _rotate_back(
+    x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array, dout_BTNH: jax.Array
+) -> tuple[jax.Array, None, None]:
+    return _rotate(dout_BTNH, cos, -sin), None, None  # angles come from positions: they have no gradient
 
 
-def _rotated_backward(saved: Any, dout_BTNH: jax.Array) -> tuple[jax.Array, None, None]:
-    cos, sin = saved
-    return _rotated(dout_BTNH, cos, -sin), None, None  # angles come from positions: they have no gradient
+def _normed(eps: float) -> Callable[..., Any]:
+    def backward(x: jax.Array, scale_D: jax.Array, douts: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        given, dout = douts
+        return bindings.rms_norm_backward(x, scale_D, dout, given, eps)
+
+    return _with_gradient(lambda x, scale_D: (x, bindings.rms_norm(x, scale_D, eps)), backward)
 
 
-_rotated.defvjp(_rotated_forward, _rotated_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _normed(eps: float, x: jax.Array, scale_D: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return x, bindings.rms_norm(x, scale_D, eps)
-
-
-def _normed_forward(eps: float, x: jax.Array, scale_D: jax.Array) -> tuple[Any, Any]:
-    return _normed(eps, x, scale_D), (x, scale_D)
-
-
-def _normed_backward(eps: float, saved: Any, douts: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    x, scale_D = saved
-    given, dout = douts
-    return bindings.rms_norm_backward(x, scale_D, dout, given, eps)
-
-
-_normed.defvjp(_normed_forward, _normed_backward)
+_multiplied = _with_gradient(ops.product, _multiplied_backward)
+_gated = _with_gradient(bindings.swiglu, bindings.swiglu_backward)
+_rotated = _with_gradient(_rotate, _rotate_back)

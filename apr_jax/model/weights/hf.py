@@ -17,7 +17,7 @@ from apr_jax.files import write_json
 from apr_jax.model.params import Params, abstract_params
 from apr_jax.model.weights.errors import HuggingFaceError
 from apr_jax.model.weights.hf_config import TRAINED, read_config, write_config
-from apr_jax.model.weights.tensors import Tensor, open_tensors, read_own_json, save_tensors
+from apr_jax.model.weights.tensors import Tensor, Tensors, open_tensors, read_own_json, save_tensors
 
 _TOP_LEVEL = {
     "embedding": "model.embed_tokens.weight",
@@ -74,7 +74,7 @@ def load_hf(
         config = read_config(values, compute_dtype=compute_dtype, attention=attention, remat=remat)
     except (HuggingFaceError, ConfigError, TypeError, ValueError) as error:
         raise HuggingFaceError(f"{folder}: {error}") from error
-    return config, _load_params(folder, config)
+    return config, load_params(folder, open_tensors(folder), config, "config.json")
 
 
 def save_hf(
@@ -97,27 +97,39 @@ def save_hf(
     (folder / TRAINED).unlink(missing_ok=True)  # of a policy that was here before
     if trained is not None:
         write_json(folder / TRAINED, trained)
+    save_tensors(folder, hf_tensors(params))
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+def hf_tensors(params: Params) -> dict[str, np.ndarray]:
+    """Return the weights by Hugging Face's names, each as Hugging Face stores it."""
     tensors = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name, transposed = _hf_name(path)
         array = np.asarray(leaf)
         tensors[name] = np.ascontiguousarray(array.T if transposed else array)
-    save_tensors(folder, tensors)
-    if tokenizer is not None:
-        tokenizer.save(folder)
+    return tensors
 
 
 def _special_tokens(tokenizer: SavableTokenizer) -> dict[str, int]:
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
 
 
-def _load_params(folder: pathlib.Path, config: ModelConfig) -> Params:
-    """Read the weights, after the files' headers have shown that they fit: no size is believed before."""
-    tensors = open_tensors(folder)
+def load_params(place: pathlib.Path, tensors: Tensors, config: ModelConfig, stated: str) -> Params:
+    """Read the weights, after the files' headers have shown that they fit: no size is believed before.
+
+    Args:
+        place: the folder or file that holds them, for messages.
+        tensors: by Hugging Face's names.
+        stated: what states their shapes, for messages.
+    Raises:
+        HuggingFaceError: one is missing, unexpected, or of the wrong shape or type.
+    """
     deepest = f"model.layers.{config.num_layers - 1}.input_layernorm.weight"
     if deepest not in tensors:
         raise HuggingFaceError(
-            f"{folder}: tensor {deepest} is missing; config.json says num_hidden_layers={config.num_layers}"
+            f"{place}: tensor {deepest} is missing; {stated} says num_hidden_layers={config.num_layers}"
         )
     abstract = abstract_params(config)
     head, tied = _TOP_LEVEL["head"], config.tie_embeddings
@@ -129,14 +141,14 @@ def _load_params(folder: pathlib.Path, config: ModelConfig) -> Params:
         expected[head] = expected[_TOP_LEVEL["embedding"]]
     unexpected = sorted(name for name in tensors.keys() - expected.keys() if not name.endswith("rotary_emb.inv_freq"))
     if unexpected:
-        raise HuggingFaceError(f"{folder}: tensor {unexpected[0]} has no place in this model ({len(unexpected)} such)")
+        raise HuggingFaceError(f"{place}: tensor {unexpected[0]} has no place in this model ({len(unexpected)} such)")
     for name, shape in expected.items():
-        _check_header(folder, name, tensors.get(name), shape)
+        _check_header(place, name, tensors.get(name), shape, stated)
 
     def read(name: str) -> jax.Array:
         array = tensors[name].read().astype(jnp.float32)
         if not jnp.isfinite(array).all():
-            raise HuggingFaceError(f"{folder}: tensor {name} holds NaN or infinity as float32; fetch the file again")
+            raise HuggingFaceError(f"{place}: tensor {name} holds NaN or infinity as float32; fetch the file again")
         return array
 
     def load(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -148,22 +160,22 @@ def _load_params(folder: pathlib.Path, config: ModelConfig) -> Params:
         embedding: Any = params["embedding"][...]
         if not jnp.array_equal(read(head), embedding):
             raise HuggingFaceError(
-                f"{folder}: config.json says tie_word_embeddings=true, and {head} differs from "
+                f"{place}: {stated} says tie_word_embeddings=true, and {head} differs from "
                 f"{_TOP_LEVEL['embedding']}; set tie_word_embeddings to false to use both"
             )
     return params
 
 
-def _check_header(folder: pathlib.Path, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+def _check_header(place: pathlib.Path, name: str, tensor: Tensor | None, shape: tuple[int, ...], stated: str) -> None:
     if tensor is None:
-        raise HuggingFaceError(f"{folder}: tensor {name} is missing; fetch the folder again")
+        raise HuggingFaceError(f"{place}: tensor {name} is missing; fetch the folder again")
     if tensor.shape != shape:
         raise HuggingFaceError(
-            f"{folder}: tensor {name} has shape {tensor.shape}, and config.json says {shape}; fetch both again"
+            f"{place}: tensor {name} has shape {tensor.shape}, and {stated} says {shape}; fetch both again"
         )
     if not tensor.is_float:
         raise HuggingFaceError(
-            f"{folder}: tensor {name} holds {tensor.type_name}, not floating-point numbers; save the model in bfloat16"
+            f"{place}: tensor {name} holds {tensor.type_name}, not floating-point numbers; save the model in bfloat16"
         )
 
 

@@ -40,6 +40,9 @@ class ReferenceCountdown(Countdown):
         """Return the answer as an expression where the strict verifier finds it right, else as it was written."""
         return rules.express(answer, problem) if rules.verify(answer, problem).correct else answer
 
+    def handed_back(self, text: str) -> str | None:
+        return reading.read_result(text)
+
     def sampler(self, config: Config, split: Split | None) -> Callable[[random.Random], Problem]:
         """Return what draws a problem; one of `task.traces` for train, where that names a file."""
         assert isinstance(config.task, ReferenceConfig)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from apr_jax.evaluation.report.browser import NoBrowserError, chromium, take_pictures
+from apr_jax.bench.browser import NoBrowserError, chromium, take_pictures
 from apr_jax.evaluation.report.comparison_report import write_comparison
 from apr_jax.evaluation.report.run_report import pick_rollouts, write_report
 from apr_jax.evaluation.run import save_rollouts
