@@ -135,6 +135,9 @@ class DataConfig(Section, path="data"):
     directory: str
     method: str  # the way of reasoning that is demonstrated and trained, in `apr_jax.reasoning.METHODS`
     tokenizer: str  # "builtin", or the path of a Hugging Face tokenizer.json
+    add_marker_tokens: bool  # add the task's marks of spawns and joins to a tokenizer.json that lacks them as tokens
+    encoding: Literal["lines", "whole"]  # what is encoded on its own: each line, or the whole text of a thread
+    bos: Literal["auto", "none", "once", "twice"]  # before a prompt; auto: as the tokenizer says
     num_train: Count  # problems
     num_validation: Count
     num_test: Count

@@ -79,12 +79,12 @@ def _measure(config: Config, lanes: tuple[int, ...], peer_lanes: tuple[int, ...]
 
 def _replays(config: Config, params: Any) -> dict[str, Any]:
     from apr_jax.bench.replay import benchmark_replays, make_replays, show
-    from apr_jax.data.tokenizer import load_tokenizer
+    from apr_jax.data.tokenizer import config_tokenizer
     from apr_jax.engine.engine import Engine
     from apr_jax.evaluation.run import ShownProgress
     from apr_jax.parallel.mesh import make_mesh
 
-    replays = make_replays(config, load_tokenizer(config.data.tokenizer), _PROBLEMS.value)
+    replays = make_replays(config, config_tokenizer(config), _PROBLEMS.value)
     mesh = make_mesh(config.mesh)
     engine = Engine(config.model, config.engine, config.rollout, mesh, params=params, banned_tokens=())
     print(f"engine memory: {engine.memory}", flush=True)

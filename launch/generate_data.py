@@ -40,7 +40,7 @@ def main() -> None:
 def _measure(config: Config) -> None:
     dialects = task_of(config).dialects
     methods = [name for name in _NAMES if name in dialects] or [config.data.method]
-    count_tokens = token_counter(config.data.tokenizer)
+    count_tokens = token_counter(config)
     lengths: list[tuple[int, int]] = []
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(open(_OUTPUT.value, "w", encoding="utf-8")) if _OUTPUT.value else None

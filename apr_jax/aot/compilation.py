@@ -22,7 +22,7 @@ from apr_jax.aot.peaks import Cost, Estimate, Peaks
 from apr_jax.bench.roofline import StepCost
 from apr_jax.config import Config, MeshConfig, ModelConfig
 from apr_jax.data.packing import pack
-from apr_jax.data.tokenizer import load_tokenizer
+from apr_jax.data.tokenizer import config_tokenizer
 from apr_jax.engine.lanes import DecodeLanes, PrefillLanes
 from apr_jax.engine.plan import EnginePlan
 from apr_jax.engine.sharded import PAGES, SHARDED
@@ -92,7 +92,7 @@ def _training_programs(
     model, sft = config.model, config.sft
     sft_optimizer = make_optimizer(sft.optimizer, sft.num_steps)
     rate = schedule(sft.optimizer, sft.num_steps, sft.optimizer.learning_rate)
-    updater = Updater(config, mesh, load_tokenizer(config.data.tokenizer))
+    updater = Updater(config, mesh, config_tokenizer(config))
     programs = updater.programs()
     gradients, update = programs["grpo_gradients"], programs["grpo_update"]
     state, params, _ = update[1]

@@ -59,7 +59,7 @@ def probe_arithmetic(
     Returns: shares by "all", by operator ("+"), and by operator and size of the larger operand ("+ to 99").
     """
     calls = tokenize_calls(demonstrations, tokenizer, row_len=model.max_seq_len)
-    weights = LossWeights(1.0, False, tokenizer.join_begin_id)
+    weights = LossWeights(1.0, False, tokenizer.join_ids)
     sequences = [calls.sequence(index, weights) for index in range(len(calls))]
     packing = pack(sequences, model.max_seq_len)
     top_BT = _top(_make_score(model, mesh), params, mesh, pad_rows(packing.rows, rows_a_batch), rows_a_batch)

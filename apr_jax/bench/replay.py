@@ -43,7 +43,7 @@ def read_calls(demonstration: Demonstration, tokenizer: Tokenizer) -> list[Repla
         spawn = ADAPTIVE.read_spawn(call.context + call.completion)
         spawned = len(spawn.contexts) if isinstance(spawn, SpawnCall) else 0
         return ReplayedCall(
-            context=[tokenizer.bos_id, *tokenizer.encode(call.context)],
+            context=tokenizer.encode_prompt(call.context),
             tokens=[*tokenizer.encode(call.completion), *end],
             children=tuple(read(next(children)) for _ in range(spawned)),
         )

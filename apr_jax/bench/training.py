@@ -23,7 +23,7 @@ from apr_jax.bench.replay import make_replays, replay
 from apr_jax.bench.training_peers import Peer, PeerError
 from apr_jax.config import Config, OptimizerConfig
 from apr_jax.data.pipeline import train_iterator
-from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
+from apr_jax.data.tokenizer import Tokenizer, config_tokenizer
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import Decode, Open, Program, RolloutKey
 from apr_jax.model.params import Params, init_params, num_params
@@ -154,7 +154,7 @@ def benchmark_sft(config: Config, mesh: Mesh, session: Session) -> dict[str, Any
 
     The learning rate is constant, so losses should agree step by step; `same_model` is true where they do.
     """
-    batches = packed_rows(config, load_tokenizer(config.data.tokenizer), _SFT_STEPS)
+    batches = packed_rows(config, config_tokenizer(config), _SFT_STEPS)
     params = init_params(config.model, config.seed)
     adamw = dataclasses.replace(config.sft.optimizer, name="adamw", schedule="constant", warmup_steps=0)
     own = dataclasses.replace(adamw, name=config.sft.optimizer.name)
@@ -205,7 +205,7 @@ def benchmark_grpo(config: Config, mesh: Mesh, session: Session) -> dict[str, An
     children threads of their own. Another, like TRL, writes each rollout as one thread of as many tokens. Rewards
     alternate between 0 and 1 and there is no reference policy, so one update learns from every rollout.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = config_tokenizer(config)
     params = init_params(config.model, config.seed)
     searches = make_replays(config, tokenizer, config.grpo.prompts_per_step)
     lengths = [

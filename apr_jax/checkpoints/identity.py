@@ -19,17 +19,21 @@ from apr_jax.checkpoints.integrity import CheckpointError, read_meta
 from apr_jax.checkpoints.phases import PHASES, PhaseName
 from apr_jax.config import ConfigError, ModelConfig
 from apr_jax.config_dict import read_model
-from apr_jax.data.tokenizer import load_tokenizer, tokenizer_digest
+from apr_jax.data.tokenizer import AS_IS, Spelling, load_tokenizer, tokenizer_digest
 from apr_jax.files import file_in, read_json
 from apr_jax.gguf_file import gguf_in, gguf_with_tokenizer, open_gguf, read_gguf_trained
 from apr_jax.model.weights.hf_config import TRAINED, read_config
+from apr_jax.tasks import TASKS
 
 POLICY = "policy"  # the item of a checkpoint that holds the model's parameters
 TOKENIZER = "tokenizer"  # its folder with the tokenizer's files
 AUTO = "auto"  # as the value of a field: the policy's own
 
 # Fields that decide how prompts and threads read, and so what a policy's weights mean.
-_MEANING = ("task.name", "task.context_windows", "data.method", "data.condition_on_budget")
+_MEANING = (
+    *("task.name", "task.context_windows", "data.method", "data.condition_on_budget"),
+    *("data.add_marker_tokens", "data.encoding", "data.bos"),
+)
 # Fields of ModelConfig that must agree for weights to fit. The rest may change from one run to the next.
 WEIGHT_FIELDS = (
     *("family", "vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim"),
@@ -112,17 +116,22 @@ def own_tokenizer(path: pathlib.Path, config: Mapping[str, Any] | None) -> str |
     return named if is_there else None
 
 
-def same_tokenizer(one: str, other: str) -> bool:
-    """Return True if two tokenizers make the same ids of the same text, with the same special tokens."""
-    return one == other or tokenizer_digest(load_tokenizer(one)) == tokenizer_digest(load_tokenizer(other))
+def same_tokenizer(one: str, other: str, spelling: Spelling = AS_IS) -> bool:
+    """Return True if two tokenizers make the same ids of the same text, with the same special tokens.
+
+    Markers that `spelling` adds to a tokenizer make no difference: one of the two may have them already.
+    """
+    digests = (tokenizer_digest(load_tokenizer(each, spelling)) for each in (one, other))
+    return one == other or next(digests) == next(digests)
 
 
-def agreed_tokenizer(path: pathlib.Path, own: str | None, asked: str | None) -> str:
+def agreed_tokenizer(path: pathlib.Path, own: str | None, asked: str | None, spelling: Spelling = AS_IS) -> str:
     """Return the tokenizer of the policy at `path`, as `load_tokenizer` takes it.
 
     Args:
       own: what the policy's folder brings.
       asked: what the user names; None or "auto" for the policy's own.
+      spelling: of the configuration that it is loaded for.
     Raises: ConfigError where they differ, or neither is there.
     """
     asked = None if asked == AUTO else asked
@@ -133,7 +142,7 @@ def agreed_tokenizer(path: pathlib.Path, own: str | None, asked: str | None) -> 
         )
     if own is None or asked is None:
         return str(own or asked)
-    if not same_tokenizer(own, asked):
+    if not same_tokenizer(own, asked, spelling):
         raise ConfigError(
             f"the policy of {path} has the tokenizer {own}, and data.tokenizer={asked} is another; "
             "--config.data.tokenizer=auto takes the policy's"
@@ -165,6 +174,10 @@ def with_auto(values: dict[str, Any], path: pathlib.Path | None) -> dict[str, An
     if "model.family" in wanted:
         own = dataclasses.asdict(_model_of(found))
         model |= {field: own[field] for field in WEIGHT_FIELDS}
+        if data["add_marker_tokens"] and data["tokenizer"] != "builtin":
+            markers = TASKS[task["name"]].marks
+            tokenizer = load_tokenizer(data["tokenizer"], Spelling(markers=markers))
+            model["vocab_size"] = max(model["vocab_size"], tokenizer.vocab_size)
     if wanted & {"data.method", "task.name"} and saved is None:
         raise ConfigError(f"{path} does not say which method and task its policy was trained for: name them")
     if saved is not None and "data.method" in wanted:
@@ -193,8 +206,13 @@ def check_meaning(name: str, saved: Mapping[str, Any] | None, now: Mapping[str, 
         raise ConfigError(f"{name} was trained for something else:\n" + "\n".join(lines) + f"\n{advice}")
 
 
-def check_model(path: pathlib.Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raise ConfigError where weights of the policy at `path` are another model's, with each field that differs."""
+def check_model(path: pathlib.Path, there: Mapping[str, Any], here: Mapping[str, Any], *, grows: bool = False) -> None:
+    """Raise ConfigError where weights of the policy at `path` are another model's, with each field that differs.
+
+    Where the vocabulary `grows`, that of `here` may be larger.
+    """
+    if grows and here["vocab_size"] > there["vocab_size"]:
+        here = {**here, "vocab_size": there["vocab_size"]}
     lines = [
         f"  model.{name}: {there[name]!r} there, {here[name]!r} here"
         for name in WEIGHT_FIELDS

@@ -26,7 +26,7 @@ from apr_jax.checkpoints.resume_check import check_same
 from apr_jax.checkpoints.trees import flatten, unflatten
 from apr_jax.config import Config, ConfigError
 from apr_jax.config_dict import to_dict
-from apr_jax.data.tokenizer import load_tokenizer
+from apr_jax.data.tokenizer import Spelling, config_tokenizer
 from apr_jax.files import naming
 from apr_jax.parallel import hosts
 
@@ -56,7 +56,7 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path, phase: PhaseName, config: Config) -> None:
         self.phase, self._config = phase, config
-        self._tokenizer = load_tokenizer(config.data.tokenizer)
+        self._tokenizer = config_tokenizer(config)
         self.directory = (workdir / "checkpoints" / phase).absolute()
 
     @functools.cached_property
@@ -186,11 +186,14 @@ class Checkpoints:
                 check_files(folder)
                 meta = read_meta(folder)
                 check_same(meta, to_dict(self._config), self.phase, str(folder))
-                agreed_tokenizer(folder, own_tokenizer(folder, meta["config"]), self._config.data.tokenizer)
-            except ConfigError as error:
-                found.foreign[step] = str(error)
-            except CheckpointError as error:
-                found.damaged[step] = str(error)
+                agreed_tokenizer(
+                    folder,
+                    own_tokenizer(folder, meta["config"]),
+                    self._config.data.tokenizer,
+                    Spelling.of(self._config),
+                )
+            except (ConfigError, CheckpointError) as error:
+                unusable[step] = _Problem(isinstance(error, ConfigError), str(error))
             else:
                 return dataclasses.replace(found, step=step)
         return found

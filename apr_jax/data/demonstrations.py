@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from apr_jax.config import Config
+from apr_jax.config import Config, DataConfig
 from apr_jax.data.tokenizer import token_counter
 from apr_jax.files import FileError
 from apr_jax.tasks import task_of
@@ -30,7 +30,8 @@ from apr_jax.tasks.dialect import Dialect
 from apr_jax.tasks.generation import draw_splits, generate_split
 
 # Fields of DataConfig that say where the data lie or how they are used later, not what they are.
-_NOT_IN_FINGERPRINT = ("directory", "num_workers", "tokenizer", "replay_weight", "loss_on_context", "facts_share")
+_SPELLING = ("tokenizer", "add_marker_tokens", "encoding", "bos")
+_NOT_IN_FINGERPRINT = ("directory", "num_workers", "replay_weight", "loss_on_context", "facts_share", *_SPELLING)
 
 
 class DatasetError(FileError):
@@ -94,7 +95,7 @@ class Demonstrations(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: Split) -> Iterator[tuple[int, dict[str, Any]]]:
         config, on_progress = self.builder_config.config, self.builder_config.on_progress
         total, task = split_size(config.data, split), task_of(config)
-        count_tokens = token_counter(config.data.tokenizer)
+        count_tokens = token_counter(config)
         for index, demonstration in enumerate(generate_split(config, split, count_tokens)):
             yield index, _to_example(task, index, demonstration)
             if on_progress is not None:
@@ -138,7 +139,7 @@ def fingerprint(config: Config) -> str:
     values = {key: value for key, value in dataclasses.asdict(data).items() if key not in _NOT_IN_FINGERPRINT}
     dialect = task_of(config).dialect(data.method, Dialect)
     if dialect.counts_tokens(config.task, budget=data.condition_on_budget):
-        values["tokenizer"] = _tokenizer_fingerprint(data.tokenizer)  # what is counted is its tokens
+        values["tokenizer"] = _tokenizer_fingerprint(data)  # what is counted is its tokens
     values["files"] = [hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest() for file in config.task.files]
     settings = {"task": dataclasses.asdict(config.task), "data": values, "seed": config.seed}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
@@ -223,10 +224,11 @@ def _from_example(task: Task, example: dict[str, Any]) -> Demonstration:
     )
 
 
-def _tokenizer_fingerprint(spec: str) -> str:
-    if spec == "builtin":
-        return spec
-    return hashlib.sha256(pathlib.Path(spec).read_bytes()).hexdigest()
+def _tokenizer_fingerprint(data: DataConfig) -> Any:
+    if data.tokenizer == "builtin":
+        return data.tokenizer
+    content = hashlib.sha256(pathlib.Path(data.tokenizer).read_bytes()).hexdigest()
+    return [content, data.add_marker_tokens, data.encoding]
 
 
 def _broken(folder: pathlib.Path, what: str) -> DatasetError:

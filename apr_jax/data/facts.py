@@ -47,7 +47,8 @@ class Facts(Sequence[Sequence1D]):
         tokens, weights = [self._tokenizer.bos_id], [0.0]
         for _ in range(FACTS_A_SEQUENCE):
             asked, result = self._task.draw_fact(rng, self._section)
-            given, learnt = self._tokenizer.encode(asked), self._tokenizer.encode(f"{result}\n")
+            given = self._tokenizer.encode_continuation(asked, tokens)
+            learnt = self._tokenizer.encode_continuation(f"{result}\n", [*tokens, *given])
             if len(tokens) + len(given) + len(learnt) > self._row_len + 1:
                 break
             tokens += given + learnt

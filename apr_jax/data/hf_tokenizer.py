@@ -12,14 +12,13 @@ import tokenizers
 
 from apr_jax.config import ConfigError
 from apr_jax.data.special_tokens import Stated, read_special_tokens, stated_beside
-from apr_jax.data.tokenizer import save_files
+from apr_jax.data.tokenizer import AS_IS, Spelling, save_files
 from apr_jax.files import FileError, file_in
 from apr_jax.gguf_file import open_gguf
-from apr_jax.tasks.dialect import CALL_BEGIN, CALL_END, JOIN_BEGIN
 
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _CACHED_LINES = 1 << 16
-# Text is cut after one of these as it is where a line has begun. They are tried in turn: none may be merged with it.
+# Text that goes on is cut as after one of these. They are tried in turn, until one is not merged with the text.
 _ANCHORS = ("\n", "a", "1", ".", " ")
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
@@ -35,13 +34,9 @@ _BYTE_OF = _byte_characters()
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer.json, encoded and decoded line by line so that no token spans a newline.
+    """A tokenizer.json. BOS, EOS and pad are those that the files beside it state (`special_tokens`)."""
 
-    The start and the end of a spawn and the start of a join are added as special tokens where the vocabulary lacks
-    them. BOS, EOS and pad are those that the files beside it state (`special_tokens`).
-    """
-
-    def __init__(self, path: str | pathlib.Path) -> None:
+    def __init__(self, path: str | pathlib.Path, spelling: Spelling = AS_IS) -> None:
         """Load the file at `path`.
 
         Raises:
@@ -55,38 +50,47 @@ class HuggingFaceTokenizer:
         self._tokenizer, stated = _load_gguf(path) if path.suffix == ".gguf" else (_load(path), stated_beside(path))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        absent = [
-            phrase for phrase in (CALL_END, JOIN_BEGIN, CALL_BEGIN) if self._tokenizer.token_to_id(phrase) is None
-        ]
-        self._tokenizer.add_special_tokens(
-            [tokenizers.AddedToken(phrase, normalized=False, special=True) for phrase in absent]
-        )
+        absent = [mark for mark in spelling.markers if self._tokenizer.token_to_id(mark) is None]
+        added = [tokenizers.AddedToken(mark, normalized=False, special=True) for mark in absent]
+        self._tokenizer.add_special_tokens(added)
+        self._added = {*self._tokenizer.get_added_tokens_decoder()}
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         special = read_special_tokens(path, vocabulary, stated)
         self.bos_id, self.eos_ids, self.pad_id = special
         self.eos_id = self.eos_ids[0]
-        self.call_begin_id: int = vocabulary[CALL_BEGIN]
-        self.call_end_id: int = vocabulary[CALL_END]
-        self.join_begin_id: int = vocabulary[JOIN_BEGIN]
         self._control = {self.pad_id, self.bos_id, *self.eos_ids}
-        self._ids_of_line: Callable[[str], tuple[int, ...]] = functools.lru_cache(_CACHED_LINES)(self._encode_line)
+        self._ids_of_line: Callable[[str], tuple[int, ...]] = functools.lru_cache(_CACHED_LINES)(self._encode_checked)
         self._continue: Callable[[str], list[int]] = functools.lru_cache(_CACHED_LINES)(self._encode_after_text)
         self._piece: Callable[[int, bool], bytes] = functools.cache(self._spell)
         decoder = json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
         self._decoders = {*re.findall(r'"type": "(\w+)"', decoder)}
+        self._by_line = spelling.encoding == "lines"
+        self.num_bos = self._count_bos(stated)
+        self._begin = [self.bos_id] * (self.num_bos if spelling.num_bos is None else spelling.num_bos)
+        self.join_ids = tuple(index for join in spelling.joins if (index := self.mark_id(join)) is not None)
 
     def encode(self, text: str) -> list[int]:
+        if not self._by_line:
+            return list(self._encode_checked(text))
         ids: list[int] = []
         for line in _LINE.findall(text):
             ids += self._ids_of_line(line)
         return ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        return [*self._begin, *self.encode(text)]
+
     def encode_continuation(self, text: str, before: Sequence[int]) -> list[int]:
-        if self._begins_line(before):
+        if self._begins(before):
             return self.encode(text)
-        line, newline, rest = text.partition("\n")
+        line, newline, rest = text.partition("\n") if self._by_line else (text, "", "")
         return [*self._continue(line + newline), *self.encode(rest)]
+
+    def mark_id(self, mark: str) -> int | None:
+        index: int | None = self._tokenizer.token_to_id(mark)
+        is_one = index in self._added or isinstance(self._tokenizer.model, tokenizers.models.WordLevel)
+        return index if is_one else None
 
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join(self.token_bytes(ids)).decode(errors="replace")
@@ -99,26 +103,27 @@ class HuggingFaceTokenizer:
         return texts
 
     def token_bytes(self, ids: Sequence[int], before: Sequence[int] = ()) -> list[bytes]:
-        first, pieces = self._begins_line(before), []
+        first, pieces = self._begins(before), []
         for index in ids:
             if not 0 <= index < self.vocab_size:
                 raise ValueError(f"token id {index} lies outside the vocabulary of {self.vocab_size}")
             pieces.append(self._piece(index, first))
             if index not in self._control:
-                first = pieces[-1].endswith(b"\n")
+                first = self._by_line and pieces[-1].endswith(b"\n")
         return pieces
 
     def save(self, folder: str | pathlib.Path) -> None:
         save_files(json.loads(self._tokenizer.to_str()), folder, self, self._tokenizer.id_to_token)
 
-    def _encode_line(self, line: str) -> tuple[int, ...]:
-        ids = tuple(self._tokenizer.encode(line, add_special_tokens=False).ids)
-        if self.decode(ids) != line:
-            raise ValueError(f"the tokenizer does not give back the line {line!r}, but {self.decode(ids)!r}")
+    def _encode_checked(self, text: str) -> tuple[int, ...]:
+        ids = tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        if self.decode(ids) != text:
+            what = "line" if self._by_line else "text"
+            raise ValueError(f"the tokenizer does not give back the {what} {text!r}, but {self.decode(ids)!r}")
         return ids
 
     def _encode_after_text(self, text: str) -> list[int]:
-        """Return ids that write `text` where a line has begun, cut as after one of `_ANCHORS`."""
+        """Return ids that write `text` after other text, cut as after one of `_ANCHORS`."""
         for anchor in _ANCHORS:
             ids = self._tokenizer.encode(anchor + text, add_special_tokens=False).ids
             pieces = [self._piece(index, place == 0) for place, index in enumerate(ids)]
@@ -128,13 +133,20 @@ class HuggingFaceTokenizer:
                 return ids[count:]
         raise ValueError(f"the tokenizer cannot write {text!r} after other text")
 
-    def _begins_line(self, before: Sequence[int]) -> bool:
-        """Tell whether what follows these tokens begins a line, or the whole text."""
+    def _begins(self, before: Sequence[int]) -> bool:
+        """Tell whether what follows these tokens begins a text that is encoded on its own."""
         last = next((index for index in reversed(before) if index not in self._control), None)
-        return last is None or self._piece(last, False).endswith(b"\n")
+        return last is None or (self._by_line and self._piece(last, False).endswith(b"\n"))
+
+    def _count_bos(self, stated: Stated) -> int:
+        """Count the BOS that the tokenizer puts before a text. One that nothing is said of puts one."""
+        config = stated.get("tokenizer_config.json")
+        said = None if config is None else config.get("add_bos_token")
+        own: list[int] = self._tokenizer.encode("").ids
+        return int(bool(said) if said is not None else own[:1] == [self.bos_id] or config is None)
 
     def _spell(self, index: int, first: bool) -> bytes:
-        """Return a token's UTF-8, where it is the first of a line or not."""
+        """Return a token's UTF-8, where it is the first of a text or not."""
         token = self._tokenizer.id_to_token(index)
         if token is None or index in self._control:
             return b""

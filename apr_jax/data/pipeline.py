@@ -98,7 +98,7 @@ def train_iterator(
     seed %= 1 << 32  # what Grain and NumPy take
     tokenize = _tokenizing(shares_cache=shares_cache)
     calls = tokenize(_shard(source, shard_index, shard_count), tokenizer, row_len=row_len)
-    weights = LossWeights(replay_weight, loss_on_context, tokenizer.join_begin_id)
+    weights = LossWeights(replay_weight, loss_on_context, tokenizer.join_ids)
     facts = make_facts(int(calls.lengths.sum())) if make_facts is not None else ()
     sequences: grain.MapDataset[Sequence1D] = (
         grain.MapDataset.range(len(calls) + len(facts))
@@ -135,7 +135,7 @@ def validation_batches(
     shard = _shard(source, shard_index, shard_count)
     tokenize = _tokenizing(shares_cache=shares_cache)
     calls = tokenize(shard, tokenizer, row_len=row_len, max_tokens=num_rows * (row_len + 1))
-    weights = LossWeights(replay_weight, loss_on_context, tokenizer.join_begin_id)
+    weights = LossWeights(replay_weight, loss_on_context, tokenizer.join_ids)
     num_calls = len(calls)
     packing = pack([calls.sequence(index, weights) for index in range(num_calls)], row_len)
     while packing.num_rows > num_rows:

@@ -117,8 +117,8 @@ def tokenize_shared(
     num_dropped = total = 0
     for demonstration in demonstrations:
         prompt_text = common_prompt([call.context for call in demonstration.calls])
-        prompt = [tokenizer.bos_id, *tokenizer.encode(prompt_text)]
-        group = prompt, [_tokenize(call, len(prompt_text), tokenizer) for call in demonstration.calls]
+        prompt = tokenizer.encode_prompt(prompt_text)
+        group = prompt, [_tokenize(call, len(prompt_text), prompt, tokenizer) for call in demonstration.calls]
         if _length(*group) > row_len:
             num_dropped += 1
             continue
@@ -144,10 +144,10 @@ def common_prompt(contexts: Sequence[str]) -> str:
     return shared
 
 
-def _tokenize(call: Call, prompt_chars: int, tokenizer: Tokenizer) -> _Tokenized:
-    header = tokenizer.encode(call.context[prompt_chars:])
-    written = tokenizer.encode(call.completion[: call.replay_start])
-    replay = tokenizer.encode(call.completion[call.replay_start :])
+def _tokenize(call: Call, prompt_chars: int, prompt: Sequence[int], tokenizer: Tokenizer) -> _Tokenized:
+    header = tokenizer.encode_continuation(call.context[prompt_chars:], prompt)
+    written = tokenizer.encode_continuation(call.completion[: call.replay_start], header)
+    replay = tokenizer.encode_continuation(call.completion[call.replay_start :], [*header, *written])
     begin = len(header) + len(written)
     whole = np.array([*written, *replay, tokenizer.eos_id], np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
     return _Tokenized(Segment(header, whole), (begin, begin + len(replay)))  # type: ignore[arg-type]

@@ -17,16 +17,16 @@ Sequence1D = dict[str, NDArray[np.generic]]
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-    """The weight in the loss of each kind of target token. A join's first token never counts."""
+    """The weight in the loss of each kind of target token. A token that only the engine writes never counts."""
 
     replay_weight: float  # the replay of a winning path; other completion tokens and EOS count 1
     loss_on_context: bool  # context tokens count 1 instead of 0
-    join_begin_id: int
+    join_ids: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedCalls:
-    """N calls, each as s = [BOS] + context + completion + ([EOS] unless it ends in a spawn), one after the other.
+    """N calls, each as s = BOS + context + completion + ([EOS] unless it ends in a spawn), one after the other.
 
     tokens: [sum of lengths], uint16 if the vocabulary allows it, else int32.
     starts: [N + 1] int64; call n is tokens[starts[n] : starts[n + 1]].
@@ -57,7 +57,7 @@ class TokenizedCalls:
             weight[: self.completions[index]] = 0.0
         replay_start, replay_end = self.replays[index]
         weight[replay_start:replay_end] = weights.replay_weight
-        weight[s == weights.join_begin_id] = 0.0
+        weight[np.isin(s, weights.join_ids)] = 0.0
         return {"tokens": s[:-1], "targets": s[1:], "weights": weight[1:]}
 
 
@@ -111,11 +111,11 @@ def tokenize_calls(
 
 def _tokenize(call: Call, tokenizer: Tokenizer) -> tuple[Sequence[int], int, tuple[int, int]]:
     """Return the call's ids, the place where its completion begins, and where its replay begins and ends."""
-    ids = [tokenizer.bos_id, *tokenizer.encode(call.context)]
+    ids = tokenizer.encode_prompt(call.context)
     completion = len(ids)
-    ids += tokenizer.encode(call.completion[: call.replay_start])
+    ids += tokenizer.encode_continuation(call.completion[: call.replay_start], ids)
     replay_start = len(ids)
-    ids += tokenizer.encode(call.completion[call.replay_start :])
+    ids += tokenizer.encode_continuation(call.completion[call.replay_start :], ids)
     replay_end = len(ids)
     if not call.ends_in_spawn:
         ids.append(tokenizer.eos_id)

@@ -1,14 +1,11 @@
 """Text to token ids and back: one protocol, the built-in closed vocabulary, and the door to Hugging Face tokenizers.
 
-Three promises hold for every tokenizer here:
-
-- lossless: `decode(encode(text)) == text`, or `encode` raises ValueError;
-- no token that `encode` produces spans a newline (a newline only ends a token), so for `a` that ends in a newline
-  `encode(a + b) == encode(a) + encode(b)`, and a prompt ends on a token boundary;
-- the start and the end of a spawn (`call_begin_id`, `call_end_id`) and the start of a join (`join_begin_id`) are one
-  token each, so that a decoder can tell where a spawn begins, stop where it ends, and never write a join.
+Every tokenizer here is lossless: `decode(encode(text)) == text`, or `encode` raises ValueError. What a thread has
+written stays as its tokens; text is added to it by `encode_continuation`. Where each line is encoded on its own
+(`Spelling.encoding`) a newline only ends a token, so if `a` ends in one, `encode(a + b) == encode(a) + encode(b)`.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -16,14 +13,45 @@ import pathlib
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+from apr_jax.config import Config
+from apr_jax.tasks import task_of
 from apr_jax.tasks.countdown.vocabulary import LATER_PHRASES, PHRASES
-from apr_jax.tasks.dialect import CALL_BEGIN, CALL_END, JOIN_BEGIN
+from apr_jax.tasks.dialect import JOIN_BEGIN, SpawnDialect
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 LARGEST_NUMBER = 255  # the largest number that is one token; larger ones are spelt in digit tokens
 SYMBOLS = tuple("#,:[]'+-*/=<> \n")  # single characters; letters occur only inside phrases
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spelling:
+    """The choices of `config.data` on how a tokenizer.json spells text, with what the task's dialects need.
+
+    Where lines are encoded on their own, each as if it were a whole text, no token spans a newline. A whole text is cut
+    as its tokenizer would cut it, and what is added to a thread later as after other text.
+    """
+
+    markers: tuple[str, ...] = ()  # to be added as tokens where the vocabulary lacks them
+    joins: tuple[str, ...] = (JOIN_BEGIN,)  # the marks that begin a join
+    encoding: Literal["lines", "whole"] = "lines"
+    num_bos: int | None = None  # BOS tokens before a prompt; None: as many as the tokenizer's own files say
+
+    @classmethod
+    def of(cls, config: Config) -> "Spelling":
+        """Return what a configuration asks for."""
+        data, task = config.data, task_of(config)
+        joins = [each.join_begin for each in task.dialects.values() if isinstance(each, SpawnDialect)]
+        return cls(
+            markers=task.marks if data.add_marker_tokens else (),
+            joins=tuple(dict.fromkeys(joins)),
+            encoding=data.encoding,
+            num_bos={"auto": None, "none": 0, "once": 1, "twice": 2}[data.bos],
+        )
+
+
+AS_IS = Spelling()
 
 
 class Tokenizer(Protocol):
@@ -34,17 +62,25 @@ class Tokenizer(Protocol):
     bos_id: int
     eos_id: int  # that training appends
     eos_ids: tuple[int, ...]  # that end a thread: `eos_id`, and others where a Hugging Face folder states several
-    call_begin_id: int  # the token "<Calling Sub Searches>\n"
-    call_end_id: int  # the token "<End Calling Sub Searches>\n"
-    join_begin_id: int  # the token "<Sub Searches>\n"
+    num_bos: int  # that stand before a prompt, where a configuration does not ask for another number
+    join_ids: tuple[int, ...]  # tokens that begin a join: only the engine writes them
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without BOS or EOS. Raises ValueError where `text` would not come back."""
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids that a thread with this prompt begins with, BOS included. Raises ValueError as `encode`."""
 
     def encode_continuation(self, text: str, before: Sequence[int]) -> list[int]:
         """Return ids that write `text` after the tokens `before`, with nothing between: no blank of a new beginning.
 
         `decode([*before, *ids]) == decode(before) + text`. Raises ValueError where `text` would not come back.
+        """
+
+    def mark_id(self, mark: str) -> int | None:
+        """Return the one token that always spells a mark; None where other tokens may, too, or there is no such token.
+
+        An added token of a Hugging Face tokenizer is one, and a piece that merges made is not.
         """
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -71,7 +107,8 @@ class BuiltinTokenizer:
     is made of tokens is encoded, also where the longest phrase leads astray; other text raises ValueError.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_bos: int | None = None) -> None:
+        """Make the vocabulary; `num_bos` as of `Spelling`."""
         digits = [str(digit) for digit in range(10)]
         numbers = [str(number) for number in range(LARGEST_NUMBER + 1)]
         self._texts = ["", "", "", *PHRASES, *SYMBOLS, *digits, *numbers, *LATER_PHRASES]
@@ -80,8 +117,9 @@ class BuiltinTokenizer:
         self.vocab_size = len(self._texts)
         self.pad_id, self.bos_id, self.eos_id = 0, 1, 2
         self.eos_ids: tuple[int, ...] = (self.eos_id,)
-        self.call_begin_id, self.call_end_id = self._ids[CALL_BEGIN], self._ids[CALL_END]
-        self.join_begin_id = self._ids[JOIN_BEGIN]
+        self.join_ids: tuple[int, ...] = (self._ids[JOIN_BEGIN],)
+        self.num_bos = 1
+        self._begin = [self.bos_id] * (self.num_bos if num_bos is None else num_bos)
         self._by_length = sorted((*PHRASES, *LATER_PHRASES, *SYMBOLS), key=len, reverse=True)
         self._find = re.compile("|".join(["[0-9]+", *map(_guarded, self._by_length)])).findall
 
@@ -95,8 +133,14 @@ class BuiltinTokenizer:
             result += self._encode_searching(line) if ids is None else ids
         return result
 
+    def encode_prompt(self, text: str) -> list[int]:
+        return [*self._begin, *self.encode(text)]
+
     def encode_continuation(self, text: str, before: Sequence[int]) -> list[int]:
         return self.encode(text)
+
+    def mark_id(self, mark: str) -> int | None:
+        return self._ids.get(mark)
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.token_texts(ids))
@@ -182,25 +226,30 @@ class BuiltinTokenizer:
         }
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
+def config_tokenizer(config: Config, spec: str | None = None) -> Tokenizer:
+    """Load the tokenizer of a configuration, or another one under its choices. Raises as `load_tokenizer`."""
+    return load_tokenizer(config.data.tokenizer if spec is None else spec, Spelling.of(config))
+
+
+def load_tokenizer(spec: str, spelling: Spelling = AS_IS) -> Tokenizer:
     """Load the tokenizer that `spec` names: "builtin", or the path of a Hugging Face tokenizer.json.
 
     Raises FileNotFoundError for a path that is not there, ValueError for a tokenizer without BOS or EOS.
     """
     if spec == "builtin":
-        return BuiltinTokenizer()
+        return BuiltinTokenizer(spelling.num_bos)
     from apr_jax.data.hf_tokenizer import HuggingFaceTokenizer
 
-    return HuggingFaceTokenizer(spec)
+    return HuggingFaceTokenizer(spec, spelling)
 
 
-def token_counter(spec: str) -> Callable[[str], int]:
-    """Return what counts a text's tokens by the tokenizer that `spec` names. It pickles."""
-    return functools.partial(_count_tokens, spec)
+def token_counter(config: Config) -> Callable[[str], int]:
+    """Return what counts a text's tokens by a configuration's tokenizer. It pickles."""
+    return functools.partial(_count_tokens, config.data.tokenizer, Spelling.of(config))
 
 
-def _count_tokens(spec: str, text: str) -> int:
-    return len(_cached_tokenizer(spec).encode(text))
+def _count_tokens(spec: str, spelling: Spelling, text: str) -> int:
+    return len(_cached_tokenizer(spec, spelling).encode(text))
 
 
 _cached_tokenizer = functools.cache(load_tokenizer)
@@ -219,6 +268,7 @@ def save_files(
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
     names = {f"{role}_token": name_of(index) for role, index in ids.items()}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+    config["add_bos_token"] = tokenizer.num_bos > 0
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
     several = {"eos": list(tokenizer.eos_ids)} if len(tokenizer.eos_ids) > 1 else {}
     generation = {f"{role}_token_id": value for role, value in (ids | several).items()}

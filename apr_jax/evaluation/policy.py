@@ -7,10 +7,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from apr_jax.checkpoints.identity import agreed_tokenizer, check_meaning, own_tokenizer
+from apr_jax.checkpoints.identity import AUTO, agreed_tokenizer, check_meaning, own_tokenizer
 from apr_jax.config import Config, ConfigError, ModelConfig
 from apr_jax.config_dict import from_config_dict
-from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
+from apr_jax.data.tokenizer import Spelling, Tokenizer, config_tokenizer
 
 # What may differ between training and evaluation; the rest of a model's config is its weights' shape and meaning.
 _FREE = ("compute_dtype", "attention", "remat", "max_seq_len")
@@ -80,9 +80,11 @@ def configure(
     asked = overrides.get("data.tokenizer")
     if asked is None and given is not None and saved is not None:
         asked = given.data.tokenizer
-    tokenizer = agreed_tokenizer(folder, own_tokenizer(folder, saved), asked)
-    config = choose_config(model, saved, given, {**overrides, "data.tokenizer": tokenizer})
-    loaded = load_tokenizer(tokenizer)
+    own = own_tokenizer(folder, saved)
+    config = choose_config(model, saved, given, {**overrides, "data.tokenizer": asked or own or AUTO})
+    tokenizer = agreed_tokenizer(folder, own, asked, Spelling.of(config))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+    loaded = config_tokenizer(config)
     check_vocabulary(config.model, loaded)
     return config, loaded
 

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -50,6 +51,22 @@ class ParamCount:
 def init_params(config: ModelConfig, seed: int) -> Params:
     """Draw fresh float32 weights: norms are one, matrices normal with standard deviation 0.02 (see `llama.py`)."""
     return nnx.state(Llama(config, rngs=nnx.Rngs(seed)))  # not jitted: XLA compiles a draw per shape, not per matrix
+
+
+def with_vocabulary(params: Params, vocab_size: int) -> Params:
+    """Return weights for at least `vocab_size` ids: the embeddings of new ids are the mean of those that are there."""
+
+    def grow(path: Any, leaf: jax.Array) -> jax.Array:
+        axes = _LOGICAL_AXES[name_of(path)]
+        missing = vocab_size - leaf.shape[axes.index("vocab")] if "vocab" in axes else 0
+        if missing <= 0:
+            return leaf
+        axis = axes.index("vocab")
+        mean = jnp.mean(leaf, axis=axis, keepdims=True, dtype=jnp.float32).astype(leaf.dtype)
+        return jnp.concatenate([leaf, jnp.repeat(mean, missing, axis=axis)], axis=axis)
+
+    grown: Params = jax.tree_util.tree_map_with_path(grow, params)
+    return grown
 
 
 def graphdef(config: ModelConfig, ops: Ops = XLA) -> nnx.GraphDef[Llama]:

@@ -19,7 +19,7 @@ from apr_jax.reasoning.base import (
     Stops,
     Tally,
     cut,
-    mark_id,
+    cut_excess,
     prompt_tokens,
     read_end,
     stops_at,
@@ -86,7 +86,9 @@ def _search(
         thread = yield Open(prompt_tokens(tokenizer, prompt), max_length=settings.context_window)
     else:
         inherited = len(thread_text(tokenizer, fork_of))
-        thread = yield Open(tokenizer.encode(prompt), fork_of=fork_of, max_length=settings.context_window)
+        thread = yield Open(
+            tokenizer.encode_continuation(prompt, fork_of.tokens), fork_of=fork_of, max_length=settings.context_window
+        )
     while True:
         stop = yield stops.decode(thread, thread_grammar(settings, depth, spawns, allowance))
         search.text = thread_text(tokenizer, thread, stop.excess)[inherited:]
@@ -113,6 +115,8 @@ def _search(
             _child(dialect, name, context, thread, settings, depth + 1, share)
             for name, context in zip(call.names, call.contexts, strict=True)
         ]
+        if dialect.children == "fork":
+            yield from cut_excess(tokenizer, thread, stop)
         handle = yield Spawn(children)
         spawns += 1
         returned = yield Join(handle, _succeeded if settings.cancel_on_success else None)
@@ -132,7 +136,7 @@ def spawn_stops(dialect: SpawnDialect, tokenizer: Tokenizer, *marks: str) -> Sto
     """
     if dialect.replaced:
         return Stops(tokenizer.eos_ids, StopStrings(tuple(dialect.replaced), tokenizer.token_bytes), {})
-    joins = () if mark_id(tokenizer, dialect.join_begin) is not None else (dialect.join_begin,)
+    joins = () if tokenizer.mark_id(dialect.join_begin) is not None else (dialect.join_begin,)
     return stops_at(tokenizer, dialect.spawn_end, *marks, *joins)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from apr_jax.config import TreeOfThoughtsConfig
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.stop_strings import StopStrings
-from apr_jax.engine.threads import Decode, Stop, StopReason, Thread
+from apr_jax.engine.threads import Append, Decode, Stop, StopReason, Thread, Truncate
 from apr_jax.reasoning.spawn_grammar import SpawnGrammar, ThreadGrammar
 from apr_jax.tasks.base import Task
 from apr_jax.tasks.dialect import Dialect, Ending, Status, ThreadDialect
@@ -119,7 +119,7 @@ class Method:
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Return BOS and the prompt. Raises ValueError where the tokenizer cannot spell the prompt."""
-    return [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    return tokenizer.encode_prompt(prompt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,18 +140,12 @@ class Stops:
 
 
 def stops_at(tokenizer: Tokenizer, *marks: str) -> Stops:
-    """Return the stops at EOS and at marks. Raises ValueError where the tokenizer cannot spell a mark."""
-    ids = {mark: mark_id(tokenizer, mark) for mark in marks}
+    """Return the stops at EOS and at marks."""
+    ids = {mark: tokenizer.mark_id(mark) for mark in marks}
     strings = tuple(mark for mark, index in ids.items() if index is None)
     of_token = {index: mark for mark, index in ids.items() if index is not None}
     watched = StopStrings(strings, tokenizer.token_bytes) if strings else None
     return Stops((*tokenizer.eos_ids, *of_token), watched, of_token)
-
-
-def mark_id(tokenizer: Tokenizer, mark: str) -> int | None:
-    """Return the token that a mark is; None where it is spelt in several. Raises ValueError where it can't be spelt."""
-    ids = tokenizer.encode(mark)
-    return ids[0] if len(ids) == 1 else None
 
 
 def thread_text(tokenizer: Tokenizer, thread: Thread, excess: int = 0) -> str:
@@ -181,6 +175,15 @@ def cut(tokenizer: Tokenizer, thread: Thread, offset: int) -> tuple[int, str] | 
         done += len(decoder.decode(piece))
     between = thread_text(tokenizer, thread)[begin:offset]
     return (kept, between) if b"".join(pieces[kept:]).startswith(between.encode()) else None
+
+
+def cut_excess(tokenizer: Tokenizer, thread: Thread, stop: Stop) -> Generator[Any, Any, None]:
+    """Let a thread end with the stop string that its last token completes; what that held before it is kept as text."""
+    if stop.excess:
+        length = len(thread_text(tokenizer, thread, stop.excess))
+        kept, between = cut(tokenizer, thread, length) or (len(thread.tokens), "")
+        yield Truncate(thread, kept)
+        yield Append(thread, tokenizer.encode_continuation(between, thread.tokens))
 
 
 def read_end(dialect: ThreadDialect, tokenizer: Tokenizer, thread: Thread, stop: Stop) -> Ending:

@@ -15,7 +15,7 @@ trained for it has learnt to share out the work, and to leave when another has t
 `tasks/countdown/hogwild.py`).
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from apr_jax.engine.threads import Decode, Join, Open, Share
@@ -30,7 +30,7 @@ def hogwild(problem: Any, settings: Settings) -> Generator[Any, Any, Outcome]:
     """
     dialect = settings.task.dialect("hogwild", WorkerDialect)
     prompt = prompt_tokens(settings.tokenizer, dialect.prompt(problem))
-    workers = [_worker(dialect, number, settings) for number in range(dialect.num_workers)]
+    workers = [_worker(dialect, number, prompt, settings) for number in range(dialect.num_workers)]
     handle = yield Share(prompt, workers)
     returned: list[Ending | None] = yield Join(handle, _has_answered)
     endings = [ending for ending in returned if ending is not None]
@@ -52,9 +52,11 @@ HOGWILD = Method(
 )
 
 
-def _worker(dialect: WorkerDialect, number: int, settings: Settings) -> Generator[Any, Any, Ending]:
+def _worker(
+    dialect: WorkerDialect, number: int, prompt: Sequence[int], settings: Settings
+) -> Generator[Any, Any, Ending]:
     tokenizer = settings.tokenizer
-    thread = yield Open(tokenizer.encode(dialect.header(number)))
+    thread = yield Open(tokenizer.encode_continuation(dialect.header(number), prompt))
     stop = yield Decode(thread, tokenizer.eos_ids)
     return read_end(dialect, tokenizer, thread, stop)
 

@@ -6,9 +6,9 @@ out, and their full text, prompt and all, is appended to its context (Countdown'
 
 What differs. The paper's children continue the parent's own context and their keys and values are taken over as they
 are, at positions that were set aside for them. Here a child sees its own prompt alone, so its keys and values belong to
-another context and to other positions: its tokens (not its text tokenised anew) are appended and encoded by prefill,
-which the engine's meter counts as prefilled tokens. The paper's tags state a topic and a promised length; here a spawn
-line names the node to search, and no length is promised.
+another context and to other positions: the tokens that it wrote (not their text tokenised anew) are appended and
+encoded by prefill, which the engine's meter counts as prefilled tokens. The paper's tags state a topic and a promised
+length; here a spawn line names the node to search, and no length is promised.
 
 Clock: tokens that the parent writes while children run cost no extra time; a sync sets its clock to the latest of its
 own and theirs. A parent that ends with children still out is charged until they have ended.
@@ -18,14 +18,14 @@ from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 from apr_jax.data.tokenizer import Tokenizer
-from apr_jax.engine.threads import Append, Join, Open, Spawn, SpawnHandle, Truncate
+from apr_jax.engine.threads import Append, Join, Open, Spawn, SpawnHandle
 from apr_jax.reasoning.adaptive import read_spawn, spawn_stops, thread_grammar
 from apr_jax.reasoning.base import (
     Method,
     Outcome,
     Settings,
     Tally,
-    cut,
+    cut_excess,
     prompt_tokens,
     read_end,
     thread_text,
@@ -35,9 +35,10 @@ from apr_jax.tasks.dialect import ChildResult, Ending, Malformed, PromiseDialect
 
 
 class _Child(NamedTuple):
-    """A child's result, its text as tokens (whole lines), and why it has no result ("": it has)."""
+    """A child's result, its prompt, what it wrote (whole lines), and why it has no result ("": it has)."""
 
     result: ChildResult
+    context: str
     tokens: list[int]
     reason: str
 
@@ -74,15 +75,11 @@ def pasta(problem: Any, settings: Settings) -> Generator[Any, Any, Outcome]:
             else:
                 yield from family.spawn(call)
         elif family.promises:
-            joined = yield from family.join()
-            if stop.excess:  # the join stands directly after the mark
-                kept, between = cut(tokenizer, thread, len(text)) or (len(thread.tokens), "")
-                yield Truncate(thread, kept)
-                joined = [*tokenizer.encode_continuation(between, thread.tokens), *joined]
-            yield Append(thread, joined)
+            yield from cut_excess(tokenizer, thread, stop)
+            yield Append(thread, (yield from family.join(thread.tokens)))
         else:
             ending = Ending(None, "malformed", "nothing_to_wait_for")
-    yield from family.join()
+    yield from family.join(thread.tokens)
     return family.tally.outcome(ending)
 
 
@@ -104,31 +101,32 @@ class _Family:
         self.promises.append(_Promise(call, handle))
         self.tally.spawned(len(call.contexts))
 
-    def join(self) -> Generator[Any, Any, list[int]]:
-        """Wait for all children that are out, and return their text as tokens."""
-        tokens: list[int] = []
+    def join(self, before: Sequence[int]) -> Generator[Any, Any, list[int]]:
+        """Wait for all children that are out, and return their text as tokens, to stand after those of the parent."""
+        tokens = list(before)
         while self.promises:
             call, handle = self.promises.pop(0)
             returned: list[_Child | None] = yield Join(handle, _succeeded if self._settings.cancel_on_success else None)
-            tokens += self._text(call, returned)
-        return tokens
+            self._add_text(tokens, call, returned)
+        return tokens[len(before) :]
 
-    def _text(self, call: SpawnCall, returned: Sequence[_Child | None]) -> list[int]:
-        dialect, encode = self._dialect, self._settings.tokenizer.encode
-        tokens = encode(dialect.join_begin)
+    def _add_text(self, tokens: list[int], call: SpawnCall, returned: Sequence[_Child | None]) -> None:
+        dialect, encode = self._dialect, self._settings.tokenizer.encode_continuation
+        tokens += encode(dialect.join_begin, tokens)
         for index, (name, child) in enumerate(zip(call.names, returned, strict=True)):
             result = ChildResult(name, None) if child is None else child.result
-            tokens += encode(dialect.result_line(index, result, call.level))
+            tokens += encode(dialect.result_line(index, result, call.level), tokens)
             if child is not None:
-                tokens += child.tokens
+                tokens += [*encode(child.context, tokens), *child.tokens]
                 self.tally.returned(child.reason, result.path)
-        return tokens + encode(dialect.join_end)
+        tokens += encode(dialect.join_end, tokens)
 
 
 def _search(dialect: PromiseDialect, context: str, name: str, settings: Settings) -> Generator[Any, Any, _Child]:
     tokenizer = settings.tokenizer
     stops = spawn_stops(dialect, tokenizer)
     thread = yield Open(prompt_tokens(tokenizer, context))
+    opened = len(thread.tokens)
     stop = yield stops.decode(thread, thread_grammar(settings, 1, 0, 0))
     mark = stops.mark(stop)
     result: ChildResult | Malformed = Malformed("too_deep" if mark == dialect.spawn_end else "wrote_join")
@@ -136,18 +134,18 @@ def _search(dialect: PromiseDialect, context: str, name: str, settings: Settings
         result = Malformed(truncated_reason(stop))
     elif not mark:
         result = dialect.read_child(thread_text(tokenizer, thread), name)
-    tokens = _whole_lines(tokenizer, thread.tokens)
+    tokens = _whole_lines(tokenizer, thread.tokens, opened)
     if isinstance(result, Malformed):
-        return _Child(ChildResult(name, None), tokens, result.reason)
-    return _Child(result, tokens, "")
+        return _Child(ChildResult(name, None), context, tokens, result.reason)
+    return _Child(result, context, tokens, "")
 
 
 def _succeeded(child: _Child) -> bool:
     return child.result.path is not None
 
 
-def _whole_lines(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
-    """Return a thread's tokens without BOS and EOS, up to the last that ends a line."""
-    kept = [token for token in tokens if token not in (tokenizer.bos_id, *tokenizer.eos_ids)]
-    texts = tokenizer.token_texts(kept)
-    return kept[: max((index + 1 for index, text in enumerate(texts) if text.endswith("\n")), default=0)]
+def _whole_lines(tokenizer: Tokenizer, tokens: Sequence[int], start: int) -> list[int]:
+    """Return a thread's tokens from `start` on, without EOS, up to the last that ends a line."""
+    kept = [token for token in tokens[start:] if token not in tokenizer.eos_ids]
+    pieces = tokenizer.token_bytes(kept, tokens[:start])
+    return kept[: max((index + 1 for index, piece in enumerate(pieces) if piece.endswith(b"\n")), default=0)]

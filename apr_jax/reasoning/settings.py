@@ -1,6 +1,6 @@
 """From a configuration to what a program and its engine are told."""
 
-from apr_jax.config import Config
+from apr_jax.config import Config, ConfigError
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.constraints import Gate
 from apr_jax.reasoning import METHODS
@@ -59,7 +59,7 @@ def banned_tokens(tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
     vocabulary and the model's `vocab_size`.
     """
     unused = range(tokenizer.vocab_size, vocab_size)
-    return tuple(sorted({tokenizer.bos_id, tokenizer.pad_id, tokenizer.join_begin_id, *unused} - {*tokenizer.eos_ids}))
+    return tuple(sorted({tokenizer.bos_id, tokenizer.pad_id, *tokenizer.join_ids, *unused} - {*tokenizer.eos_ids}))
 
 
 def spelled_spawns(config: Config) -> SpelledSpawnDialect:
@@ -84,4 +84,6 @@ def _largest_budget(config: Config, name: str) -> int | None:
 def _spawn_grammar(config: Config, tokenizer: Tokenizer) -> SpawnGrammar | None:
     if not config.rollout.constrain_spawns:
         return None
+    if config.data.encoding != "lines":
+        raise ConfigError("rollout.constrain_spawns spells spawns line by line, and so needs data.encoding='lines'")
     return spawn_grammar(tokenizer, spelled_spawns(config), config.rollout.max_children)

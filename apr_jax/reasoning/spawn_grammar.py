@@ -14,6 +14,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from apr_jax.config import ConfigError
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.constraints import START, Automaton, Edge, Gate
 from apr_jax.tasks.dialect import SpelledSpawnDialect
@@ -25,11 +26,20 @@ _CACHED_NAMES = 1 << 14
 
 
 class SpawnGrammar:
-    """The part that all threads share: how a tokenizer spells a dialect's spawns of at most `max_children` lines."""
+    """The part that all threads share: how a tokenizer spells a dialect's spawns of at most `max_children` lines.
+
+    Raises ConfigError for a tokenizer without a token for the begin or the end of a spawn.
+    """
 
     def __init__(self, tokenizer: Tokenizer, dialect: SpelledSpawnDialect, max_children: int) -> None:
         self.tokenizer, self.dialect, self.max_children = tokenizer, dialect, max_children
-        (begin_id,), (self._end_id,) = tokenizer.encode(dialect.spawn_begin), tokenizer.encode(dialect.spawn_end)
+        ids = {mark: tokenizer.mark_id(mark) for mark in (dialect.spawn_begin, dialect.spawn_end)}
+        for mark in (mark for mark, index in ids.items() if index is None):
+            raise ConfigError(
+                f"rollout.constrain_spawns needs {mark!r} as one token, which the tokenizer spells in several: set "
+                "data.add_marker_tokens, and train the policy with it"
+            )
+        begin_id, self._end_id = (index for index in ids.values() if index is not None)
         texts = tokenizer.token_texts  # of one id at a time: as it stands at the start of a line
         self.gate = Gate(
             token=begin_id,

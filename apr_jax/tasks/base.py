@@ -93,6 +93,11 @@ class Task(abc.ABC):
     reads_leniently: bool = False  # so that `read_strictly` is to be asked, too
     dialects: Mapping[str, "Dialect"]  # by way of reasoning: how its threads write, and demonstrations of that
 
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """The marks of all dialects, each once."""
+        return tuple(dict.fromkeys(mark for dialect in self.dialects.values() for mark in dialect.marks))
+
     @abc.abstractmethod
     def sampler(self, config: Config, split: Split | None) -> Callable[[random.Random], Any]:
         """Return what draws a problem of a split (None: any problem). Raises ConfigError where there can be none."""

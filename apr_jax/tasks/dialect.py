@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from apr_jax.tasks.base import Call, CountTokens, Demonstration
 
-# The marks of spawns and joins that every tokenizer of `data/` has as one token each.
+# The marks of spawns and joins that the built-in vocabulary has as one token each.
 CALL_BEGIN = "<Calling Sub Searches>\n"
 CALL_END = "<End Calling Sub Searches>\n"
 JOIN_BEGIN = "<Sub Searches>\n"
@@ -73,6 +73,11 @@ class Dialect(abc.ABC):
     """The part that all dialects share: demonstrations, and a word on how a child ended."""
 
     names_budget: ClassVar[bool] = False  # prompts of demonstrations can
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """The marks that tell programs what a thread wants, each of which may be one token."""
+        return ()
 
     @abc.abstractmethod
     def demonstrate(
@@ -138,6 +143,11 @@ class SpawnDialect(ThreadDialect):
     spawn_begin: ClassVar[str] = CALL_BEGIN
     spawn_end: ClassVar[str] = CALL_END
     join_begin: ClassVar[str] = JOIN_BEGIN  # only the engine writes it
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        return (self.spawn_end, self.join_begin, self.spawn_begin)
+
     # What a child begins from: the context that the spawn gives it (Pan et al., arXiv 2504.15466), or the whole thread
     # of its parent, after which that context then stands (ThreadWeaver, arXiv 2512.07843).
     children: ClassVar[Literal["context", "fork"]] = "context"
@@ -195,6 +205,10 @@ class PromiseDialect(SpawnDialect):
 
     wait: ClassVar[str]
     join_end: ClassVar[str] = JOIN_END
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        return (*super().marks, self.wait)
 
     @abc.abstractmethod
     def result_line(self, index: int, result: ChildResult, level: int | None) -> str:

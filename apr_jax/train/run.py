@@ -34,7 +34,7 @@ from apr_jax.config_dict import to_dict
 from apr_jax.data import demonstrations
 from apr_jax.data.facts import Facts
 from apr_jax.data.pipeline import train_iterator, validation_batches
-from apr_jax.data.tokenizer import Tokenizer, load_tokenizer
+from apr_jax.data.tokenizer import Tokenizer, config_tokenizer
 from apr_jax.evaluation.policy import check_vocabulary
 from apr_jax.evaluation.report.run_report import write_figure, write_report
 from apr_jax.evaluation.run import load_problems
@@ -138,7 +138,7 @@ class _Run:
 
     def __init__(self, config: Config, workdir: pathlib.Path, mesh: Mesh, stop: StopSignal) -> None:
         self.config, self.workdir, self.mesh, self.stop = config, workdir, mesh, stop
-        self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer)
+        self.tokenizer: Tokenizer = config_tokenizer(config)
         check_vocabulary(config.model, self.tokenizer)
         self.engine = RunEngine(config, mesh, self.tokenizer, stop)
         self.origins = Origins(workdir, self.tokenizer)

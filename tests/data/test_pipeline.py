@@ -160,7 +160,7 @@ def test_shards_share_the_examples_out(train):
 
 def weights_of(call: Call, **changes) -> list[tuple[str, float]]:
     demonstration = Demonstration(None, "adaptive", (call,), None, False)
-    settings = LossWeights(4.0, False, TOKENIZER.join_begin_id)
+    settings = LossWeights(4.0, False, TOKENIZER.join_ids)
     calls = tokenize_calls([demonstration], TOKENIZER, row_len=ROW_LEN)
     sequence = calls.sequence(0, dataclasses.replace(settings, **changes))
     return list(zip(TOKENIZER.token_texts(sequence["targets"].tolist()), sequence["weights"].tolist(), strict=True))

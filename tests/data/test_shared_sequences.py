@@ -69,7 +69,7 @@ def test_demonstrations_become_one_sequence_each_with_the_replay_weighed():
     assert len(calls) == 6
     assert calls.num_dropped == 0
     for index, demo in enumerate(demos):
-        sequence = calls.sequence(index, LossWeights(4.0, False, tokenizer.join_begin_id))
+        sequence = calls.sequence(index, LossWeights(4.0, False, tokenizer.join_ids))
         assert len(sequence["tokens"]) == calls.lengths[index]
         learnt = sequence["targets"][sequence["weights"] > 0]
         assert tokenizer.decode(learnt.tolist()) == "".join(call.completion for call in demo.calls)
@@ -82,7 +82,7 @@ def test_demonstrations_become_one_sequence_each_with_the_replay_weighed():
                 demo.calls[1].completion,
             ]
         )
-    with_context = calls.sequence(0, LossWeights(1.0, True, tokenizer.join_begin_id))
+    with_context = calls.sequence(0, LossWeights(1.0, True, tokenizer.join_ids))
     assert (with_context["weights"] > 0).tolist() == (with_context["workers"] > 0).tolist()
 
 

@@ -5,7 +5,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apr_jax.data.tokenizer import SYMBOLS, BuiltinTokenizer, Tokenizer, load_tokenizer
+from apr_jax.data.tokenizer import SYMBOLS, BuiltinTokenizer, Spelling, Tokenizer, load_tokenizer
+from apr_jax.tasks.countdown.task import COUNTDOWN
 from apr_jax.tasks.countdown.vocabulary import LATER_PHRASES, PHRASES
 from apr_jax.tasks.dialect import CALL_END, JOIN_BEGIN
 from tests.data.made_tokenizers import byte_level_json, llama_like_json
@@ -27,12 +28,13 @@ LONG_NUMBERS = ["0", "00", "05", "255", "256", "0255", "025", "1000", "2550", "1
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory: pytest.TempPathFactory, reference_texts: list[str]) -> Tokenizer:
     path = byte_level_json(tmp_path_factory.mktemp("bpe"), reference_texts[:50], ["<s>", "</s>"])
-    return load_tokenizer(str(path))
+    return load_tokenizer(str(path), Spelling(markers=COUNTDOWN.marks))
 
 
 @pytest.fixture(scope="module")
 def llama_like(tmp_path_factory: pytest.TempPathFactory, reference_texts: list[str]) -> Tokenizer:
-    return load_tokenizer(str(llama_like_json(tmp_path_factory.mktemp("llama"), reference_texts[:50])))
+    path = llama_like_json(tmp_path_factory.mktemp("llama"), reference_texts[:50])
+    return load_tokenizer(str(path), Spelling(markers=COUNTDOWN.marks))
 
 
 @pytest.fixture(params=["builtin", "byte_level", "llama_like"])
@@ -67,13 +69,14 @@ def test_encoding_adds_up_at_newlines(tokenizer: Tokenizer, reference_texts: lis
 
 
 def test_control_phrases_are_one_token_each(tokenizer: Tokenizer):
-    assert tokenizer.encode(CALL_END) == [tokenizer.call_end_id]
-    assert tokenizer.encode(JOIN_BEGIN) == [tokenizer.join_begin_id]
-    assert tokenizer.decode([tokenizer.call_end_id]) == CALL_END
+    ids = [tokenizer.mark_id(mark) for mark in COUNTDOWN.marks]
+    assert None not in ids
+    assert tokenizer.decode(ids) == "".join(COUNTDOWN.marks)
+    assert tokenizer.join_ids == (tokenizer.mark_id(JOIN_BEGIN),)
     control = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
     assert tokenizer.decode(control) == ""
     assert tokenizer.token_texts(control) == [""] * 3
-    assert max(*control, tokenizer.call_end_id, tokenizer.join_begin_id) < tokenizer.vocab_size
+    assert max(*control, *ids) < tokenizer.vocab_size
 
 
 def test_any_ids_decode_and_others_are_refused(tokenizer: Tokenizer):
@@ -148,7 +151,7 @@ def test_builtin_exports_itself_to_the_same_ids(tmp_path: pathlib.Path, referenc
         assert exported.decode(ids) == text
     assert exported.encode("<s>").ids == [BUILTIN.bos_id]
     again = load_tokenizer(str(tmp_path / "tokenizer.json"))
-    for name in ("vocab_size", "bos_id", "eos_id", "pad_id", "call_end_id", "join_begin_id"):
+    for name in ("vocab_size", "bos_id", "eos_id", "pad_id", "join_ids"):
         assert getattr(again, name) == getattr(BUILTIN, name)
     assert again.encode(reference_texts[0]) == BUILTIN.encode(reference_texts[0])
 
@@ -168,7 +171,7 @@ def test_hugging_face_saves_and_loads_the_same(tmp_path: pathlib.Path, byte_leve
     byte_level.save(tmp_path)
     again = load_tokenizer(str(tmp_path / "tokenizer.json"))
     assert again.vocab_size == byte_level.vocab_size
-    assert again.call_end_id == byte_level.call_end_id
+    assert again.mark_id(CALL_END) == byte_level.mark_id(CALL_END) is not None
     assert again.encode(reference_texts[0]) == byte_level.encode(reference_texts[0])
 
 

@@ -9,6 +9,7 @@ from apr_jax.reasoning.programs import make_program
 from apr_jax.reasoning.serial import serial
 from apr_jax.reasoning.settings import banned_tokens, make_settings
 from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.dialect import CALL_END
 from configs.grpo import get_config
 from tests.reasoning.fixtures import (
     REFERENCE,
@@ -92,10 +93,10 @@ def test_banned_tokens_are_what_no_thread_may_write():
     assert set(banned) == {
         TOKENIZER.pad_id,
         TOKENIZER.bos_id,
-        TOKENIZER.join_begin_id,
+        *TOKENIZER.join_ids,
         TOKENIZER.vocab_size,
         TOKENIZER.vocab_size + 1,
     }
     assert list(banned) == sorted(banned)
-    for allowed in (TOKENIZER.eos_id, TOKENIZER.call_end_id):
+    for allowed in (TOKENIZER.eos_id, TOKENIZER.mark_id(CALL_END)):
         assert allowed not in banned

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from apr_jax.data.tokenizer import load_tokenizer
+from apr_jax.data.tokenizer import Spelling, load_tokenizer
 from apr_jax.engine.constraints import FREE, Registers
 from apr_jax.reasoning import adaptive
 from apr_jax.reasoning.settings import spawn_gate
@@ -15,7 +15,7 @@ from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.adaptive import ADAPTIVE, render_spawn
 from apr_jax.tasks.countdown.rules import Problem
 from apr_jax.tasks.countdown.task import COUNTDOWN
-from apr_jax.tasks.dialect import CALL_BEGIN, JOIN_END, Malformed, SpawnCall
+from apr_jax.tasks.dialect import CALL_BEGIN, CALL_END, JOIN_END, Malformed, SpawnCall
 from tests.data.made_tokenizers import byte_level_json, llama_like_json
 from tests.reasoning import fixtures
 from tests.reasoning.fixtures import TOKENIZER
@@ -38,7 +38,7 @@ def tokenizers(tmp_path_factory):
         byte_level_json(tmp_path_factory.mktemp("bytes"), texts, ["<s>", "</s>"]),
         llama_like_json(tmp_path_factory.mktemp("llama"), texts),
     ]
-    return [TOKENIZER, *(load_tokenizer(str(path)) for path in paths)]
+    return [TOKENIZER, *(load_tokenizer(str(path), Spelling(markers=COUNTDOWN.marks)) for path in paths)]
 
 
 def generated(node_id: str, numbers: str, operation: str, target: int) -> str:
@@ -64,7 +64,7 @@ def draw_spawn(grammar: SpawnGrammar, tokens: list[int], automaton, rng: random.
     while registers.state != FREE:
         choices = automaton.choices(registers)
         assert 0 < len(choices) <= grammar.gate.num_choices
-        go_on = [token for token in choices if token != grammar.tokenizer.call_end_id]
+        go_on = [token for token in choices if token != grammar.tokenizer.mark_id(CALL_END)]
         token = rng.choice(go_on if eager and go_on else choices)
         tokens.append(token)
         lines_written = registers.count
@@ -182,7 +182,7 @@ def test_spelling_out_the_opening_token_opens_nothing(tokenizers):
 
 def test_the_gate_follows_the_option():
     gate = spawn_gate(small_config(**{"rollout.constrain_spawns": True, "rollout.max_children": 5}), TOKENIZER)
-    assert (gate.token, gate.reserved) == (TOKENIZER.call_begin_id, (TOKENIZER.call_end_id,))
+    assert (gate.token, gate.reserved) == (TOKENIZER.mark_id(CALL_BEGIN), (TOKENIZER.mark_id(CALL_END),))
     assert (gate.max_leaves, gate.num_choices, gate.num_words) == (10, 11, 1)
     ends = {index for index in range(TOKENIZER.vocab_size) if TOKENIZER.decode([index]).endswith("\n")}
     assert gate.follows == ends

@@ -25,7 +25,7 @@ from apr_jax.reasoning.settings import make_settings, spawn_gate
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.adaptive import ADAPTIVE, render_spawn
 from apr_jax.tasks.countdown.rules import Problem
-from apr_jax.tasks.dialect import SpawnCall
+from apr_jax.tasks.dialect import CALL_BEGIN, CALL_END, SpawnCall
 from apr_jax.train.rl import update
 from apr_jax.train.rl.sample import Scored
 from apr_jax.train.rl.sequences import training_sequences
@@ -56,6 +56,7 @@ class LineTokenizer(BuiltinTokenizer):
 
 
 TOKENIZER = LineTokenizer()
+CALL_BEGIN_ID, CALL_END_ID = TOKENIZER.mark_id(CALL_BEGIN), TOKENIZER.mark_id(CALL_END)
 FIRST_LINE = TOKENIZER.vocab_size - len(LINES)
 CONFIG = small_config(
     **{
@@ -75,14 +76,14 @@ CONFIG = small_config(
 )
 FREE = sorted(
     {
-        TOKENIZER.call_begin_id,
+        CALL_BEGIN_ID,
         TOKENIZER.eos_id,
         *TOKENIZER.encode(trace.NO_SOLUTION),
         *TOKENIZER.encode(","),
         *range(FIRST_LINE, TOKENIZER.vocab_size),
     }
 )
-BANNED = tuple(sorted(set(range(CONFIG.model.vocab_size)) - {*FREE, TOKENIZER.call_end_id}))
+BANNED = tuple(sorted(set(range(CONFIG.model.vocab_size)) - {*FREE, CALL_END_ID}))
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def _allowed(tokens: list[int], begin: int | None, depth: int, spawns: int) -> s
     if begin is None:
         text = TOKENIZER.decode(tokens)
         opens = text.endswith("\n") and any(accepted(text, [node]) for node in universe)
-        return set(FREE) - {TOKENIZER.call_begin_id} | ({TOKENIZER.call_begin_id} if opens else set())
+        return set(FREE) - {CALL_BEGIN_ID} | ({CALL_BEGIN_ID} if opens else set())
     text, done = TOKENIZER.decode(tokens[:begin]), tokens[begin:]
     ways = [
         TOKENIZER.encode(render_spawn(nodes, depth + 1))
@@ -177,8 +178,8 @@ def test_log_probabilities_are_those_over_what_the_parser_would_accept(drawn):
                 expected = scores[allowed.index(token)] - np.log(np.exp(scores).sum())
                 np.testing.assert_allclose(logprob, expected, atol=1e-5)
                 held += begin is not None
-                shut += TOKENIZER.call_begin_id not in allowed and tokens[-1] >= FIRST_LINE
-                begin = len(tokens) if token == TOKENIZER.call_begin_id else begin
+                shut += CALL_BEGIN_ID not in allowed and tokens[-1] >= FIRST_LINE
+                begin = len(tokens) if token == CALL_BEGIN_ID else begin
                 tokens.append(token)
             spawns[call.path] = spawns.get(call.path, 0) + (begin is not None)
     assert held > 50
