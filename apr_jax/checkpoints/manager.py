@@ -192,8 +192,10 @@ class Checkpoints:
                     self._config.data.tokenizer,
                     Spelling.of(self._config),
                 )
-            except (ConfigError, CheckpointError) as error:
-                unusable[step] = _Problem(isinstance(error, ConfigError), str(error))
+            except ConfigError as error:
+                found.foreign[step] = str(error)
+            except CheckpointError as error:
+                found.damaged[step] = str(error)
             else:
                 return dataclasses.replace(found, step=step)
         return found
