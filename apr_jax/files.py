@@ -135,8 +135,10 @@ def file_in(folder: pathlib.Path, name: str) -> pathlib.Path:
       FileError: it is a folder, a pipe, a link to elsewhere or a git-lfs pointer.
     """
     path, whole = folder / name, folder.resolve()
-    if not path.exists():
+    if not os.path.lexists(path):
         raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+    if not path.exists():
+        raise FileError(f"{path}: a link that leads nowhere; put the file itself in its place")
     real, places = path.resolve(), [whole]
     if whole.parent.name == "snapshots":
         places.append(whole.parents[1] / "blobs")

@@ -11,6 +11,7 @@ Tokenizers are compared by their content. docs/architecture.md says which fields
 
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -107,7 +108,7 @@ def own_tokenizer(path: pathlib.Path, config: Mapping[str, Any] | None) -> str |
     named = None if config is None else config["data"].get("tokenizer")
     checkpoint = _checkpoint_folder(path.absolute())
     own: pathlib.Path | None = (path if checkpoint is None else checkpoint / TOKENIZER) / "tokenizer.json"
-    if own is not None and not own.exists():
+    if own is not None and not os.path.lexists(own):
         is_hugging_face = checkpoint is not None or any(path.glob("*.safetensors"))
         own = None if is_hugging_face else gguf_with_tokenizer(path)
     if own is not None:
@@ -198,8 +199,8 @@ def check_meaning(name: str, saved: Mapping[str, Any] | None, now: Mapping[str, 
     """
     lines = []
     for field in _MEANING:
-        section, name = field.split(".")
-        there, here = (dict(config or {}).get(section, {}).get(name) for config in (saved, now))
+        section, key = field.split(".")
+        there, here = (dict(config or {}).get(section, {}).get(key) for config in (saved, now))
         if there is not None and _plain(there) != _plain(here):
             lines.append(f"  {field}: {there!r} there, {here!r} here")
     if lines:

@@ -4,6 +4,7 @@ import codecs
 import functools
 import itertools
 import json
+import os
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from apr_jax.gguf_file import open_gguf
 
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _CACHED_LINES = 1 << 16
+_MOST_IDS = 1 << 22
 # Text that goes on is cut as after one of these. They are tried in turn, until one is not merged with the text.
 _ANCHORS = ("\n", "a", "1", ".", " ")
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
@@ -45,7 +47,7 @@ class HuggingFaceTokenizer:
             ConfigError: as `read_special_tokens`.
         """
         path = pathlib.Path(path)
-        if not path.exists():
+        if not os.path.lexists(path):
             raise FileNotFoundError(f'{path}: no such file; a tokenizer is "builtin" or the path of a tokenizer.json')
         self._tokenizer, stated = _load_gguf(path) if path.suffix == ".gguf" else (_load(path), stated_beside(path))
         self._tokenizer.no_padding()
@@ -56,6 +58,9 @@ class HuggingFaceTokenizer:
         self._added = {*self._tokenizer.get_added_tokens_decoder()}
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
+        if self.vocab_size > _MOST_IDS:
+            raise FileError(f"{path}: an id of {self.vocab_size - 1:,} is above {_MOST_IDS:,}; fetch the file again")
+        self.unused_ids = tuple(sorted(set(range(self.vocab_size)) - set(vocabulary.values())))
         special = read_special_tokens(path, vocabulary, stated)
         self.bos_id, self.eos_ids, self.pad_id = special
         self.eos_id = self.eos_ids[0]

@@ -5,6 +5,7 @@ unless the former lists its `added_tokens_decoder`. The ids at which decoding st
 else in config.json, and may be several. The tokenizer's own EOS is what training appends, so it is a stop as well.
 """
 
+import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -36,7 +37,9 @@ class SpecialTokens(NamedTuple):
 def stated_beside(path: pathlib.Path) -> Stated:
     """Read the files beside the tokenizer.json at `path`. Raises FileError where one is damaged."""
     advice = f"fetch the file again, or remove it to go by {path.name} alone"
-    return {name: read_json(file_in(path.parent, name), advice) for name in _FILES if (path.parent / name).exists()}
+    return {
+        name: read_json(file_in(path.parent, name), advice) for name in _FILES if os.path.lexists(path.parent / name)
+    }
 
 
 def read_special_tokens(path: pathlib.Path, vocabulary: Mapping[str, int], stated: Stated) -> SpecialTokens:

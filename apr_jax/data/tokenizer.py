@@ -58,6 +58,7 @@ class Tokenizer(Protocol):
     """The part of a tokenizer that the rest of apr_jax knows."""
 
     vocab_size: int  # ids are 0..vocab_size - 1
+    unused_ids: tuple[int, ...]  # ids among them that no token has
     pad_id: int
     bos_id: int
     eos_id: int  # that training appends
@@ -115,6 +116,7 @@ class BuiltinTokenizer:
         self._first_digit = 3 + len(PHRASES) + len(SYMBOLS)
         self._ids = {text: index for index, text in enumerate(self._texts) if text}  # a number wins over its digit
         self.vocab_size = len(self._texts)
+        self.unused_ids: tuple[int, ...] = ()
         self.pad_id, self.bos_id, self.eos_id = 0, 1, 2
         self.eos_ids: tuple[int, ...] = (self.eos_id,)
         self.join_ids: tuple[int, ...] = (self._ids[JOIN_BEGIN],)

@@ -85,7 +85,10 @@ def configure(
     tokenizer = agreed_tokenizer(folder, own, asked, Spelling.of(config))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
     loaded = config_tokenizer(config)
-    check_vocabulary(config.model, loaded)
+    try:
+        check_vocabulary(config.model, loaded)
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from error
     return config, loaded
 
 

@@ -55,10 +55,10 @@ def spawn_gate(config: Config, tokenizer: Tokenizer) -> Gate | None:
 def banned_tokens(tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
     """Return the tokens that no thread may ever produce, in ascending order.
 
-    BOS and padding, the mark that opens a join, which only the join itself writes, and the ids between the tokenizer's
-    vocabulary and the model's `vocab_size`.
+    BOS and padding, the mark that opens a join, which only the join itself writes, and the ids of the model's
+    `vocab_size` that the tokenizer does not use.
     """
-    unused = range(tokenizer.vocab_size, vocab_size)
+    unused = (*tokenizer.unused_ids, *range(tokenizer.vocab_size, vocab_size))
     return tuple(sorted({tokenizer.bos_id, tokenizer.pad_id, *tokenizer.join_ids, *unused} - {*tokenizer.eos_ids}))
 
 

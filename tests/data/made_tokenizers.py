@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 import tokenizers
 
@@ -39,3 +40,13 @@ def llama_like_json(folder: pathlib.Path, texts: list[str]) -> pathlib.Path:
     path = folder / "tokenizer.json"
     path.write_text(json.dumps(as_json))
     return path
+
+
+def word_level_json(folder: pathlib.Path, specials: Sequence[str]) -> pathlib.Path:
+    """A small vocabulary that begins with these special tokens."""
+    words = [*specials, "<unk>", "1", "2", "+", "=", "\n"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<unk>"))
+    tokenizer.add_special_tokens(list(specials))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"

@@ -52,9 +52,9 @@ def open_tensors(folder: pathlib.Path) -> Tensors:
         FileNotFoundError: there is neither `model.safetensors` nor an index, or a shard is missing.
         HuggingFaceError: a file is damaged, or index and files contradict each other.
     """
-    if (folder / INDEX).exists():
+    if os.path.lexists(folder / INDEX):
         return _sharded(folder, _weight_map(folder))
-    if not (folder / WEIGHTS).exists():
+    if not os.path.lexists(folder / WEIGHTS):
         _refuse_pickles(folder)
         raise FileNotFoundError(f"{folder / WEIGHTS}: no such file; a Hugging Face folder holds {WEIGHTS} or {INDEX}")
     return _open(folder, WEIGHTS)
@@ -106,7 +106,7 @@ def _sharded(folder: pathlib.Path, weight_map: Mapping[str, str]) -> Tensors:
 def _open(folder: pathlib.Path, name: str) -> Tensors:
     """Return the tensors of one file."""
     path = folder / name
-    if not path.exists():
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"{path}: no such file; a Hugging Face folder holds {WEIGHTS} or {INDEX} and its files")
     with _named(path):
         file: Any = safe_open(file_in(folder, name), framework="flax")
