@@ -80,8 +80,8 @@ def tokenize_calls(
     starts, completions, replays = [0], [], []
     num_dropped = 0
     for demonstration in demonstrations:
-        for call in demonstration.calls:
-            ids, completion, replay = _tokenize(call, tokenizer)
+        for call, prompt in zip(demonstration.calls, prompts_of(demonstration.calls), strict=True):
+            ids, completion, replay = _tokenize(call, prompt, tokenizer)
             if len(ids) - 1 > row_len:
                 num_dropped += 1
                 continue
@@ -109,9 +109,30 @@ def tokenize_calls(
     )
 
 
-def _tokenize(call: Call, tokenizer: Tokenizer) -> tuple[Sequence[int], int, tuple[int, int]]:
+def prompts_of(calls: Sequence[Call]) -> list[str]:
+    """Return the prompt with which the thread of each call began; that of its parent where it is a fork.
+
+    Calls are in the order of a `Demonstration`.
+    """
+    prompts: list[str] = []
+    threads: dict[int, list[tuple[Call, str]]] = {}  # by depth, the latest thread's calls with their prompts
+    for call in calls:
+        own = threads.get(call.depth, [])
+        if own and own[-1][0].ends_in_spawn:  # it goes on
+            prompts.append(own[-1][1])
+        else:
+            own = threads[call.depth] = []
+            above = threads.get(call.depth - 1, [])
+            forked = (prompt for parent, prompt in above if call.context.startswith(parent.context + parent.completion))
+            prompts.append(next(forked, call.context))
+        own.append((call, prompts[-1]))
+    return prompts
+
+
+def _tokenize(call: Call, prompt: str, tokenizer: Tokenizer) -> tuple[Sequence[int], int, tuple[int, int]]:
     """Return the call's ids, the place where its completion begins, and where its replay begins and ends."""
-    ids = tokenizer.encode_prompt(call.context)
+    ids = tokenizer.encode_prompt(prompt)
+    ids += tokenizer.encode_continuation(call.context[len(prompt) :], ids)
     completion = len(ids)
     ids += tokenizer.encode_continuation(call.completion[: call.replay_start], ids)
     replay_start = len(ids)

@@ -18,12 +18,9 @@ from apr_jax.reasoning.base import (
     Settings,
     Stops,
     Tally,
-    cut,
-    cut_excess,
-    prompt_tokens,
+    Transcript,
     read_end,
     stops_at,
-    thread_text,
 )
 from apr_jax.reasoning.spawn_grammar import ThreadGrammar
 from apr_jax.tasks.dialect import ChildResult, Ending, Malformed, SpawnCall, SpawnDialect
@@ -81,30 +78,27 @@ def _search(
     """
     tokenizer, search = settings.tokenizer, _Search()
     stops = spawn_stops(dialect, tokenizer)
-    spawns = inherited = 0
-    if fork_of is None:
-        thread = yield Open(prompt_tokens(tokenizer, prompt), max_length=settings.context_window)
-    else:
-        inherited = len(thread_text(tokenizer, fork_of))
-        thread = yield Open(
-            tokenizer.encode_continuation(prompt, fork_of.tokens), fork_of=fork_of, max_length=settings.context_window
-        )
+    given = (
+        tokenizer.encode_prompt(prompt) if fork_of is None else tokenizer.encode_continuation(prompt, fork_of.tokens)
+    )
+    thread = yield Open(given, fork_of=fork_of, max_length=settings.context_window)
+    page, spawns = Transcript(tokenizer, thread, prompt), 0
     while True:
         stop = yield stops.decode(thread, thread_grammar(settings, depth, spawns, allowance))
-        search.text = thread_text(tokenizer, thread, stop.excess)[inherited:]
+        search.text = page.text(stop.excess)
         mark = stops.mark(stop)
         if mark is not None and mark in dialect.replaced:
-            kept = cut(tokenizer, thread, inherited + len(search.text) - len(mark))
+            kept = page.cut(len(search.text) - len(mark))
             assert kept is not None, "a mark is whole characters"
             yield Truncate(thread, kept[0])
             yield Append(thread, tokenizer.encode_continuation(kept[1] + dialect.replaced[mark], thread.tokens))
             continue
         if not mark and not dialect.asks_for_children(search.text, depth):
-            ending = read_end(dialect, tokenizer, thread, stop)
+            ending = read_end(dialect, page, stop)
             search.failure = ending if ending.status == "truncated" else None
             return search
         call = read_spawn(dialect, search.text, settings, depth, spawns, allowance)
-        kept = None if isinstance(call, Malformed) else cut(tokenizer, thread, inherited + call.start)
+        kept = None if isinstance(call, Malformed) else page.cut(call.start)
         if isinstance(call, Malformed) or kept is None:
             reason = call.reason if isinstance(call, Malformed) else "split_token"
             search.failure = Ending(None, "malformed", reason)
@@ -116,7 +110,7 @@ def _search(
             for name, context in zip(call.names, call.contexts, strict=True)
         ]
         if dialect.children == "fork":
-            yield from cut_excess(tokenizer, thread, stop)
+            yield from page.cut_excess(stop)
         handle = yield Spawn(children)
         spawns += 1
         returned = yield Join(handle, _succeeded if settings.cancel_on_success else None)

@@ -117,11 +117,6 @@ class Method:
     root_writes: bool = True  # so that a sample has a likelihood
 
 
-def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Return BOS and the prompt. Raises ValueError where the tokenizer cannot spell the prompt."""
-    return tokenizer.encode_prompt(prompt)
-
-
 @dataclasses.dataclass(frozen=True)
 class Stops:
     """EOS and the marks at which a thread stops: tokens where the tokenizer has them, else stop strings."""
@@ -148,52 +143,66 @@ def stops_at(tokenizer: Tokenizer, *marks: str) -> Stops:
     return Stops((*tokenizer.eos_ids, *of_token), watched, of_token)
 
 
-def thread_text(tokenizer: Tokenizer, thread: Thread, excess: int = 0) -> str:
-    """Return the thread's whole text, prompt and all (BOS and EOS have none), less the last `excess` bytes."""
-    if not excess:
-        return tokenizer.decode(thread.tokens)
-    return b"".join(tokenizer.token_bytes(thread.tokens))[:-excess].decode(errors="replace")
+class Transcript:
+    """A thread as the text that a dialect reads: its prompt as that was given, and what stands after it.
 
-
-def cut(tokenizer: Tokenizer, thread: Thread, offset: int) -> tuple[int, str] | None:
-    """Find where to truncate a thread whose text is to be kept up to its character `offset`.
-
-    Returns the number of its tokens that lie before the offset, whole characters all (at 0: its BOS tokens), and the
-    text from there to the offset: "" where a token begins there. Text that is no UTF-8 cannot be given as text: None.
+    The tokens of the prompt may say more, as a chat template or the parent of a fork do.
     """
-    decoder, done = codecs.getincrementaldecoder("utf-8")("replace"), 0
-    kept, begin = 0, 0
-    pieces = tokenizer.token_bytes(thread.tokens)
-    if offset == 0:
-        return next(index for index, piece in enumerate(pieces) if piece), ""
-    for index, piece in enumerate([*pieces, b""]):
-        if not decoder.getstate()[0]:
-            if done <= offset:
-                kept, begin = index, done
-            if done >= offset:
-                break
-        done += len(decoder.decode(piece))
-    between = thread_text(tokenizer, thread)[begin:offset]
-    return (kept, between) if b"".join(pieces[kept:]).startswith(between.encode()) else None
+
+    def __init__(self, tokenizer: Tokenizer, thread: Thread, prompt: str) -> None:
+        """Begin with a thread that holds its prompt and nothing after."""
+        self.tokenizer, self.thread, self.prompt = tokenizer, thread, prompt
+        self.start = len(thread.tokens)  # of what stands after the prompt
+
+    def text(self, excess: int = 0) -> str:
+        """Return the text, prompt and all, less the last `excess` bytes. BOS and EOS have none."""
+        written = b"".join(self._pieces())
+        return self.prompt + written[: len(written) - excess].decode(errors="replace")
+
+    def cut(self, offset: int) -> tuple[int, str] | None:
+        """Find where to truncate the thread so that its text is kept up to the character `offset`.
+
+        Returns the number of tokens that lie before the offset, whole characters all (at 0: its BOS tokens), and the
+        text from there to the offset: "" where a token begins there. Text that is no UTF-8 cannot be given as text, and
+        a prompt whose tokens say more cannot be cut: None.
+        """
+        first, begin, pieces = self.start, len(self.prompt), self._pieces()
+        if offset < begin:
+            if self.tokenizer.decode(self.thread.tokens[: self.start]) != self.prompt:
+                return None
+            pieces = self.tokenizer.token_bytes(self.thread.tokens[: self.start])
+            first, begin = 0, 0
+        decoder, done, kept = codecs.getincrementaldecoder("utf-8")("replace"), begin, 0
+        for index, piece in enumerate([*pieces, b""]):
+            if not decoder.getstate()[0]:
+                if done <= offset:
+                    kept, begin = index, done
+                if done > offset or (done == offset and (piece or index == len(pieces))):
+                    break
+            done += len(decoder.decode(piece))
+        between = self.text()[begin:offset]
+        return (first + kept, between) if b"".join(pieces[kept:]).startswith(between.encode()) else None
+
+    def cut_excess(self, stop: Stop) -> Generator[Any, Any, None]:
+        """Let the thread end with the stop string that its last token completes, and keep what that held before it."""
+        if stop.excess:
+            kept, between = self.cut(len(self.text(stop.excess))) or (len(self.thread.tokens), "")
+            yield Truncate(self.thread, kept)
+            yield Append(self.thread, self.tokenizer.encode_continuation(between, self.thread.tokens))
+
+    def _pieces(self) -> list[bytes]:
+        tokens, start = self.thread.tokens, self.start
+        return self.tokenizer.token_bytes(tokens[start:], tokens[:start])
 
 
-def cut_excess(tokenizer: Tokenizer, thread: Thread, stop: Stop) -> Generator[Any, Any, None]:
-    """Let a thread end with the stop string that its last token completes; what that held before it is kept as text."""
-    if stop.excess:
-        length = len(thread_text(tokenizer, thread, stop.excess))
-        kept, between = cut(tokenizer, thread, length) or (len(thread.tokens), "")
-        yield Truncate(thread, kept)
-        yield Append(thread, tokenizer.encode_continuation(between, thread.tokens))
-
-
-def read_end(dialect: ThreadDialect, tokenizer: Tokenizer, thread: Thread, stop: Stop) -> Ending:
+def read_end(dialect: ThreadDialect, page: Transcript, stop: Stop) -> Ending:
     """Return the ending of a thread that a stop token ended, as the dialect reads it, or that was cut off.
 
     A dialect may read an answer out of what was cut off, too.
     """
     if stop.reason is StopReason.TOKEN:
-        return dialect.read_ending(thread_text(tokenizer, thread))
-    ending = dialect.read_ending(thread_text(tokenizer, thread)) if dialect.reads_cut_off else None
+        return dialect.read_ending(page.text())
+    ending = dialect.read_ending(page.text()) if dialect.reads_cut_off else None
     return ending if ending and ending.answer is not None else Ending(None, "truncated", truncated_reason(stop))
 
 

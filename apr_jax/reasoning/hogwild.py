@@ -19,7 +19,7 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 from apr_jax.engine.threads import Decode, Join, Open, Share
-from apr_jax.reasoning.base import Method, Outcome, Settings, Tally, prompt_tokens, read_end
+from apr_jax.reasoning.base import Method, Outcome, Settings, Tally, Transcript, read_end
 from apr_jax.tasks.dialect import Ending, WorkerDialect
 
 
@@ -29,8 +29,9 @@ def hogwild(problem: Any, settings: Settings) -> Generator[Any, Any, Outcome]:
     Without an answer the outcome is that of the first worker that was cut off or malformed, else "no_solution".
     """
     dialect = settings.task.dialect("hogwild", WorkerDialect)
-    prompt = prompt_tokens(settings.tokenizer, dialect.prompt(problem))
-    workers = [_worker(dialect, number, prompt, settings) for number in range(dialect.num_workers)]
+    text = dialect.prompt(problem)
+    prompt = settings.tokenizer.encode_prompt(text)
+    workers = [_worker(dialect, number, text, prompt, settings) for number in range(dialect.num_workers)]
     handle = yield Share(prompt, workers)
     returned: list[Ending | None] = yield Join(handle, _has_answered)
     endings = [ending for ending in returned if ending is not None]
@@ -53,12 +54,14 @@ HOGWILD = Method(
 
 
 def _worker(
-    dialect: WorkerDialect, number: int, prompt: Sequence[int], settings: Settings
+    dialect: WorkerDialect, number: int, text: str, prompt: Sequence[int], settings: Settings
 ) -> Generator[Any, Any, Ending]:
     tokenizer = settings.tokenizer
-    thread = yield Open(tokenizer.encode_continuation(dialect.header(number), prompt))
+    header = dialect.header(number)
+    thread = yield Open(tokenizer.encode_continuation(header, prompt))
+    page = Transcript(tokenizer, thread, text + header)
     stop = yield Decode(thread, tokenizer.eos_ids)
-    return read_end(dialect, tokenizer, thread, stop)
+    return read_end(dialect, page, stop)
 
 
 def _has_answered(ending: Ending) -> bool:

@@ -25,10 +25,8 @@ from apr_jax.reasoning.base import (
     Outcome,
     Settings,
     Tally,
-    cut_excess,
-    prompt_tokens,
+    Transcript,
     read_end,
-    thread_text,
     truncated_reason,
 )
 from apr_jax.tasks.dialect import ChildResult, Ending, Malformed, PromiseDialect, SpawnCall
@@ -59,15 +57,17 @@ def pasta(problem: Any, settings: Settings) -> Generator[Any, Any, Outcome]:
     tokenizer, dialect = settings.tokenizer, settings.task.dialect("pasta", PromiseDialect)
     stops = spawn_stops(dialect, tokenizer, dialect.wait)
     family = _Family(dialect, settings)
-    thread = yield Open(prompt_tokens(tokenizer, dialect.prompt(problem, settings.budget)))
+    prompt = dialect.prompt(problem, settings.budget)
+    thread = yield Open(tokenizer.encode_prompt(prompt))
+    page = Transcript(tokenizer, thread, prompt)
     ending: Ending | None = None
     while ending is None:
         spawns, children = family.tally.num_spawns, family.tally.num_children
         limits = (settings, 0, spawns, settings.max_total_children - children)
         stop = yield stops.decode(thread, thread_grammar(*limits))
-        text, mark = thread_text(tokenizer, thread, stop.excess), stops.mark(stop)
+        text, mark = page.text(stop.excess), stops.mark(stop)
         if not mark:
-            ending = read_end(dialect, tokenizer, thread, stop)
+            ending = read_end(dialect, page, stop)
         elif mark != dialect.wait:
             call = read_spawn(dialect, text, *limits, last_begin=True)
             if isinstance(call, Malformed):
@@ -75,7 +75,7 @@ def pasta(problem: Any, settings: Settings) -> Generator[Any, Any, Outcome]:
             else:
                 yield from family.spawn(call)
         elif family.promises:
-            yield from cut_excess(tokenizer, thread, stop)
+            yield from page.cut_excess(stop)
             yield Append(thread, (yield from family.join(thread.tokens)))
         else:
             ending = Ending(None, "malformed", "nothing_to_wait_for")
@@ -125,16 +125,16 @@ class _Family:
 def _search(dialect: PromiseDialect, context: str, name: str, settings: Settings) -> Generator[Any, Any, _Child]:
     tokenizer = settings.tokenizer
     stops = spawn_stops(dialect, tokenizer)
-    thread = yield Open(prompt_tokens(tokenizer, context))
-    opened = len(thread.tokens)
+    thread = yield Open(tokenizer.encode_prompt(context))
+    page = Transcript(tokenizer, thread, context)
     stop = yield stops.decode(thread, thread_grammar(settings, 1, 0, 0))
     mark = stops.mark(stop)
     result: ChildResult | Malformed = Malformed("too_deep" if mark == dialect.spawn_end else "wrote_join")
     if mark is None:
         result = Malformed(truncated_reason(stop))
     elif not mark:
-        result = dialect.read_child(thread_text(tokenizer, thread), name)
-    tokens = _whole_lines(tokenizer, thread.tokens, opened)
+        result = dialect.read_child(page.text(), name)
+    tokens = _whole_lines(tokenizer, thread.tokens, page.start)
     if isinstance(result, Malformed):
         return _Child(ChildResult(name, None), context, tokens, result.reason)
     return _Child(result, context, tokens, "")

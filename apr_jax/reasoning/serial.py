@@ -4,7 +4,7 @@ from collections.abc import Generator
 from typing import Any
 
 from apr_jax.engine.threads import Decode, Open
-from apr_jax.reasoning.base import Method, Outcome, Settings, Tally, prompt_tokens, read_end
+from apr_jax.reasoning.base import Method, Outcome, Settings, Tally, Transcript, read_end
 from apr_jax.tasks.dialect import ThreadDialect
 
 
@@ -18,9 +18,11 @@ def one_thread(
 ) -> Generator[Any, Any, Outcome]:
     """Run one thread to EOS and read its answer by a dialect."""
     tokenizer = settings.tokenizer
-    thread = yield Open(prompt_tokens(tokenizer, dialect.prompt(problem, budget)))
+    prompt = dialect.prompt(problem, budget)
+    thread = yield Open(tokenizer.encode_prompt(prompt))
+    page = Transcript(tokenizer, thread, prompt)
     stop = yield Decode(thread, tokenizer.eos_ids)
-    return Tally().outcome(read_end(dialect, tokenizer, thread, stop))
+    return Tally().outcome(read_end(dialect, page, stop))
 
 
 SERIAL = Method(name="serial", program=serial, dialect="serial", kind=ThreadDialect, budget="tokens")

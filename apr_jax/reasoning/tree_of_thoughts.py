@@ -15,7 +15,7 @@ from collections.abc import Generator, Hashable, Sequence
 from typing import Any
 
 from apr_jax.engine.threads import Decode, Join, Open, Spawn, StopReason
-from apr_jax.reasoning.base import Method, Outcome, Settings, Tally, prompt_tokens, truncated_reason
+from apr_jax.reasoning.base import Method, Outcome, Settings, Tally, Transcript, truncated_reason
 from apr_jax.tasks.dialect import Ending, ThoughtDialect
 
 
@@ -145,11 +145,11 @@ class _Search:
 
 def _think(prompt: str, settings: Settings) -> Generator[Any, Any, _Thought]:
     tokenizer = settings.tokenizer
-    thread = yield Open(prompt_tokens(tokenizer, prompt))
-    prompt_len = len(thread.tokens)
+    thread = yield Open(tokenizer.encode_prompt(prompt))
+    page = Transcript(tokenizer, thread, "")
     stop = yield Decode(thread, tokenizer.eos_ids)
     reason = "" if stop.reason is StopReason.TOKEN else truncated_reason(stop)
-    return _Thought(tokenizer.decode(thread.tokens[prompt_len:]), reason)
+    return _Thought(page.text(), reason)
 
 
 def _best_first(nodes: Sequence[_Node]) -> list[_Node]:

@@ -10,7 +10,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from apr_jax.data.tokenizer import Spelling, Tokenizer, load_tokenizer
 from apr_jax.engine.stop_strings import StringWatch
 from apr_jax.engine.threads import Thread
-from apr_jax.reasoning.base import cut, stops_at, thread_text
+from apr_jax.reasoning.base import Transcript, stops_at
 from apr_jax.tasks.countdown.task import COUNTDOWN
 from tests.data.made_tokenizers import byte_level_json, llama_like_json
 
@@ -136,12 +136,14 @@ def test_ten_thousand_texts_and_cuts_lose_nothing(tokenizer):
         if found is None:
             continue
         seen += 1
-        kept = Thread((), [*before, *ids[:done]], 0, (0, 0))
-        shown = thread_text(tokenizer, kept, found.excess)
+        kept = Thread((), list(before), 0, (0, 0))
+        page = Transcript(tokenizer, kept, "")
+        kept.tokens += ids[:done]
+        shown = page.text(found.excess)
         assert shown == text[: min(ends)].decode(errors="replace"), "what is read ends with the mark"
         assert found.excess < len(tokenizer.token_bytes(kept.tokens[-1:], kept.tokens[:-1])[0])
         offset = len(shown) - len(found.string)
-        place = cut(tokenizer, kept, offset)
+        place = page.cut(offset)
         if place is None:  # broken characters in the token in which the mark begins
             assert "\ufffd" in shown
             continue
