@@ -21,6 +21,7 @@ import absl.logging
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from apr_jax.caches import cache_folder
 from apr_jax.config import Config, ConfigError
 from apr_jax.config_dict import from_config_dict
 from apr_jax.files import FileError, explain, naming, write
@@ -226,11 +227,12 @@ def _prefer_huge_pages() -> None:
 
 
 def _cache_compilations() -> None:
-    """Keep what XLA compiles in the checkout's `.jax_cache/`, so that a second process starts in half the time.
+    """Keep what XLA compiles (`caches`), so that a second process starts in half the time.
 
     JAX's own variables take precedence.
     """
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CHECKOUT / ".jax_cache"))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and (folder := cache_folder()) is not None:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 

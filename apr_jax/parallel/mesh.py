@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from apr_jax.caches import check_compiled_programs
 from apr_jax.config import ConfigError, MeshConfig
 
 DATA_AXIS, FSDP_AXIS, TENSOR_AXIS = AXES = ("data", "fsdp", "tensor")
@@ -57,6 +58,7 @@ def offer_cpu_devices(count: int = _MIN_CPU_DEVICES) -> None:
 
     The default serves callers that do not know the mesh yet. More devices than cores are slower (docs/decode.md).
     """
+    check_compiled_programs()
     set_outside = "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in os.environ.get("XLA_FLAGS", "")
     if not set_outside:
         with contextlib.suppress(RuntimeError):  # JAX has started

@@ -1,18 +1,13 @@
 """The CPU's own kernels equal what XLA computes, row by row and lane by lane, and their absence is no failure."""
 
-import ctypes
 import functools
-import logging
-import pathlib
-import shutil
-import subprocess
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from apr_jax.kernels import cpu, cpu_kernels
+from apr_jax.kernels import cpu
 from apr_jax.kernels.cpu import CpuPagedAttention, bindings, build
 from apr_jax.model.ops import apply_rope
 from apr_jax.model.paged_attention import PagedAttention, Places
@@ -54,13 +49,13 @@ def portable(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(build, "_folder", lambda: folder)
         patched.setattr(build, "_FLAGS", tuple(flag for flag in build._FLAGS if flag != "-march=native"))
-        for source, names in build._TARGETS.items():
-            if source.name != "attention_rows.cc":
-                library = ctypes.CDLL(str(build._made(source)))
-                for name in names:
-                    target = jax.ffi.pycapsule(getattr(library, name))
-                    jax.ffi.register_ffi_target(f"portable_{name}", target, platform="cpu")
-                    targets.add(name)
+        decode = {source: names for source, names in build._TARGETS.items() if source.name != "attention_rows.cc"}
+        patched.setattr(build, "_TARGETS", decode)
+        for source, library in build.made().items():
+            for name in decode[source]:
+                target = jax.ffi.pycapsule(getattr(library, name))
+                jax.ffi.register_ffi_target(f"portable_{name}", target, platform="cpu")
+                targets.add(name)
     return targets
 
 
@@ -291,28 +286,3 @@ def test_pages_of_any_size_hold_the_same_row(kernels, page):
     )  # type: ignore[call-arg]
     weights = jax.nn.softmax(rows[0] @ q_LNH[0, 0] / head_dim**0.5)
     np.testing.assert_allclose(out[0, 0], weights @ rows[1], atol=2e-6)
-
-
-@pytest.mark.parametrize("source", build._TARGETS, ids=lambda source: source.name)
-def test_a_library_is_compiled_once(source, fresh, monkeypatch):
-    first = build._made(source)
-    assert [first] == list(fresh.iterdir())
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
-    assert build._made(source) == first
-
-
-@pytest.mark.parametrize("broken", ["no compiler", "no such header"])
-def test_without_kernels_xla_does_the_work_and_a_warning_says_so(fresh, broken, monkeypatch, caplog, tmp_path):
-    if broken == "no compiler":
-        monkeypatch.setattr(shutil, "which", lambda _: None)
-    else:
-        source = tmp_path / "broken.cc"
-        source.write_text("#include <no_such_header>\n")
-        monkeypatch.setattr(build, "_TARGETS", {pathlib.Path(source): ()})
-    with caplog.at_level(logging.WARNING):
-        assert cpu_kernels("cpu") is None
-    said = "install one of c++, g++, clang++" if broken == "no compiler" else "no_such_header"
-    assert said in caplog.text
-    assert len(caplog.records) == 1
-    with pytest.raises(RuntimeError, match=r"ask is_available\(\) first"):
-        product(normal(1, 4), bindings.to_panels(normal(4, 4)), 4)
