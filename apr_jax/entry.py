@@ -156,6 +156,7 @@ def run_with_words(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     _prefer_huge_pages()
     _cache_compilations()
     sys.stderr = _ForPeople(sys.stderr)
+    sys.unraisablehook = _say_unraisable
 
     def quietly(argv: list[str]) -> int | None:
         if not flags.FLAGS["verbosity"].present:
@@ -207,6 +208,12 @@ class _ForPeople(io.TextIOBase):
 
     def fileno(self) -> int:
         return self._stream.fileno()
+
+
+def _say_unraisable(what: "sys.UnraisableHookArgs") -> None:
+    """Do what Python does, but ignore callbacks that come after Orbax has given up writing and said why."""
+    if str(what.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(what)
 
 
 def _standard_output_for_programs() -> contextlib.AbstractContextManager[Any]:

@@ -12,7 +12,7 @@ import os
 import pathlib
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 from apr_jax.config import ConfigError
 
@@ -39,20 +39,28 @@ class FileError(Exception):
 
 
 def write(path: pathlib.Path, data: bytes) -> None:
+    """Write a file as `writing` does."""
+    with writing(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[BinaryIO]:
     """Write a file atomically, so that a reader sees the old one or the new one. Make its folder.
 
     A pipe or a device is written to as it is, and a link stays one.
     """
     with naming(path):
         if path.exists() and (not path.is_file() or path.is_relative_to("/dev")):
-            path.write_bytes(data)
+            with path.open("wb") as file:
+                yield file
             return
         path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         try:
             with temporary.open("wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -181,6 +189,11 @@ def explain(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename is not None else ""
     advice = _ADVICE.get(error.errno)
     return f"{where}{error.strerror}" + (f"; {advice}" if advice else "")
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Return True if the system refused to read or write a file, which need not be damaged then."""
+    return isinstance(error, OSError) and error.errno in _ADVICE
 
 
 @contextlib.contextmanager

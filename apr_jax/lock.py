@@ -34,7 +34,9 @@ class LockedError(ConfigError):
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path, advice: str, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold the lock `path` within the block. Make its folder, and take over the lock of a dead process.
+    """Hold the lock `path` within the block, and take over the lock of a dead process.
+
+    Its folder is made, and removed again if the block leaves nothing in it.
 
     Args:
       advice: what the user can do while another process holds it, for the message.
@@ -42,6 +44,7 @@ def locked(path: pathlib.Path, advice: str, on_wait: Callable[[str], None] | Non
     Raises:
       LockedError: another process holds it, and there is no waiting.
     """
+    is_new = not path.parent.exists()
     file, holder = _try_to_lock(path)
     if file is None and on_wait is not None:
         on_wait(f"{path.parent}: waiting for {holder}, which works here")
@@ -61,6 +64,9 @@ def locked(path: pathlib.Path, advice: str, on_wait: Callable[[str], None] | Non
         with contextlib.suppress(OSError):
             path.unlink()
         file.close()
+        if is_new:
+            with contextlib.suppress(OSError):  # not empty: the usual case
+                path.parent.rmdir()
 
 
 def _try_to_lock(path: pathlib.Path) -> tuple[BinaryIO | None, str]:
@@ -68,9 +74,8 @@ def _try_to_lock(path: pathlib.Path) -> tuple[BinaryIO | None, str]:
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         file = path.open("a+b", buffering=0)
-        has_lock = _flock(file)
-        if has_lock is False or _is_alive(holder := _read(file), has_lock is None, path):
-            holder = _read(file)
+        has_lock, holder = _flock(file), _read(file)
+        if has_lock is False or _is_alive(holder, has_lock is None, path):
             file.close()
             return None, _words(holder)
         try:

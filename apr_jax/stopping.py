@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 import types
 from collections.abc import Callable, Collection, Iterator
 from typing import TypeVar
@@ -12,6 +13,8 @@ T = TypeVar("T")
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _INSIST_SECONDS = 5.0
+_UNHEARD_SECONDS = 10.0
+_LATE_SECONDS = 1.0
 
 
 class StoppedError(BaseException):
@@ -26,13 +29,20 @@ class StoppedAtOnceError(StoppedError):
 
 
 class StopSignal:
-    """A request to stop, made by a signal, which loops ask about. A second signal ends the process at once."""
+    """A request to stop, made by a signal, which loops ask about. A second signal ends the process at once.
+
+    If nobody asks for ten seconds, because something waits for what does not come, StoppedError ends the wait.
+    """
+
+    _ends_waits = True
 
     def __init__(self, error: type[StoppedError] = StoppedError) -> None:
         self.requested = False
         self._error = error
         self._signalled = False
         self._interrupting = False
+        self._heard = False
+        self._due = 0.0  # when the alarm comes that ends a wait
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["StopSignal"]:
@@ -64,6 +74,7 @@ class StopSignal:
 
     def agreed(self) -> bool:
         """Return True when it is time to stop. All hosts of a job ask once a step, and get the same answer."""
+        self._hear()
         return self.requested
 
     def together(self, work: Callable[[], T], types: Collection[type] = ()) -> list[T]:
@@ -81,6 +92,7 @@ class StopSignal:
 
     def check(self) -> None:
         """Raise StoppedError once a stop was requested."""
+        self._hear()
         if self.requested:
             raise self._error("stopped by a signal; the same command starts again")
 
@@ -95,6 +107,25 @@ class StopSignal:
         if self._interrupting:
             signal.setitimer(signal.ITIMER_REAL, _INSIST_SECONDS)
             self.check()
+        elif self.requested and self._ends_waits and not self._heard:
+            self._end_wait(number)
+
+    def _end_wait(self, number: int) -> None:
+        """Raise StoppedError where nobody has asked for so long that the program must be waiting for something.
+
+        An alarm that comes late found it at work in a library, after which it will ask.
+        """
+        if number == signal.SIGALRM and time.monotonic() - self._due < _LATE_SECONDS:
+            self.check()
+        self._due = time.monotonic() + _UNHEARD_SECONDS
+        signal.setitimer(signal.ITIMER_REAL, _UNHEARD_SECONDS)
+
+    def _hear(self) -> None:
+        """Note that the program knows of the request. From then on it saves, for as long as that takes."""
+        if self.requested and not self._heard:
+            self._heard = True
+            if not self._interrupting:
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def leave_terminal() -> None:

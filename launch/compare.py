@@ -29,6 +29,7 @@ from apr_jax import entry
 from apr_jax.config import ConfigError
 from apr_jax.evaluation.compare.grid import Cell, make_cells, read_policies, read_rows
 from apr_jax.evaluation.rollout_sources import check_policy_folder, choose_split, newest_run, policy_task, read_problems
+from apr_jax.lock import locked
 from apr_jax.stopping import StoppedError
 from apr_jax.tasks import task_of
 from apr_jax.tasks.base import SPLITS
@@ -96,15 +97,16 @@ def _compare(folders: dict[str, pathlib.Path], own: list[Any] | None) -> None:
     asked = _asked(list(policies.values()), own)
     check_programs(cells, asked.task)
     workdir = pathlib.Path(_WORKDIR.value)
-    rows = run_cells(
-        cells,
-        policies,
-        asked,
-        Results(workdir),
-        command=shlex.join(["python", "launch/compare.py", *sys.argv[1:]]),
-        keep_rollouts=_KEEP.value,
-        say=lambda text: print(text, file=sys.stderr),
-    )
+    with locked(workdir / "lock", "wait for it, or choose another --workdir"):
+        rows = run_cells(
+            cells,
+            policies,
+            asked,
+            Results(workdir),
+            command=shlex.join(["python", "launch/compare.py", *sys.argv[1:]]),
+            keep_rollouts=_KEEP.value,
+            say=lambda text: print(text, file=sys.stderr),
+        )
     _show(workdir, rows)
 
 

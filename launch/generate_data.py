@@ -13,6 +13,7 @@ Exit codes: 0 done, 1 failed, 2 bad arguments or config.
 import contextlib
 import dataclasses
 import json
+import pathlib
 from collections.abc import Sequence
 
 from absl import flags
@@ -20,6 +21,8 @@ from absl import flags
 from apr_jax import entry
 from apr_jax.config import Config
 from apr_jax.data.tokenizer import token_counter
+from apr_jax.files import writing
+from apr_jax.lock import locked
 from apr_jax.progress import progress
 from apr_jax.tasks import generation, task_of
 from apr_jax.tasks.base import Demonstration
@@ -43,13 +46,17 @@ def _measure(config: Config) -> None:
     count_tokens = token_counter(config)
     lengths: list[tuple[int, int]] = []
     with contextlib.ExitStack() as stack:
-        output = stack.enter_context(open(_OUTPUT.value, "w", encoding="utf-8")) if _OUTPUT.value else None
+        output = None
+        if _OUTPUT.value:
+            lock = pathlib.Path(f"{_OUTPUT.value}.lock")
+            stack.enter_context(locked(lock, "choose another --output"))
+            output = stack.enter_context(writing(pathlib.Path(_OUTPUT.value)))
         bar = stack.enter_context(progress(_NUM_PROBLEMS.value, "Searched", "problems"))
 
         def on_problem(searches: Sequence[Demonstration]) -> None:
             if output is not None:
                 written = {search.method: dataclasses.asdict(search) for search in searches}
-                output.write(json.dumps(written) + "\n")
+                output.write((json.dumps(written) + "\n").encode())
             if _TOKENS.value:
                 lengths.append(demonstrated_tokens(dialects[methods[-1]], searches[-1], count_tokens))
             bar.update()

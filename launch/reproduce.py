@@ -24,6 +24,7 @@ from absl import flags
 from apr_jax import entry
 from apr_jax.config import ConfigError
 from apr_jax.files import write
+from apr_jax.lock import locked
 from apr_jax.reproduce.claims import claims, table
 from apr_jax.reproduce.parts import Part, Record, choose, make_parts
 
@@ -44,6 +45,11 @@ def main() -> int:
     if _LIST.value:
         _show(parts, record)
         return 0
+    with locked(workdir / "lock", "wait for it, or choose another --workdir"):
+        return _make(workdir, parts, chosen, record)
+
+
+def _make(workdir: pathlib.Path, parts: list[Part], chosen: list[Part], record: Record) -> int:
     named = {part.name: part for part in parts}
     for part in chosen:
         if record.is_done(part):

@@ -27,7 +27,7 @@ from apr_jax.checkpoints.trees import flatten, unflatten
 from apr_jax.config import Config, ConfigError
 from apr_jax.config_dict import to_dict
 from apr_jax.data.tokenizer import Spelling, config_tokenizer
-from apr_jax.files import naming
+from apr_jax.files import is_refusal, naming
 from apr_jax.parallel import hosts
 
 
@@ -155,8 +155,11 @@ class Checkpoints:
         check_same(meta, to_dict(self._config), self.phase, str(folder))
         items = {name: ocp.args.StandardRestore(flatten(tree)) for name, tree in abstract.items()}
         try:
-            found = self._manager.restore(step, args=ocp.args.Composite(**items, data=ocp.args.JsonRestore()))
+            with naming(folder):
+                found = self._manager.restore(step, args=ocp.args.Composite(**items, data=ocp.args.JsonRestore()))
         except Exception as error:  # Orbax raises ValueError, KeyError and bare Exception for what it cannot read
+            if is_refusal(error):
+                raise
             raise CheckpointError(f"{folder} cannot be read; move it away: {error}") from error
         trees = {name: unflatten(tree, found[name]) for name, tree in abstract.items()}
         return Restored(trees, found["data"], meta)

@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 
 from apr_jax.checkpoints.integrity import CheckpointError, check_files, set_aside, write_sums
 from apr_jax.checkpoints.trees import flatten, unflatten
-from apr_jax.files import naming
+from apr_jax.files import is_refusal, naming
 from apr_jax.parallel import hosts
 
 
@@ -66,9 +66,11 @@ def load_reference(workdir: pathlib.Path, abstract: Any) -> Any:
     if not path.exists():
         raise FileNotFoundError(f"no reference policy at {path}")
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with naming(path), ocp.StandardCheckpointer() as checkpointer:
             return unflatten(abstract, checkpointer.restore(path, flatten(abstract)))
     except Exception as error:  # as in `Checkpoints.restore`
+        if is_refusal(error):
+            raise
         raise CheckpointError(
             f"the reference policy {path} cannot be read. Move it away, and it is made again from SFT's last "
             f"checkpoint or --checkpoint. ({error})"

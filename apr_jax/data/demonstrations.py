@@ -7,13 +7,12 @@ The folder's name holds the task and a fingerprint of every setting that the dem
 settings never share a folder, and the data of a seed are the same whatever the number of workers.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import pathlib
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,7 +22,8 @@ import tensorflow_datasets as tfds
 
 from apr_jax.config import Config, DataConfig
 from apr_jax.data.tokenizer import token_counter
-from apr_jax.files import FileError
+from apr_jax.files import FileError, is_refusal, naming
+from apr_jax.lock import locked
 from apr_jax.tasks import task_of
 from apr_jax.tasks.base import SPLITS, Call, Demonstration, OnProgress, Split, Task, split_size
 from apr_jax.tasks.dialect import Dialect
@@ -127,8 +127,11 @@ class DemonstrationSource(Sequence[Demonstration]):
             raise IndexError(f"{self._split} has {len(self)} demonstrations, not {index}")
         index %= len(self)
         try:
-            demonstration = _from_example(self._task, self._records[index])
+            with naming(self._folder):
+                demonstration = _from_example(self._task, self._records[index])
         except Exception as error:
+            if is_refusal(error):
+                raise
             raise _broken(self._folder, f"record {index} of {self._split} cannot be read ({error})") from error
         return demonstration
 
@@ -176,13 +179,16 @@ def load_split(config: Config, split: Split, on_progress: OnProgress | None = No
     folder = dataset_folder(config)
     if not folder.exists():
         draw_splits(config)  # refuses impossible settings before anything is written
-        with _lock(folder):
+        with locked(folder.parent / "build.lock", "wait for it", lambda text: print(text, file=sys.stderr)):
             if not folder.exists():  # not built meanwhile by the process we waited for
                 _build(config, on_progress)
     try:
-        records = make_builder(config).as_data_source(split)
-        num_records = len(records)
+        with naming(folder):
+            records = make_builder(config).as_data_source(split)
+            num_records = len(records)
     except Exception as error:
+        if is_refusal(error):
+            raise
         raise _broken(folder, f"{split} cannot be opened ({error})") from error
     expected = split_size(config.data, split)
     if num_records != expected:
@@ -239,14 +245,5 @@ def _build(config: Config, on_progress: OnProgress | None) -> None:
     tfds.disable_progress_bar()  # `on_progress` says how far the work is
     for leftover in dataset_folder(config).parent.glob("incomplete.*"):  # of a process that was killed
         shutil.rmtree(leftover)
-    with tempfile.TemporaryDirectory() as downloads:  # which stays empty
+    with tempfile.TemporaryDirectory() as downloads, naming(dataset_folder(config)):  # downloads stay empty
         make_builder(config, on_progress).download_and_prepare(download_dir=downloads)
-
-
-@contextlib.contextmanager
-def _lock(folder: pathlib.Path) -> Iterator[None]:
-    """Hold the data set's lock file, so that one process builds it and the others wait."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / "build.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes, also by a killed process
-        yield

@@ -19,6 +19,8 @@ _LISTEN_SECONDS = 1.0
 class StopTogether(StopSignal):
     """The stop signal of a job of several hosts, any of which may be asked to stop. A step later all know it."""
 
+    _ends_waits = False  # a wait may be for the other hosts, who wait for this one
+
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
         self._vote = hosts.Vote(mesh)

@@ -17,7 +17,7 @@ from typing import Any
 
 from apr_jax.config import ConfigError
 from apr_jax.evaluation.compare.grid import Cell
-from apr_jax.files import write, write_jsonl
+from apr_jax.files import FileError, parse_json, read_jsonl, write, write_jsonl
 
 KEY = ("method", "budget", "temperature", "context_window")
 # Settings that all cells of a folder share: without these in common, no two of them can be compared.
@@ -84,18 +84,14 @@ def read_results(workdir: pathlib.Path) -> list[Json]:
     Raises ConfigError, which names the line, for a line that is whole and no row.
     """
     path = workdir / "results.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        if not isinstance(row, dict) or {*KEY, "settings", "records"} - set(row):
-            raise ConfigError(f"{path}, line {number}: no row of a comparison; remove it, or choose another --workdir")
-        rows.append(row)
+    advice = "no row of a comparison; remove it, or choose another --workdir"
+    try:
+        rows = read_jsonl(path, advice, settings=dict, records=str)
+    except FileError as error:
+        raise ConfigError(str(error)) from error
+    for number, row in enumerate(rows, start=1):
+        if set(KEY) - set(row):
+            raise ConfigError(f"{path}, line {number}: {advice}")
     return rows
 
 
@@ -112,10 +108,10 @@ def read_records(workdir: pathlib.Path, row: Mapping[str, Any]) -> list[Json]:
     """
     path = workdir / row["records"]
     try:
-        text = gzip.decompress(path.read_bytes()).decode()
+        text = gzip.decompress(path.read_bytes())
         if not text:
             raise EOFError("it is empty")
-        return [json.loads(line) for line in text.splitlines()]
+        return [parse_json(line) for line in text.splitlines()]
     except FileNotFoundError:
         raise
     except (OSError, EOFError, ValueError, zlib.error) as error:

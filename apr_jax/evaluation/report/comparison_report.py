@@ -18,7 +18,7 @@ from apr_jax.evaluation.report.curves import Curve, Point, accuracy_chart
 from apr_jax.evaluation.report.paired_report import cell_name, compare
 from apr_jax.evaluation.report.run_report import add_run_views, training_parts
 from apr_jax.evaluation.report.thread_view import ThreadViews
-from apr_jax.files import write
+from apr_jax.files import reading, write
 
 _WRAPPED = re.compile(r"(?P<kind>[a-z]+)@[0-9]+:(?P<inner>.+)")
 _MAX_VIEW_BYTES = 2_500_000  # of rollouts; a page of this size opens at once
@@ -67,12 +67,25 @@ def write_comparison(
     if not rows:
         raise FileNotFoundError(f"{workdir}/results.jsonl: no finished cell; run launch/compare.py first")
     records = [read_records(workdir, row) for row in rows]
+    with reading(workdir / "results.jsonl", "remove the damaged row, and launch/compare.py makes it anew"):
+        text = _page(workdir, rows, records, command=command, run=run)
+    write(path, text.encode())
+
+
+def _page(
+    workdir: pathlib.Path,
+    rows: Sequence[Row],
+    records: Sequence[Sequence[Row]],
+    *,
+    command: str,
+    run: pathlib.Path | None,
+) -> str:
     views = ThreadViews()
     _add_rollouts(views, rows, records)
     if run is not None:
         add_run_views(views, run)
     training = {"behaviour": [], "panels": [], "problems": ""} if run is None else training_parts(run)
-    text = page.render(
+    return page.render(
         "comparison.html",
         name=workdir.resolve().name,
         first=rows[0],
@@ -90,7 +103,6 @@ def write_comparison(
         commands=list(dict.fromkeys(row["command"] for row in rows)),
         embed=page.embed,
     )
-    write(path, text.encode())
 
 
 def curves_of(key: str, rows: Sequence[Row]) -> list[Curve]:
