@@ -137,7 +137,8 @@ class DataConfig(Section, path="data"):
     tokenizer: str  # "builtin", or the path of a Hugging Face tokenizer.json
     add_marker_tokens: bool  # add the task's marks of spawns and joins to a tokenizer.json that lacks them as tokens
     encoding: Literal["lines", "whole"]  # what is encoded on its own: each line, or the whole text of a thread
-    bos: Literal["auto", "none", "once", "twice"]  # before a prompt; auto: as the tokenizer says
+    bos: Literal["auto", "none", "once", "twice"]  # before a prompt; auto: as the tokenizer or its chat template says
+    chat_template: Literal["auto", "none"]  # auto: a prompt is a user's message, where the tokenizer has a template
     num_train: Count  # problems
     num_validation: Count
     num_test: Count

@@ -70,6 +70,7 @@ def laptop() -> ConfigDict:
         add_marker_tokens=False,
         encoding="lines",
         bos="auto",
+        chat_template="none",
         num_train=10_000,
         num_validation=300,
         num_test=1_000,

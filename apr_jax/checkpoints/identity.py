@@ -33,7 +33,7 @@ AUTO = "auto"  # as the value of a field: the policy's own
 # Fields that decide how prompts and threads read, and so what a policy's weights mean.
 _MEANING = (
     *("task.name", "task.context_windows", "data.method", "data.condition_on_budget"),
-    *("data.add_marker_tokens", "data.encoding", "data.bos"),
+    *("data.add_marker_tokens", "data.encoding", "data.bos", "data.chat_template"),
 )
 # Fields of ModelConfig that must agree for weights to fit. The rest may change from one run to the next.
 WEIGHT_FIELDS = (

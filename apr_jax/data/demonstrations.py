@@ -30,7 +30,7 @@ from apr_jax.tasks.dialect import Dialect
 from apr_jax.tasks.generation import draw_splits, generate_split
 
 # Fields of DataConfig that say where the data lie or how they are used later, not what they are.
-_SPELLING = ("tokenizer", "add_marker_tokens", "encoding", "bos")
+_SPELLING = ("tokenizer", "add_marker_tokens", "encoding", "bos", "chat_template")
 _NOT_IN_FINGERPRINT = ("directory", "num_workers", "replay_weight", "loss_on_context", "facts_share", *_SPELLING)
 
 

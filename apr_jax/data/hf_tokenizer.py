@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import tokenizers
 
 from apr_jax.config import ConfigError
+from apr_jax.data.chat import ChatTemplate
 from apr_jax.data.special_tokens import Stated, read_special_tokens, stated_beside
 from apr_jax.data.tokenizer import AS_IS, Spelling, save_files
 from apr_jax.files import FileError, file_in
@@ -44,7 +45,7 @@ class HuggingFaceTokenizer:
         Raises:
             FileNotFoundError: there is none.
             FileError: it is damaged.
-            ConfigError: as `read_special_tokens`.
+            ConfigError: as `read_special_tokens`, or for a wrong chat template that is to be used.
         """
         path = pathlib.Path(path)
         if not os.path.lexists(path):
@@ -72,7 +73,10 @@ class HuggingFaceTokenizer:
         self._decoders = {*re.findall(r'"type": "(\w+)"', decoder)}
         self._by_line = spelling.encoding == "lines"
         self.num_bos = self._count_bos(stated)
-        self._begin = [self.bos_id] * (self.num_bos if spelling.num_bos is None else spelling.num_bos)
+        self._template = stated.get("tokenizer_config.json", {}).get("chat_template")
+        self._chat = ChatTemplate.of(stated) if spelling.chat else None
+        own_bos = 0 if self._chat else self.num_bos  # a template writes its own
+        self._begin = [self.bos_id] * (own_bos if spelling.num_bos is None else spelling.num_bos)
         self.join_ids = tuple(index for join in spelling.joins if (index := self.mark_id(join)) is not None)
 
     def encode(self, text: str) -> list[int]:
@@ -84,7 +88,20 @@ class HuggingFaceTokenizer:
         return ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        return [*self._begin, *self.encode(text)]
+        """Return the ids of a prompt, in the chat template if the tokenizer is to use one.
+
+        Raises ValueError where it would not come back, or spells a special token of the template; ConfigError where the
+        template does not take it.
+        """
+        if self._chat is None:
+            return [*self._begin, *self.encode(text)]
+        for token in self._tokenizer.get_added_tokens_decoder().values():
+            if token.content in text:
+                raise ValueError(f"the prompt {text!r} spells the special token {token.content!r}")
+        rendered = self._chat.render([{"role": "user", "content": text}])
+        if text.strip() not in rendered:
+            raise ConfigError("the chat template leaves a prompt out, or changes it: set data.chat_template='none'")
+        return [*self._begin, *self._tokenizer.encode(rendered, add_special_tokens=False).ids]
 
     def encode_continuation(self, text: str, before: Sequence[int]) -> list[int]:
         if self._begins(before):
@@ -118,7 +135,7 @@ class HuggingFaceTokenizer:
         return pieces
 
     def save(self, folder: str | pathlib.Path) -> None:
-        save_files(json.loads(self._tokenizer.to_str()), folder, self, self._tokenizer.id_to_token)
+        save_files(json.loads(self._tokenizer.to_str()), folder, self, self._tokenizer.id_to_token, self._template)
 
     def _encode_checked(self, text: str) -> tuple[int, ...]:
         ids = tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)

@@ -37,9 +37,14 @@ class SpecialTokens(NamedTuple):
 def stated_beside(path: pathlib.Path) -> Stated:
     """Read the files beside the tokenizer.json at `path`. Raises FileError where one is damaged."""
     advice = f"fetch the file again, or remove it to go by {path.name} alone"
-    return {
+    stated = {
         name: read_json(file_in(path.parent, name), advice) for name in _FILES if os.path.lexists(path.parent / name)
     }
+    template = path.parent / "chat_template.jinja"
+    if template.exists():
+        config = stated.get("tokenizer_config.json", {})
+        stated["tokenizer_config.json"] = {**config, "chat_template": template.read_text(encoding="utf-8")}
+    return stated
 
 
 def read_special_tokens(path: pathlib.Path, vocabulary: Mapping[str, int], stated: Stated) -> SpecialTokens:

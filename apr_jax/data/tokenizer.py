@@ -37,6 +37,7 @@ class Spelling:
     joins: tuple[str, ...] = (JOIN_BEGIN,)  # the marks that begin a join
     encoding: Literal["lines", "whole"] = "lines"
     num_bos: int | None = None  # BOS tokens before a prompt; None: as many as the tokenizer's own files say
+    chat: bool = False  # a prompt is a user's message, written by the tokenizer's chat template if it has one
 
     @classmethod
     def of(cls, config: Config) -> "Spelling":
@@ -48,6 +49,7 @@ class Spelling:
             joins=tuple(dict.fromkeys(joins)),
             encoding=data.encoding,
             num_bos={"auto": None, "none": 0, "once": 1, "twice": 2}[data.bos],
+            chat=data.chat_template == "auto",
         )
 
 
@@ -262,8 +264,12 @@ def save_files(
     folder: str | pathlib.Path,
     tokenizer: Tokenizer,
     name_of: Callable[[int], str | None],
+    chat_template: Any = None,
 ) -> None:
-    """Write tokenizer.json, and beside it the special tokens: by name for the tokenizer, by id for generation."""
+    """Write tokenizer.json, and beside it the special tokens: by name for the tokenizer, by id for generation.
+
+    `chat_template` is that of tokenizer_config.json, None for none.
+    """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json, indent=1, ensure_ascii=False) + "\n")
@@ -271,6 +277,7 @@ def save_files(
     names = {f"{role}_token": name_of(index) for role, index in ids.items()}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
     config["add_bos_token"] = tokenizer.num_bos > 0
+    config |= {} if chat_template is None else {"chat_template": chat_template}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
     several = {"eos": list(tokenizer.eos_ids)} if len(tokenizer.eos_ids) > 1 else {}
     generation = {f"{role}_token_id": value for role, value in (ids | several).items()}

@@ -86,4 +86,6 @@ def _spawn_grammar(config: Config, tokenizer: Tokenizer) -> SpawnGrammar | None:
         return None
     if config.data.encoding != "lines":
         raise ConfigError("rollout.constrain_spawns spells spawns line by line, and so needs data.encoding='lines'")
+    if config.data.chat_template != "none":
+        raise ConfigError("rollout.constrain_spawns reads prompts from tokens: it needs data.chat_template='none'")
     return spawn_grammar(tokenizer, spelled_spawns(config), config.rollout.max_children)
