@@ -25,6 +25,7 @@ from apr_jax.config_fields import (
     Rate,
     Seed,
     Share,
+    ShareAbove0,
     ShareBelow1,
     Temperature,
     Threshold,
@@ -225,6 +226,9 @@ class RolloutConfig(Section, path="rollout"):
     max_total_tokens: Count  # tokens that all threads of one rollout may generate
     budget: Natural  # named in prompts where data.condition_on_budget; 0: the most that the limits here allow
     temperature: Temperature  # GRPO's sampling temperature
+    top_k: Natural  # draw from the k most probable tokens; 0: from all
+    top_p: ShareAbove0  # of those, from the fewest that hold this share of their probability; 1: from all
+    min_p: Share  # of those, from what has this share of the first one's probability; 0: from all
     cancel_on_success: bool  # the first child that reaches the goal ends its siblings
     constrain_spawns: bool  # a thread can only write well-formed spawns within the limits above; reference: False
 

@@ -14,6 +14,7 @@ def disagreements(config: "Config") -> Iterator[str]:
     yield from _lengths(config)
     yield from _windows(config)
     yield from _problems(config)
+    yield from _sampling(config)
 
 
 def futile(config: "Config") -> Iterator[str]:
@@ -105,3 +106,13 @@ def _problems(config: "Config") -> Iterator[str]:
             f"grpo.max_resamples={grpo.max_resamples} may ask for {most_prompts} problems in a step, and "
             f"data.num_train={data.num_train}"
         )
+
+
+def _sampling(config: "Config") -> Iterator[str]:
+    rollout = config.rollout
+    for field, value, off in (("top_k", rollout.top_k, 0), ("top_p", rollout.top_p, 1), ("min_p", rollout.min_p, 0)):
+        if rollout.constrain_spawns and value != off:
+            yield (
+                f"rollout.{field}={value} and rollout.constrain_spawns=True: spawns are held to their grammar on the "
+                f"whole policy; set rollout.{field}={off}, or rollout.constrain_spawns=False"
+            )

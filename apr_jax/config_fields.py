@@ -44,6 +44,7 @@ GroupSize = Annotated[
 ]
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 Share = Annotated[float, Range(0.0, 1.0, " must lie in [0, 1]")]
+ShareAbove0 = Annotated[float, Range(0.01, 1.0, " must lie in [0.01, 1]")]
 ShareBelow1 = Annotated[float, Range(0.0, 0.99, " must lie in [0, 0.99]")]
 Decay = Annotated[float, Range(0.0, 0.999999, " must lie in [0, 0.999999]")]  # of a moment: 1 would divide by zero
 Rate = Annotated[float, Range(0.0, 100.0)]  # a learning rate, or what one is multiplied by

@@ -125,6 +125,9 @@ def laptop() -> ConfigDict:
         max_total_tokens=262_144,
         budget=0,
         temperature=0.5,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
         cancel_on_success=False,
         constrain_spawns=False,
     )

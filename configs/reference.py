@@ -30,6 +30,7 @@ def get_config(variant: str = "apr") -> ConfigDict:
         config.task.name = "reference_sosp"
         config.data.method = "serial"
         config.grpo.kl_coef = 0.01
+        config.rollout.top_k = 50  # as their evaluation of SoS+ samples
     return config
 
 

@@ -29,6 +29,7 @@ from apr_jax.engine.sharded import PAGES, SHARDED
 from apr_jax.engine.steps import Sampling, Steps
 from apr_jax.engine.threads import MAX_STOP_TOKENS
 from apr_jax.model.params import num_params
+from apr_jax.model.truncation import truncation_of
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import BATCH_AXES, make_mesh, partition_spec
 from apr_jax.train.optimizer import make_optimizer, schedule
@@ -152,7 +153,11 @@ def engine_programs(config: Config, mesh: Mesh) -> dict[str, PlannedProgram]:
         generated=array(L),
         tables=array((*L, R)),
     )
-    sampling = Sampling(_on(_shape((), jnp.float32), mesh), _on(_shape((model.vocab_size,), jnp.bool_), mesh))
+    sampling = Sampling(
+        _on(_shape((), jnp.float32), mesh),
+        _on(_shape((model.vocab_size,), jnp.bool_), mesh),
+        truncation=truncation_of(config.rollout),
+    )
     L, width = (limits.num_shards, steps.prefill.num_lanes), steps.prefill.width
     prefill = PrefillLanes(array((*L, width)), array(L), array(L), array((*L, R)))
     flops = {

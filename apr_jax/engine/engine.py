@@ -27,6 +27,7 @@ from apr_jax.engine.steps import COPIES_PER_CALL, Sampling, Steps
 from apr_jax.engine.thread_cache import PrefillChunk
 from apr_jax.engine.threads import Observer, Program, Progress, Rollout, RolloutKey
 from apr_jax.model.params import logical_axes
+from apr_jax.model.truncation import truncation_of
 from apr_jax.parallel.mesh import RULES, param_shardings, partition_spec
 
 
@@ -85,7 +86,7 @@ class Engine:
         Args:
             model: the model of `params`.
             sizes: lanes and pages, of each data shard.
-            rollout: what limits a rollout.
+            rollout: what limits a rollout, and what is cut off of its policy.
             mesh: axes "data", "fsdp" and "tensor"; lanes and pages are split over "data", heads over "tensor".
             params: the tree of `llama.init_params`.
             banned_tokens: ids that are never drawn (among them the vocabulary's padding).
@@ -105,6 +106,7 @@ class Engine:
         self.limits, self.memory = plan.limits, plan.memory
         self.stats = EngineStats()
         self.model = model
+        self._truncation = truncation_of(rollout)
         self._max_steps, self._max_total_tokens = rollout.max_steps, rollout.max_total_tokens
         self._mesh = mesh
         self._idle_since: float | None = None  # when the device's last results came
@@ -294,7 +296,12 @@ class Engine:
 
     def _sampling(self, temperature: float) -> Sampling:
         replicated = NamedSharding(self._mesh, partition_spec())
-        sampling = Sampling(np.float32(temperature), self._banned_mask, self._gate_masks)  # type: ignore[arg-type]
+        sampling = Sampling(
+            np.float32(temperature),  # type: ignore[arg-type]
+            self._banned_mask,  # type: ignore[arg-type]
+            self._gate_masks,
+            self._truncation,
+        )
         return jax.device_put(sampling, replicated)
 
     def _pack(self, lanes: Any) -> PackedArrays:

@@ -29,9 +29,10 @@ from apr_jax.engine.shared_cache import SharedCache
 from apr_jax.kernels import DecodeKernels
 from apr_jax.model.held_weights import HeldWeights
 from apr_jax.model.llama import Llama
-from apr_jax.model.ops import Ops
+from apr_jax.model.ops import Ops, draw_from
 from apr_jax.model.paged_cache import PagedKVCache, copy_pages, pages_per_row
 from apr_jax.model.sampling import log_probs, sample, uniforms
+from apr_jax.model.truncation import Truncation, truncated
 from apr_jax.parallel.mesh import partition_spec
 
 COPIES_PER_CALL = 16  # page copies a call; more take more calls
@@ -47,6 +48,7 @@ class Sampling:
     temperature: jax.Array  # float32 scalar
     banned_mask: jax.Array  # bool [V]
     gate: policy_masks.GateMasks | None = None
+    truncation: Truncation = dataclasses.field(default=Truncation(), metadata={"static": True})
 
 
 def draw_tokens(
@@ -66,7 +68,10 @@ def draw_tokens(
     """
     gate, banned_mask, temperature = sampling.gate, sampling.banned_mask, sampling.temperature
     if constraints is None or gate is None:
-        return *ops.draw(logits_LV, temperature, banned_mask, uniform_L), False, None
+        if not sampling.truncation.cuts:
+            return *ops.draw(logits_LV, temperature, banned_mask, uniform_L), False, None
+        logprobs_LV = truncated(log_probs(logits_LV, temperature, banned_mask), sampling.truncation)
+        return *draw_from(logprobs_LV, temperature, uniform_L), False, None
 
     def constrained(
         logits_V: jax.Array, uniform: jax.Array, constraints: policy_masks.LaneConstraints, token: jax.Array

@@ -86,7 +86,11 @@ def draw(
     logits_LV: jax.Array, temperature: jax.Array, banned_mask_V: jax.Array, uniform_L: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Draw a token of each lane from the sampling policy, and tell its log-probability (`sampling.py`)."""
-    logprobs_LV = log_probs(logits_LV, temperature, banned_mask_V)
+    return draw_from(log_probs(logits_LV, temperature, banned_mask_V), temperature, uniform_L)
+
+
+def draw_from(logprobs_LV: jax.Array, temperature: jax.Array, uniform_L: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Draw a token of each lane from a policy's log-probabilities, and tell the token's own."""
     token_L = jax.vmap(sample, in_axes=(0, 0, None))(logprobs_LV, uniform_L, temperature)
     return token_L, jnp.take_along_axis(logprobs_LV, token_L[:, None], axis=1)[:, 0]
 

@@ -20,6 +20,7 @@ from apr_jax.kernels import for_training
 from apr_jax.model import sampling
 from apr_jax.model.params import Params
 from apr_jax.model.placement import model_shardings, with_sharding
+from apr_jax.model.truncation import truncated, truncation_of
 from apr_jax.parallel.mesh import BATCH_AXES, partition_spec, replicated
 from apr_jax.reasoning.settings import banned_tokens, spawn_gate
 from apr_jax.train.optimizer import make_optimizer
@@ -41,7 +42,8 @@ class Updater:
         self._objective = choose_objective(config.grpo)
         self._gate = spawn_gate(config, tokenizer)
         policy = _sampling_policy(config, tokenizer, self._gate)
-        self._scorer = make_scorer(config.model, mesh, policy, ("bans", "allowed") if self._gate else ())
+        given = ("bans", "allowed") if self._gate else ("targets",) if truncation_of(config.rollout).cuts else ()
+        self._scorer = make_scorer(config.model, mesh, policy, given)
         self._reference = jax.jit(lambda params, batch: self._scorer(params, batch).logprob_BT)
         self._accumulate = jax.jit(self._add_gradients, donate_argnums=0)
         self._apply = jax.jit(
@@ -174,13 +176,21 @@ def microbatch_sizes(rows: int, full: int, shards: int) -> list[int]:
 
 
 def _sampling_policy(config: Config, tokenizer: Tokenizer, gate: Gate | None) -> LogProbs:
-    """Return the engine's policy: a function of logits `[B, T, V]` and, with a gate, of `bans` and `allowed`."""
+    """Return the engine's policy: a function of logits `[B, T, V]`.
+
+    With a gate it is one of `bans` and `allowed`, too, and where it is truncated, of the targets, which were drawn.
+    """
     mask_V = np.zeros(config.model.vocab_size, bool)
     mask_V[list(banned_tokens(tokenizer, config.model.vocab_size))] = True
     banned_V = jnp.asarray(mask_V)
     log_probs = functools.partial(sampling.log_probs, temperature=config.rollout.temperature)
-    if gate is None:
+    truncation = truncation_of(config.rollout)
+    if gate is None and not truncation.cuts:
         return functools.partial(log_probs, banned_mask=banned_V)
+    if gate is None:
+        return lambda logits_BTV, targets_BT: truncated(
+            log_probs(logits_BTV, banned_mask=banned_V), truncation, targets_BT
+        )
     masks = jax.tree.map(jnp.asarray, policy_masks.gate_masks(gate, config.model.vocab_size))
     mask_row = jax.vmap(policy_masks.banned_mask, (None, None, 0, 0))
 
