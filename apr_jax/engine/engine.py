@@ -22,7 +22,7 @@ from apr_jax.engine.pack_arrays import PackedArrays, pack_arrays
 from apr_jax.engine.plan import EnginePlan
 from apr_jax.engine.policy_masks import gate_masks
 from apr_jax.engine.scheduler import Scheduler
-from apr_jax.engine.sharded import SHARDED
+from apr_jax.engine.sharded import SHARDED, ShardedStep
 from apr_jax.engine.steps import COPIES_PER_CALL, Sampling, Steps
 from apr_jax.engine.thread_cache import PrefillChunk
 from apr_jax.engine.threads import Observer, Program, Progress, Rollout, RolloutKey
@@ -137,13 +137,13 @@ class Engine:
     def _warm_up(self) -> None:
         sampling, lanes = self._sampling(1.0), self._pack(self._filler.decode()[0])
         prefill = self._prefill_lanes([])
-        shared = self._pack(self._filler.shared()[0]) if self._expects_groups else None
-        self._steps.compile(self._pages, self._params, lanes, sampling, prefill, shared)
+        groups = self._pack(self._filler.groups()[0]) if self._expects_groups else None
+        self._steps.compile(self._pages, self._params, lanes, sampling, prefill, groups)
         self._copy([[] for _ in range(self.limits.num_shards)], force=True)
         self._pages = self._steps.prefill(self._pages, self._params, prefill)
-        jax.device_get(self._decode(lanes, sampling))
-        if shared is not None:
-            jax.device_get(self._decode_shared(shared, sampling))
+        self._decode(self._steps.decode, lanes, sampling)
+        if groups is not None:
+            self._decode(self._steps.decode_groups, groups, sampling)
 
     def run(
         self,
@@ -224,11 +224,11 @@ class Engine:
         held = [cache.waste()]  # when the chunk's pages are reserved, and when its tokens are there
         lanes, placed = self._filler.decode()
         packed = self._pack(lanes)
-        shared, workers = self._filler.shared() if self.limits.max_workers else (None, [])
+        groups, workers = self._filler.groups() if self.limits.max_workers else (None, [])
         if placed or not workers:
-            self._take(driver, jax.device_get(self._decode(packed, sampling)), placed)
+            self._take(driver, self._decode(self._steps.decode, packed, sampling), placed)
         if workers:
-            self._take(driver, jax.device_get(self._decode_shared(self._pack(shared), sampling)), workers)
+            self._take(driver, self._decode(self._steps.decode_groups, self._pack(groups), sampling), workers)
         held.append(cache.waste())
         driver.drain()
         stats.visits += 1
@@ -268,15 +268,11 @@ class Engine:
             self.stats.host_seconds += time.perf_counter() - self._idle_since
             self._idle_since = None
 
-    def _decode(self, lanes: PackedArrays, sampling: Sampling) -> Written:
+    def _decode(self, step: ShardedStep, lanes: PackedArrays, sampling: Sampling) -> Written:
+        """Run a decode step, and wait for what it wrote."""
         self._launched()
-        self._pages, written = self._steps.decode(self._pages, self._params, lanes, sampling)
-        return written
-
-    def _decode_shared(self, shared: PackedArrays, sampling: Sampling) -> Written:
-        self._launched()
-        self._pages, written = self._steps.decode_shared(self._pages, self._params, shared, sampling)
-        return written
+        self._pages, written = step(self._pages, self._params, lanes, sampling)
+        return jax.device_get(written)
 
     def _copy(self, copies: list[list[Any]], *, force: bool = False) -> None:
         """Make the page copies in order; `force` calls the device even without any."""

@@ -32,7 +32,7 @@ class DecodeLanes:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class SharedLanes:
+class GroupLanes:
     """The same of lanes that are workers on shared caches: lane `a * max_workers + w` is worker w of group a."""
 
     lanes: DecodeLanes
@@ -84,7 +84,7 @@ class LaneFiller:
         constraints = None if self.gate is None else _lane_constraints(self.gate, shape, placed)
         return dataclasses.replace(lanes, constraints=constraints), placed
 
-    def shared(self) -> tuple[SharedLanes, list[Place]]:
+    def groups(self) -> tuple[GroupLanes, list[Place]]:
         """Return the lanes of all groups' workers, and where those stand that have not stopped."""
         limits = self.scheduler.limits
         shape = (limits.num_shards, limits.max_groups * limits.max_workers)
@@ -104,7 +104,7 @@ class LaneFiller:
                 lanes.remaining[shard, lane] = 0
             else:
                 living.append((shard, lane, worker))
-        return SharedLanes(lanes, prompt), living  # type: ignore[arg-type]
+        return GroupLanes(lanes, prompt), living  # type: ignore[arg-type]
 
     def prefill(self, chunks: Sequence[PrefillChunk], num_lanes: int, width: int) -> PrefillLanes:
         """Return the lanes of a prefill call of `num_lanes` a shard, each of which computes up to `width` positions."""

@@ -21,9 +21,7 @@ class MemoryPlan:
 
     weights: int  # in decode's layout; the trainer's own come on top
     pages: int
-    activations: (
-        int  # an estimate: the logits of all lanes, or the widest layer of a prefill call; gathered shared rows
-    )
+    activations: int  # an estimate: all lanes' logits or a prefill call's widest layer, and groups' gathered rows
     limit: int | None  # what the device has; None where it does not say
 
     @classmethod
@@ -63,7 +61,7 @@ def activation_bytes(model: ModelConfig, lanes: int, prefill_tokens: int, tensor
     return 4 * max(logits, layer)
 
 
-def shared_row_bytes(model: ModelConfig, lanes: int, row_len: int, tensor: int) -> int:
+def group_row_bytes(model: ModelConfig, lanes: int, row_len: int, tensor: int) -> int:
     """Return the bytes of the rows that decode on shared caches gathers for `lanes` workers of a data shard."""
     elements = 2 * model.num_layers * lanes * row_len * model.num_kv_heads * model.head_dim // tensor
     return elements * jnp.dtype(model.compute_dtype).itemsize

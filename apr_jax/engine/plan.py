@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ConfigError, EngineConfig, ModelConfig
 from apr_jax.engine.limits import Limits
-from apr_jax.engine.memory import MemoryPlan, activation_bytes, shared_row_bytes, with_shardings
+from apr_jax.engine.memory import MemoryPlan, activation_bytes, group_row_bytes, with_shardings
 from apr_jax.engine.sharded import PAGES
 from apr_jax.kernels import DecodeKernels, for_decoding
 from apr_jax.model.held_weights import HeldWeights
@@ -86,10 +86,10 @@ class EnginePlan:
         prefill_tokens = limits.prefill_lanes * limits.page_size
         row, tensor = pages_per_row(model.max_seq_len, limits.page_size) * limits.page_size, mesh.shape["tensor"]
         workers = limits.max_groups * limits.max_workers if self.expects_groups else 0
-        shared = shared_row_bytes(model, workers, row, tensor)
         return MemoryPlan.of(
             mesh,
             weights=with_shardings(self.weights.abstract(), self.weights.shardings(mesh)),
             pages=pages,
-            activations=shared + activation_bytes(model, limits.lanes, prefill_tokens, tensor),
+            activations=group_row_bytes(model, workers, row, tensor)
+            + activation_bytes(model, limits.lanes, prefill_tokens, tensor),
         )

@@ -65,7 +65,7 @@ class Recorder:
                 end_ms=self._ms(node),
                 first_token_ms=call.first_token_ms,
                 masks=None if constraint is None else constraint.masks(),
-                shared_prompt=0 if node.group is None else len(node.group.prompt),
+                group_prompt=0 if node.group is None else len(node.group.prompt),
             )
         )
 

@@ -20,12 +20,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.engine import policy_masks
 from apr_jax.engine.decode_cache import DecodeCache, PagesInPlace
-from apr_jax.engine.lanes import DecodeLanes, SharedLanes, Written
+from apr_jax.engine.group_cache import GroupCache
+from apr_jax.engine.lanes import DecodeLanes, GroupLanes, Written
 from apr_jax.engine.limits import Limits
 from apr_jax.engine.pack_arrays import PackedArrays, unpack_arrays
 from apr_jax.engine.prefill import choose_prefill
 from apr_jax.engine.sharded import PAGES, SHARDED, ShardedStep
-from apr_jax.engine.shared_cache import SharedCache
 from apr_jax.kernels import DecodeKernels
 from apr_jax.model.held_weights import HeldWeights
 from apr_jax.model.llama import Llama
@@ -150,33 +150,33 @@ class Steps:
             cache = PagesInPlace(config, attention, pages, each.tables, each.length)
             return decode_shard(model, limits.steps_per_visit, cache, each, sampling)
 
-        def decode_shared(
-            pages: PagedKVCache, params: Any, shared: SharedLanes | PackedArrays, sampling: Sampling
+        def decode_groups(
+            pages: PagedKVCache, params: Any, groups: GroupLanes | PackedArrays, sampling: Sampling
         ) -> tuple[PagedKVCache, Written]:
-            model, group = nnx.merge(structure, params), unpack_arrays(shared)
-            lanes, how = group.lanes, {"steps": limits.steps_per_visit, "workers": limits.max_workers}
-            cache = SharedCache.open(config, attention.tile, pages, lanes.tables, lanes.length, group.prompt, **how)
-            return decode_shard(model, limits.steps_per_visit, cache, lanes, sampling)
+            model, each = nnx.merge(structure, params), unpack_arrays(groups)
+            steps, workers = limits.steps_per_visit, limits.max_workers
+            cache = GroupCache.open(config, attention.tile, pages, each, steps=steps, workers=workers)
+            return decode_shard(model, steps, cache, each.lanes, sampling)
 
         whole = partition_spec()
         pages_out, written_out = NamedSharding(mesh, PAGES), NamedSharding(mesh, SHARDED)
         decode_specs, outs = (SHARDED, whole, SHARDED, whole), (pages_out, written_out)
         self.decode = ShardedStep(decode, mesh, decode_specs, outs)
         # Lowered when it is first needed: an engine without groups has no such program.
-        self.decode_shared = ShardedStep(decode_shared, mesh, decode_specs, outs)
+        self.decode_groups = ShardedStep(decode_groups, mesh, decode_specs, outs)
         self.copy_pages = ShardedStep(copy_pages, mesh, (SHARDED, SHARDED, SHARDED), pages_out)
         self.prefill = choose_prefill(structure, kernels, limits, mesh)
         shape: Callable[..., Any] = jax.ShapeDtypeStruct
         self._copies_shape = shape((limits.num_shards, COPIES_PER_CALL), jnp.int32, sharding=written_out)
-        self._all = (self.decode, self.decode_shared, self.copy_pages, *self.prefill.steps.values())
+        self._all = (self.decode, self.decode_groups, self.copy_pages, *self.prefill.steps.values())
 
     def programs(
-        self, pages: Any, params: Any, lanes: Any, sampling: Any, prefill: Any, shared: Any | None = None
+        self, pages: Any, params: Any, lanes: Any, sampling: Any, prefill: Any, groups: Any | None = None
     ) -> dict[str, tuple[ShardedStep, tuple[Any, ...]]]:
         """Return every device program by name, with what it is called with: arrays or shapes like these.
 
         Args:
-            lanes, prefill, shared: the lanes of decode, of prefill, and of decode on shared caches (None: no groups).
+            lanes, prefill, groups: the lanes of decode, of prefill, and of decode in groups (None: there are none).
         """
         copies = self._copies_shape
         arguments = {
@@ -185,8 +185,8 @@ class Steps:
         }
         for name, each in self.prefill.arguments(pages, params, prefill).items():
             arguments[name] = self.prefill.steps[name], each
-        if shared is not None:
-            arguments["decode_shared"] = self.decode_shared, (pages, params, shared, sampling)
+        if groups is not None:
+            arguments["decode_groups"] = self.decode_groups, (pages, params, groups, sampling)
         return arguments
 
     def compile(self, *arguments: Any) -> None:

@@ -240,7 +240,7 @@ class Call:
     end_ms: float
     first_token_ms: float = 0.0  # when the first of its tokens were known
     masks: Masks | None = None  # what its grammar allowed; None: it had none
-    shared_prompt: int = 0  # of a worker on a shared cache: the first tokens of its context, which all workers have
+    group_prompt: int = 0  # of a worker on a shared cache: the first tokens of its context, which all workers have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,9 +272,9 @@ class Rollout:
         """
         groups: dict[Path, int] = {}
         for call in self.calls:
-            if call.shared_prompt:
-                own = len(call.context) - call.shared_prompt + len(call.tokens)
-                groups[call.path[:-1]] = groups.get(call.path[:-1], call.shared_prompt) + own
+            if call.group_prompt:
+                own = len(call.context) - call.group_prompt + len(call.tokens)
+                groups[call.path[:-1]] = groups.get(call.path[:-1], call.group_prompt) + own
         alone = (len(call.context) + len(call.tokens) for call in self.calls)
         return max((*alone, *groups.values()), default=0)
 

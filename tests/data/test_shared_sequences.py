@@ -9,7 +9,7 @@ from apr_jax.data.shared_sequences import Segment, common_prompt, shared_sequenc
 from apr_jax.data.tokenized import LossWeights
 from apr_jax.data.tokenizer import load_tokenizer
 from apr_jax.engine.threads import Call, Stop, StopReason
-from tests.engine.shared_naive import read_tokens, view_of
+from tests.engine.group_naive import read_tokens, view_of
 from tests.reasoning.fixtures import SMALL, demonstrations
 
 PROMPT = [9, 8, 7]
@@ -27,7 +27,7 @@ def as_calls(prompt, segments):
             0,
             0.0,
             0.0,
-            shared_prompt=len(prompt),
+            group_prompt=len(prompt),
         )
         for number, segment in enumerate(segments)
     ]

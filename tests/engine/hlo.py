@@ -26,9 +26,9 @@ def step_texts(engine: Any) -> dict[str, str]:
 def programs_of(engine: Any) -> dict[str, Any]:
     """The engine's device programs, each with what it is called with."""
     filler, limits = engine._filler, engine.limits
-    lanes, shared = engine._pack(filler.decode()[0]), engine._pack(filler.shared()[0]) if limits.max_workers else None
+    lanes, workers = engine._pack(filler.decode()[0]), engine._pack(filler.groups()[0]) if limits.max_workers else None
     sampling, prefill = engine._sampling(1.0), engine._prefill_lanes([])
-    return engine._steps.programs(engine._pages, engine._params, lanes, sampling, prefill, shared)
+    return engine._steps.programs(engine._pages, engine._params, lanes, sampling, prefill, workers)
 
 
 def text_of(step: Any, arguments: Any) -> str:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from apr_jax.engine.lanes import DecodeLanes, SharedLanes
+from apr_jax.engine.lanes import DecodeLanes, GroupLanes
 from apr_jax.engine.pack_arrays import pack_arrays, unpack_arrays
 
 
@@ -23,7 +23,7 @@ def lanes(shards, count):
 @pytest.mark.parametrize("shared", [False, True])
 def test_every_array_arrives_as_it_was(shared):
     given = lanes(2, 5)
-    given = SharedLanes(given, given.token + 1) if shared else given
+    given = GroupLanes(given, given.token + 1) if shared else given
     packed = pack_arrays(given)
     assert packed.words.shape == (2, 5, 14 if shared else 13)
 

@@ -11,8 +11,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 
-from apr_jax.config import ModelConfig
+from apr_jax.config import EngineConfig, ModelConfig
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import Decode, Open, Program, RolloutKey
 from apr_jax.kernels import cpu_kernels, for_training
@@ -83,34 +84,29 @@ def test_logits_loss_and_gradients_equal_transformers(case: str, kernels: Any, l
 @pytest.mark.parametrize("attention", ["auto", "xla"])
 @EVERY
 def test_the_engine_decodes_the_greedy_tokens_of_transformers(case: str, attention: Any, loaded: Any) -> None:
-    config, params = loaded(case)
     expected = ORACLE[f"{case}/greedy"].tolist()
-    prompt = tokens()[0, :40].tolist()
-
-    def program() -> Program:
-        thread = yield Open(prompt)
-        return (yield Decode(thread, ()))
-
     sizes = dataclasses.replace(SIZES, decode_attention=attention)
-    limits = dataclasses.replace(ROLLOUT, max_steps=len(expected))
-    engine = Engine(config, sizes, limits, make_mesh(), params=params, banned_tokens=())
-    (rollout,) = engine.run([(RolloutKey(0, 0), program())], seed=0, temperature=0.0)
-    assert rollout.calls[0].tokens.tolist() == expected
+    config, params = loaded(case)
+    assert greedy(config, params, sizes, make_mesh(), len(expected)) == expected
 
 
 @pytest.mark.parametrize("case", ["llama3", "qwen2", "qwen3"])
 def test_heads_split_over_the_mesh_decode_the_same(case: str, loaded: Any) -> None:
     config, params = loaded(case)
-    prompt = tokens()[0, :40].tolist()
+    assert greedy(config, params, SIZES, make_mesh(tensor=2), 16) == ORACLE[f"{case}/greedy"].tolist()
+
+
+def greedy(config: ModelConfig, params: Params, sizes: EngineConfig, mesh: Mesh, count: int) -> Any:
+    """The first `count` tokens that an engine decodes greedily after the oracle's prompt."""
 
     def program() -> Program:
-        thread = yield Open(prompt)
+        thread = yield Open(tokens()[0, :40].tolist())
         return (yield Decode(thread, ()))
 
-    limits = dataclasses.replace(ROLLOUT, max_steps=16)
-    engine = Engine(config, SIZES, limits, make_mesh(tensor=2), params=params, banned_tokens=())
+    limits = dataclasses.replace(ROLLOUT, max_steps=count)
+    engine = Engine(config, sizes, limits, mesh, params=params, banned_tokens=())
     (rollout,) = engine.run([(RolloutKey(0, 0), program())], seed=0, temperature=0.0)
-    assert rollout.calls[0].tokens.tolist() == ORACLE[f"{case}/greedy"].tolist()
+    return rollout.calls[0].tokens.tolist()
 
 
 @pytest.mark.parametrize(("shards", "dtype"), [(3, np.float32), (1, ml_dtypes.bfloat16), (2, ml_dtypes.bfloat16)])

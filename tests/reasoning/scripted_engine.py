@@ -181,7 +181,7 @@ class ScriptedEngine:
             thread.logprob += len(written) * self._logprob(thread.path)
             logprobs = np.full(len(written), self._logprob(thread.path), np.float32)
             shared = len(thread.group.prompt) if thread.group else 0
-            call = Call(thread.path, context, tokens, logprobs, stop, clock, clock, end, shared_prompt=shared)
+            call = Call(thread.path, context, tokens, logprobs, stop, clock, clock, end, group_prompt=shared)
             calls.append(call)
         thread.tokens += written
         thread.generated += len(written)

@@ -14,15 +14,15 @@ from apr_jax.train.run import train
 from apr_jax.train.scorer import make_scorer, to_mesh
 from configs.methods import get_config
 from tests.engine.helpers import BANNED, MODEL, keyed, make_engine, make_mesh, make_params
-from tests.engine.test_shared_cache import sharing
+from tests.engine.test_group_cache import sharing
 
 pytestmark = pytest.mark.heavy
 
 
 def sequence_of(rollout):
     calls = rollout.calls
-    prompt = calls[0].context[: calls[0].shared_prompt].tolist()
-    segments = [Segment(call.context[call.shared_prompt :].tolist(), call.tokens.tolist()) for call in calls]
+    prompt = calls[0].context[: calls[0].group_prompt].tolist()
+    segments = [Segment(call.context[call.group_prompt :].tolist(), call.tokens.tolist()) for call in calls]
     return shared_sequence(prompt, segments)
 
 

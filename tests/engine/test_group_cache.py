@@ -6,6 +6,7 @@ import pytest
 
 from apr_jax.config import ConfigError
 from apr_jax.engine.threads import Append, Decode, Join, Open, RolloutKey, Share, Spawn, StopReason, Truncate
+from tests.engine.group_naive import naive_logprobs
 from tests.engine.helpers import (
     BANNED,
     MODEL,
@@ -20,7 +21,6 @@ from tests.engine.helpers import (
     searching,
 )
 from tests.engine.hlo import collectives_over_data, programs_of, text_of
-from tests.engine.shared_naive import naive_logprobs
 
 pytestmark = pytest.mark.heavy
 
@@ -147,7 +147,7 @@ def test_a_mesh_changes_nothing(engine):
     rollouts = sharded.run(keyed(crowd(sharing(8))), seed=4, temperature=1.0)
     for one, other in zip(expected, rollouts, strict=True):
         assert_close(one, other)
-    assert collectives_over_data(text_of(*programs_of(sharded)["decode_shared"]), mesh) == []
+    assert collectives_over_data(text_of(*programs_of(sharded)["decode_groups"]), mesh) == []
 
 
 def test_a_platforms_kernels_and_xla_give_the_same(engine):
@@ -161,7 +161,7 @@ def test_the_clock_counts_lockstep_steps_once_and_a_success_cuts_the_others(engi
     assert [len(call.tokens) for call in free.calls] == [5, 19, 11]
     assert free.sequential_tokens == 19
     assert {call.clock_start for call in free.calls} == {0}
-    assert all(call.shared_prompt == 10 for call in free.calls)
+    assert all(call.group_prompt == 10 for call in free.calls)
     (cut,) = engine.run(
         keyed([sharing(8, stops=((),) * 3, limits=(5, 19, 11), success=lambda value: len(value[1]) == 10 + 1 + 11)]),
         seed=0,
@@ -217,16 +217,16 @@ def test_sharing_nests_in_spawns(engine):
     (again,) = make_engine(max_workers=2, lanes=2, pages=1 + 2 * 12).run(keyed([nested()]), seed=0, temperature=1.0)
     assert_close(rollout, again)
     assert rollout.result == again.result
-    paths = {call.path[:4] for call in rollout.calls if call.shared_prompt}
+    paths = {call.path[:4] for call in rollout.calls if call.group_prompt}
     assert len(paths) == 2 * 2 * 2
 
 
 def test_warm_up_compiles_the_shared_step_for_those_who_need_it_and_then_nothing():
     ordinary = make_engine(max_workers=3, expects_groups=False)
     ordinary.warm_up()
-    assert ordinary._steps.decode_shared.num_compilations == 0
+    assert ordinary._steps.decode_groups.num_compilations == 0
     ordinary.run(keyed([sharing(8)]), seed=0, temperature=1.0)
-    assert ordinary._steps.decode_shared.num_compilations == ordinary.stats.compilations == 1
+    assert ordinary._steps.decode_groups.num_compilations == ordinary.stats.compilations == 1
     shared, compiled = make_engine(max_workers=3), []
     shared.warm_up()
 

@@ -31,7 +31,7 @@ class Token:
 
 def read_tokens(calls: Sequence[Call]) -> list[Token]:
     """What the workers of one group read."""
-    shared = calls[0].shared_prompt
+    shared = calls[0].group_prompt
     prompt = [Token(int(token), None, place, -1000) for place, token in enumerate(calls[0].context[:shared])]
     tokens = list(prompt)
     for worker, call in enumerate(calls):

@@ -1,15 +1,17 @@
 """The cache of a decode chunk whose lanes are workers on shared caches, as one of `decode_cache.DecodeCache`.
 
 Rows are gathered from the pages once a chunk, span by span; new positions go to a buffer that all lanes see, and to the
-pages at the end. It is a program of its own (`Steps.decode_shared`), which an engine without groups never compiles.
+pages at the end. It is a program of its own (`Steps.decode_groups`), which an engine without groups never compiles.
 """
 
 import dataclasses
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 
 from apr_jax.config import ModelConfig
+from apr_jax.engine.lanes import GroupLanes
 from apr_jax.model.head_tile import HeadTile
 from apr_jax.model.online_softmax import Block
 from apr_jax.model.paged_cache import PagedKVCache, pages_per_span, write_rows
@@ -20,7 +22,7 @@ Carried = tuple[tuple[Block, ...], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class SharedCache:
+class GroupCache:
     """The caches of groups: lane `a * workers + w` is worker w of group a."""
 
     config: ModelConfig
@@ -36,18 +38,10 @@ class SharedCache:
 
     @classmethod
     def open(
-        cls,
-        config: ModelConfig,
-        tile: HeadTile,
-        pages: PagedKVCache,
-        tables_LR: jax.Array,
-        lengths_L: jax.Array,
-        prompts_L: jax.Array,
-        *,
-        steps: int,
-        workers: int,
-    ) -> "SharedCache":
+        cls, config: ModelConfig, tile: HeadTile, pages: PagedKVCache, groups: GroupLanes, *, steps: int, workers: int
+    ) -> Self:
         """Open the cache of a chunk of up to `steps` tokens a lane (one shard, no shard axis)."""
+        tables_LR, lengths_L = groups.lanes.tables, groups.lanes.length
         span = pages_per_span(pages.page_size)
         num_spans = (jnp.max(lengths_L) + span * pages.page_size - 1) // (span * pages.page_size)
 
@@ -55,7 +49,7 @@ class SharedCache:
             return _gather(layer_pages, tile, tables_LR, num_spans)
 
         rows = tuple((gather(k), gather(v)) for k, v in zip(pages.keys, pages.values, strict=True))
-        return cls(config, tile, pages, rows, num_spans, tables_LR, lengths_L, prompts_L, steps, workers)
+        return cls(config, tile, pages, rows, num_spans, tables_LR, lengths_L, groups.prompt, steps, workers)
 
     def start(self) -> Carried:
         """See `DecodeCache`."""
