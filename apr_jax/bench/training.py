@@ -28,7 +28,6 @@ from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import Decode, Open, Program, RolloutKey
 from apr_jax.model.params import Params, init_params, num_params
 from apr_jax.model.weights.hf import save_hf
-from apr_jax.reasoning import METHODS
 from apr_jax.reasoning.settings import banned_tokens
 from apr_jax.tasks.generation import demonstrate, generate_problems
 from apr_jax.train.optimizer import make_optimizer, schedule
@@ -36,7 +35,7 @@ from apr_jax.train.rl.advantage import normalised
 from apr_jax.train.rl.sample import Scored
 from apr_jax.train.rl.update import Updater
 from apr_jax.train.scorer import to_mesh
-from apr_jax.train.sft import make_sft_step, normalise
+from apr_jax.train.sft import make_sft_step, normalise, sft_options
 from apr_jax.train.state import create_state
 
 Rows = dict[str, np.ndarray]
@@ -115,18 +114,9 @@ def packed_rows(config: Config, tokenizer: Tokenizer, batches: int) -> list[Rows
         )
         for index, problem in zip(range(_PROBLEMS), problems, strict=False)
     ]
-    rows = train_iterator(
-        demonstrations,
-        tokenizer,
-        row_len=config.sft.row_len,
-        rows_per_batch=config.sft.rows_per_step,
-        seed=config.seed,
-        replay_weight=config.data.replay_weight,
-        loss_on_context=config.data.loss_on_context,
-        shares_cache=METHODS[config.data.method].shares_cache,
-        shard_index=0,
-        shard_count=1,
-    )
+    rows_per_batch = config.sft.rows_per_step
+    options = sft_options(config)
+    rows = train_iterator(demonstrations, tokenizer, options, rows_per_batch=rows_per_batch, seed=config.seed)
     taken = [dict(next(rows)) for _ in range(batches)]
     return [{**batch, "weights": normalise(batch["weights"])} for batch in taken]
 

@@ -33,7 +33,7 @@ from apr_jax.config import Config, ConfigError, check_run
 from apr_jax.config_dict import to_dict
 from apr_jax.data import demonstrations
 from apr_jax.data.facts import Facts
-from apr_jax.data.pipeline import train_iterator, validation_batches
+from apr_jax.data.pipeline import train_iterator, validation_batch
 from apr_jax.data.tokenizer import Tokenizer, config_tokenizer
 from apr_jax.evaluation.policy import check_vocabulary
 from apr_jax.evaluation.report.run_report import write_figure, write_report
@@ -58,7 +58,7 @@ from apr_jax.train.origins import Given, Origins, load_given
 from apr_jax.train.phase import METRICS_CRC, Phase
 from apr_jax.train.rl.objective import choose_objective
 from apr_jax.train.rl.sample import Sampler
-from apr_jax.train.sft import train_sft
+from apr_jax.train.sft import sft_options, train_sft
 from apr_jax.train.signals import stop_signal
 from apr_jax.train.skipping import SkippedSteps
 
@@ -246,29 +246,17 @@ class _Run:
         self.origins.note("sft", path, weights, has_begun=checkpoints.latest_step() is not None)
         config = self.config
         sft = config.sft
-        how: dict[str, Any] = {
-            "row_len": sft.row_len,
-            "replay_weight": config.data.replay_weight,
-            "loss_on_context": config.data.loss_on_context,
-            "shares_cache": METHODS[config.data.method].shares_cache,
-        }
+        options = sft_options(config)
         with self.stop.interrupting():  # a large split takes minutes
-            validation = validation_batches(
-                demonstrations.load_split(config, "validation"),
-                self.tokenizer,
-                rows_per_batch=sft.validation_rows,
-                num_rows=sft.validation_rows,
-                **how,
-            )
+            held_out = demonstrations.load_split(config, "validation")
+            validation = validation_batch(held_out, self.tokenizer, options, sft.validation_rows)
             rows = train_iterator(
                 split,
                 self.tokenizer,
+                options,
                 rows_per_batch=sft.rows_per_step,
                 seed=config.seed,
-                shard_index=0,
-                shard_count=1,
                 make_facts=self._facts if config.data.facts_share else None,
-                **how,
             )
         return train_sft(
             sft,
@@ -276,7 +264,7 @@ class _Run:
             self.mesh,
             self._phase(checkpoints, writer),
             rows=rows,
-            validation_rows=validation[0],
+            validation_rows=validation,
             seed=config.seed,
             params=self._fresh() if given is None else given.placed(self.mesh, config),
         )

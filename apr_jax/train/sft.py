@@ -16,11 +16,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from apr_jax.config import ModelConfig, SFTConfig
+from apr_jax.config import Config, ModelConfig, SFTConfig
 from apr_jax.data.packing import pad_rows
+from apr_jax.data.pipeline import SequenceOptions
 from apr_jax.model.params import Params
 from apr_jax.parallel import hosts
 from apr_jax.progress import progress
+from apr_jax.reasoning import METHODS
 from apr_jax.train.optimizer import make_optimizer, schedule
 from apr_jax.train.phase import Phase
 from apr_jax.train.scorer import Batch, Scorer, fetch, make_scorer, to_mesh
@@ -36,6 +38,17 @@ class RowIterator(Protocol):
     def __next__(self) -> Rows: ...
     def get_state(self) -> Any: ...
     def set_state(self, state: Any) -> None: ...
+
+
+def sft_options(config: Config) -> SequenceOptions:
+    """Return how SFT's demonstrations become sequences."""
+    data = config.data
+    return SequenceOptions(
+        row_len=config.sft.row_len,
+        replay_weight=data.replay_weight,
+        loss_on_context=data.loss_on_context,
+        shares_cache=METHODS[data.method].shares_cache,
+    )
 
 
 def make_sft_step(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from apr_jax.data.facts import Facts
-from apr_jax.data.pipeline import TrainIterator, train_iterator, validation_batches
+from apr_jax.data.pipeline import SequenceOptions, train_iterator, validation_batch
 from apr_jax.data.tokenized import LossWeights, tokenize_calls
 from apr_jax.data.tokenizer import BuiltinTokenizer
 from apr_jax.tasks import TASKS
@@ -27,18 +27,12 @@ DTYPES = {
 }
 
 
-def make_iterator(source, **changes) -> TrainIterator:
-    settings = dict(
-        row_len=ROW_LEN,
-        rows_per_batch=4,
-        seed=3,
-        replay_weight=4.0,
-        loss_on_context=False,
-        shares_cache=False,
-        shard_index=0,
-        shard_count=1,
-    )
-    return train_iterator(source, TOKENIZER, **(settings | changes))
+OPTIONS = SequenceOptions(row_len=ROW_LEN, replay_weight=4.0, loss_on_context=False, shares_cache=False)
+
+
+def make_iterator(source, seed=3, make_facts=None, **changes):
+    options = dataclasses.replace(OPTIONS, **changes)
+    return train_iterator(source, TOKENIZER, options, rows_per_batch=4, seed=seed, make_facts=make_facts)
 
 
 def take(batches, count: int) -> list[dict[str, np.ndarray]]:
@@ -93,8 +87,9 @@ def test_batches_have_fixed_shapes_and_full_rows(train):
 def test_every_call_comes_once_an_epoch_and_each_epoch_has_its_order(train):
     batches = make_iterator(train)
     expected = collections.Counter(fitting(train))
-    assert batches.num_calls == expected.total()
-    assert batches.num_tokens == sum((len(sequence) - 1) * count for sequence, count in expected.items())
+    calls = tokenize_calls(train, TOKENIZER, row_len=ROW_LEN)
+    assert len(calls) == expected.total()
+    assert calls.lengths.sum() == sum((len(sequence) - 1) * count for sequence, count in expected.items())
     seen = collections.Counter(segments_of(take(batches, 120)))
     assert set(seen) == set(expected)
     epochs = seen.total() / expected.total()
@@ -130,7 +125,10 @@ def test_facts_come_beside_every_call_and_resume_with_them(train):
         return Facts.of_share(0.3, num_tokens, TASKS["countdown"], REFERENCE, TOKENIZER, seed=0, row_len=ROW_LEN)
 
     batches = make_iterator(train, make_facts=make)
-    facts = {(*x["tokens"].tolist(), int(x["targets"][-1])) for x in make(batches.num_tokens)}
+    facts = {
+        (*x["tokens"].tolist(), int(x["targets"][-1]))
+        for x in make(sum(len(sequence) - 1 for sequence in fitting(train)))
+    }
     rows = take(batches, 120)
     seen = segments_of(rows)
     assert set(seen) == facts | set(fitting(train))
@@ -141,21 +139,6 @@ def test_facts_come_beside_every_call_and_resume_with_them(train):
     restored = make_iterator(train, make_facts=make)
     restored.set_state(json.loads(json.dumps(state)))
     assert_same(take(restored, 20), rows[50:70])
-
-
-def test_shards_share_the_examples_out(train):
-    whole = collections.Counter(fitting(train))
-    parts = [set(), set(), set()]
-    num_calls = 0
-    for shard in range(3):
-        batches = make_iterator(train, shard_index=shard, shard_count=3)
-        num_calls += batches.num_calls
-        parts[shard] = set(segments_of(take(batches, 60)))
-        assert parts[shard] == set(fitting(train[shard::3]))
-    assert set().union(*parts) == set(whole)
-    assert num_calls == whole.total()
-    with pytest.raises(ValueError, match="shard_index=3"):
-        make_iterator(train, shard_index=3, shard_count=3)
 
 
 def weights_of(call: Call, **changes) -> list[tuple[str, float]]:
@@ -187,37 +170,32 @@ def test_calls_longer_than_a_row_are_counted_and_logged(train, caplog: pytest.Lo
     lengths = [len(sequence) - 1 for sequence in sequences_in(train)]
     with caplog.at_level(logging.WARNING):
         batches = make_iterator(train, row_len=row_len)
-    assert batches.num_dropped == sum(length > row_len for length in lengths) > 0
-    assert batches.num_calls == len(lengths) - batches.num_dropped
-    assert f"{batches.num_dropped} of {len(lengths)} calls" in caplog.text
+    calls = tokenize_calls(train, TOKENIZER, row_len=row_len)
+    assert calls.num_dropped == sum(length > row_len for length in lengths) > 0
+    assert len(calls) == len(lengths) - calls.num_dropped
+    assert f"{calls.num_dropped} of {len(lengths)} calls" in caplog.text
     assert set(segments_of(take(batches, 200))) == {s for s in sequences_in(train) if len(s) - 1 <= row_len}
     with pytest.raises(ValueError, match="no call to train on"):
         make_iterator(train, row_len=8)
 
 
-def validate(source, num_rows: int, **changes) -> list[dict[str, np.ndarray]]:
-    settings = dict(row_len=ROW_LEN, rows_per_batch=4, replay_weight=4.0, loss_on_context=False, shares_cache=False)
-    return validation_batches(source, TOKENIZER, num_rows=num_rows, **(settings | changes))
+def validate(source, num_rows: int) -> dict[str, np.ndarray]:
+    return validation_batch(source, TOKENIZER, OPTIONS, num_rows)
 
 
-def test_validation_is_the_first_calls_in_whole_batches(train):
-    batches = validate(train, 12)
-    assert len(batches) == 3
-    assert_same(batches, validate(train, 12))
-    for batch in batches:
-        assert {name: array.dtype for name, array in batch.items()} == DTYPES
-        assert {array.shape for array in batch.values()} == {(4, ROW_LEN)}
-    found = segments_of(batches)
+def test_validation_is_the_first_calls(train):
+    batch = validate(train, 12)
+    assert_same([batch], [validate(train, 12)])
+    assert {name: array.dtype for name, array in batch.items()} == DTYPES
+    assert {array.shape for array in batch.values()} == {(12, ROW_LEN)}
+    found = segments_of([batch])
     assert collections.Counter(found) == collections.Counter(fitting(train)[: len(found)])
-    assert np.mean([(batch["segment_ids"] > 0).mean() for batch in batches]) > 0.9
+    assert (batch["segment_ids"] > 0).mean() > 0.9
 
 
 def test_validation_with_less_data_than_rows_ends_in_empty_rows(train):
-    batches = validate(train[:3], 400)
-    assert collections.Counter(segments_of(batches)) == collections.Counter(fitting(train[:3]))
-    assert len(batches) == 100
-    assert all(batch["tokens"].shape == (4, ROW_LEN) for batch in batches)
-    assert not batches[-1]["segment_ids"].any()
-    assert not batches[-1]["weights"].any()
-    with pytest.raises(ValueError, match="num_rows=6 must be"):
-        validate(train, 6)
+    batch = validate(train[:3], 400)
+    assert collections.Counter(segments_of([batch])) == collections.Counter(fitting(train[:3]))
+    assert batch["tokens"].shape == (400, ROW_LEN)
+    assert not batch["segment_ids"][-4:].any()
+    assert not batch["weights"][-4:].any()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from apr_jax.data.packing import pack
-from apr_jax.data.pipeline import train_iterator, validation_batches
+from apr_jax.data.pipeline import SequenceOptions, train_iterator, validation_batch
 from apr_jax.data.shared_sequences import Segment, common_prompt, shared_sequence, tokenize_shared
 from apr_jax.data.tokenized import LossWeights
 from apr_jax.data.tokenizer import load_tokenizer
@@ -88,13 +88,12 @@ def test_demonstrations_become_one_sequence_each_with_the_replay_weighed():
 
 def test_batches_hold_whole_groups_and_go_on_where_they_stood():
     demos = list(demonstrations(SMALL, "hogwild", 12))
-    how = {"row_len": 800, "replay_weight": 4.0, "loss_on_context": False, "shares_cache": True}
+    options = SequenceOptions(row_len=800, replay_weight=4.0, loss_on_context=False, shares_cache=True)
     tokenizer = load_tokenizer("builtin")
-    (batch,) = validation_batches(demos[:2], tokenizer, rows_per_batch=4, num_rows=4, **how)
+    batch = validation_batch(demos[:2], tokenizer, options, 4)
     assert batch["seen"].shape == (4, 800, 2)
     assert (batch["segment_ids"][-1] == 0).all(), "rows that the data do not fill are empty"
-    batches = train_iterator(demos, tokenizer, rows_per_batch=2, seed=0, shard_index=0, shard_count=1, **how)
-    assert batches.num_calls == 12
+    batches = train_iterator(demos, tokenizer, options, rows_per_batch=2, seed=0)
     assert next(batches)["seen"].shape == (2, 800, 2)
     state = batches.get_state()
     expected = next(batches)

@@ -3,7 +3,8 @@
 import dataclasses
 import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 WIDTH, HEIGHT = 380, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 46, 30
@@ -17,6 +18,14 @@ class Series:
     label: str
     steps: Sequence[float]
     values: Sequence[float]
+
+
+def series_of(records: Iterable[Mapping[str, Any]], phase: str, metric: str, label: str) -> Series | None:
+    """Return the curve of a metric that a phase logged in metrics.jsonl; of a step's records the last counts."""
+    logged = (record for record in records if record["phase"] == phase and record.get(metric) is not None)
+    values = {record["step"]: record[metric] for record in logged}
+    steps = sorted(values)
+    return Series(label, steps, [values[step] for step in steps]) if steps else None
 
 
 def line_chart(title: str, series: Sequence[Series], *, percent: bool = False) -> str:

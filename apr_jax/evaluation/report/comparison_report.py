@@ -170,23 +170,20 @@ def _figure(key: str, title: str, x_label: str, rows: Sequence[Row]) -> dict[str
     return {
         "key": key.replace("_", "-"),
         "title": title,
-        "ours": _drawn(*accuracy_chart("Ours", label, curves), 560),
-        "paper": theirs and _drawn(*accuracy_chart("The paper's", label.partition(",")[0], theirs, 380), 380),
+        "ours": _drawn("Ours", label, curves, 560),
+        "paper": theirs and _drawn("The paper's", label.partition(",")[0], theirs, 380),
         "note": paper.NOTES[key],
         "x_label": label,
         "points": [
-            {
-                "name": point.name,
-                "x": _FORMATS["number"](point.x),
-                "y": _interval(point.y, point.low, point.high),
-            }
+            {"name": point.name, "x": _FORMATS["number"](point.x), "y": _interval(point.y, point.low, point.high)}
             for curve in curves
             for point in sorted(curve.points, key=lambda point: point.x)
         ],
     }
 
 
-def _drawn(body: str, height: int, width: int) -> Markup:
+def _drawn(title: str, x_label: str, curves: Sequence[Curve], width: int) -> Markup:
+    body, height = accuracy_chart(title, x_label, curves, width)
     return page.svg(body, width, height)
 
 

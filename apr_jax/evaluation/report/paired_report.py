@@ -10,7 +10,6 @@ import numpy as np
 
 from apr_jax.evaluation.metrics import Z95
 from apr_jax.evaluation.report import charts
-from apr_jax.evaluation.report.charts import Series
 from apr_jax.evaluation.report.run_files import read_metrics
 from apr_jax.evaluation.report.run_report import write_svg
 
@@ -129,11 +128,8 @@ def draw_runs(runs: Mapping[str, pathlib.Path], path: pathlib.Path) -> None:
     metrics = {name: read_metrics(folder)[0] for name, folder in runs.items()}
     bodies: list[str] = []
     for key, title, percent in _PANELS:
-        series = []
-        for name, records in metrics.items():
-            points = sorted((r["step"], r[key]) for r in records if r["phase"] == "grpo" and key in r)
-            if points:
-                series.append(Series(name, [step for step, _ in points], [value for _, value in points]))
+        drawn = [charts.series_of(records, "grpo", key, name) for name, records in metrics.items()]
+        series = [one for one in drawn if one is not None]
         if series:
             place = f"translate({10 + len(bodies) * (charts.WIDTH + 10)},10)"
             bodies.append(f'<g transform="{place}">{charts.line_chart(title, series, percent=percent)}</g>')

@@ -12,7 +12,6 @@ from typing import Any
 from apr_jax.checkpoints.step_log import read_step_log
 from apr_jax.evaluation.report import charts, page, viewer
 from apr_jax.evaluation.report.behaviour import behaviour_tables
-from apr_jax.evaluation.report.charts import Series
 from apr_jax.evaluation.report.run_files import (
     MADE_ANEW,
     METRICS_ADVICE,
@@ -24,41 +23,32 @@ from apr_jax.evaluation.report.thread_view import ThreadViews
 from apr_jax.files import REMOVE, read_jsonl, reading, write
 from apr_jax.tasks import TASKS
 
-# Each panel: phase, title, (metric, label) curves; a curve or a panel that a run did not log is left out.
-_PANELS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
-    ("sft", "SFT: loss per token", (("loss", "train"), ("validation_loss", "validation"))),
-    (
-        "sft",
-        "SFT: accuracy of the next token",
-        (("token_accuracy", "train"), ("validation_token_accuracy", "validation")),
+Panel = tuple[str, str, Mapping[str, str]]  # phase, title, and the label of each metric's curve
+
+
+def _panel(phase: str, title: str, **curves: str) -> Panel:
+    return phase, f"{phase.upper()}: {title}", curves
+
+
+# A curve or a panel that a run did not log is left out.
+_PANELS = (
+    _panel("sft", "loss per token", loss="train", validation_loss="validation"),
+    _panel("sft", "accuracy of the next token", token_accuracy="train", validation_token_accuracy="validation"),
+    _panel("grpo", "share of rollouts solved", accuracy="sampled rollouts"),
+    _panel(
+        "grpo", "children per rollout and spawn", children_per_rollout="per rollout", children_per_spawn="per spawn"
     ),
-    ("grpo", "GRPO: share of rollouts solved", (("accuracy", "sampled rollouts"),)),
-    (
-        "grpo",
-        "GRPO: children per rollout and spawn",
-        (("children_per_rollout", "per rollout"), ("children_per_spawn", "per spawn")),
-    ),
-    (
-        "grpo",
-        "GRPO: tokens per rollout",
-        (("total_tokens", "all threads"), ("sequential_tokens", "one after the other")),
-    ),
-    ("grpo", "GRPO: reward of a rollout", (("reward", "reward"),)),
-    ("grpo", "GRPO: tokens per call", (("tokens_per_call", "tokens"),)),
-    ("grpo", "GRPO: levels of threads below the root", (("spawn_depth", "levels"),)),
-    ("grpo", "GRPO: groups without signal", (("no_signal_groups", "groups"),)),
-    ("grpo", "GRPO: malformed and cut-off rollouts", (("malformed_rate", "malformed"), ("truncated_rate", "cut off"))),
-    ("grpo", "GRPO: distance to the reference (KL)", (("kl", "KL"),)),
-    ("grpo", "GRPO: entropy per token", (("entropy", "entropy"),)),
-    (
-        "grpo",
-        "GRPO: clipped ratios, truncated weights",
-        (("clip_fraction", "clipped"), ("importance_truncated", "truncated")),
-    ),
-    (
-        "grpo",
-        "GRPO: log-probability, trainer against rollout",
-        (("logp_diff_mean", "mean difference"), ("logp_diff_max", "largest")),
+    _panel("grpo", "tokens per rollout", total_tokens="all threads", sequential_tokens="one after the other"),
+    _panel("grpo", "reward of a rollout", reward="reward"),
+    _panel("grpo", "tokens per call", tokens_per_call="tokens"),
+    _panel("grpo", "levels of threads below the root", spawn_depth="levels"),
+    _panel("grpo", "groups without signal", no_signal_groups="groups"),
+    _panel("grpo", "malformed and cut-off rollouts", malformed_rate="malformed", truncated_rate="cut off"),
+    _panel("grpo", "distance to the reference (KL)", kl="KL"),
+    _panel("grpo", "entropy per token", entropy="entropy"),
+    _panel("grpo", "clipped ratios, truncated weights", clip_fraction="clipped", importance_truncated="truncated"),
+    _panel(
+        "grpo", "log-probability, trainer against rollout", logp_diff_mean="mean difference", logp_diff_max="largest"
     ),
 )
 _PERCENT = {"accuracy", "no_signal_groups", "malformed_rate", "truncated_rate", "clip_fraction"}
@@ -198,16 +188,12 @@ def pick_rollouts(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
 
 def training_panels(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the SVG bodies of the panels that the run has data for."""
-    last = {(record["phase"], record["step"]): record for record in metrics}
     bodies = []
     for phase, title, curves in _PANELS:
-        series: list[Series] = []
-        for metric, label in curves:
-            points = [(s, r[metric]) for (p, s), r in sorted(last.items()) if p == phase and r.get(metric) is not None]
-            if points and not any(one.label == label for one in series):
-                series.append(Series(label, [step for step, _ in points], [value for _, value in points]))
+        drawn = [charts.series_of(metrics, phase, metric, label) for metric, label in curves.items()]
+        series = [one for one in drawn if one is not None]
         if series:
-            bodies.append(charts.line_chart(title, series, percent=curves[0][0] in _PERCENT))
+            bodies.append(charts.line_chart(title, series, percent=next(iter(curves)) in _PERCENT))
     return bodies
 
 

@@ -56,11 +56,12 @@ def _attend(
 
 def _forward(*inputs: jax.Array) -> tuple[jax.Array, Any]:
     out_BTNH, lse_BNT = named(bindings.attention(*inputs))
-    return out_BTNH, (*inputs, out_BTNH, lse_BNT)
+    return out_BTNH, (inputs, out_BTNH, lse_BNT)
 
 
 def _backward(saved: Any, dout_BTNH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
-    return *bindings.attention_backward(*(*saved, dout_BTNH)), None, None
+    inputs, out_BTNH, lse_BNT = saved
+    return *bindings.attention_backward(inputs, out_BTNH, lse_BNT, dout_BTNH), None, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -42,8 +42,7 @@ def products(x: jax.Array, panels: Sequence[jax.Array], outputs: Sequence[int], 
         outputs: F of each.
     """
     shapes = [_array((*x.shape[:-1], width), dtype or x.dtype) for width in outputs]
-    call = build.call("apr_product", shapes, vmap_method="expand_dims")
-    return list(call(x, *panels, threads=build.threads()))
+    return list(_call("apr_product", shapes, "expand_dims", x, *panels))
 
 
 def rotate(x: jax.Array, angles: Angles) -> jax.Array:
@@ -67,8 +66,7 @@ def draw(
         int32 and float32 `[...]`.
     """
     shapes = [_array(uniform.shape, dtype) for dtype in (jnp.int32, jnp.float32)]
-    call = build.call("apr_draw", shapes, vmap_method="expand_dims")
-    token, logprob = call(logits, temperature, banned_mask_V, uniform, threads=build.threads())
+    token, logprob = _call("apr_draw", shapes, "expand_dims", logits, temperature, banned_mask_V, uniform)
     return token, logprob
 
 
@@ -109,25 +107,20 @@ def attention(
     """
     B, T, N, _ = q_BTNH.shape
     shapes = [_float32(*q_BTNH.shape), _float32(B, N, T)]
-    call = build.call("apr_attention", shapes, vmap_method="sequential")
-    out_BTNH, lse_BNT = call(q_BTNH, k_BTKH, v_BTKH, first_BT, ends_BT, threads=build.threads())
+    out_BTNH, lse_BNT = _call("apr_attention", shapes, "sequential", q_BTNH, k_BTKH, v_BTKH, first_BT, ends_BT)
     return out_BTNH, lse_BNT
 
 
 def attention_backward(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    first_BT: jax.Array,
-    ends_BT: jax.Array,
-    out_BTNH: jax.Array,
-    lse_BNT: jax.Array,
-    dout_BTNH: jax.Array,
+    inputs: Sequence[jax.Array], out_BTNH: jax.Array, lse_BNT: jax.Array, dout_BTNH: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Compute the gradients of queries, keys and values, given that of the output (Dao et al. 2022, algorithm 4)."""
-    shapes = [_float32(*x.shape) for x in (q_BTNH, k_BTKH, v_BTKH)]
-    call = build.call("apr_attention_backward", shapes, vmap_method="sequential")
-    dq, dk, dv = call(q_BTNH, k_BTKH, v_BTKH, first_BT, ends_BT, out_BTNH, lse_BNT, dout_BTNH, threads=build.threads())
+    """Compute the gradients of queries, keys and values, given that of the output (Dao et al. 2022, algorithm 4).
+
+    Args:
+        inputs: of `attention`, all five.
+    """
+    shapes = [_float32(*x.shape) for x in inputs[:3]]
+    dq, dk, dv = _call("apr_attention_backward", shapes, "sequential", *inputs, out_BTNH, lse_BNT, dout_BTNH)
     return dq, dk, dv
 
 
@@ -138,37 +131,37 @@ def outer(x_MD: jax.Array, y_MF: jax.Array) -> jax.Array:
         x_MD, y_MF: float32, D and F multiples of 16.
     """
     shape = _float32(x_MD.shape[1], y_MF.shape[1])
-    return build.call("apr_outer", shape, vmap_method="sequential")(x_MD, y_MF, threads=build.threads())
+    return _call("apr_outer", shape, "sequential", x_MD, y_MF)
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """Compute `silu(gate) * up`, elementwise."""
-    call = build.call("apr_swiglu", _array(gate.shape, gate.dtype), vmap_method="broadcast_all")
-    return call(gate, up, threads=build.threads())
+    return _call("apr_swiglu", _array(gate.shape, gate.dtype), "broadcast_all", gate, up)
 
 
 def swiglu_backward(gate: jax.Array, up: jax.Array, dout: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Compute the gradients of gate and up, given that of the output; float32."""
-    shapes = [_float32(*x.shape) for x in (gate, up)]
-    dgate, dup = build.call("apr_swiglu_backward", shapes, vmap_method="broadcast_all")(
-        gate, up, dout, threads=build.threads()
-    )
+    dgate, dup = _call("apr_swiglu_backward", [_float32(*x.shape) for x in (gate, up)], "broadcast_all", gate, up, dout)
     return dgate, dup
 
 
 def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     """Compute RMSNorm of each row of `x [..., D]`, float32 or bfloat16, with a float32 scale."""
-    call = build.call("apr_rms_norm", _array(x.shape, x.dtype), vmap_method="expand_dims")
-    return call(x, scale_D, threads=build.threads(), eps=np.float32(eps))
+    return _call("apr_rms_norm", _array(x.shape, x.dtype), "expand_dims", x, scale_D, eps=np.float32(eps))
 
 
 def rms_norm_backward(
     x: jax.Array, scale_D: jax.Array, dout: jax.Array, given: jax.Array, eps: float
 ) -> tuple[jax.Array, jax.Array]:
     """Compute the gradients of `x`, added to `given`, and of the scale, given that of the output."""
-    call = build.call("apr_rms_norm_backward", [_float32(*v.shape) for v in (x, scale_D)], vmap_method="sequential")
-    dx, dscale_D = call(x, scale_D, dout, given, threads=build.threads(), eps=np.float32(eps))
+    shapes, inputs = [_float32(*v.shape) for v in (x, scale_D)], (x, scale_D, dout, given)
+    dx, dscale_D = _call("apr_rms_norm_backward", shapes, "sequential", *inputs, eps=np.float32(eps))
     return dx, dscale_D
+
+
+def _call(name: str, shapes: Any, vmap_method: str, *inputs: jax.Array, **attributes: Any) -> Any:
+    """Call a kernel on all threads."""
+    return build.call(name, shapes, vmap_method=vmap_method)(*inputs, threads=build.threads(), **attributes)
 
 
 def _array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
