@@ -11,6 +11,9 @@ from apr_jax.checkpoints.identity import AUTO, agreed_tokenizer, check_meaning, 
 from apr_jax.config import Config, ConfigError, ModelConfig
 from apr_jax.config_dict import from_config_dict
 from apr_jax.data.tokenizer import Spelling, Tokenizer, config_tokenizer
+from apr_jax.reasoning import METHODS
+from apr_jax.tasks import task_of
+from apr_jax.tasks.dialect import Dialect
 
 # What may differ between training and evaluation; the rest of a model's config is its weights' shape and meaning.
 _FREE = ("compute_dtype", "attention", "remat", "max_seq_len")
@@ -87,6 +90,7 @@ def configure(
     loaded = config_tokenizer(config)
     try:
         check_vocabulary(config.model, loaded)
+        check_spelling(config, loaded)
     except ConfigError as error:
         raise ConfigError(f"{folder}: {error}") from error
     return config, loaded
@@ -99,3 +103,13 @@ def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
             f"model.vocab_size={model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} ids (with marks "
             "of spawns and joins): this tokenizer is not the policy's, or the model needs more embeddings"
         )
+
+
+def check_spelling(config: Config, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError where the tokenizer cannot write the task's prompts, by the example of one."""
+    task = task_of(config)
+    prompt = task.dialect(METHODS[config.data.method].dialect, Dialect).opening(task.read_words(task.example.split()))
+    try:
+        tokenizer.encode(prompt)
+    except ValueError as error:
+        raise ConfigError(f"no tokenizer for the problems of {task.name}: {error}; name another") from error

@@ -35,7 +35,7 @@ from apr_jax.data import demonstrations
 from apr_jax.data.facts import Facts
 from apr_jax.data.pipeline import train_iterator, validation_batch
 from apr_jax.data.tokenizer import Tokenizer, config_tokenizer
-from apr_jax.evaluation.policy import check_vocabulary
+from apr_jax.evaluation.policy import check_spelling, check_vocabulary
 from apr_jax.evaluation.report.run_report import write_figure, write_report
 from apr_jax.evaluation.run import load_problems
 from apr_jax.files import naming, write_json
@@ -140,6 +140,7 @@ class _Run:
         self.config, self.workdir, self.mesh, self.stop = config, workdir, mesh, stop
         self.tokenizer: Tokenizer = config_tokenizer(config)
         check_vocabulary(config.model, self.tokenizer)
+        check_spelling(config, self.tokenizer)
         self.engine = RunEngine(config, mesh, self.tokenizer, stop)
         self.origins = Origins(workdir, self.tokenizer)
         self.evaluations = Evaluations(config, workdir, self.tokenizer, self.engine, stop)

@@ -288,6 +288,7 @@ def _in_tokenizer() -> dict[str, Damage]:
         "tokenizer of another type": model(type="Magic"),
         "vocab a list": model(vocab=[]),
         "vocab null": model(vocab=None),
+        "vocab without words": model(vocab={"<unk>": 9}),
         "id negative": word("7", -1),
         "id text": word("7", "x"),
         "id 2**32": word("7", 2**32),
