@@ -29,12 +29,7 @@ class EnginePlan:
 
     @classmethod
     def of(
-        cls,
-        model: ModelConfig,
-        sizes: EngineConfig,
-        mesh: Mesh,
-        max_workers: int = 0,
-        expects_groups: bool = True,
+        cls, model: ModelConfig, sizes: EngineConfig, mesh: Mesh, max_workers: int = 0, expects_groups: bool = True
     ) -> Self:
         """Plan an engine on a mesh. Raises ConfigError for a model that the mesh can't divide, or sizes that don't fit.
 
@@ -46,22 +41,13 @@ class EnginePlan:
             )
         kernels = for_decoding(model, sizes.decode_attention, sizes.page_size, mesh)
         limits = Limits(
+            **dataclasses.asdict(sizes),
             num_shards=mesh.shape["data"],
-            lanes=sizes.lanes,
-            pages=sizes.pages,
-            page_size=sizes.page_size,
             max_seq_len=model.max_seq_len,
-            steps_per_visit=sizes.steps_per_visit,
-            prefill_lanes=sizes.prefill_lanes,
-            prefix_reuse=sizes.prefix_reuse,
             max_workers=max_workers,
         )
-        needed = max_workers * -(-model.max_seq_len // sizes.page_size)
-        if expects_groups and needed > sizes.pages - 1:
-            raise ConfigError(
-                f"{max_workers} workers on a shared cache may need {needed} pages of engine.page_size="
-                f"{sizes.page_size}, and a data shard has {sizes.pages - 1} usable ones; raise engine.pages"
-            )
+        if expects_groups:
+            limits.check_group(max_workers, max_workers * -(-model.max_seq_len // sizes.page_size))
         weights = HeldWeights.of(model, kernels.ops, kernels.own_head)
         plan = cls(model, limits, kernels, weights, mesh, expects_groups)
         plan.memory.check()

@@ -6,15 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from apr_jax.engine.constraints import (
-    BANS_GATE,
-    BANS_NOTHING,
-    BANS_RESERVED,
-    EDGE_FIELDS,
-    FREE,
-    START,
-    Gate,
-)
+from apr_jax.engine.constraints import BANS_GATE, BANS_NOTHING, BANS_RESERVED, EDGE_FIELDS, FREE, START, Gate
 from apr_jax.model.sampling import probability_of_others
 
 

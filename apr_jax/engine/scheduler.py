@@ -12,7 +12,6 @@ start suffice to their end, so threads that wait for them wait no longer than a 
 import heapq
 from collections.abc import Callable, Iterator
 
-from apr_jax.config import ConfigError
 from apr_jax.engine.groups import Group
 from apr_jax.engine.limits import Limits
 from apr_jax.engine.pages import OutOfPagesError
@@ -59,11 +58,7 @@ class Scheduler:
             )
         allocator = self.cache.allocators[0]
         needed = sum(allocator.pages_for(self.limits.final_length(worker)) for worker in group.workers)
-        if needed > allocator.num_usable:
-            raise ConfigError(
-                f"{len(group.workers)} workers on a shared cache may need {needed} pages of engine.page_size="
-                f"{self.limits.page_size}, and a data shard has {allocator.num_usable} usable ones; raise engine.pages"
-            )
+        self.limits.check_group(len(group.workers), needed)
         for worker in group.workers:
             worker.turn.status = Status.READY
         self._push(group.workers[0])

@@ -58,10 +58,7 @@ def evaluate(
     tokenizer, task = settings.tokenizer, settings.task
     check_method(method, task, temperature, budget=settings.budget)
     programs = [
-        (
-            RolloutKey(problem=index, sample=0),
-            make_program(method, problem, settings),
-        )
+        (RolloutKey(problem=index, sample=0), make_program(method, problem, settings))
         for index, problem in enumerate(problems)
     ]
     start = time.perf_counter()

@@ -29,11 +29,7 @@ def named(outputs: Any) -> Any:
 
 
 def xla_attention(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    segment_ids_BT: jax.Array,
-    ends_BT: jax.Array | None = None,
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array, ends_BT: jax.Array | None = None
 ) -> jax.Array:
     """Attend to the earlier tokens of each query's own segment; scores are scaled by 1/sqrt(H), float32 inside.
 
@@ -82,12 +78,7 @@ def _attend_span(q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, ids_B
 
 
 def _attend_block(
-    q_BKGTH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
-    ids_BT: jax.Array,
-    seen: Seen,
-    start: int | jax.Array,
+    q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, ids_BT: jax.Array, seen: Seen, start: int | jax.Array
 ) -> jax.Array:
     (ids_BS, ends_BS), T = seen, ids_BT.shape[1]
     times_T1 = start + jnp.arange(T)[:, None]

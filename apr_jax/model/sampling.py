@@ -36,9 +36,7 @@ def sample(logprobs_V: jax.Array, uniform: jax.Array, temperature: jax.Array | f
     never drawn.
     """
     return jax.lax.cond(
-        jnp.asarray(temperature) > 0,
-        lambda: _inverse_cdf(jnp.exp(logprobs_V), uniform),
-        lambda: _argmax(logprobs_V),
+        jnp.asarray(temperature) > 0, lambda: _inverse_cdf(jnp.exp(logprobs_V), uniform), lambda: _argmax(logprobs_V)
     ).astype(jnp.int32)
 
 

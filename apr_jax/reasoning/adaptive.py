@@ -12,16 +12,7 @@ from typing import Any
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.stop_strings import StopStrings
 from apr_jax.engine.threads import Append, Join, Open, Spawn, Thread, Truncate
-from apr_jax.reasoning.base import (
-    Method,
-    Outcome,
-    Settings,
-    Stops,
-    Tally,
-    Transcript,
-    read_end,
-    stops_at,
-)
+from apr_jax.reasoning.base import Method, Outcome, Settings, Stops, Tally, Transcript, read_end, stops_at
 from apr_jax.reasoning.spawn_grammar import ThreadGrammar
 from apr_jax.tasks.dialect import ChildResult, Ending, Malformed, SpawnCall, SpawnDialect
 

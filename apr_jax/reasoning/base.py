@@ -13,11 +13,7 @@ from apr_jax.reasoning.spawn_grammar import SpawnGrammar, ThreadGrammar
 from apr_jax.tasks.base import Task
 from apr_jax.tasks.dialect import Dialect, Ending, Status, ThreadDialect
 
-_TRUNCATED = {
-    StopReason.LENGTH: "context_full",
-    StopReason.MAX_STEPS: "max_steps",
-    StopReason.BUDGET: "rollout_tokens",
-}
+_TRUNCATED = {StopReason.LENGTH: "context_full", StopReason.MAX_STEPS: "max_steps", StopReason.BUDGET: "rollout_tokens"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,15 +20,7 @@ from typing import Any, NamedTuple
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.threads import Append, Join, Open, Spawn, SpawnHandle
 from apr_jax.reasoning.adaptive import read_spawn, spawn_stops, thread_grammar
-from apr_jax.reasoning.base import (
-    Method,
-    Outcome,
-    Settings,
-    Tally,
-    Transcript,
-    read_end,
-    truncated_reason,
-)
+from apr_jax.reasoning.base import Method, Outcome, Settings, Tally, Transcript, read_end, truncated_reason
 from apr_jax.tasks.dialect import ChildResult, Ending, Malformed, PromiseDialect, SpawnCall
 
 

@@ -56,12 +56,7 @@ class EngineHolder(Generic[E]):
 
 
 def policy_engine(
-    config: Config,
-    mesh: Mesh,
-    tokenizer: Tokenizer,
-    params: Params,
-    *,
-    expects_groups: bool | None = None,
+    config: Config, mesh: Mesh, tokenizer: Tokenizer, params: Params, *, expects_groups: bool | None = None
 ) -> Engine:
     """Return an engine on `mesh` that forbids what `config`'s programs forbid, and holds spawns to what they allow.
 

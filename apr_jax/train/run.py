@@ -64,10 +64,7 @@ from apr_jax.train.skipping import SkippedSteps
 
 
 def train(
-    config: Config,
-    workdir: pathlib.Path,
-    checkpoint: pathlib.Path | None = None,
-    start: pathlib.Path | None = None,
+    config: Config, workdir: pathlib.Path, checkpoint: pathlib.Path | None = None, start: pathlib.Path | None = None
 ) -> dict[str, Any]:
     """Run the stages that are not done yet in `workdir`, and return the summary.
 

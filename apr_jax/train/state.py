@@ -56,11 +56,7 @@ def abstract_state(mesh: Mesh, model: ModelConfig, optimizer: optax.GradientTran
 
 
 def create_state(
-    mesh: Mesh,
-    model: ModelConfig,
-    optimizer: optax.GradientTransformation,
-    params: Params | None = None,
-    seed: int = 0,
+    mesh: Mesh, model: ModelConfig, optimizer: optax.GradientTransformation, params: Params | None = None, seed: int = 0
 ) -> TrainState:
     """Create a state at step 0 with `params` (copied, so that the state may be donated), or fresh ones from `seed`."""
     target = state_shardings(mesh, model, optimizer)

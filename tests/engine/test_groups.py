@@ -90,8 +90,9 @@ def counts(rollout):
 
 
 def limits(**changes):
-    values = {"num_shards": 1, "lanes": 6, "pages": 28, "page_size": 4, "max_seq_len": 64, "steps_per_visit": 5}
-    return Limits(**values | {"prefill_lanes": 2, "prefix_reuse": True, "max_workers": 3} | changes)
+    sizes = {"lanes": 6, "pages": 28, "page_size": 4, "steps_per_visit": 5, "prefill_lanes": 2, "prefix_reuse": True}
+    rest = {"decode_attention": "xla", "num_shards": 1, "max_seq_len": 64, "max_workers": 3}
+    return Limits(**sizes | rest | changes)
 
 
 @pytest.mark.parametrize("shards", [1, 2])

@@ -37,6 +37,7 @@ WIDE = Limits(
     max_seq_len=MAX_LEN,
     steps_per_visit=4,
     prefill_lanes=8,
+    decode_attention="xla",
     prefix_reuse=True,
 )
 

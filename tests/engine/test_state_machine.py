@@ -51,7 +51,17 @@ class CacheMachine(RuleBasedStateMachine):
         reuse=st.sampled_from([True, True, True, False]),
     )
     def build(self, shards, lanes, pages, steps, prefill_lanes, reuse):
-        limits = Limits(shards, lanes, pages, PAGE, MAX_LEN, steps, prefill_lanes, reuse)
+        limits = Limits(
+            num_shards=shards,
+            lanes=lanes,
+            pages=pages,
+            page_size=PAGE,
+            max_seq_len=MAX_LEN,
+            steps_per_visit=steps,
+            prefill_lanes=prefill_lanes,
+            decode_attention="xla",
+            prefix_reuse=reuse,
+        )
         self.scheduler = Scheduler(limits)
         self.device = SimulatedDevice(self.scheduler)
         self.model: dict[Thread, list[int]] = {}

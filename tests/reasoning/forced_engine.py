@@ -39,6 +39,7 @@ class ForcedEngine:
             max_seq_len=max_seq_len,
             steps_per_visit=16,
             prefill_lanes=2,
+            decode_attention="xla",
             prefix_reuse=prefix_reuse,
             max_workers=max_workers,
         )

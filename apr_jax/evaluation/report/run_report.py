@@ -12,13 +12,7 @@ from typing import Any
 from apr_jax.checkpoints.step_log import read_step_log
 from apr_jax.evaluation.report import charts, page, viewer
 from apr_jax.evaluation.report.behaviour import behaviour_tables
-from apr_jax.evaluation.report.run_files import (
-    MADE_ANEW,
-    METRICS_ADVICE,
-    evaluations,
-    read_metrics,
-    read_object,
-)
+from apr_jax.evaluation.report.run_files import MADE_ANEW, METRICS_ADVICE, evaluations, read_metrics, read_object
 from apr_jax.evaluation.report.thread_view import ThreadViews
 from apr_jax.files import REMOVE, read_jsonl, reading, write
 from apr_jax.tasks import TASKS

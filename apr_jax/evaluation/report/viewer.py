@@ -163,9 +163,7 @@ def _links(bars: Sequence[Bar], x_of: Callable[[float], float]) -> list[str]:
         resumed = _resumed(bars, path, end)
         parent_row = next((bar.row for bar in bars if bar.path == path[:-2]), 0)
         x, mark = x_of(begin), " critical" if critical else ""
-        lines = [
-            f'<path class="link{mark}" d="M{x:.1f},{_y(parent_row) + _BAR / 2:.1f}V{_y(row):.1f}h3"/>',
-        ]
+        lines = [f'<path class="link{mark}" d="M{x:.1f},{_y(parent_row) + _BAR / 2:.1f}V{_y(row):.1f}h3"/>']
         if resumed is not None:
             back, below = x_of(resumed), _y(parent_row) + _BAR / 2
             lines.append(

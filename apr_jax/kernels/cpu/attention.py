@@ -24,11 +24,7 @@ def takes_heads(head_dim: int) -> bool:
 
 
 def training_attention(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    segment_ids_BT: jax.Array,
-    ends_BT: jax.Array | None = None,
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array, ends_BT: jax.Array | None = None
 ) -> jax.Array:
     """Attend as `model.attention.xla_attention`, float32, on each device of a mesh to its own rows and heads."""
     return over_rows_and_heads(_padded)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, ends_BT)

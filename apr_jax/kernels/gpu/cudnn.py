@@ -8,11 +8,7 @@ from apr_jax.model.attention import pad_to, round_up
 
 
 def cudnn_attention(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    segment_ids_BT: jax.Array,
-    ends_BT: jax.Array | None = None,
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array, ends_BT: jax.Array | None = None
 ) -> jax.Array:
     """Attend with cuDNN's flash attention, in bfloat16.
 
@@ -28,12 +24,7 @@ def cudnn_attention(
         if ends_BT is not None:
             visible_BTS &= jnp.arange(length)[None, :, None] < ends_BT[:, None, :]
         return jax.nn.dot_product_attention(
-            q_BTNH,
-            k_BTKH,
-            v_BTKH,
-            mask=visible_BTS[:, None],
-            is_causal=True,
-            implementation="cudnn",
+            q_BTNH, k_BTKH, v_BTKH, mask=visible_BTS[:, None], is_causal=True, implementation="cudnn"
         )
 
     # Where weights are split over "fsdp" the partitioner splits queries and keys in different ways, and cuDNN refuses.

@@ -38,12 +38,7 @@ def splash_attention(
 
     def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, ids_BT: jax.Array) -> jax.Array:
         sizes = splash.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
+            block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
         )
         kernel = splash.make_splash_mha(
             splash.MultiHeadMask([splash.CausalMask((length, length))] * q_BTNH.shape[2]),

@@ -79,12 +79,7 @@ class Search:
         self._age = 0
 
     def breadth_first(
-        self,
-        root: Node,
-        beam: int,
-        lines: list[str],
-        delegate: Delegate | None = None,
-        retry_probability: float = 0.0,
+        self, root: Node, beam: int, lines: list[str], delegate: Delegate | None = None, retry_probability: float = 0.0
     ) -> Goal | None:
         """Search below `root`, writing to `lines`; the caller has written the root's header and writes the ending.
 

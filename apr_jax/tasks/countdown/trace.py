@@ -20,7 +20,7 @@ OPERATION = rf"{NUMBER}[-+*/]{NUMBER}={NUMBER}"
 _OPERATIONS = rf"(?:'{OPERATION}'(?:, '{OPERATION}')*)?"
 _STATE = rf"Current State: ({NUMBER}):\[{NUMBERS}\], Operations: \[({_OPERATIONS})\]"
 PROMPT = re.compile(
-    rf"(?:Sub Call Budget: {NUMBER} )?(?:Token Budget: {NUMBER} )?(?:Moving to Node #({NODE})\n)?{_STATE}\n",
+    rf"(?:Sub Call Budget: {NUMBER} )?(?:Token Budget: {NUMBER} )?(?:Moving to Node #({NODE})\n)?{_STATE}\n"
 )
 _PROBLEM = re.compile(
     rf"(?:Sub Call Budget: {NUMBER} )?(?:Token Budget: {NUMBER} )?(?:Moving to Node #{ROOT_ID}\n)?"
