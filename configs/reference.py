@@ -38,7 +38,7 @@ def _base(budget: int) -> ConfigDict:
     """Return the setting of APR: the paper's sizes and schedules, and no limits but the context of 4,096 tokens."""
     config = grpo.paper()
     config.task.update(name="reference_apr", traces="")
-    config.data.condition_on_budget = budget > 0
+    config.data.update(condition_on_budget=budget > 0, tokenizer="tokenizer.json", encoding="whole", bos="twice")
     config.rollout.update(budget=budget, max_children=4_096, max_spawns=4_096, max_total_children=65_536)
     config.rollout.update(max_steps=65_536, max_total_tokens=16_777_216)
     config.evaluation.update(temperature=0.0, num_problems=1_000)
