@@ -19,12 +19,13 @@ _VARIANT = re.compile(r"(apr|sosp?)(?:_cond([1-9][0-9]{0,5}))?(?:_grpo)?")
 
 def get_config(variant: str = "apr") -> ConfigDict:
     match = _VARIANT.fullmatch(variant.removeprefix("llama-"))
-    if match is None:
+    budget = int(match[2] or 0) if match else 0
+    if match is None or (match[1] != "apr" and (budget % 512 or budget > 4_096)):
         raise ValueError(
             f"configs/reference.py:{variant}: no such variant; name a checkpoint, as apr, apr_cond10, apr_cond10_grpo, "
             "sosp or sosp_cond4096"
         )
-    config = _base(int(match[2] or 0))
+    config = _base(budget)
     config.name = variant
     if match[1] != "apr":
         config.task.name = "reference_sosp"

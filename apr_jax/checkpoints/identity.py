@@ -79,13 +79,25 @@ class PolicyFolder:
         return config
 
 
+def refuse_msgpack(path: pathlib.Path) -> None:
+    """Raise ConfigError where all weights are in Flax's msgpack, which says nothing of their model."""
+    others = ("*.safetensors*", "*.bin", "*.gguf", "checkpoints", "meta")
+    found = [path] if path.suffix == ".msgpack" else sorted(path.glob("*.msgpack"))
+    if found and not (path.is_dir() and any(any(path.glob(pattern)) for pattern in others)):
+        raise ConfigError(
+            f"{found[0]} holds the weights of a training code, without a model to put them in: name the checkpoint's "
+            "Hugging Face folder, with config.json, tokenizer.json and *.safetensors, or export it to one by that code"
+        )
+
+
 def find_policy(path: pathlib.Path) -> PolicyFolder:
     """Find the policy in a run folder (its newest checkpoint, GRPO's before SFT's), checkpoint or Hugging Face folder.
 
     Or a GGUF file, or the one in a folder. PATH/best is the checkpoint in PATH with the best validation score. Raises
-    FileNotFoundError where there is none.
+    FileNotFoundError where there is none, ConfigError for msgpack.
     """
     path = path.absolute()
+    refuse_msgpack(path)
     checkpoint = _checkpoint_folder(path)
     if checkpoint is not None:
         return PolicyFolder(checkpoint, True)

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from apr_jax.checkpoints.identity import find_policy
+from apr_jax.checkpoints.identity import find_policy, refuse_msgpack
 from apr_jax.config import Config, ConfigError
 from apr_jax.files import FileError, parse_json
 from apr_jax.reasoning.programs import check_method
@@ -64,7 +64,11 @@ def policy_task(folder: pathlib.Path | None, config: Config, *, is_given: bool) 
 
 
 def check_policy_folder(path: pathlib.Path, flag: str = "checkpoint") -> None:
-    """Raise ConfigError unless there is a folder or GGUF file `path`, or `path` is "best" in one (`load_policy`)."""
+    """Raise ConfigError unless there is a folder or GGUF file `path`, or `path` is "best" in one (`load_policy`).
+
+    One whose weights are msgpack is refused as well.
+    """
+    refuse_msgpack(path)
     if path.suffix == ".gguf" and path.exists():
         return
     if not path.is_dir() and not (path.name == "best" and path.parent.is_dir()):

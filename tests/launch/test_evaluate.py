@@ -33,7 +33,7 @@ def small_config(folder):
     return from_config_dict(values)
 
 
-def launched(script, cwd, *arguments, check=0):
+def launched(script, cwd, *arguments, check=0, timeout=300):
     """A script of launch/, run in `cwd`; it must end with the exit code `check`."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     done = subprocess.run(
@@ -42,7 +42,7 @@ def launched(script, cwd, *arguments, check=0):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
     )
     assert done.returncode == check, done.stdout + done.stderr
     return done
