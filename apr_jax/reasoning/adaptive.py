@@ -56,7 +56,8 @@ def _child(
     result = dialect.read_child(search.text, name) if failure is None else Malformed(failure.reason)
     if isinstance(result, Malformed):
         return _Child(ChildResult(name, None), result.reason, search.tally)
-    return _Child(result, None, search.tally)
+    written = dataclasses.replace(result, text=search.text[len(prompt) :])
+    return _Child(written, None, search.tally)
 
 
 def _search(

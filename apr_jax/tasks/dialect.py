@@ -52,6 +52,7 @@ class ChildResult:
 
     name: str
     path: str | None
+    text: str = ""  # all that a child wrote that is well-formed, told to `render_join`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +151,7 @@ class SpawnDialect(ThreadDialect):
 
     # What a child begins from: the context that the spawn gives it (Pan et al., arXiv 2504.15466), or the whole thread
     # of its parent, after which that context then stands (ThreadWeaver, arXiv 2512.07843).
-    children: ClassVar[Literal["context", "fork"]] = "context"
+    children: Literal["context", "fork"] = "context"
     # Text that threads may not write, and what takes its place as soon as one has, both spelt out. A dialect with such
     # text ends its spawns with EOS.
     replaced: ClassVar[Mapping[str, str]] = MappingProxyType({})

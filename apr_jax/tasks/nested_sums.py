@@ -149,14 +149,18 @@ class NestedSums(Task):
         return len(found), sum(Sum(int(a), op, int(b)).value == int(c) for a, op, b, c in found)
 
 
+def operation(problem: Sum) -> str:
+    """Return the line of a sum's own operation, on the values of its brackets."""
+    return f"{_value(problem.left)}{problem.operator}{_value(problem.right)}={problem.value}\n"
+
+
 def _calls(problem: Sum, depth: int) -> Iterator[Call]:
     context = f"{problem}=\n"
     if problem.brackets:
         asked = "".join(f"{bracket}=\n" for bracket in problem.brackets)
         yield _call(context, CALL_BEGIN + asked + CALL_END, depth, ends_in_spawn=True)
         context += JOIN_BEGIN + "".join(f"{bracket.value}\n" for bracket in problem.brackets) + JOIN_END
-    operation = f"{_value(problem.left)}{problem.operator}{_value(problem.right)}={problem.value}\n"
-    yield _call(context, operation, depth, ends_in_spawn=False)
+    yield _call(context, operation(problem), depth, ends_in_spawn=False)
     for bracket in problem.brackets:
         yield from _calls(bracket, depth + 1)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from apr_jax.engine.driver import Driver
 from apr_jax.engine.limits import Limits
 from apr_jax.engine.scheduler import Scheduler
-from apr_jax.engine.threads import Path, Program, Rollout, RolloutKey, Thread
+from apr_jax.engine.threads import Path, Program, Rollout, RolloutKey, Status, Thread
 from tests.engine.simulated import Place, SimulatedDevice
 from tests.reasoning.fixtures import MODEL
 from tests.reasoning.scripted_engine import Complete
@@ -70,6 +70,8 @@ class ForcedEngine:
             device.prefill()
             for thread, tokens in device.decode(self._draw):
                 run.decoded(thread, tokens, [self._logprob(thread.path)] * len(tokens))
+                if thread.turn.status is not Status.RUNNING:
+                    self._due.pop(thread, None)  # what it wrote after a stop string was never drawn
             run.drain()
             self.scheduler.check()
             self.held.append(self.scheduler.cache.allocators[0].num_held)
