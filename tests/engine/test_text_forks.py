@@ -5,6 +5,7 @@ No tag is a token. Children are forks of their parents, whose pages they share.
 
 import pytest
 
+from apr_jax.engine.thread_cache import ThreadCache
 from apr_jax.engine.threads import RolloutKey, StopReason
 from apr_jax.reasoning.adaptive import adaptive
 from apr_jax.tasks.base import Task
@@ -13,18 +14,16 @@ from tests.engine.helpers import all_calls, assert_close, make_engine
 from tests.engine.test_programs import same
 from tests.reasoning.fixtures import settings
 
-# Ids from 3 on. The first mark is complete in the middle of the last piece but two, and cut by the two before it.
-PIECES = [
-    "",
-    "",
-    "",
-    "ask\n",
-    "<spawn>\n<thread 1>\nask\n</thread>\n",
-    "<thread 2>\nask\n</thread>\n",
-    "</spa",
-    "wn>\n",
+FIRST, SECOND = "<thread 1>\nask\n</thread>\n", "<thread 2>\nask\n</thread>\n"
+# Ids from 3 on; the policy writes the five after "ask". They cut the mark of a spawn's end, or hold more than it.
+PIECES = ["", "", "", "ask\n", f"<spawn>\n{FIRST}{SECOND}</spa", f"<spawn>\n{FIRST}</spa", "wn>\n", "wn>\nb\n"]
+PIECES += [
+    "<result>\na\n</result>\n",
+    "<thread 1>\n",
+    "<thread 2>\n",
+    "\n",
+    *"<>/ abcdefghijklmnopqrstuvwxyz0123456789_",
 ]
-PIECES += ["</spawn>\nb", "<result>\na\n</result>\n", "\n", *"<>/ abcdefghijklmnopqrstuvwxyz0123456789_"]
 
 
 class PieceTokenizer:
@@ -74,7 +73,7 @@ def task_with(children):
 
 
 TOKENIZER = PieceTokenizer()
-ALLOWED = range(4, 10)
+ALLOWED = range(4, 9)
 BANNED = tuple(sorted({*range(64)} - {2, *ALLOWED}))
 
 
@@ -97,8 +96,8 @@ def test_policies_spawn_and_answer_without_a_token_for_any_tag(forked):
     assert sum(stop.reason is StopReason.STRING for stop in stops) >= 40
     assert sum(stop.excess > 0 for stop in stops) >= 10
     children = sum(rollout.result.num_children for rollout in forked)
-    assert children >= 10
-    assert {rollout.result.reason for rollout in forked} >= {"no_spawn_begin", "malformed_spawn", "no_result"}
+    assert children >= 20
+    assert {rollout.result.reason for rollout in forked} >= {"", "no_result", "malformed_result"}
 
 
 def test_forks_begin_with_all_their_parent_wrote_up_to_the_mark(forked):
@@ -111,15 +110,18 @@ def test_forks_begin_with_all_their_parent_wrote_up_to_the_mark(forked):
                 assert text.endswith(f"</spawn>\n<thread {call.path[-1] + 1}>\n")
 
 
-def test_forks_share_their_parents_pages(forked):
-    """Nothing else is shared here: what a fork's context holds beyond its prompt is not prefilled for it."""
-    spawned = [rollout for rollout in forked if rollout.result.num_children >= 2]
-    assert spawned
-    for rollout in spawned:
-        contexts = sum(len(call.context) for call in rollout.calls)
-        firsts = [call for call in rollout.calls if call.path]
-        anew = sum(len(call.context) for call in firsts)
-        assert rollout.work.prefilled < contexts - anew / 2
+def test_forks_share_their_parents_pages(forked, monkeypatch):
+    """Without sharing every fork computes all that its parent holds anew; the rollouts are the same."""
+    monkeypatch.setattr(ThreadCache, "fork", lambda self, parent, child: None)
+    alone = run("fork")
+    same(alone, forked)
+    inherited = 0
+    for one, other in zip(alone, forked, strict=True):
+        assert_close(one, other)
+        first = {call.path: call for call in reversed(other.calls)}
+        inherited += sum(len(call.context) - 2 for path, call in first.items() if path)
+    saved = sum(rollout.work.prefilled for rollout in alone) - sum(rollout.work.prefilled for rollout in forked)
+    assert 0.8 * inherited < saved <= inherited
 
 
 def test_visits_of_any_length_give_the_same(forked):

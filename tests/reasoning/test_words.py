@@ -6,6 +6,7 @@ The script writes on after every mark, glued to it where the tokenizer merges so
 import dataclasses
 import itertools
 import random
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ MORE = "\nCompute 1+1 modulo 10.\n"  # what is written after a spawn, and must b
 
 def demonstrations(name, count):
     countdown = name == "countdown_text"
-    section = NestedSumsConfig(name=name, depth=3)
+    section: Any = NestedSumsConfig(name=name, depth=3)
     if countdown:
         section = dataclasses.replace(LAPTOP_TASK, name=name, num_numbers=4, spawn_depth=2)
     for index in range(count):
