@@ -3,13 +3,16 @@
     python launch/benchmark_decode.py                                                  # the main job's model
     python launch/benchmark_decode.py --config=configs/benchmark_decode.py:paper       # the 228M model
     python launch/benchmark_decode.py --peers=hf,tunix,vllm,llama_cpp --json=decode.json --plot=decode.svg
+    python launch/benchmark_decode.py --checkpoint=FILE.gguf --lanes=1,8,16,64 --peers=hf,llama_cpp --config.mesh.data=1
 
-Weights are random, because speed depends on shapes only. `make peers` makes the peers' environments first.
+Weights are random, because speed depends on shapes only, or those of a policy, dequantised. `make peers` makes the
+peers' environments first.
 Exit codes: 0 done, 1 failed, 2 bad arguments or config.
 """
 
 import functools
 import os
+import pathlib
 import sys
 import tempfile
 from typing import Any
@@ -18,8 +21,10 @@ from absl import flags
 
 from apr_jax import entry
 from apr_jax.config import Config, ConfigError
+from apr_jax.evaluation.rollout_sources import check_policy_folder
 
 _CONFIG = entry.define_config("benchmark_decode.py")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Measure this policy: a run, a Hugging Face folder, FILE.gguf.")
 _LANES = flags.DEFINE_list("lanes", ["1", "8", "16", "64", "128"], "Lane counts to measure; empty: none.")
 _PROMPT = flags.DEFINE_integer("prompt", 64, "Tokens of a lane's prompt.", lower_bound=2)
 _NEW = flags.DEFINE_integer("new", 96, "Tokens that a lane decodes.", lower_bound=2)
@@ -41,6 +46,8 @@ def main() -> None:
         raise ConfigError("--plot draws the figures of --lanes, and there are none")
     from apr_jax.bench.peers import PEERS
 
+    if _CHECKPOINT.value:
+        check_policy_folder(pathlib.Path(_CHECKPOINT.value))
     if unknown := [name for name in _PEERS.value if name not in PEERS]:
         raise ConfigError(f"--peers: there is no peer {unknown[0]!r}; choose of {', '.join(PEERS)}")
     figures = _measure(config, lanes, peer_lanes)
@@ -58,13 +65,16 @@ def _measure(config: Config, lanes: tuple[int, ...], peer_lanes: tuple[int, ...]
     from apr_jax.parallel.mesh import make_mesh
 
     make_mesh(config.mesh)  # before the weights start JAX: a CPU is split into as many devices as it needs
-    params = sharp_params(config.model, config.seed)
     lengths = decode.Lengths(prompt=_PROMPT.value, new=_NEW.value)
+    if _CHECKPOINT.value:
+        config, params = decode.policy_to_measure(pathlib.Path(_CHECKPOINT.value), config, lengths)
+    else:
+        params = sharp_params(config.model, config.seed)
     figures = decode.about(config)
     if lanes:
         figures = decode.benchmark_decode(config, params, lanes, lengths, _say)
         print(decode.table(figures), flush=True)
-    if _PROBLEMS.value != 0:
+    if _PROBLEMS.value != 0 and not _CHECKPOINT.value:
         figures["workload_of_problems"] = _replays(config, params)
     if _PEERS.value:
         figures |= _peers(config, params, peer_lanes, lengths)

@@ -4,6 +4,7 @@ Speed depends on shapes only, so random weights measure what trained ones would 
 """
 
 import dataclasses
+import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,10 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from apr_jax.bench.roofline import Limits, StepCost, measure_limits
+from apr_jax.checkpoints.policy import load_policy
 from apr_jax.config import Config, ConfigError, MeshConfig
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import Decode, Open, Program, Progress, RolloutKey
-from apr_jax.model.params import num_params
+from apr_jax.model.params import Params, num_params
 from apr_jax.parallel.machine import device_name
 from apr_jax.parallel.mesh import make_mesh
 
@@ -95,6 +97,14 @@ def about(config: Config) -> dict[str, Any]:
         "mesh": dataclasses.asdict(config.mesh),
         "model": {**dataclasses.asdict(config.model), "num_params": num_params(config.model).total},
     }
+
+
+def policy_to_measure(path: pathlib.Path, config: Config, lengths: Lengths) -> tuple[Config, Params]:
+    """Load a policy, and put its model into the configuration, with a context that is just long enough."""
+    own, params, _ = load_policy(path)
+    longest = min(own.max_seq_len, max(config.model.max_seq_len, lengths.prompt + lengths.new))
+    model = dataclasses.replace(own, max_seq_len=longest, compute_dtype=config.model.compute_dtype)
+    return dataclasses.replace(config, model=model), params
 
 
 def make_prompts(config: Config, lanes: int, lengths: Lengths) -> list[list[int]]:
