@@ -19,7 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from apr_jax.checkpoints.policy import load_policy
-from apr_jax.config import Config
+from apr_jax.config import Config, ConfigError
 from apr_jax.config_dict import to_dict
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.engine import Engine
@@ -35,8 +35,10 @@ from apr_jax.reasoning.policy_engine import EngineHolder, policy_engine
 from apr_jax.reasoning.programs import check_method, make_program
 from apr_jax.reasoning.sampling import innermost
 from apr_jax.reasoning.settings import make_settings
+from apr_jax.reasoning.writing import write
 from apr_jax.tasks import task_of
 from apr_jax.tasks.base import Task
+from apr_jax.tasks.dialect import SpawnDialect
 
 _LOG = logging.getLogger(__name__)
 
@@ -58,6 +60,15 @@ class Solution:
     latency_ms: float
     record: dict[str, Any]  # every figure of the meter (`evaluation.metrics.record_rollout`), JSON-able
     rollout: Rollout  # tokens and log-probabilities of each call
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A policy's continuation of a prompt."""
+
+    text: str
+    reason: str  # why it did not end by itself, in one snake_case word; "": it did
+    rollout: Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +148,38 @@ class Policy:
         name = getattr(method, "__name__", name) if callable(method) else name
         return [self._solution(problem, rollout, name) for problem, rollout in zip(asked, rollouts, strict=True)]
 
+    @property
+    def spawns(self) -> SpawnDialect | None:
+        """The dialect of the spawns that it was trained to write; None for a method without spawns of that kind."""
+        method = METHODS[self.config.data.method]
+        return self.task.dialect(method.dialect, SpawnDialect) if method.kind is SpawnDialect else None
+
+    def write(
+        self,
+        prompt: str,
+        *,
+        num_samples: int = 1,
+        temperature: float = 0.0,
+        seed: int = 0,
+        spawns: SpawnDialect | None = None,
+        observer: Observer | None = None,
+    ) -> list[Text]:
+        """Go on with any prompt, several times at once.
+
+        Args:
+          prompt: what it goes on with; a user's message where `tokenizer.chats`.
+          spawns: run spawns of this dialect, such as `policy.spawns`; None: all is text.
+          observer: as of `Engine.run`.
+        Raises: ConfigError for a prompt that fills the context, ValueError for one that the tokenizer cannot spell.
+        """
+        longest, tokens = self.config.model.max_seq_len, len(self.tokenizer.encode_prompt(prompt))
+        if tokens >= longest:
+            raise ConfigError(f"the prompt has {tokens} tokens, and model.max_seq_len={longest} leaves no room")
+        settings = make_settings(self.config, self.tokenizer)
+        programs = [(RolloutKey(0, sample), write(prompt, settings, spawns)) for sample in range(num_samples)]
+        rollouts = self.engine.run(programs, seed=seed, temperature=temperature, observer=observer)
+        return [Text(rollout.result.text, rollout.result.reason, rollout) for rollout in rollouts]
+
     def export(self, folder: str | pathlib.Path) -> None:
         """Write the policy as a Hugging Face folder, with its tokenizer and configuration. `load` reads it back."""
         save_hf(folder, self.config.model, self.params, self.tokenizer, to_dict(self.config))
@@ -179,7 +222,8 @@ def load(
     """Load a policy.
 
     Args:
-      checkpoint: a run folder (its newest checkpoint), RUN/best, a checkpoint folder, or a Hugging Face folder.
+      checkpoint: a run folder (its newest checkpoint), RUN/best, a checkpoint folder, a Hugging Face folder, or a GGUF
+        file.
       config: in place of the configuration that it was trained with.
       fallback: where it brings none, as from Hugging Face.
       overrides: single fields of the configuration: `{"engine.lanes": 8}`.

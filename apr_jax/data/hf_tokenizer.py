@@ -75,6 +75,7 @@ class HuggingFaceTokenizer:
         self.num_bos = self._count_bos(stated)
         self._template = stated.get("tokenizer_config.json", {}).get("chat_template")
         self._chat = ChatTemplate.of(stated) if spelling.chat else None
+        self.chats = self._chat is not None
         own_bos = 0 if self._chat else self.num_bos  # a template writes its own
         self._begin = [self.bos_id] * (own_bos if spelling.num_bos is None else spelling.num_bos)
         self.join_ids = tuple(index for join in spelling.joins if (index := self.mark_id(join)) is not None)

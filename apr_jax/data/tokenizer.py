@@ -67,6 +67,7 @@ class Tokenizer(Protocol):
     eos_ids: tuple[int, ...]  # that end a thread: `eos_id`, and others where a Hugging Face folder states several
     num_bos: int  # that stand before a prompt, where a configuration does not ask for another number
     join_ids: tuple[int, ...]  # tokens that begin a join: only the engine writes them
+    chats: bool  # a prompt is a user's message in the tokenizer's own template
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without BOS or EOS. Raises ValueError where `text` would not come back."""
@@ -122,7 +123,7 @@ class BuiltinTokenizer:
         self.pad_id, self.bos_id, self.eos_id = 0, 1, 2
         self.eos_ids: tuple[int, ...] = (self.eos_id,)
         self.join_ids: tuple[int, ...] = (self._ids[JOIN_BEGIN],)
-        self.num_bos = 1
+        self.num_bos, self.chats = 1, False
         self._begin = [self.bos_id] * (self.num_bos if num_bos is None else num_bos)
         self._by_length = sorted((*PHRASES, *LATER_PHRASES, *SYMBOLS), key=len, reverse=True)
         self._find = re.compile("|".join(["[0-9]+", *map(_guarded, self._by_length)])).findall

@@ -33,23 +33,23 @@ class _Row:
 
 
 class LiveThreads:
-    """An `observer` for Engine.run that shows the threads of one rollout. Use as a context manager."""
+    """An `observer` for Engine.run that shows the threads of a problem's samples. Use as a context manager."""
 
     def __init__(self, task: Task, tokenizer: Tokenizer, console: Console | None = None) -> None:
         """Show them on `console`, by default standard error."""
         self._task, self._tokenizer = task, tokenizer
         self._console = Console(stderr=True, highlight=False) if console is None else console
-        self._rows: dict[Path, _Row] = {}
+        self._rows: dict[tuple[int, Path], _Row] = {}  # by sample
         self._start = self._drawn = time.monotonic()
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
 
     def __call__(self, key: RolloutKey, thread: Thread, happening: Happening) -> None:
-        self._rows[thread.path] = _Row(thread, happening)
+        self._rows[key.sample, thread.path] = _Row(thread, happening)
         if self._live is not None:
             if time.monotonic() - self._drawn >= _REDRAW_SECONDS:
                 self._draw()
         elif happening is not Happening.WROTE:
-            self._console.print(self._line(thread, happening), soft_wrap=True)
+            self._console.print(self._line(key.sample, thread, happening), soft_wrap=True)
 
     def __enter__(self) -> Self:
         self._start = time.monotonic()
@@ -75,20 +75,20 @@ class LiveThreads:
         table.add_column("tokens", justify="right", no_wrap=True)
         table.add_column(f"{time.monotonic() - self._start:.1f} s", ratio=1, no_wrap=True, overflow="ellipsis")
         room = self._console.height - 3
-        shown = sorted(self._rows, key=lambda path: (self._rows[path].happening is Happening.ENDED, path))[:room]
-        for path in sorted(shown):
-            row = self._rows[path]
+        shown = sorted(self._rows, key=lambda place: (self._rows[place].happening is Happening.ENDED, place))[:room]
+        for sample, path in sorted(shown):
+            row = self._rows[sample, path]
             state, style = self._state(row.thread, row.happening)
             line = Text(self._last_line(row.thread), style="dim" if style == "dim" else "")
-            table.add_row(_name(path), Text(state, style=style), str(row.thread.generated), line)
+            table.add_row(_name(sample, path), Text(state, style=style), str(row.thread.generated), line)
         if len(shown) < len(self._rows):
             table.add_row("", Text(f"and {len(self._rows) - len(shown)} more", style="dim"))
         return table
 
-    def _line(self, thread: Thread, happening: Happening) -> Text:
+    def _line(self, sample: int, thread: Thread, happening: Happening) -> Text:
         seconds = time.monotonic() - self._start
         state, _ = self._state(thread, happening)
-        text = f"{seconds:7.2f} s  {_name(thread.path):14} {state:11} {thread.generated:5} tokens"
+        text = f"{seconds:7.2f} s  {_name(sample, thread.path):14} {state:11} {thread.generated:5} tokens"
         ended = happening in (Happening.ENDED, Happening.CANCELLED)
         return Text(text + (f"  {self._last_line(thread)}" if ended else ""))
 
@@ -106,6 +106,13 @@ class LiveThreads:
         return self._text(thread).rstrip("\n").rpartition("\n")[2]
 
 
-def _name(path: Path) -> str:
-    """Return `parent`, or `child 1.2` for the second of its first spawn; deeper ones are indented."""
-    return "  " * max(0, len(path) // 2 - 1) + (f"child {path[-2] + 1}.{path[-1] + 1}" if path else "parent")
+def _name(sample: int, path: Path) -> str:
+    """Return `parent`, or `child 1.2` for the second of its first spawn; deeper ones are indented.
+
+    Samples after the first have their number before it.
+    """
+    return (
+        (f"#{sample + 1} " if sample else "")
+        + "  " * max(0, len(path) // 2 - 1)
+        + (f"child {path[-2] + 1}.{path[-1] + 1}" if path else "parent")
+    )

@@ -43,6 +43,12 @@ def adaptive(problem: Any, settings: Settings) -> Generator[Any, Any, Outcome]:
     return search.tally.outcome(search.failure or dialect.read_ending(search.text))
 
 
+def adaptive_text(dialect: SpawnDialect, prompt: str, settings: Settings) -> Generator[Any, Any, tuple[str, str]]:
+    """Run APR on any prompt. Return the text of its thread, prompt and all, and why it did not end well, or ""."""
+    search = yield from _search(dialect, prompt, None, settings, 0, settings.max_total_children)
+    return search.text, "" if search.failure is None else search.failure.reason
+
+
 ADAPTIVE = Method(name="adaptive", program=adaptive, dialect="adaptive", kind=SpawnDialect, budget="children")
 
 

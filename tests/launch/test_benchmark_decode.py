@@ -44,6 +44,7 @@ def test_figures_table_and_picture(tmp_path):
         ("--lanes=1,x", "--lanes=1,x must be positive whole numbers"),
         ("--peers=gpt", "there is no peer 'gpt'; choose of hf, tunix, vllm, llama_cpp"),
         ("--new=10", "leave nothing to measure"),
+        ("--checkpoint=missing.gguf", "--checkpoint=missing.gguf: no such folder or file"),
         ("--prompt=500", "exceed model.max_seq_len=512"),
     ],
 )
