@@ -41,7 +41,8 @@ class Progress:
         self.total, self.desc, self.unit, self.done = total, desc, unit, 0
         self._stream = stream
         self._values: dict[str, str] = {}
-        self._start = self._last_line = time.monotonic()
+        self._start = time.monotonic()
+        self._last_line = self._start - _LINE_SECONDS + _QUIET_SECONDS
         self._bar = (
             tqdm(total=total, desc=desc, unit=f" {unit}", file=stream, dynamic_ncols=True, mininterval=0.1)
             if stream.isatty()
@@ -55,7 +56,7 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix(self._values, refresh=False)
             self._bar.update(n)
-        else:
+        elif self.done != self.total:  # then the last line follows
             self._show_line()
 
     def __enter__(self) -> Self:

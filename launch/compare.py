@@ -30,6 +30,7 @@ from apr_jax.config import ConfigError
 from apr_jax.evaluation.compare.grid import Cell, make_cells, read_policies, read_rows
 from apr_jax.evaluation.rollout_sources import check_policy_folder, choose_split, newest_run, policy_task, read_problems
 from apr_jax.lock import locked
+from apr_jax.progress import busy
 from apr_jax.stopping import StoppedError
 from apr_jax.tasks import task_of
 from apr_jax.tasks.base import SPLITS
@@ -73,7 +74,8 @@ def main() -> int:
         raise ConfigError(f"--problems={_PROBLEMS.value}: a comparison takes 2 problems or more")
     if not folders:
         raise entry.FailedError(f"no run with checkpoints in {_RUNS}/: train one first, or name --policies=NAME=FOLDER")
-    from apr_jax.evaluation.report.paired_report import draw_runs
+    with busy("Loading libraries"):
+        from apr_jax.evaluation.report.paired_report import draw_runs
 
     if _FIGURE.value:
         try:
@@ -89,10 +91,12 @@ def main() -> int:
 
 
 def _compare(folders: dict[str, pathlib.Path], own: list[Any] | None) -> None:
-    from apr_jax.evaluation.compare.cells import check_programs, run_cells
-    from apr_jax.evaluation.compare.store import Results
+    with busy("Loading libraries"):
+        from apr_jax.evaluation.compare.cells import check_programs, run_cells
+        from apr_jax.evaluation.compare.store import Results
 
-    policies = _load(folders)
+    with busy("Reading the policies"):
+        policies = _load(folders)
     cells = _cells(policies)
     asked = _asked(list(policies.values()), own)
     check_programs(cells, asked.task)

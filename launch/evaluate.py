@@ -27,6 +27,7 @@ from apr_jax.evaluation.rollout_sources import (
     policy_task,
     read_problems,
 )
+from apr_jax.progress import busy
 from apr_jax.tasks.base import SPLITS
 
 _RUNS = "runs"
@@ -61,23 +62,26 @@ def main() -> None:
 
 
 def _evaluate(checkpoint: pathlib.Path, own_problems: list[Any] | None) -> None:
-    from apr_jax import library
-    from apr_jax.evaluation.run import ShownProgress, evaluate, save_rollouts, show_summary
-    from apr_jax.reasoning.settings import make_settings
+    with busy("Loading libraries"):
+        from apr_jax import library
+        from apr_jax.evaluation.run import ShownProgress, evaluate, save_rollouts, show_summary
+        from apr_jax.reasoning.settings import make_settings
 
     given = _CONFIG.config_dict()
-    policy = library.load(
-        checkpoint,
-        config=given if _CONFIG.is_given else None,
-        fallback=given,
-        overrides=_CONFIG.overrides,
-    )
+    with busy("Reading the policy"):
+        policy = library.load(
+            checkpoint,
+            config=given if _CONFIG.is_given else None,
+            fallback=given,
+            overrides=_CONFIG.overrides,
+        )
     config, tokenizer = policy.config, policy.tokenizer
     temperature = config.evaluation.temperature if _TEMPERATURE.value is None else _TEMPERATURE.value
     method = _METHOD.value or config.data.method
     check_method_flag(method, policy.task, temperature, _BUDGET.value)
     problems, source = (own_problems, _PROBLEMS.value) if own_problems else _problems(config)
-    engine = policy.engine_for(method)
+    with busy("Compiling the engine"):
+        engine = policy.engine_for(method)
     print(f"engine memory: {engine.memory}", file=sys.stderr)
     settings = make_settings(config, tokenizer, method, budget=_BUDGET.value, max_tokens=_MAX_TOKENS.value)
     with ShownProgress(len(problems)) as on_progress:

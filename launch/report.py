@@ -17,6 +17,7 @@ from absl import flags
 
 from apr_jax import entry
 from apr_jax.config import ConfigError
+from apr_jax.progress import busy
 
 _COMPARISON = flags.DEFINE_string("comparison", None, "Folder of launch/compare.py [runs/comparison without --run].")
 _RUN = flags.DEFINE_string(
@@ -37,13 +38,14 @@ def main() -> None:
     from apr_jax.evaluation.report.run_report import write_report
 
     try:
-        if run is not None and _COMPARISON.value is None:
-            out = write_report(run, _OUT.value)
-        else:
-            comparison = pathlib.Path(_COMPARISON.value or "runs/comparison")
-            out = pathlib.Path(_OUT.value) if _OUT.value else comparison / "report.html"
-            command = shlex.join(["python", "launch/report.py", *sys.argv[1:]])
-            write_comparison(comparison, out, command=command, run=run)
+        with busy("Drawing the report"):
+            if run is not None and _COMPARISON.value is None:
+                out = write_report(run, _OUT.value)
+            else:
+                comparison = pathlib.Path(_COMPARISON.value or "runs/comparison")
+                out = pathlib.Path(_OUT.value) if _OUT.value else comparison / "report.html"
+                command = shlex.join(["python", "launch/report.py", *sys.argv[1:]])
+                write_comparison(comparison, out, command=command, run=run)
         print(out)
         if _SCREENSHOTS.value:
             with chromium() as browser:

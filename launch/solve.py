@@ -28,6 +28,7 @@ from apr_jax.evaluation.rollout_sources import (
     policy_task,
     read_problem_words,
 )
+from apr_jax.progress import busy
 from apr_jax.reasoning.sampling import innermost
 from apr_jax.tasks.base import Task
 
@@ -57,16 +58,19 @@ def main(words: Sequence[str]) -> None:
     problem = read_problem_words(task, words)
     if _METHOD.value:
         check_method_flag(_METHOD.value, task, _TEMPERATURE.value, _BUDGET.value)
-    from apr_jax import library
+    with busy("Loading libraries"):
+        from apr_jax import library
 
     given = _CONFIG.config_dict()
-    policy = library.load(
-        checkpoint, config=given if _CONFIG.is_given else None, fallback=given, overrides=_CONFIG.overrides
-    )
+    with busy("Reading the policy"):
+        policy = library.load(
+            checkpoint, config=given if _CONFIG.is_given else None, fallback=given, overrides=_CONFIG.overrides
+        )
     method = _METHOD.value or policy.config.data.method
     check_method_flag(method, policy.task, _TEMPERATURE.value, _BUDGET.value)
     _warn(problem, policy)
-    policy.engine_for(method)  # compiles
+    with busy("Compiling the engine"):
+        policy.engine_for(method)
     started = time.perf_counter()
     solution = _solve(problem, policy)
     _report(policy, solution, checkpoint, start_ms=(started - began) * 1e3)

@@ -25,6 +25,7 @@ from apr_jax.checkpoints.identity import with_auto
 from apr_jax.config import Config, ConfigError, check_run
 from apr_jax.config_dict import from_config_dict, to_dict
 from apr_jax.evaluation.rollout_sources import check_policy_folder
+from apr_jax.progress import busy
 from apr_jax.stopping import StoppedAtOnceError, StoppedError
 
 _CONFIG = entry.define_config("grpo.py")
@@ -51,8 +52,9 @@ def main() -> int:
     has_policy = any((workdir / "checkpoints").glob("*/*/meta"))
     config = from_config_dict(with_auto(values, next(iter(folders.values()), workdir if has_policy else None)))
     check_run(config)
-    from apr_jax.parallel import hosts
-    from apr_jax.train.run import train
+    with busy("Loading libraries"):
+        from apr_jax.parallel import hosts
+        from apr_jax.train.run import train
 
     try:
         with hosts.joined(functools.partial(_same_everywhere, config, workdir, folders)):

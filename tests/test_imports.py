@@ -25,7 +25,7 @@ LAYERS = [
 # Leaves: what they may import of apr_jax themselves.
 LEAVES = {
     "tasks": {"tasks", "config", "config_fields", "files"},
-    "data": {"data", "tasks", "config", "files", "lock", "gguf_file"},
+    "data": {"data", "tasks", "config", "files", "lock", "progress", "gguf_file"},
     "progress": set(),
     "files": {"config"},
     "lock": {"config", "files"},

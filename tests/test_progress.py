@@ -53,6 +53,7 @@ def test_a_block_that_fails_says_stopped():
 
 def test_a_count_that_does_not_rise_is_not_silent(monkeypatch):
     monkeypatch.setattr(module, "_LINE_SECONDS", 0.5)
+    monkeypatch.setattr(module, "_QUIET_SECONDS", 0.5)
     out = io.StringIO()
     with progress(total=10, desc="SFT", unit="step", stream=out):
         time.sleep(2.5)

@@ -29,6 +29,7 @@ from apr_jax.config_dict import to_dict
 from apr_jax.data.tokenizer import Spelling, config_tokenizer
 from apr_jax.files import is_refusal, naming
 from apr_jax.parallel import hosts
+from apr_jax.progress import busy
 
 
 class Restored(NamedTuple):
@@ -172,7 +173,7 @@ class Checkpoints:
     def close(self) -> None:
         """Finish what is being saved. Raise OSError where that fails."""
         if "_manager" in vars(self):
-            with naming(self.directory):
+            with naming(self.directory), busy("Writing the checkpoints", hosts.messages()):
                 self._manager.close()
 
     def __enter__(self) -> "Checkpoints":

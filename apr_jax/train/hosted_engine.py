@@ -19,6 +19,7 @@ from apr_jax.evaluation.run import RunsPrograms
 from apr_jax.model.params import Params, abstract_params, logical_axes
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import RULES, param_shardings
+from apr_jax.progress import busy
 from apr_jax.reasoning.base import Outcome, Sample
 from apr_jax.reasoning.policy_engine import EngineHolder, HeldEngine, policy_engine, workers
 from apr_jax.stopping import StopSignal
@@ -43,7 +44,7 @@ class RunEngine:
         def make() -> RolloutEngine:
             return make_engine(self._config, self._mesh, self._tokenizer, params, self._stop)
 
-        with self._stop.interrupting():  # compiling takes a while
+        with self._stop.interrupting(), busy("Compiling the engine", hosts.messages()):
             return self._holder.get("run", make, params)
 
 

@@ -13,6 +13,8 @@ from apr_jax.checkpoints.manager import Checkpoints
 from apr_jax.checkpoints.policy import check_finite
 from apr_jax.config import ModelConfig
 from apr_jax.model.params import Params
+from apr_jax.parallel import hosts
+from apr_jax.progress import busy
 from apr_jax.stopping import StoppedError, StopSignal
 from apr_jax.train.metrics import MetricsWriter
 from apr_jax.train.skipping import SkippedSteps
@@ -44,9 +46,11 @@ class Phase:
         Without a checkpoint these are a new state (`create_state`) and None.
         """
         if self.checkpoints.latest_step() is None:
-            return create_state(mesh, model, optimizer, params, seed), None
-        abstract = abstract_state(mesh, model, optimizer)
-        trees, position, meta = self.checkpoints.restore(_trees(abstract))
+            with busy("Making the optimiser's state", hosts.messages()):
+                return create_state(mesh, model, optimizer, params, seed), None
+        with busy("Reading the checkpoint", hosts.messages()):
+            abstract = abstract_state(mesh, model, optimizer)
+            trees, position, meta = self.checkpoints.restore(_trees(abstract))
         check_finite(trees[POLICY], self.checkpoints.directory)
         self.skipped.in_a_row = meta.get("skipped_in_a_row", 0)
         step, opt_state = trees[_OPTIMIZER]

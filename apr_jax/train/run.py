@@ -44,7 +44,7 @@ from apr_jax.model.params import Params, init_params, weights_digest
 from apr_jax.model.placement import abstract_params_on, place_params
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import make_mesh
-from apr_jax.progress import Progress, progress
+from apr_jax.progress import Progress, busy, progress
 from apr_jax.reasoning import METHODS
 from apr_jax.stopping import StopSignal
 from apr_jax.tasks import task_of
@@ -147,11 +147,13 @@ class _Run:
     def run(self, checkpoint: pathlib.Path | None, start: pathlib.Path | None) -> dict[str, Any]:
         config = self.config
         named: dict[PhaseName, pathlib.Path | None] = {"sft": start, "grpo": checkpoint}
-        given = {phase: load_given(phase, path, config) for phase, path in named.items() if path is not None}
-        for phase, source in given.items():
-            hosts.check_same(f"the policy that {phase} starts from", source.weights)
+        with self._busy("Reading the policy to start from"):
+            given = {phase: load_given(phase, path, config) for phase, path in named.items() if path is not None}
+            for phase, source in given.items():
+                hosts.check_same(f"the policy that {phase} starts from", source.weights)
         with Checkpoints(self.workdir, "sft", config) as sft, Checkpoints(self.workdir, "grpo", config) as grpo:
-            done, writer = self._settle(sft, grpo, given)
+            with self._busy("Checking the checkpoints"):
+                done, writer = self._settle(sft, grpo, given)
             started = has_reference(self.workdir)
             split = self._build_data()
             with writer:
@@ -160,18 +162,23 @@ class _Run:
                 elif not started:
                     save_reference(self.workdir, self._sft(split, given.get("sft"), sft, writer))
                 given.clear()  # whole weights on one device
-                reference = load_reference(self.workdir, abstract_params_on(self.mesh, config.model))
-                check_finite(reference, self.workdir / "checkpoints" / "reference")
-                self.origins.note("grpo", checkpoint, weights_digest(reference), has_begun=bool(done["grpo"]))
+                with self._busy("Reading the reference policy"):
+                    reference = load_reference(self.workdir, abstract_params_on(self.mesh, config.model))
+                    check_finite(reference, self.workdir / "checkpoints" / "reference")
+                    self.origins.note("grpo", checkpoint, weights_digest(reference), has_begun=bool(done["grpo"]))
                 summary = self.evaluations.run("before", reference)
                 policy = self._grpo(split, reference, self._phase(grpo, writer))
                 summary |= self.evaluations.run("after", policy)
         if hosts.is_first():
-            write_json(self.workdir / "summary.json", summary)
-            self.evaluations.save_rollouts()
-            write_report(self.workdir)
-            write_figure(self.workdir, self.workdir / "figure.svg")
+            with self._busy("Writing the report"):
+                write_json(self.workdir / "summary.json", summary)
+                self.evaluations.save_rollouts()
+                write_report(self.workdir)
+                write_figure(self.workdir, self.workdir / "figure.svg")
         return summary
+
+    def _busy(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return busy(what, hosts.messages())
 
     def _settle(
         self, sft: Checkpoints, grpo: Checkpoints, given: Mapping[PhaseName, Given]
@@ -217,23 +224,25 @@ class _Run:
 
     def _build_data(self) -> Sequence[Demonstration]:
         """Return the train split. Builds all splits where they are absent, under a progress bar for each."""
-        bars: dict[str, Progress] = {}
+        with contextlib.ExitStack() as bar:  # one after the other; the last one stays while the files are written
+            bars: dict[str, Progress] = {}
+            bar.enter_context(self._busy("Building the data set"))
 
-        def on_progress(split: str, done: int, total: int) -> None:
-            if split not in bars:
-                bars[split] = progress(total, f"Demonstrations ({split})", "problem", hosts.messages())
-                bars[split].__enter__()
-            bars[split].update(done - bars[split].done)
-            if done == total:
-                bars[split].__exit__(None)
+            def on_progress(split: str, done: int, total: int) -> None:
+                if split not in bars:
+                    bar.close()
+                    shown = progress(total, f"Demonstrations ({split})", "problem", hosts.messages())
+                    bars[split] = bar.enter_context(shown)
+                bars[split].update(done - bars[split].done)
 
-        def build() -> None:
-            demonstrations.load_split(self.config, "train", on_progress)
+            def build() -> None:
+                demonstrations.load_split(self.config, "train", on_progress)
 
-        self.stop.together(build)
-        split = demonstrations.load_split(self.config, "train")
-        if jax.process_count() > 1:
-            hosts.check_same("the data set", split.digest())
+            self.stop.together(build)
+        with self._busy("Reading the data set"):
+            split = demonstrations.load_split(self.config, "train")
+            if jax.process_count() > 1:
+                hosts.check_same("the data set", split.digest())
         return split
 
     def _sft(
@@ -245,7 +254,7 @@ class _Run:
         config = self.config
         sft = config.sft
         options = sft_options(config)
-        with self.stop.interrupting():  # a large split takes minutes
+        with self.stop.interrupting(), self._busy("Tokenising the demonstrations"):  # a large split takes minutes
             held_out = demonstrations.load_split(config, "validation")
             validation = validation_batch(held_out, self.tokenizer, options, sft.validation_rows)
             rows = train_iterator(
