@@ -83,7 +83,6 @@ class StopSignal:
         A restart repeats the work anyway, so a signal on any host raises StoppedError at once on all. `types` are those
         of the result that hosts may send each other (`parallel/wire.py`).
         """
-        del types  # one host sends nothing
         with self.interrupting():
             return [work()]
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from apr_jax.checkpoints.integrity import CheckpointError, read_meta
-from apr_jax.checkpoints.phases import PHASES, PhaseName
+from apr_jax.checkpoints.phases import PHASES, PhaseName, steps_in
 from apr_jax.config import ConfigError, ModelConfig
 from apr_jax.config_dict import read_model
 from apr_jax.data.tokenizer import AS_IS, Spelling, load_tokenizer, tokenizer_digest
@@ -266,7 +266,7 @@ def _checkpoint_folder(path: pathlib.Path) -> pathlib.Path | None:
             inside = folder / phase
             if folder == root.parent and inside != root:  # a phase's own folder
                 continue
-            steps = _steps_in(inside)
+            steps = [step for step in steps_in(inside) if (inside / str(step) / "meta").is_dir()]
             chosen = _best(inside, phase, steps) if best else max(steps, default=None)
             if chosen is not None:
                 return inside / str(chosen)
@@ -279,9 +279,3 @@ def _best(folder: pathlib.Path, phase: PhaseName, steps: list[int]) -> int | Non
     from apr_jax.checkpoints.best import best_step  # slow to import, and few ask for it
 
     return best_step(folder, phase, steps)
-
-
-def _steps_in(folder: pathlib.Path) -> list[int]:
-    """Return the steps with a checkpoint in a phase's folder."""
-    names = [child.name for child in folder.iterdir()] if folder.is_dir() else []
-    return [int(name) for name in names if name.isdigit() and (folder / name / "meta").is_dir()]

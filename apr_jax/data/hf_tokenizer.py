@@ -184,8 +184,7 @@ class HuggingFaceTokenizer:
     def _join(self, tokens: list[str]) -> str:
         """Return the text of tokens that stand at the beginning of one."""
         decoder = self._tokenizer.decoder
-        text: str = " ".join(tokens) if decoder is None else decoder.decode(tokens)
-        return text
+        return " ".join(tokens) if decoder is None else decoder.decode(tokens)
 
 
 def _load_gguf(path: pathlib.Path) -> tuple[tokenizers.Tokenizer, Stated]:

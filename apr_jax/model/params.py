@@ -65,8 +65,7 @@ def with_vocabulary(params: Params, vocab_size: int) -> Params:
         mean = jnp.mean(leaf, axis=axis, keepdims=True, dtype=jnp.float32).astype(leaf.dtype)
         return jnp.concatenate([leaf, jnp.repeat(mean, missing, axis=axis)], axis=axis)
 
-    grown: Params = jax.tree_util.tree_map_with_path(grow, params)
-    return grown
+    return jax.tree_util.tree_map_with_path(grow, params)
 
 
 def graphdef(config: ModelConfig, ops: Ops = XLA) -> nnx.GraphDef[Llama]:

@@ -145,16 +145,16 @@ class SpawnDialect(ThreadDialect):
     spawn_end: ClassVar[str] = CALL_END
     join_begin: ClassVar[str] = JOIN_BEGIN  # only the engine writes it
 
-    @property
-    def marks(self) -> tuple[str, ...]:
-        return (self.spawn_end, self.join_begin, self.spawn_begin)
-
     # What a child begins from: the context that the spawn gives it (Pan et al., arXiv 2504.15466), or the whole thread
     # of its parent, after which that context then stands (ThreadWeaver, arXiv 2512.07843).
     children: Literal["context", "fork"] = "context"
     # Text that threads may not write, and what takes its place as soon as one has, both spelt out. A dialect with such
     # text ends its spawns with EOS.
     replaced: ClassVar[Mapping[str, str]] = MappingProxyType({})
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        return (self.spawn_end, self.join_begin, self.spawn_begin)
 
     @abc.abstractmethod
     def read_spawn(self, text: str, *, last_begin: bool = False) -> SpawnCall | Malformed:
@@ -173,7 +173,6 @@ class SpawnDialect(ThreadDialect):
 
     def asks_for_children(self, text: str, depth: int) -> bool:
         """Tell whether a thread that ended with EOS asks for children, and not at the end of a spawn that is marked."""
-        del text, depth
         return False
 
     def is_spawn(self, call: Call) -> bool:

@@ -45,7 +45,6 @@ class ReferenceAdaptive(SearchDialect, SpawnDialect):
 
     def read_spawn(self, text: str, *, last_begin: bool = False) -> SpawnCall | Malformed:
         """Read the last spawn of a thread's text, wherever an earlier one began. Reasons are those of `reading`."""
-        del last_begin
         spawn = reading.read_spawn(text)
         return spawn if isinstance(spawn, Malformed) else SpawnCall(spawn.start, spawn.prompts, spawn.names, None)
 
@@ -58,7 +57,6 @@ class ReferenceAdaptive(SearchDialect, SpawnDialect):
         return Ending(None, "no_solution", "no_solution") if answer is None else Ending(answer, "answered", "")
 
     def render_join(self, results: Sequence[ChildResult], level: int | None) -> str:
-        del level
         return reading.render_join([result.name for result in results], [result.path for result in results])
 
     def demonstrate(
