@@ -286,7 +286,7 @@ class FaultsConfig(Section, path="faults"):
     """Settings against faults: the checkpoints that are kept, and the skipped steps after which a run gives up."""
 
     keep_checkpoints: Count  # the newest of a phase; the best by validation stays besides
-    max_skipped_steps: Count  # a run stops after so many steps in a row whose loss or gradient was not finite
+    max_skipped_steps: Count  # a run stops after so many steps in a row of which something was not finite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from apr_jax.config_fields import LEAST_TEMPERATURE
+
 if TYPE_CHECKING:
     from apr_jax.config import Config
 
@@ -25,10 +27,10 @@ def futile(config: "Config") -> Iterator[str]:
     there = getattr(data, f"num_{evaluation.split}")
     if evaluation.num_problems > there:
         yield f"evaluation.num_problems={evaluation.num_problems} is more than data.num_{evaluation.split}={there}"
-    if grpo.num_steps and not config.rollout.temperature:
+    if grpo.num_steps and config.rollout.temperature < LEAST_TEMPERATURE:
         yield (
-            "rollout.temperature=0.0: GRPO learns from how rollouts of a problem differ, and greedy ones are all the "
-            "same; set a temperature above 0, or grpo.num_steps=0"
+            f"rollout.temperature={config.rollout.temperature}: GRPO learns from how rollouts of a problem differ, and "
+            "greedy ones are all the same; set a temperature above 0, or grpo.num_steps=0"
         )
     for name, phase in (("sft", config.sft), ("grpo", grpo)):
         optimizer = phase.optimizer

@@ -13,6 +13,9 @@ from typing import Annotated, Any
 
 LARGEST_INT = 2**31 - 1  # counts and sizes become int32 on the device
 
+# Below this a temperature counts as 0: logits divided by less would fall below masked ones, or overflow.
+LEAST_TEMPERATURE = 1e-20
+
 
 @dataclasses.dataclass(frozen=True)
 class Range:

@@ -34,7 +34,7 @@ LEAVES = {
     "caches": set(),
     "config": {"config_fields", "config_checks"},
     "config_fields": set(),
-    "config_checks": {"config"},  # for its types alone
+    "config_checks": {"config", "config_fields"},  # config for its types alone
     # The door asks the registries TASKS, METHODS, FAMILIES.
     "config_dict": {"config", "config_fields", "config_checks", "tasks", "reasoning", "model"},
     "entry": {"config", "config_dict", "files", "stopping", "caches"},

@@ -30,6 +30,8 @@ from apr_jax.model.params import logical_axes
 from apr_jax.model.truncation import truncation_of
 from apr_jax.parallel.mesh import RULES, param_shardings, partition_spec
 
+_MOST_TEMPERATURE = 1e30
+
 
 @dataclasses.dataclass
 class EngineStats:
@@ -160,8 +162,10 @@ class Engine:
         exception, an interrupt included, the engine can be used again. `on_progress` is called after each visit,
         `observer` whenever something happens to a thread.
         """
-        if temperature < 0:
-            raise ValueError(f"temperature={temperature} must be >= 0 (0 is greedy)")
+        if not 0 <= temperature <= _MOST_TEMPERATURE:
+            raise ValueError(
+                f"temperature={temperature} must be a number >= 0 (0 is greedy), at most {_MOST_TEMPERATURE}"
+            )
         with self._anew_after_errors():
             begin, compiled = time.perf_counter(), self._steps.num_compilations
             preempted, reused = self._scheduler.preemptions, self._scheduler.cache.reused_tokens

@@ -10,6 +10,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from apr_jax.config_fields import LEAST_TEMPERATURE
+
 MASKED_LOGIT = -1e30  # finite, so that differences of masked logits are no NaN
 KEY_IMPL = "threefry2x32"
 
@@ -19,24 +21,27 @@ def log_probs(logits: jax.Array, temperature: jax.Array | float, banned_mask: ja
 
     Args:
         logits: `[..., V]`.
-        temperature: scalar >= 0. At 0 sampling takes the argmax, and these are the policy's at temperature 1.
+        temperature: scalar >= 0. Below LEAST_TEMPERATURE sampling takes the argmax, and these are the policy's at
+            temperature 1.
         banned_mask: bool `[V]`, or `[..., V]` as `logits` are; banned tokens get MASKED_LOGIT-like values,
             probability exactly 0.
     """
     temperature = jnp.asarray(temperature, jnp.float32)
-    scaled = logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)
+    scaled = logits.astype(jnp.float32) / jnp.where(temperature >= LEAST_TEMPERATURE, temperature, 1.0)
     banned_mask = banned_mask.reshape((1,) * (logits.ndim - banned_mask.ndim) + banned_mask.shape)
     return jax.nn.log_softmax(jnp.where(banned_mask, MASKED_LOGIT, scaled), axis=-1)
 
 
 def sample(logprobs_V: jax.Array, uniform: jax.Array, temperature: jax.Array | float) -> jax.Array:
-    """Draw one token id (int32 scalar): the argmax at temperature 0, else by inverse CDF at `uniform` in [0, 1).
+    """Draw one token id (int32 scalar): the argmax below LEAST_TEMPERATURE, else by inverse CDF at `uniform` in [0, 1).
 
     The CDF is summed in two levels of about sqrt(V), so that no long scan is needed. A token of probability 0 is
     never drawn.
     """
     return jax.lax.cond(
-        jnp.asarray(temperature) > 0, lambda: _inverse_cdf(jnp.exp(logprobs_V), uniform), lambda: _argmax(logprobs_V)
+        jnp.asarray(temperature, jnp.float32) >= LEAST_TEMPERATURE,
+        lambda: _inverse_cdf(jnp.exp(logprobs_V), uniform),
+        lambda: _argmax(logprobs_V),
     ).astype(jnp.int32)
 
 

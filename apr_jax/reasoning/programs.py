@@ -5,6 +5,7 @@ from collections.abc import Generator
 from typing import Any
 
 from apr_jax.config import ConfigError
+from apr_jax.config_fields import LEAST_TEMPERATURE
 from apr_jax.engine.groups import row_limit
 from apr_jax.engine.threads import Open, Program, Share, Spawn
 from apr_jax.reasoning import METHODS
@@ -43,7 +44,7 @@ def check_method(method: str, task: Task, temperature: float | None = None, *, b
             raise ConfigError(f"method {method!r}: choose one of {', '.join(sorted(METHODS))}")
         task.dialect(METHODS[method].dialect, METHODS[method].kind)
         return
-    if temperature == 0 and wrapper.num_samples > 1:
+    if temperature is not None and temperature < LEAST_TEMPERATURE and wrapper.num_samples > 1:
         raise ConfigError(
             f"method {method!r}: at temperature 0 its {wrapper.num_samples} samples are all the same; set a "
             f"temperature above 0, or use {wrapper.inner}"

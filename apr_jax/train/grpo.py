@@ -31,7 +31,7 @@ def train_grpo(config: Config, mesh: Mesh, phase: Phase, sampler: Sampler, refer
       reference: the policy to start from, which the KL term refers to.
     Raises:
       StoppedError: a signal came; the last finished step is saved.
-      FloatingPointError: too many steps in a row had a loss or gradient that was not finite (`phase.skipped`).
+      FloatingPointError: too many steps in a row were not finite (`phase.skipped`).
       Any error of a program or the engine: a bug is no reward.
     """
     grpo, engine, writer = config.grpo, sampler.engine, phase.writer

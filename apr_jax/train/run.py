@@ -5,7 +5,7 @@ WORKDIR/metrics.jsonl       one object a step (train/metrics.py)
 WORKDIR/checkpoints/        checkpoints/manager.py
 WORKDIR/evaluations/        one file for each evaluation that is done (train/evaluations.py)
 WORKDIR/grpo_rollouts/      some rollouts that GRPO learnt from, with their advantages (train/rl/kept_rollouts.py)
-WORKDIR/skipped/            batches whose loss or gradient was not finite, of a run that gave up (train/skipping.py)
+WORKDIR/skipped/            batches of steps that were not finite, of a run that gave up (train/skipping.py)
 WORKDIR/summary.json, rollouts.jsonl, report.html, figure.svg
 """
 

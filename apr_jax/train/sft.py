@@ -115,7 +115,7 @@ def train_sft(
       seed: of the initial weights, where `params` does not give them.
     Raises:
       StoppedError: a signal came; the state is saved.
-      FloatingPointError: too many steps in a row had a loss or gradient that was not finite (`phase.skipped`).
+      FloatingPointError: too many steps in a row were not finite (`phase.skipped`).
     """
     optimizer = make_optimizer(config.optimizer, config.num_steps)
     state, position = phase.start(mesh, model, optimizer, params, seed)

@@ -1,4 +1,4 @@
-"""Counting steps whose update the device left out, because the loss or the gradient was not finite.
+"""Counting steps whose update the device left out, because the loss, the gradient or its result was not finite.
 
 `state.apply_gradients` decides. The host learns of it with the step's other metrics, in SFT one step late. By then the
 device has gone on from the weights that the skipped step left as they were.
@@ -40,7 +40,7 @@ class SkippedSteps:
         np.savez_compressed(packed, **arrays)
         write(path, packed.getvalue())
         raise FloatingPointError(
-            f"{phase} step {step}: the loss or the gradient was not finite, in {self.in_a_row} steps in a row "
-            f"(faults.max_skipped_steps={self._limit}). The weights are as they were before these steps, and the batch "
-            f"of step {step} is in {path}. Starting again repeats the steps since the last checkpoint."
+            f"{phase} step {step}: the loss, the gradient or the update was not finite, in {self.in_a_row} steps in a "
+            f"row (faults.max_skipped_steps={self._limit}). The weights are as they were before these steps, and the "
+            f"batch of step {step} is in {path}. Starting again repeats the steps since the last checkpoint."
         )

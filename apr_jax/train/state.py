@@ -69,22 +69,48 @@ def create_state(
 
 
 def apply_gradients(
-    state: TrainState, grads: Params, loss: jax.Array, optimizer: optax.GradientTransformation
+    state: TrainState,
+    grads: Params,
+    loss: jax.Array,
+    optimizer: optax.GradientTransformation,
+    signal: jax.Array | bool = True,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Apply one optimiser update, unless the loss or the gradients' norm is not finite; the device decides.
+    """Apply one optimiser update, unless there is nothing to learn, or something is not finite; the device decides.
 
-    A step that is left out counts in `state.step` and changes nothing else: neither weights nor moments nor the
-    optimiser's own counters.
+    An update that is left out counts in `state.step` and changes nothing else: neither weights nor moments nor the
+    optimiser's own counters, which its schedule follows. It is left out where
 
-    Returns: the new state, and metrics: `grad_norm`, the global norm before clipping, and `skipped_rate`, 1 or 0.
+    * `signal` is False or the gradient is exactly 0. Momentum and weight decay would move weights all the same, and
+      optimisers that normalise (Adam, Muon) make a whole update of a gradient of mere rounding.
+    * the loss, the gradients' norm, or anything of the weights and moments that would come out is not finite.
+
+    Returns: the new state, and metrics: `grad_norm`, the global norm before clipping; `skipped_rate`, 1 or 0, for what
+      is not finite; and `no_signal_rate`, 1 or 0.
     """
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    signal = jnp.asarray(signal) & (norm != 0)
 
-    def update(params: Params, opt_state: optax.OptState) -> tuple[Params, optax.OptState]:
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+    def move(params: Params, opt_state: optax.OptState) -> tuple[Params, jax.Array]:
+        updates, new_state = optimizer.update(grads, opt_state, params)
+        moved = optax.apply_updates(params, updates)
+        sound = _all_finite((moved, new_state))
+        return jax.tree.map(lambda new, old: jnp.where(sound, new, old), moved, params), sound
 
-    kept = jax.lax.cond(finite, update, lambda *kept: kept, state.params, state.opt_state)
-    metrics = {"grad_norm": norm, "skipped_rate": 1.0 - finite.astype(jnp.float32)}
-    return TrainState(state.step + 1, *kept), metrics
+    def remember(params: Params, opt_state: optax.OptState) -> optax.OptState:
+        return optimizer.update(grads, opt_state, params)[1]
+
+    # Moments are computed once more instead of being held until all is known to be finite: XLA leaves out what only the
+    # weights need, and writes them in place. It would need twice their memory otherwise.
+    wanted, given = finite & signal, (state.params, state.opt_state)
+    params, sound = jax.lax.cond(wanted, move, lambda params, _: (params, finite), *given)
+    opt_state = jax.lax.cond(wanted & sound, remember, lambda _, opt_state: opt_state, *given)
+    as_rate = {"skipped_rate": ~sound, "no_signal_rate": finite & ~signal}
+    metrics = {"grad_norm": norm, **{name: flag.astype(jnp.float32) for name, flag in as_rate.items()}}
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    """Return True if no number of a tree is infinite or NaN."""
+    flags = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack(flags))

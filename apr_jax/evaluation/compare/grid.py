@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from apr_jax.config import ConfigError
+from apr_jax.config_fields import LEAST_TEMPERATURE
 from apr_jax.reasoning.sampling import innermost
 
 _ROW = re.compile(r"(?P<wrappers>(?:[a-z_]+@[1-9][0-9]*:)*)(?P<inner>[^/:@]+)(?:/(?P<policy>[^/:@]+))?")
@@ -110,7 +111,7 @@ def make_cells(
             for window in dict.fromkeys(context_windows or (own_windows[row.policy],))
             for budget in budgets_of[row.label]
             for temperature in dict.fromkeys(temperatures)
-            if temperature > 0 or row.num_samples == 1
+            if temperature >= LEAST_TEMPERATURE or row.num_samples == 1
         ]
         if not own:
             raise ConfigError(f"--methods={row.label}: several samples differ only at a temperature above 0")

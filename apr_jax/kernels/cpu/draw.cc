@@ -11,10 +11,12 @@
 
 namespace {
 
+constexpr float kLeastTemperature = 1e-20f;  // below this a temperature counts as 0 (config_fields.py)
 constexpr int64_t kPart = 256;  // tokens whose probabilities are added up first, as one sum
 
-// One token of a row [V]: the likeliest at temperature 0, else by inverse CDF at `uniform`, with its log-probability
-// (at temperature 0 that of temperature 1). Tokens that are banned or whose probability rounds to 0 are never drawn.
+// One token of a row [V]: the likeliest below kLeastTemperature, else by inverse CDF at `uniform`, with its
+// log-probability (of the likeliest that of temperature 1). Tokens that are banned or whose probability rounds to 0 are
+// never drawn.
 struct Draw {
   int64_t V;
   float temperature;
@@ -25,7 +27,8 @@ struct Draw {
     const int64_t parts = (V + kPart - 1) / kPart;
     scratch.resize(2 * V + parts);
     float *const scaled = scratch.data(), *const weights = scaled + V, *const sums = weights + V;
-    const float divisor = temperature > 0 ? temperature : 1;
+    const bool greedy = !(temperature >= kLeastTemperature);
+    const float divisor = greedy ? 1 : temperature;
     for (int64_t i = 0; i < V; ++i) scaled[i] = logits[i] / divisor;
     for (int64_t i = 0; i < V; ++i) scaled[i] = banned[i] ? kLowest : scaled[i];
     float top = kLowest;
@@ -42,8 +45,8 @@ struct Draw {
       sums[part] = sum;
       total += sum;
     }
-    const int64_t chosen = temperature > 0 ? by_inverse_cdf(weights, sums, parts, uniform * total)
-                                           : std::find(scaled, scaled + V, top) - scaled;
+    const int64_t chosen = greedy ? std::find(scaled, scaled + V, top) - scaled
+                                  : by_inverse_cdf(weights, sums, parts, uniform * total);
     *token = static_cast<int32_t>(chosen);
     *logprob = scaled[chosen] - top - std::log(total);
   }

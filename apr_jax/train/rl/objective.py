@@ -21,6 +21,12 @@ rollout each objective is its paper's formula.
     k3_t = exp(ref_t - new_t) - (ref_t - new_t) - 1     is >= 0 and an unbiased estimate of KL(new || reference)
     w_t  = min(exp(old_t - rollout_t), importance_cap)  corrects for an engine whose numbers differ from the trainer's;
                                                         it is 1 where importance_cap is 0
+
+No token may make a step overflow, so two things are bounded where log-probabilities differ by more than 20 nats, far
+outside any clip. A ratio counts as e^20 at most. A token with a negative advantage, which the clip does not bound, then
+has no gradient, as in dual-clip PPO (1912.09729, eq. 5, which bounds the ratio at 3). k3 (Schulman 2020,
+joschu.net/blog/kl-approx.html) goes on as its tangent: its gradient stays that of 20 nats, and still draws the policy
+back to the reference.
 """
 
 import dataclasses
@@ -35,6 +41,8 @@ from apr_jax.config import GRPOConfig, check_choice
 from apr_jax.train.rl.advantage import centred, normalised
 
 Array = jax.Array
+
+_MOST_NATS = 20.0
 
 
 @jax.tree_util.register_dataclass
@@ -73,6 +81,7 @@ class Terms:
     clipped: Array  # tokens that the surrogate clips
     k3: Array  # unweighted sum of the KL estimate
     tokens: Array
+    advantaged: Array  # tokens whose advantage is not 0
 
     @property
     def loss(self) -> Array:
@@ -157,7 +166,7 @@ def clip_weights(config: GRPOConfig, tokens: Tokens) -> Terms:
 
     The paper has no lower bound: `clip_ratio` >= 1.
     """
-    ratio_BT = jnp.exp(jax.lax.stop_gradient(tokens.log_ratio_BT))
+    ratio_BT = _ratio(jax.lax.stop_gradient(tokens.log_ratio_BT))
     clipped_BT = jnp.clip(ratio_BT, *_bounds(config))
     logprob_BT = jnp.where(tokens.generated_BT, tokens.logprob_BT, 0.0)
     return loss_terms(config, tokens, clipped_BT * tokens.advantage_BT * logprob_BT, clipped_BT != ratio_BT)
@@ -165,7 +174,7 @@ def clip_weights(config: GRPOConfig, tokens: Tokens) -> Terms:
 
 def clipped_surrogate(config: GRPOConfig, log_ratio_BT: Array, advantage_BT: Array) -> tuple[Array, Array]:
     """Return min(r A, clip(r) A) with r = exp(log ratio), and where it is clipped."""
-    ratio_BT = jnp.exp(log_ratio_BT)
+    ratio_BT = _ratio(log_ratio_BT)
     plain_BT = ratio_BT * advantage_BT
     clipped_BT = jnp.clip(ratio_BT, *_bounds(config)) * advantage_BT
     return jnp.minimum(plain_BT, clipped_BT), clipped_BT < plain_BT
@@ -182,15 +191,15 @@ def loss_terms(config: GRPOConfig, tokens: Tokens, surrogate_BT: Array, clipped_
     old_BT, reference_BT = jax.lax.stop_gradient((tokens.old_logprob_BT, tokens.reference_logprob_BT))
     if config.importance_cap > 0:
         gap_BT = jnp.where(generated_BT, old_BT - tokens.rollout_logprob_BT, 0.0)
-        weight_BT = weight_BT * jnp.minimum(jnp.exp(gap_BT), config.importance_cap)
-    to_reference_BT = jnp.where(generated_BT, reference_BT - tokens.logprob_BT, 0.0)
-    k3_BT = jnp.exp(to_reference_BT) - to_reference_BT - 1
+        weight_BT = weight_BT * jnp.minimum(_ratio(gap_BT), config.importance_cap)
+    k3_BT = _k3(jnp.where(generated_BT, reference_BT - tokens.logprob_BT, 0.0))
     return Terms(
         policy_loss=-jnp.sum(weight_BT * surrogate_BT),
         kl_loss=jnp.sum(tokens.kl_weight_BT * k3_BT),
         clipped=jnp.sum(clipped_BT & generated_BT),
         k3=jnp.sum(k3_BT),
         tokens=jnp.sum(generated_BT),
+        advantaged=jnp.sum(generated_BT & (tokens.advantage_BT != 0)),
     )
 
 
@@ -201,6 +210,17 @@ OBJECTIVES = {
     "gspo": Objective(normalised, call_weights, clip_calls),
     "cispo": Objective(normalised, token_weights, clip_weights),
 }
+
+
+def _ratio(log_ratio_BT: Array) -> Array:
+    return jnp.exp(jnp.minimum(log_ratio_BT, _MOST_NATS))
+
+
+def _k3(to_reference_BT: Array) -> Array:
+    """Return exp(x) - x - 1, and above `_MOST_NATS` its tangent there."""
+    exact_BT = jnp.minimum(to_reference_BT, _MOST_NATS)
+    beyond_BT = to_reference_BT - exact_BT
+    return jnp.exp(exact_BT) * (1 + beyond_BT) - to_reference_BT - 1
 
 
 def _bounds(config: GRPOConfig) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.evaluation.metrics import record_rollout, summarize
 from apr_jax.parallel import hosts
 from apr_jax.tasks import task_of
+from apr_jax.train.rl.advantage import has_signal
 from apr_jax.train.rl.sample import Sample, Scored
 from apr_jax.train.scorer import Batch
 
@@ -53,7 +54,7 @@ def sample_metrics(sample: Sample, config: Config, tokenizer: Tokenizer) -> dict
         "accuracy": float(np.mean([each.correct for each in drawn])),
         "reward": float(np.mean(rewards_RG)),
         **{name: summary[name] for name in _LOGGED},
-        "no_signal_groups": float(np.mean(np.ptp(rewards_RG, axis=1) == 0)),
+        "no_signal_groups": float(np.mean(~has_signal(rewards_RG))),
         "entropy": -float(sum(np.sum(x, dtype=np.float64) for x in logprobs)) / max(tokens, 1),
         "calls": len(logprobs),
         "advantage_share": float(np.mean(shares > 0)) if len(shares) else 0.0,

@@ -32,6 +32,9 @@ from apr_jax.train.state import TrainState, abstract_state, apply_gradients, sta
 
 Sums = tuple[Params, Terms]
 
+# k3 a token, in nats, between two compiled programs of one policy: its log-probabilities differ in their last bits.
+_ROUNDING_KL = {"float32": 1e-6, "bfloat16": 1e-3}
+
 
 class Updater:
     """The jitted parts of a GRPO update. Compiled once for each size of a microbatch, whatever their number."""
@@ -47,7 +50,7 @@ class Updater:
         self._reference = jax.jit(lambda params, batch: self._scorer(params, batch).logprob_BT)
         self._accumulate = jax.jit(self._add_gradients, donate_argnums=0)
         self._apply = jax.jit(
-            lambda state, grads, loss: apply_gradients(state, grads, loss, self.optimizer),
+            self._apply_gradients,
             donate_argnums=0,
             out_shardings=(state_shardings(mesh, config.model, self.optimizer), None),
         )
@@ -107,7 +110,7 @@ class Updater:
                 new.append(logprob_BT)
             old = [logprob_BT if old_BT is None else old_BT for logprob_BT, old_BT in zip(new, old, strict=True)]
             grads, terms = sums
-            state, applied = self._apply(state, grads, terms.loss)
+            state, applied = self._apply(state, grads, terms)
             updates.append((terms, applied))
         return state, self._mean(updates), [old_BT for old_BT in old if old_BT is not None]
 
@@ -123,7 +126,7 @@ class Updater:
         gradients = (state.params, terms), state.params, batch, old_BT, reference_BT
         return {
             "grpo_gradients": (self._accumulate, gradients),
-            "grpo_update": (self._apply, (state, state.params, terms.policy_loss)),
+            "grpo_update": (self._apply, (state, state.params, terms)),
             **scored,
         }
 
@@ -141,6 +144,14 @@ class Updater:
 
         batch = {name: on_mesh(x.shape[1:], x.dtype) for name, x in row.items()}
         return batch, on_mesh((self._config.grpo.row_len,), jnp.float32)
+
+    def _apply_gradients(
+        self, state: TrainState, grads: Params, terms: Terms
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Take the optimiser's step if some token has an advantage, or the KL term is more than rounding."""
+        kl = terms.k3 / jnp.maximum(terms.tokens, 1)
+        signal = (terms.advantaged > 0) | (kl > _ROUNDING_KL[self._config.model.compute_dtype])
+        return apply_gradients(state, grads, terms.loss, self.optimizer, signal)
 
     def _add_gradients(
         self, sums: Sums, params: Params, batch: Batch, old_BT: jax.Array | None, reference_BT: jax.Array | None
@@ -212,7 +223,7 @@ def _call_ids(batch: Batch) -> jax.Array:
 
 def _zero_terms() -> Terms:
     zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-    return Terms(policy_loss=zero, kl_loss=zero, clipped=none, k3=zero, tokens=none)
+    return Terms(policy_loss=zero, kl_loss=zero, clipped=none, k3=zero, tokens=none, advantaged=none)
 
 
 def _mean_metrics(updates: Sequence[tuple[Terms, Mapping[str, jax.Array]]]) -> dict[str, jax.Array]:
