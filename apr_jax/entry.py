@@ -7,6 +7,7 @@ A bug keeps its traceback and exits with 1.
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import pathlib
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TextIO
 
 import absl.logging
@@ -24,6 +25,7 @@ from ml_collections import ConfigDict, config_flags
 from apr_jax.caches import cache_folder
 from apr_jax.config import Config, ConfigError
 from apr_jax.config_dict import from_config_dict
+from apr_jax.config_fields import LARGEST_INT, Range
 from apr_jax.files import FileError, explain, naming, write
 from apr_jax.stopping import StoppedAtOnceError, StoppedError, StopSignal
 
@@ -78,9 +80,69 @@ def define_config(default: str) -> ConfigFlag:
     sys.path.insert(0, str(_CHECKOUT))
     path = str(_CHECKOUT / "configs" / default)
     try:
+        for given in _given_configs(sys.argv[1:]):
+            _check_config_file(given)
         return ConfigFlag(config_flags.DEFINE_config_file("config", path, "Settings: FILE or FILE:VARIANT."))
     except _PARSE_ERRORS as error:
         _exit(ConfigError(_message(error)), BAD_ARGUMENTS)
+
+
+def _given_configs(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield the value of each --config of a command line, which absl has not parsed yet."""
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        name, equals, value = argument.partition("=")
+        if name == "--":
+            return
+        if name in ("-config", "--config"):
+            yield value if equals else following
+
+
+def _check_config_file(given: str) -> None:
+    """Raise ConfigError, in one line that names the file, unless FILE:VARIANT is a config file that works.
+
+    ml_collections runs the file once more; what a file raises there has many shapes.
+    """
+    path, colon, variant = given.partition(":")
+    try:
+        if not pathlib.Path(path).is_file():
+            raise ConfigError("there is no such file")
+        code = compile(pathlib.Path(path).read_bytes(), path, "exec")
+        names: dict[str, Any] = {"__name__": "config_file", "__file__": path}
+        exec(code, names)
+        get_config = names.get("get_config")
+        if not callable(get_config):
+            raise ConfigError("this file of Python has no function get_config")
+        config = get_config(variant) if colon else get_config()
+        if not isinstance(config, ConfigDict):
+            raise ConfigError(f"its get_config returns {type(config).__name__}, and no ConfigDict")
+    except ConfigError as error:
+        raise ConfigError(f"--config={given}: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"--config={given}: {explain(error)}") from error
+    except (Exception, SystemExit) as error:  # a file of Python may raise anything
+        what = " ".join(str(error).split())
+        kind = "" if isinstance(error, ValueError) and what else f"{type(error).__name__} "
+        advice = "; a config file is Python, with a function get_config" if isinstance(error, SyntaxError) else ""
+        raise ConfigError(f"--config={given}: {kind}{what}{advice}") from error
+
+
+def define_number(
+    name: str, default: float | None, help: str, low: float, high: float | None = None
+) -> flags.FlagHolder[Any]:
+    """Define a flag that takes a number from `low` to `high`, whole if `low` is; None: 2^31 - 1, or 1e6."""
+    whole = isinstance(low, int)
+    allowed = Range(low, high if high is not None else LARGEST_INT if whole else 1e6)
+
+    def check(value: float | None) -> bool:
+        fault = None if value is None else allowed.fault(value)
+        if fault:
+            raise flags.ValidationError(fault.strip())
+        return True
+
+    define: Any = flags.DEFINE_integer if whole else flags.DEFINE_float
+    holder: flags.FlagHolder[Any] = define(name, default, help)
+    flags.register_validator(name, check)  # type: ignore[no-untyped-call]
+    return holder
 
 
 def define_output(name: str, help: str, endings: Sequence[str] = ()) -> flags.FlagHolder[str | None]:
@@ -92,6 +154,22 @@ def define_output(name: str, help: str, endings: Sequence[str] = ()) -> flags.Fl
     def check(value: str | None) -> bool:
         if value is not None and (endings or value != _STANDARD_OUTPUT):
             _check_output(pathlib.Path(value), endings)
+        return True
+
+    holder = flags.DEFINE_string(name, None, help)
+    flags.register_validator(name, check)  # type: ignore[no-untyped-call]
+    return holder
+
+
+def define_folder(name: str, help: str) -> flags.FlagHolder[str | None]:
+    """Define a flag that names a folder to write into, which need not be there yet; checked as `define_output` does."""
+
+    def check(value: str | None) -> bool:
+        path = pathlib.Path(value or ".")
+        while not path.exists() and path != path.parent:
+            path = path.parent
+        if not path.is_dir() or not os.access(path, os.W_OK):
+            raise flags.ValidationError(f"no folder can be made there: {path} is no folder that may be written")
         return True
 
     holder = flags.DEFINE_string(name, None, help)
@@ -131,8 +209,8 @@ class JsonFlag:
 def positive_numbers(flag: str, values: Sequence[str]) -> tuple[int, ...]:
     """Return the numbers of a list flag, which may be empty. Raise ConfigError unless all are positive and whole."""
     given = [value for value in values if value]
-    if not all(value.isdecimal() and int(value) for value in given):
-        raise ConfigError(f"--{flag}={','.join(given)} must be positive whole numbers")
+    if not all(value.isascii() and value.isdecimal() and len(value) < 10 and int(value) for value in given):
+        raise ConfigError(f"--{flag}={','.join(given)[:100]} must be positive whole numbers, below 1e9")
     return tuple(int(value) for value in given)
 
 

@@ -16,9 +16,9 @@ from apr_jax.config import ConfigError
 
 _CONFIG = entry.define_config("benchmark_train.py")
 _PEERS = flags.DEFINE_list("peers", [], "Other systems to measure: hf (SFT), trl (GRPO).")
-_TURNS = flags.DEFINE_integer("turns", 5, "Passes of each contestant that count.", lower_bound=1)
+_TURNS = entry.define_number("turns", 5, "Passes of each contestant that count.", low=1)
 _PHASES = flags.DEFINE_list("phases", ["sft", "grpo"], "Phases to measure: sft, grpo.")
-_PEER_SECONDS = flags.DEFINE_float("peer_seconds", 900.0, "Time limit of one peer.", lower_bound=1.0)
+_PEER_SECONDS = entry.define_number("peer_seconds", 900.0, "Time limit of one peer.", low=1.0)
 _JSON = entry.JsonFlag("the figures")
 _PLOT = entry.define_output("plot", "Draw tokens/s here.", (".svg", ".png"))
 

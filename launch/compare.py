@@ -50,9 +50,9 @@ _TEMPERATURES = flags.DEFINE_list("temperatures", [], "0 is greedy [evaluation.t
 _WINDOWS = flags.DEFINE_list("context_windows", [], "Tokens that a thread may hold [model.max_seq_len].")
 _HELD_OUT = [split for split in SPLITS if split != "train"]
 _SPLIT = flags.DEFINE_enum("split", None, _HELD_OUT, "Split, held out by all policies [evaluation.split].")
-_NUM_PROBLEMS = flags.DEFINE_integer("num_problems", None, "Their number [evaluation.num_problems].", lower_bound=2)
+_NUM_PROBLEMS = entry.define_number("num_problems", None, "Their number [evaluation.num_problems].", low=2)
 _PROBLEMS = flags.DEFINE_string("problems", None, 'File: {"numbers": [3, 7, 12], "target": 40} a line, or a JSON list.')
-_KEEP = flags.DEFINE_integer("keep_rollouts", 16, "Problems whose threads are kept for the viewer.", lower_bound=0)
+_KEEP = entry.define_number("keep_rollouts", 16, "Problems whose threads are kept for the viewer.", low=0)
 _JSON = entry.JsonFlag("rows and differences")
 _FIGURE = entry.define_output("figure", "Draw the policies' training curves here.", (".svg",))
 

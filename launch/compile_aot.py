@@ -22,10 +22,10 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Accelerators to compile for: tpu:v5e:4x4, tpu:v5p:2x2x1, gpu:h100:8, .."
 )
 _MESH = flags.DEFINE_string("mesh", None, "DATA,FSDP,TENSOR [the best that fits].")
-_CANDIDATES = flags.DEFINE_integer("candidates", 3, "Meshes that are compiled to find the best.", lower_bound=1)
+_CANDIDATES = entry.define_number("candidates", 3, "Meshes that are compiled to find the best.", low=1)
 _QUICK = flags.DEFINE_bool("quick", False, "Compile with one and with two layers, and extrapolate to all.")
 _JSON = entry.JsonFlag("all figures")
-_HLO = flags.DEFINE_string("hlo", None, "Write the optimised programs into this folder.")
+_HLO = entry.define_folder("hlo", "Write the optimised programs into this folder.")
 
 
 def main() -> None:

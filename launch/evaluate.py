@@ -36,13 +36,13 @@ _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, f"Run (or RUN/best), checkpoint or Hugging Face folder, or FILE.gguf [newest in {_RUNS}/]."
 )
 _SPLIT = flags.DEFINE_enum("split", None, list(SPLITS), "Split to take problems from [evaluation.split].")
-_NUM_PROBLEMS = flags.DEFINE_integer("num_problems", None, "Their number [evaluation.num_problems].", lower_bound=1)
+_NUM_PROBLEMS = entry.define_number("num_problems", None, "Their number [evaluation.num_problems].", low=1)
 _PROBLEMS = flags.DEFINE_string("problems", None, 'File: {"numbers": [3, 7, 12], "target": 40} a line, or a JSON list.')
-_TEMPERATURE = flags.DEFINE_float("temperature", None, "0 is greedy [evaluation.temperature].", lower_bound=0.0)
-_BUDGET = flags.DEFINE_integer("budget", None, "Named in prompts: children, or tokens for serial.", lower_bound=1)
+_TEMPERATURE = entry.define_number("temperature", None, "0 is greedy [evaluation.temperature].", low=0.0)
+_BUDGET = entry.define_number("budget", None, "Named in prompts: children, or tokens for serial.", low=1)
 _METHOD = flags.DEFINE_string("method", None, "Way of reasoning, such as serial or cons@8:adaptive [the policy's own].")
-_MAX_TOKENS = flags.DEFINE_integer(
-    "max_tokens", None, "Cut threads off here, unknown to prompts [model.max_seq_len].", lower_bound=1
+_MAX_TOKENS = entry.define_number(
+    "max_tokens", None, "Cut threads off here, unknown to prompts [model.max_seq_len].", low=1
 )
 _JSON = entry.JsonFlag("the figures")
 _ROLLOUTS = entry.define_output("rollouts", "Write the first problems' threads here, one JSON object a rollout.")

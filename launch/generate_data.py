@@ -30,7 +30,7 @@ from apr_jax.tasks.dialect import demonstrated_tokens
 
 _NAMES = {"serial": "serial", "adaptive": "parallel"}  # methods that are demonstrated, and their names in the figures
 _CONFIG = entry.define_config("sft.py")
-_NUM_PROBLEMS = flags.DEFINE_integer("num_problems", 2_000, "Problems to sample and demonstrate.", lower_bound=1)
+_NUM_PROBLEMS = entry.define_number("num_problems", 2_000, "Problems to sample and demonstrate.", low=1)
 _OUTPUT = entry.define_output("output", "Write the demonstrations here, one JSON object a problem.")
 _TOKENS = flags.DEFINE_bool("tokens", False, "Also count the parallel searches' tokens, by the config's tokenizer.")
 _JSON = entry.JsonFlag("the figures")

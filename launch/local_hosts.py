@@ -23,14 +23,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO
 
-from absl import flags
-
 from apr_jax import entry
 from apr_jax.config import ConfigError
 from apr_jax.stopping import leave_terminal
 
-_HOSTS = flags.DEFINE_integer("hosts", 2, "Number of processes.", lower_bound=1)
-_DEVICES = flags.DEFINE_integer("devices-per-host", 1, "CPU devices of each process.", lower_bound=1)
+_HOSTS = entry.define_number("hosts", 2, "Number of processes.", low=1, high=1_024)
+_DEVICES = entry.define_number("devices-per-host", 1, "CPU devices of each process.", low=1, high=4_096)
 
 _GRACE_SECONDS = 5.0  # in which hosts may say why they fail, when one has failed
 _POLL_SECONDS = 0.05

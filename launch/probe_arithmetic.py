@@ -18,7 +18,7 @@ from apr_jax.evaluation.rollout_sources import check_policy_folder
 
 _CONFIG = entry.define_config("countdown4.py")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run (or RUN/best) or checkpoint folder.", required=True)
-_NUM_PROBLEMS = flags.DEFINE_integer("num_problems", 100, "Problems whose demonstrations are read.", lower_bound=1)
+_NUM_PROBLEMS = entry.define_number("num_problems", 100, "Problems whose demonstrations are read.", low=1)
 _JSON = entry.JsonFlag("the figures")
 
 

@@ -26,7 +26,7 @@ _RUN = flags.DEFINE_string(
 _OUT = entry.define_output(
     "out", "Write the page here [report.html in the comparison's folder, or the run's].", (".html",)
 )
-_SCREENSHOTS = flags.DEFINE_string("screenshots", None, "Folder for pictures of the page (make screenshots).")
+_SCREENSHOTS = entry.define_folder("screenshots", "Folder for pictures of the page (make screenshots).")
 
 
 def main() -> None:

@@ -41,9 +41,9 @@ _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, f"Run (or RUN/best), checkpoint or Hugging Face folder, or FILE.gguf [newest in {_RUNS}/]."
 )
 _METHOD = flags.DEFINE_string("method", None, "Way of reasoning [the one that the policy was trained for].")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling; unused at temperature 0.")
-_BUDGET = flags.DEFINE_integer("budget", None, "Named in prompts: children, or tokens for serial.", lower_bound=1)
+_TEMPERATURE = entry.define_number("temperature", 0.0, "0 is greedy.", low=0.0)
+_SEED = entry.define_number("seed", 0, "Seed of the sampling; unused at temperature 0.", low=0)
+_BUDGET = entry.define_number("budget", None, "Named in prompts: children, or tokens for serial.", low=1)
 _JSON = entry.JsonFlag("the result")
 
 

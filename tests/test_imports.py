@@ -37,7 +37,7 @@ LEAVES = {
     "config_checks": {"config", "config_fields"},  # config for its types alone
     # The door asks the registries TASKS, METHODS, FAMILIES.
     "config_dict": {"config", "config_fields", "config_checks", "tasks", "reasoning", "model"},
-    "entry": {"config", "config_dict", "files", "stopping", "caches"},
+    "entry": {"config", "config_fields", "config_dict", "files", "stopping", "caches"},
 }
 MAY_USE_LEAVES = {"reasoning", "evaluation", "reproduce", "checkpoints", "train", "library", "bench", "aot", "launch"}
 NO_JAX = ["apr_jax/tasks", "apr_jax/data", "apr_jax/engine/pages.py", "apr_jax/engine/threads.py"]
