@@ -13,6 +13,7 @@ from apr_jax.engine.constraints import EDGE_FIELDS, Gate
 from apr_jax.engine.steps import Sampling, draw_tokens
 from apr_jax.model import ops
 from apr_jax.model.sampling import log_probs
+from apr_jax.model.truncation import Truncation
 
 VOCAB, LANES = 53, 64
 LOWEST = [0.0, 1e-45, 1e-40, 1.2e-38, 1e-35, 1e-30, 1e-29, 1e-28, 1e-25, 1e-21, 1e-20, 1e-10, 1e-6]
@@ -42,7 +43,12 @@ def draws():
         )
         return drawn[0], drawn[1]
 
-    return found | {"gated": gated}
+    def cut_off(logits_LV, temperature, banned_V, uniform_L):
+        some = Sampling(temperature, banned_V, truncation=Truncation(top_k=40, top_p=0.9, min_p=1e-3))
+        drawn = draw_tokens(ops.XLA, logits_LV, uniform_L, some, None, jnp.zeros(LANES, jnp.int32), jnp.int32(0))
+        return drawn[0], drawn[1]
+
+    return found | {"gated": gated, "cut off": cut_off}
 
 
 DRAWS = draws()
