@@ -118,3 +118,24 @@ def test_instruments_use_public_doors(path: pathlib.Path):
         if ast.unparse(node.value) not in ("self", "cls")
     ]
     assert not private
+
+
+EXECUTES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml", "code", "xmlrpc"}
+OWN_CHILDREN = "apr_jax/tasks/workers.py"  # sends its own child processes functions, and reads their results
+CONFIG_FILES = "apr_jax/entry.py"  # runs the file of Python that the command line names with --config
+
+
+@pytest.mark.parametrize("path", _files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_executes_what_a_file_or_a_peer_sends(path: pathlib.Path):
+    """No pickle, eval or exec, no array of objects, and no pipes of multiprocessing but to a process's own children."""
+    roots = {module.split(".")[0] for module in imports(path)}
+    assert not roots & EXECUTES
+    if str(path.relative_to(ROOT)) != OWN_CHILDREN:
+        assert "multiprocessing" not in roots
+        assert "ProcessPoolExecutor" not in path.read_text()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            name = node.func.id if isinstance(node.func, ast.Name) else None
+            allowed = {"exec", "compile"} if str(path.relative_to(ROOT)) == CONFIG_FILES else set()
+            assert name not in {"eval", "exec", "compile", "__import__"} - allowed, f"line {node.lineno}"
+            assert "allow_pickle" not in {keyword.arg for keyword in node.keywords}, f"line {node.lineno}"
