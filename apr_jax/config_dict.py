@@ -20,7 +20,7 @@ from apr_jax.model.families import FAMILIES
 from apr_jax.reasoning import METHODS
 from apr_jax.reasoning.settings import spelled_spawns
 from apr_jax.tasks import TASKS, task_of
-from apr_jax.tasks.base import SPLITS, TaskLacksError
+from apr_jax.tasks.base import HELD_OUT_SPLITS, TaskLacksError
 
 
 def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
@@ -117,5 +117,5 @@ def _check_method(config: Config) -> None:
             raise TaskLacksError(f"rollout.constrain_spawns=True: {error}") from error
     if data.facts_share:
         task.draw_fact(random.Random(0), config.task)
-    for split in SPLITS:  # a problem of each can be drawn, or the task says why not
+    for split in HELD_OUT_SPLITS:  # a problem of each can be drawn, or the task says why not; train's may be a file's
         task.sampler(config, split)(random.Random(0))

@@ -6,6 +6,7 @@ The estimate is arithmetic on sizes and takes microseconds; promising meshes are
 import dataclasses
 import functools
 import math
+import re
 
 from apr_jax.aot.peaks import Cost, Estimate, Peaks
 from apr_jax.config import Config, ConfigError, MeshConfig
@@ -46,7 +47,7 @@ def shapes(num_devices: int) -> list[MeshConfig]:
 def parse_mesh(text: str, num_devices: int) -> MeshConfig:
     """Parse `DATA,FSDP,TENSOR`. Raises ConfigError for anything else, and for another number of devices."""
     parts = text.split(",")
-    if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
+    if len(parts) != 3 or not all(re.fullmatch("[1-9][0-9]{0,8}", part) for part in parts):
         raise ConfigError(f"--mesh={text}: give DATA,FSDP,TENSOR as three numbers above 0, such as {num_devices},1,1")
     data, fsdp, tensor = map(int, parts)
     if data * fsdp * tensor != num_devices:

@@ -55,7 +55,7 @@ class Topology:
 
 def parse_topology(name: str) -> Topology:
     """Parse a topology's name. Raises ConfigError for any other name, with the one that was probably meant."""
-    found = re.fullmatch(r"(tpu|gpu):(\w+):(\d+(?:x\d+)*)", name)
+    found = re.fullmatch(r"(tpu|gpu):(\w+):([0-9]{1,9}(?:x[0-9]{1,9})*)", name)
     kind = found and f"{found[1]}:{found[2]}"
     if not found or kind not in _KINDS:
         close = difflib.get_close_matches(name, EXAMPLES, n=1, cutoff=0)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any
 
-from apr_jax.config import Config, TaskConfig
+from apr_jax.config import Config, TaskConfig, shown
 from apr_jax.config_fields import Range
 from apr_jax.tasks.base import Call, CountTokens, Split, Task, Verdict
 from apr_jax.tasks.dialect import (
@@ -141,7 +141,7 @@ class NestedSums(Task):
         text = value.get("title") if isinstance(value, dict) else value
         problem = text if isinstance(text, Sum) else read_sum(text) if isinstance(text, str) else None
         if problem is None:
-            raise ValueError(f"{value!r} is no sum of digits and brackets")
+            raise ValueError(f"{shown(value)} is no sum of digits and brackets")
         return problem
 
     def count_operations(self, text: str) -> tuple[int, int]:

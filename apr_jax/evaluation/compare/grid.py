@@ -15,8 +15,8 @@ from apr_jax.config import ConfigError
 from apr_jax.config_fields import LEAST_TEMPERATURE
 from apr_jax.reasoning.sampling import innermost
 
-_ROW = re.compile(r"(?P<wrappers>(?:[a-z_]+@[1-9][0-9]*:)*)(?P<inner>[^/:@]+)(?:/(?P<policy>[^/:@]+))?")
-_BUDGET = re.compile(r"(?:(?P<row>[^=]+)=)?(?P<budget>none|[1-9][0-9]*)")
+_ROW = re.compile(r"(?P<wrappers>(?:[a-z_]+@[1-9][0-9]{0,8}:)*)(?P<inner>[^/:@]+)(?:/(?P<policy>[^/:@]+))?")
+_BUDGET = re.compile(r"(?:(?P<row>[^=]+)=)?(?P<budget>none|[1-9][0-9]{0,8})")
 
 
 @dataclasses.dataclass(frozen=True)
