@@ -63,6 +63,8 @@ class ReferenceCountdown(Countdown):
                 spawn = ADAPTIVE.read_spawn(text)
                 if isinstance(spawn, Malformed):
                     return Verdict(False, f"spawn_{spawn.reason}")
+                if spawn.level != 1:
+                    return Verdict(False, "spawn_wrong_level")
             elif thread.depth and thread.is_last:
                 departure = _child_departure(text, thread.ended)
                 if departure:
