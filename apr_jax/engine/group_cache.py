@@ -16,7 +16,7 @@ from apr_jax.model.head_tile import HeadTile
 from apr_jax.model.online_softmax import Block
 from apr_jax.model.paged_cache import PagedKVCache, pages_per_span, write_rows
 from apr_jax.model.rope import Frequencies, rope_angles
-from apr_jax.model.views.shared import SharedWorkers, Spans
+from apr_jax.model.views.shared import SharedWorkers
 
 Carried = tuple[tuple[Block, ...], jax.Array]
 
@@ -25,23 +25,17 @@ Carried = tuple[tuple[Block, ...], jax.Array]
 class GroupCache:
     """The caches of groups: lane `a * workers + w` is worker w of group a."""
 
-    config: ModelConfig
     tile: HeadTile
     pages: PagedKVCache
-    rows: tuple[Spans, ...]
-    num_spans: jax.Array
     tables_LR: jax.Array
-    lengths_L: jax.Array
-    prompts_L: jax.Array
-    steps: int
-    workers: int
+    first: SharedWorkers  # the view before the chunk's first step
 
     @classmethod
     def open(
         cls, config: ModelConfig, tile: HeadTile, pages: PagedKVCache, groups: GroupLanes, *, steps: int, workers: int
     ) -> Self:
         """Open the cache of a chunk of up to `steps` tokens a lane (one shard, no shard axis)."""
-        tables_LR, lengths_L = groups.lanes.tables, groups.lanes.length
+        tables_LR, lengths_L, frequencies = groups.lanes.tables, groups.lanes.length, Frequencies.of(config)
         span = pages_per_span(pages.page_size)
         num_spans = (jnp.max(lengths_L) + span * pages.page_size - 1) // (span * pages.page_size)
 
@@ -49,29 +43,32 @@ class GroupCache:
             return _gather(layer_pages, tile, tables_LR, num_spans)
 
         rows = tuple((gather(k), gather(v)) for k, v in zip(pages.keys, pages.values, strict=True))
-        return cls(config, tile, pages, rows, num_spans, tables_LR, lengths_L, groups.prompt, steps, workers)
+        _, L, K, _, H = rows[0][0].shape
+        zeros = jnp.zeros((L, K, steps, H), pages.keys[0].dtype)
+        first = SharedWorkers(
+            rope=rope_angles(lengths_L, frequencies),
+            rows=rows,
+            num_spans=num_spans,
+            fresh=tuple((zeros, zeros) for _ in rows),
+            seen_L=jnp.zeros((L,), jnp.int32),
+            lengths_L=lengths_L,
+            prompts_L=groups.prompt,
+            step=jnp.int32(0),
+            workers=workers,
+            frequencies=frequencies,
+        )
+        return cls(tile, pages, tables_LR, first)
 
     def start(self) -> Carried:
         """See `DecodeCache`."""
-        _, L, K, _, H = self.rows[0][0].shape
-        zeros = jnp.zeros((L, K, self.steps, H), self.pages.keys[0].dtype)
-        return tuple((zeros, zeros) for _ in self.pages.keys), jnp.zeros((L,), jnp.int32)
+        return self.carried(self.first)
 
     def view(self, carried: Carried, step: jax.Array, live_L: jax.Array) -> SharedWorkers:
         """See `DecodeCache`."""
         fresh, seen_L = carried
-        return SharedWorkers(
-            rope=rope_angles(self.lengths_L + step, Frequencies.of(self.config)),
-            rows=self.rows,
-            num_spans=self.num_spans,
-            fresh=fresh,
-            seen_L=seen_L + live_L.astype(jnp.int32),
-            lengths_L=self.lengths_L,
-            prompts_L=self.prompts_L,
-            step=step,
-            workers=self.workers,
-            frequencies=Frequencies.of(self.config),
-        )
+        rope = rope_angles(self.first.lengths_L + step, self.first.frequencies)
+        seen_L = seen_L + live_L.astype(jnp.int32)
+        return dataclasses.replace(self.first, rope=rope, fresh=fresh, seen_L=seen_L, step=step)
 
     def carried(self, view: SharedWorkers) -> Carried:
         """See `DecodeCache`."""
@@ -79,9 +76,10 @@ class GroupCache:
 
     def finish(self, carried: Carried, counts_L: jax.Array) -> PagedKVCache:
         """See `DecodeCache`."""
-        touched = -(-(self.steps - 1) // self.pages.page_size) + 1
+        steps = carried[0][0][0].shape[2]
+        touched = -(-(steps - 1) // self.pages.page_size) + 1
         fresh = jax.tree.map(self.tile.pack, carried[0])
-        return write_rows(self.pages, self.tables_LR, self.lengths_L, counts_L, fresh, touched)
+        return write_rows(self.pages, self.tables_LR, self.first.lengths_L, counts_L, fresh, touched)
 
 
 def _gather(pages: jax.Array, tile: HeadTile, tables_LR: jax.Array, num_spans: jax.Array) -> jax.Array:

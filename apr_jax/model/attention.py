@@ -87,11 +87,16 @@ def _attend_block(
     if ends_BS is not None:
         visible_BTS &= times_T1[None] < ends_BS[:, None, :]
     scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible_BTS[:, None, None], scores, MASKED_SCORE)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    return attend_visible(scores, visible_BTS, v_BKSH).astype(q_BKGTH.dtype)
+
+
+def attend_visible(scores_BKGTS: jax.Array, visible_BTS: jax.Array, v_BKSH: jax.Array) -> jax.Array:
+    """Average values `[B, K, G, T, H]`, float32, by the softmax of the scores of what each query sees."""
+    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, MASKED_SCORE)
+    weights = jnp.exp(scores_BKGTS - jax.lax.stop_gradient(jnp.max(scores_BKGTS, axis=-1, keepdims=True)))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
-    return (out / total).astype(q_BKGTH.dtype)
+    return out / total
 
 
 def segment_starts(segment_ids_BT: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from apr_jax.config import ModelConfig
-from apr_jax.model.online_softmax import MASKED_SCORE
+from apr_jax.model.attention import attend_visible
 from apr_jax.model.ops import Angles, apply_rope
 from apr_jax.model.rope import Frequencies, rope_angles_once
 
@@ -114,12 +114,7 @@ def _attend_block(
     for rank, q_BKGTH in enumerate(turned_RBKGTH[1:], start=1):
         turned = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
         scores = jnp.where((~own_BTS & (rank_BTS == rank))[:, None, None], turned, scores)
-    visible_BTS = _visible(queries, keys, start)
-    scores = jnp.where(visible_BTS[:, None, None], scores, MASKED_SCORE)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
-    return (out / total).astype(turned_RBKGTH[0].dtype)
+    return attend_visible(scores, _visible(queries, keys, start), v_BKSH).astype(turned_RBKGTH[0].dtype)
 
 
 def _visible(queries: SharedRows, keys: SharedRows, start: int) -> jax.Array:
