@@ -1,4 +1,4 @@
-"""What several sections of the configuration must agree on. Each check yields a message with what disagrees."""
+"""Checks of what several sections of the configuration must agree on. Each yields a message with what disagrees."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING

@@ -172,7 +172,7 @@ class _Meeting:
         selector.register(connection, selectors.EVENT_READ, host)
 
     def join(self) -> dict[int, _Peer]:
-        """Come to host 0."""
+        """Join host 0, and return the connection to it."""
         peer = self._connect()
         peer.send(host=self._place.host, hosts=self._place.count, record=self._record)
         peer.socket.settimeout(self._seconds + _SAY_SECONDS)
