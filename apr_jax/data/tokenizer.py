@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 from apr_jax.config import Config
+from apr_jax.files import write, write_json
 from apr_jax.tasks import task_of
 from apr_jax.tasks.countdown.vocabulary import LATER_PHRASES, PHRASES
 from apr_jax.tasks.dialect import JOIN_BEGIN, SpawnDialect
@@ -272,17 +273,16 @@ def save_files(
     `chat_template` is that of tokenizer_config.json, None for none.
     """
     folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json, indent=1, ensure_ascii=False) + "\n")
+    write(folder / "tokenizer.json", (json.dumps(tokenizer_json, indent=1, ensure_ascii=False) + "\n").encode())
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
     names = {f"{role}_token": name_of(index) for role, index in ids.items()}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
     config["add_bos_token"] = tokenizer.num_bos > 0
     config |= {} if chat_template is None else {"chat_template": chat_template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    write_json(folder / "tokenizer_config.json", config)
     several = {"eos": list(tokenizer.eos_ids)} if len(tokenizer.eos_ids) > 1 else {}
     generation = {f"{role}_token_id": value for role, value in (ids | several).items()}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n")
+    write_json(folder / "generation_config.json", generation)
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:

@@ -10,6 +10,7 @@ WORKDIR/summary.json, rollouts.jsonl, report.html, figure.svg
 """
 
 import contextlib
+import functools
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from apr_jax.checkpoints.best import mend_scores
 from apr_jax.checkpoints.integrity import CheckpointError
 from apr_jax.checkpoints.manager import Checkpoints
 from apr_jax.checkpoints.phases import PhaseName
@@ -29,6 +31,7 @@ from apr_jax.checkpoints.reference import (
     save_reference,
     set_reference_aside,
 )
+from apr_jax.checkpoints.step_log import read_step_log
 from apr_jax.config import Config, ConfigError, check_run
 from apr_jax.config_dict import to_dict
 from apr_jax.data import demonstrations
@@ -216,7 +219,11 @@ class _Run:
             set_reference_aside(self.workdir, damage)
         last: PhaseName = "grpo" if has_reference(self.workdir) or done["grpo"] else "sft"
         crc = of_phase[last].meta(done[last]).get(METRICS_CRC) if done[last] else None
-        return done, MetricsWriter(self.workdir, last, done[last], done=done, crc=crc, writes=hosts.is_first())
+        writer = MetricsWriter(self.workdir, last, done[last], done=done, crc=crc, writes=hosts.is_first())
+        records = read_step_log(self.workdir / "metrics.jsonl").records
+        for phase, checkpoints in of_phase.items():
+            hosts.from_first(functools.partial(mend_scores, checkpoints.directory, phase, records))
+        return done, writer
 
     def _phase(self, checkpoints: Checkpoints, writer: MetricsWriter) -> Phase:
         skipped = SkippedSteps(self.workdir, self.config.faults.max_skipped_steps)

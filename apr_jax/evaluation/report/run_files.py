@@ -32,7 +32,7 @@ def read_metrics(run: pathlib.Path) -> tuple[list[Json], str]:
         phase: max([saved[phase], *(record["step"] for record in log.records if record["phase"] == phase)])
         for phase in PHASES
     }
-    problems = log.damage + (missing_steps(log.records, last) if path.exists() else [])
+    problems = log.damage + missing_steps(log.records, last)
     if not problems:
         return log.records, ""
     sentence = f"{path}: {'; '.join(problems)}"
