@@ -27,14 +27,16 @@ def cache_folder() -> pathlib.Path | None:
         folders.append(pathlib.Path(kept, "apr_jax"))
     if (home := pathlib.Path(os.path.expanduser("~"))).is_absolute():
         folders.append(home / ".cache" / "apr_jax")
-    temporary = pathlib.Path(tempfile.gettempdir(), f"apr_jax-{os.getuid()}")
-    for folder in (*folders, temporary):
+    for folder in folders:
         if _is_ours(folder):
-            if folder == temporary:
-                others = " and ".join(map(str, folders))
-                _say(f"compiled programs are kept in {folder}, because {others} cannot be written")
             return folder
-    _say(f"compiled programs are not kept, because {temporary} cannot be written; set JAX_COMPILATION_CACHE_DIR")
+    others = " and ".join(map(str, folders))
+    with contextlib.suppress(FileNotFoundError):  # there is no folder for temporary files
+        temporary = pathlib.Path(tempfile.gettempdir(), f"apr_jax-{os.getuid()}")
+        if _is_ours(temporary):
+            _say(f"compiled programs are kept in {temporary}, because {others} cannot be written")
+            return temporary
+    _say(f"compiled programs are not kept, because {others} cannot be written; set JAX_COMPILATION_CACHE_DIR")
     return None
 
 

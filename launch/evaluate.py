@@ -8,7 +8,7 @@
 
 A policy brings the configuration that it was trained with; --config.a.b=c changes a field of it, and --config=FILE
 replaces it. A Hugging Face folder brings its model and, if it has one, its tokenizer.json.
-Exit codes: 0 done, 1 failed, 2 bad arguments or config.
+Exit codes: 0 done, 1 failed, 2 bad arguments or config, 75 stopped by a signal.
 """
 
 import pathlib

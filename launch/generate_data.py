@@ -7,7 +7,7 @@
 
 A task is demonstrated by serial and by adaptive search where it has both. The paper's variant is the reference's own
 setting: four numbers of 1..99. Training builds its own data set.
-Exit codes: 0 done, 1 failed, 2 bad arguments or config.
+Exit codes: 0 done, 1 failed, 2 bad arguments or config, 75 stopped by a signal.
 """
 
 import contextlib

@@ -4,8 +4,9 @@
         python launch/train.py --config=configs/grpo.py:smoke --config.mesh.data=4
 
 Each process learns its place from the environment (apr_jax/parallel/hosts.py) and splits its CPU into as many devices
-as asked. Lines of output carry their host's name. SIGTERM and SIGINT go to all hosts, which save and exit with 75. When
-a host dies, a message names it and the others are ended; the same command resumes the job.
+as asked. Lines of output carry their host's name. SIGTERM, SIGINT and a closed terminal reach all hosts, which save and
+exit with 75. When a host dies, a message names it and the others are ended; the same command resumes the job. No host
+outlives the launcher.
 
 Exit codes: 0 all done, 75 stopped by a signal with everything saved, 2 bad arguments, else that of the first host to
 fail (128 + N if signal N killed it).

@@ -8,7 +8,7 @@
 
 Threads are drawn on standard error, live on a terminal and as plain lines elsewhere; the verified answer goes to
 standard output. A policy brings its configuration; --config=FILE and --config.a.b=c are those of launch/evaluate.py.
-Exit codes: 0 done, solved or not; 1 failed; 2 bad arguments or config.
+Exit codes: 0 done, solved or not; 1 failed; 2 bad arguments or config; 75 stopped by a signal.
 """
 
 import pathlib

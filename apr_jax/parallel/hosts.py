@@ -46,6 +46,7 @@ from apr_jax.stopping import StoppedAtOnceError, StoppedError
 T = TypeVar("T")
 
 _HEARTBEAT_SECONDS = 20
+_VERDICT_SECONDS = 20
 _MEET_SECONDS = 300
 _NEVER_SECONDS = 7 * 24 * 3600
 _START_SECONDS = 300  # in which JAX must have started everywhere
@@ -109,7 +110,7 @@ def joined(record: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
         company.done()  # all hosts stop at the same step
         raise
     except jax.errors.JaxRuntimeError as error:
-        time.sleep(heartbeat + 1)  # another host's death is a failed collective here: `company` names it
+        time.sleep(min(heartbeat, _VERDICT_SECONDS) + 1)  # another's death is a failed collective: `company` names it
         company.failed(error)
         raise
     except BaseException as error:

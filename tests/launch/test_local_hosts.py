@@ -144,6 +144,23 @@ def test_the_first_host_that_fails_is_named_and_ends_the_job(place, program, cod
     assert message in errors
 
 
+@pytest.mark.parametrize(
+    ("number", "code"), [("SIGKILL", -9), ("SIGTERM", 128 + 15), ("SIGINT", 128 + 2), ("SIGHUP", 128 + 15)]
+)
+def test_no_host_outlives_the_launcher(place, number, code):
+    """Whatever it runs, and although the launcher's own output is read to its end."""
+    command = _local_hosts([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(100)"])
+    process = _start(place, command)
+    pids = [int(process.stdout.readline().split(": ")[1]) for _ in range(2)]
+    process.send_signal(signal.Signals[number])
+    process.communicate(timeout=20)
+    assert process.returncode in (code, 1 if number == "SIGINT" else code)
+    deadline = time.monotonic() + 5
+    while any(pathlib.Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(pathlib.Path(f"/proc/{pid}").exists() for pid in pids)
+
+
 def test_a_job_needs_a_command(place):
     _, errors = _finish(_start(place, _local_hosts([])), 2)
     assert "no command" in errors

@@ -44,7 +44,7 @@ _TARGETS = {
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-w")
 _COMPILERS = ("c++", "g++", "clang++")
 _VERSION_SECONDS = 20.0  # a compiler that takes longer to say its version will not do
-_COMPILE_SECONDS = 240.0
+_COMPILE_SECONDS = 120.0
 
 _log = logging.getLogger(__name__)
 
