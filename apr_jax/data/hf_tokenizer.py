@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import string
 from collections.abc import Callable, Sequence
 
 import tokenizers
@@ -22,7 +23,7 @@ _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _CACHED_LINES = 1 << 16
 _MOST_IDS = 1 << 22
 # Text that goes on is cut as after one of these. They are tried in turn, until one is not merged with the text.
-_ANCHORS = ("\n", "a", "1", ".", " ")
+_ANCHORS = ("\n", *string.ascii_letters, *string.digits, *string.punctuation, " ")
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 

@@ -8,18 +8,20 @@ completion   7*5=5
 """
 
 import random
+import re
 from collections.abc import Hashable, Iterator
 from types import MappingProxyType
 from typing import Any
 
 from apr_jax.tasks.base import Task, Verdict
-from apr_jax.tasks.countdown import rules
+from apr_jax.tasks.countdown import rules, trace
 from apr_jax.tasks.countdown.config import CountdownConfig
 from apr_jax.tasks.countdown.rules import Problem
 from apr_jax.tasks.countdown.task import Countdown
 from apr_jax.tasks.nested_sums import NestedSums, Sum, operation
 from apr_jax.tasks.text_dialect import TextDialect, TextForm, Work
 
+_OPERATION = re.compile(trace.OPERATION)
 _MOST_PARTS = 3  # states that a thread of Countdown hands to others at once
 
 
@@ -117,7 +119,8 @@ def _path(answer: str | None, problem: Problem | None = None) -> str | None:
     """Return an answer in words as Countdown's verifier takes it."""
     if answer is None:
         return None
-    lines = [f"Exploring Operation: {line}, Resulting Numbers: []\n" for line in answer.split("\n")]
+    operations = [line if _OPERATION.fullmatch(line) else "?" for line in answer.split("\n")]
+    lines = [f"Exploring Operation: {each}, Resulting Numbers: []\n" for each in operations]
     return "".join([*lines, f"{problem.target},{problem.target} equal: Goal Reached\n" if problem else ""])
 
 

@@ -33,7 +33,10 @@ def drill(folder: pathlib.Path, share: float, seed: int) -> str:
     """Reads a share of the traces. Raises AssertionError for the first that a reader does not survive."""
     del folder
     total, rng = max(1, int(TRACES * share)), random.Random(seed)
-    configs = grpo.get_config("smoke"), nested_sums.get_config(), *map(reference.get_config, ("apr", "sosp"))
+    configs = [grpo.get_config("smoke"), nested_sums.get_config(), *map(reference.get_config, ("apr", "sosp"))]
+    for name in ("countdown_text", "nested_sums_text", "nested_sums_fork"):
+        configs.append(grpo.get_config("smoke") if name == "countdown_text" else nested_sums.get_config())
+        configs[-1].task.name = name
     cases = [case for config in configs for case in _cases(config, rng)]
     assert {case.task.name for case in cases} == set(TASKS), "a task is not drilled"
     counts: collections.Counter[str] = collections.Counter()

@@ -128,6 +128,7 @@ def test_countdown_in_words_is_verified_by_its_operations():
         "2*3=6\n4+6=10": "target_missed",
         "2*3=6": "numbers_left_over",
         "2*3=6\nhello": "malformed_operation",
+        "2*3=6, Resulting Numbers: [4]\n4*6=24": "malformed_operation",
         "2*3=7\n4*6=24": "wrong_arithmetic",
     }
     assert {answer: COUNTDOWN_TEXT.verify(answer, problem).reason for answer in reasons} == reasons
