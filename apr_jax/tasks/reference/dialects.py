@@ -62,8 +62,8 @@ class ReferenceAdaptive(SearchDialect, SpawnDialect):
     def demonstrate(
         self, problem: Problem, rng: random.Random, section: ReferenceConfig, count_tokens: CountTokens, *, budget: bool
     ) -> tuple[Call, ...]:
-        theirs = traces(section.traces).get(problem) if section.traces else None
-        if theirs is None:
+        theirs = traces(section.traces).get(problem, ()) if section.traces else ()
+        if not theirs:
             calls = ADAPTIVE.demonstrate(problem, rng, section, count_tokens, budget=budget)
             return tuple(dataclasses.replace(call, ends_in_spawn=False) for call in calls)
         children = sum(call.depth > 0 for call in theirs)  # each of which writes one call
@@ -91,8 +91,8 @@ class ReferenceSerial(SearchDialect):
     def demonstrate(
         self, problem: Problem, rng: random.Random, section: ReferenceConfig, count_tokens: CountTokens, *, budget: bool
     ) -> tuple[Call, ...]:
-        theirs = traces(section.traces).get(problem) if section.traces else None
-        if theirs is None:
+        theirs = traces(section.traces).get(problem, ()) if section.traces else ()
+        if not theirs:
             return SERIAL.demonstrate(problem, rng, section, count_tokens, budget=budget)
         length = count_tokens(theirs[0].context + theirs[0].completion)
         return _with_budget(theirs, trace.token_budget(self.token_budget(length))) if budget else theirs

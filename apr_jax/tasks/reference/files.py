@@ -1,9 +1,12 @@
-"""The authors' own files: SFT traces, which are a JSON list with an object a problem.
+"""The authors' own files to train on: SFT traces, a JSON list with an object a problem, and lists of prompts for RL.
 
     {"nums": [22, 26, 31, 53], "target": 27, "trace_dict": {"main_calls": [..], "sub_calls": [[{..}, ..], ..]}}
     {"nums": [22, 26, 31, 53], "target": 27, "search_path": "Current State: .."}
 
+    "Moving to Node #0\\nCurrent State: 27:[22, 26, 31, 53], Operations: []"
+
 The first is of APR: a thread's calls as whole texts, and for each spawn the same of its children. The second is SoS+'s.
+The third is of either and says nothing of how the problem is solved.
 """
 
 import dataclasses
@@ -29,7 +32,7 @@ _GOAL = "Goal Reached\n"
 class ReferenceConfig(CountdownConfig):
     """Countdown's section, and where the authors' own demonstrations are taken from."""
 
-    traces: str  # their SFT file, whose problems train is drawn from; "": problems and searches of our own
+    traces: str  # their file, whose problems train is drawn from; "": problems and searches of our own
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -43,9 +46,9 @@ class ReferenceConfig(CountdownConfig):
 
 @functools.lru_cache(maxsize=2)
 def traces(path: str) -> Mapping[Problem, tuple[Call, ...]]:
-    """Read a file of SFT traces: each problem's calls, in the order of `Demonstration`; of equal problems the last.
+    """Read a file to train on: each problem's calls, in the order of `Demonstration`, or () where it is a mere prompt.
 
-    Raises FileError, which names the object, for any other contents.
+    Of equal problems the last counts. Raises FileError, which names the item, for any other contents.
     """
     try:
         items = parse_json(pathlib.Path(path).read_bytes())
@@ -53,16 +56,19 @@ def traces(path: str) -> Mapping[Problem, tuple[Call, ...]]:
         raise FileError(f"{path}: {error}; {_ADVICE}") from error
     if not isinstance(items, list) or not items:
         raise FileError(f"{path}: no list of problems; {_ADVICE}")
-    found = {}
+    found: dict[Problem, tuple[Call, ...]] = {}
     for number, item in enumerate(items, start=1):
         try:
+            if isinstance(item, str):
+                found[trace.read_problem(item)] = ()
+                continue
             problem = Problem(tuple(item["nums"]), item["target"])
             if "trace_dict" in item:
                 found[problem] = tuple(_thread_calls(item["trace_dict"], 0))
             else:
                 found[problem] = (_call(item["search_path"], 0, 0),)
         except (KeyError, TypeError, ValueError) as error:
-            raise FileError(f"{path}, object {number}: {type(error).__name__}: {error}; {_ADVICE}") from error
+            raise FileError(f"{path}, item {number}: {type(error).__name__}: {error}; {_ADVICE}") from error
     return MappingProxyType(found)
 
 

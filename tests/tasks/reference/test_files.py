@@ -136,10 +136,14 @@ def test_budgets_are_named_in_the_roots_prompt_alone(apr_file: str, tmp_path: pa
         ("{}", "no list of problems"),
         ("[]", "no list of problems"),
         ("[{", "not JSON"),
-        ("[1]", "object 1: TypeError"),
-        ('[{"nums": [1, 2], "target": 3}]', "object 1: KeyError: 'search_path'"),
-        ('[{"nums": [1, 2], "target": 3, "search_path": "No"}]', "object 1: ValueError: no prompt"),
-        ('[{"nums": [1, 2], "target": 3, "trace_dict": {"main_calls": []}}]', "object 1: KeyError: 'sub_calls'"),
+        (
+            '["Moving to Node #0\\nCurrent State: 3:[1, 2], Operations: []\\nNo"]',
+            "item 1: ValueError: .* no root's prompt",
+        ),
+        ("[1]", "item 1: TypeError"),
+        ('[{"nums": [1, 2], "target": 3}]', "item 1: KeyError: 'search_path'"),
+        ('[{"nums": [1, 2], "target": 3, "search_path": "No"}]', "item 1: ValueError: no prompt"),
+        ('[{"nums": [1, 2], "target": 3, "trace_dict": {"main_calls": []}}]', "item 1: KeyError: 'sub_calls'"),
     ],
 )
 def test_other_contents_are_refused_with_their_place(tmp_path: pathlib.Path, text: str, message: str) -> None:
@@ -147,3 +151,16 @@ def test_other_contents_are_refused_with_their_place(tmp_path: pathlib.Path, tex
     path.write_text(text)
     with pytest.raises(FileError, match=message):
         traces(str(path))
+
+
+@pytest.mark.parametrize(("name", "method"), [("reference_apr", "adaptive"), ("reference_sosp", "serial")])
+def test_a_list_of_prompts_has_problems_that_our_searches_solve(tmp_path: pathlib.Path, name: str, method: str) -> None:
+    path = tmp_path / "apr_train_prefix.json"
+    path.write_text(
+        json.dumps([f"Moving to Node #0\nCurrent State: {r['target']}:{r['nums']}, Operations: []" for r in TRACES])
+    )
+    assert set(traces(str(path)).values()) == {()}
+    problem = next(iter(traces(str(path))))
+    dialect, section = TASKS[name].dialect(method, Dialect), _section(str(path))
+    calls = dialect.demonstrate(problem, random.Random(0), section, len, budget=False)
+    assert calls == dialect.demonstrate(problem, random.Random(0), _section(""), len, budget=False)
