@@ -20,14 +20,13 @@ from ml_collections import ConfigDict
 
 from apr_jax.checkpoints.policy import load_policy
 from apr_jax.config import Config, ConfigError
-from apr_jax.config_dict import to_dict
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import Observer, Program, Progress, Rollout, RolloutKey
+from apr_jax.evaluation.export import Exported, export
 from apr_jax.evaluation.metrics import record_rollout
 from apr_jax.evaluation.policy import configure
 from apr_jax.model.params import Params
-from apr_jax.model.weights.hf import save_hf
 from apr_jax.parallel.mesh import make_mesh, offer_cpu_devices
 from apr_jax.reasoning import METHODS
 from apr_jax.reasoning.base import Outcome, Settings
@@ -180,9 +179,9 @@ class Policy:
         rollouts = self.engine.run(programs, seed=seed, temperature=temperature, observer=observer)
         return [Text(rollout.result.text, rollout.result.reason, rollout) for rollout in rollouts]
 
-    def export(self, folder: str | pathlib.Path) -> None:
-        """Write the policy as a Hugging Face folder, with its tokenizer and configuration. `load` reads it back."""
-        save_hf(folder, self.config.model, self.params, self.tokenizer, to_dict(self.config))
+    def export(self, out: str | pathlib.Path, weight_type: str = "F32") -> None:
+        """Write the policy as a Hugging Face folder, or as FILE.gguf (`evaluation.export`). `load` reads it back."""
+        export(Exported(self.config.model, self.params, self.tokenizer, self.config), pathlib.Path(out), weight_type)
 
     def _solution(self, problem: Any, rollout: Rollout, method: str) -> Solution:
         record = record_rollout(

@@ -17,7 +17,7 @@ from apr_jax.data.special_tokens import Stated
 from apr_jax.gguf_file import WHOLE_TOKENIZER
 
 _SPACE = "\u2581"
-_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # types of tokens
+_CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 3, 4, 5, 6  # types of tokens
 
 _CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -100,16 +100,19 @@ def read_gguf_tokenizer(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokeniz
     return tokenizer, stated
 
 
-def write_gguf_tokenizer(tokenizer_json: Mapping[str, Any], stated: Stated) -> tuple[dict[str, Any], str]:
+def write_gguf_tokenizer(
+    tokenizer_json: Mapping[str, Any], stated: Stated, num_ids: int = 0
+) -> tuple[dict[str, Any], str]:
     """Return the metadata of a tokenizer, and the reason why llama.cpp cannot read text with it; "" where it can.
 
     Args:
         tokenizer_json: the content of its tokenizer.json.
         stated: what its folder states of it.
+        num_ids: the model's rows of embeddings, which may be more than it has tokens.
     """
     whole = json.dumps(tokenizer_json)
     tokenizer = tokenizers.Tokenizer.from_str(whole)
-    own, reason = _describe(tokenizer, tokenizer_json)
+    own, reason = _describe(tokenizer, tokenizer_json, num_ids)
     config = stated.get("tokenizer_config.json", {})
     for role, key in _IDS.items():
         text = config.get(f"{role}_token")
@@ -218,14 +221,14 @@ def _merges(vocabulary: Mapping[str, int], scores: Mapping[str, float]) -> list[
     return [(left, right) for _, left, right in found]
 
 
-def _describe(tokenizer: tokenizers.Tokenizer, content: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+def _describe(tokenizer: tokenizers.Tokenizer, content: Mapping[str, Any], num_ids: int) -> tuple[dict[str, Any], str]:
     """Return llama.cpp's description of a tokenizer, and the reason where there is none."""
     model, added = content["model"], {token["id"]: token for token in content["added_tokens"]}
     if model["type"] != "BPE":
         return {"model": "none"}, f"llama.cpp knows no {model['type']} tokenizer"
-    size = 1 + max((*model["vocab"].values(), *added))
+    size = max(num_ids, 1 + max((*model["vocab"].values(), *added)))
     tokens = [tokenizer.id_to_token(index) or f"[PAD{index}]" for index in range(size)]
-    types = [_type(text, added.get(index)) for index, text in enumerate(tokens)]
+    types = [_type(tokenizer.id_to_token(index), added.get(index)) for index in range(size)]
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     own = {"tokens": tokens, "token_type": types}
     if model.get("byte_fallback"):
@@ -239,7 +242,9 @@ def _describe(tokenizer: tokenizers.Tokenizer, content: Mapping[str, Any]) -> tu
     return own | {"model": "gpt2", "pre": name, "merges": [" ".join(merge) for merge in merges]}, ""
 
 
-def _type(text: str, added: Mapping[str, Any] | None) -> int:
+def _type(text: str | None, added: Mapping[str, Any] | None) -> int:
+    if text is None:
+        return _UNUSED
     if added is not None:
         return _CONTROL if added["special"] else _USER_DEFINED
     return _BYTE if len(text) == 6 and text.startswith("<0x") else 1

@@ -1,0 +1,50 @@
+"""Write a policy for other programs: a Hugging Face folder, or a GGUF file.
+
+    python launch/export.py --checkpoint=runs/laptop --out=exported           # transformers, vLLM
+    python launch/export.py --checkpoint=runs/laptop/best --out=laptop.gguf   # llama.cpp
+    python launch/export.py --checkpoint=FILE.gguf --out=dequantised          # and back
+    python launch/export.py --checkpoint=exported --out=small.gguf --type=Q8_0
+
+The tokenizer, the configuration of the training and what a server needs to run spawns travel along
+(docs/pretrained.md).
+Exit codes: 0 done, 1 failed, 2 bad arguments.
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+
+from apr_jax import entry
+from apr_jax.config import ConfigError
+from apr_jax.evaluation.rollout_sources import check_policy_folder, newest_run
+
+_RUNS = "runs"
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, f"Run (or RUN/best), checkpoint or Hugging Face folder, or FILE.gguf [newest in {_RUNS}/]."
+)
+_OUT = flags.DEFINE_string("out", None, "Folder to write, or FILE.gguf.")
+_TYPE = flags.DEFINE_string(
+    "type", "F32", "Of the matrices of a GGUF file: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1."
+)
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "For a policy that brings none: tokenizer.json, or builtin.")
+
+
+def main() -> None:
+    if not _OUT.value:
+        raise ConfigError("--out: name a folder to write, or FILE.gguf")
+    if _CHECKPOINT.value:
+        check_policy_folder(pathlib.Path(_CHECKPOINT.value))
+    checkpoint = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else newest_run(_RUNS)
+    from apr_jax.evaluation.export import Exported, check_target, export
+
+    out = pathlib.Path(_OUT.value)
+    check_target(out, _TYPE.value)
+    note = export(Exported.read(checkpoint, _TOKENIZER.value), out, _TYPE.value)
+    if note:
+        print(note, file=sys.stderr)
+    print(out)
+
+
+if __name__ == "__main__":
+    entry.run(main)
