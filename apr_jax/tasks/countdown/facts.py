@@ -10,14 +10,14 @@ _MAX_DRAWS = 100_000
 _LARGEST_BOUND = 100_000
 
 
-def draw_fact(rng: random.Random, task: CountdownConfig) -> tuple[str, int]:
-    """Draw a random operation. Returns its text up to `=`, and its result, which is at most `largest_result(task)`.
+def draw_fact(rng: random.Random, section: CountdownConfig) -> tuple[str, int]:
+    """Draw a random operation. Returns its text up to `=`, and its result, which is at most `largest_result(section)`.
 
     Sums and differences, of which there are more, come twice as often as products and quotients. One number of a sum or
     difference is like those of a problem; the other is, too, in half of the cases, and any number up to the bound in
     the rest. All products are equally likely, and so are all quotients. Raises ConfigError where there are no sums.
     """
-    bound = largest_result(task)
+    bound = largest_result(section)
     operator = rng.choice("++--*/")
     if operator in "*/":
         left, right = rng.choice(_factors(bound))
@@ -25,16 +25,16 @@ def draw_fact(rng: random.Random, task: CountdownConfig) -> tuple[str, int]:
             return f"{left * right}/{left}=", right
         return f"{left}*{right}=", left * right
     for _ in range(_MAX_DRAWS):
-        left = rng.randint(task.min_number, task.max_number)
-        right = rng.randint(task.min_number, task.max_number) if rng.random() < 0.5 else rng.randint(0, bound)
+        left = rng.randint(section.min_number, section.max_number)
+        right = rng.randint(section.min_number, section.max_number) if rng.random() < 0.5 else rng.randint(0, bound)
         left, right = (left, right) if rng.random() < 0.5 else (right, left)
         if operator == "-":
             return f"{max(left, right)}-{min(left, right)}=", abs(left - right)
         if left + right <= bound:
             return f"{left}+{right}=", left + right
     raise ConfigError(
-        f"none of {_MAX_DRAWS} draws of a number in {task.min_number}..{task.max_number} gives a sum up to {bound}: "
-        "raise task.max_result, or set data.facts_share=0"
+        f"none of {_MAX_DRAWS} draws of a number in {section.min_number}..{section.max_number} gives a sum up to "
+        f"{bound}: raise task.max_result, or set data.facts_share=0"
     )
 
 

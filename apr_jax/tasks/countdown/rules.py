@@ -129,15 +129,15 @@ def canonical_path(answer: str | None) -> tuple[str, ...] | None:
     return tuple(sorted(operations)) or None
 
 
-def departures(problem: Problem, task: CountdownConfig) -> list[str]:
-    """Say in what a problem is unlike those that `task` draws; nothing where it could be one of them."""
+def departures(problem: Problem, section: CountdownConfig) -> list[str]:
+    """Say in what a problem is unlike those that `section` draws; nothing where it could be one of them."""
     found = []
-    if len(problem.numbers) != task.num_numbers:
-        found.append(f"{len(problem.numbers)} numbers instead of {task.num_numbers}")
-    if not all(task.min_number <= number <= task.max_number for number in problem.numbers):
-        found.append(f"numbers outside {task.min_number}..{task.max_number}")
-    if not task.min_target <= problem.target <= task.max_target:
-        found.append(f"a target outside {task.min_target}..{task.max_target}")
+    if len(problem.numbers) != section.num_numbers:
+        found.append(f"{len(problem.numbers)} numbers instead of {section.num_numbers}")
+    if not all(section.min_number <= number <= section.max_number for number in problem.numbers):
+        found.append(f"numbers outside {section.min_number}..{section.max_number}")
+    if not section.min_target <= problem.target <= section.max_target:
+        found.append(f"a target outside {section.min_target}..{section.max_target}")
     return found
 
 

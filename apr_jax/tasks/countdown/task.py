@@ -40,6 +40,12 @@ class Countdown(Task):
     )
     example = "27 22 26 31 53"
 
+    claims_answer = staticmethod(rules.claims_goal)
+    departures = staticmethod(rules.departures)
+    draw_fact = staticmethod(facts.draw_fact)
+    count_operations = staticmethod(judging.count_operations)
+    path_solves = staticmethod(judging.path_solves)
+
     def sampler(self, config: Config, split: Split | None) -> Callable[[random.Random], Problem]:
         task = config.task
         assert isinstance(task, CountdownConfig)
@@ -88,23 +94,8 @@ class Countdown(Task):
     def equation(self, expression: str, problem: Problem) -> str:
         return f"{expression} = {problem.target}"
 
-    def claims_answer(self, text: str) -> bool:
-        return rules.claims_goal(text)
-
-    def departures(self, problem: Problem, section: CountdownConfig) -> list[str]:
-        return rules.departures(problem, section)
-
-    def draw_fact(self, rng: random.Random, section: CountdownConfig) -> tuple[str, int]:
-        return facts.draw_fact(rng, section)
-
     def is_solvable(self, problem: Problem) -> bool | None:
         return rules.is_solvable(problem.numbers, problem.target) if len(problem.numbers) <= _MOST_NUMBERS else None
-
-    def count_operations(self, text: str) -> tuple[int, int]:
-        return judging.count_operations(text)
-
-    def path_solves(self, path: str, problem: Problem) -> bool:
-        return judging.path_solves(path, problem)
 
     def handed_back(self, text: str) -> str | None:
         result = trace.read_child(text, trace.thread_node(text) or "")
