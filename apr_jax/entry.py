@@ -201,7 +201,8 @@ class JsonFlag:
         """Write the object where the command line says, if it says."""
         text = json.dumps(value, indent=1) + "\n"
         if self._holder.value == _STANDARD_OUTPUT:
-            print(text, end="", file=sys.__stdout__, flush=True)
+            with naming(pathlib.Path("standard output")):
+                print(text, end="", file=sys.__stdout__, flush=True)
         elif self._holder.value:
             write(pathlib.Path(self._holder.value), text.encode())
 
@@ -233,7 +234,8 @@ def run_with_words(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Do what `run` does, and hand `main` the words of the command line that are no flags."""
     _prefer_huge_pages()
     _cache_compilations()
-    sys.stderr = _ForPeople(sys.stderr)
+    sys.stdout = _Stream(sys.stdout, "standard output", has_results=True)
+    sys.stderr = _Stream(sys.stderr, "standard error", has_results=False)
     sys.unraisablehook = _say_unraisable
 
     def quietly(argv: list[str]) -> int | None:
@@ -243,8 +245,7 @@ def run_with_words(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
             logging.getLogger("apr_jax").setLevel(logging.WARNING)
         with _standard_output_for_programs():
             code = main(argv[1:])
-        with naming(pathlib.Path("standard output")):
-            sys.stdout.flush()
+        sys.stdout.flush()
         return code
 
     try:
@@ -266,20 +267,34 @@ def run_with_words(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     sys.exit(0)
 
 
-class _ForPeople(io.TextIOBase):
-    """A stream whose reader may go away, or whose disk may fill: the work goes on without it."""
+class _Stream(io.TextIOBase):
+    """Standard output or standard error, whose reader may go away or whose disk may fill.
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    What is printed for people is lost then, and the work goes on. A result that cannot be printed is an OSError.
+    """
+
+    def __init__(self, stream: TextIO, name: str, *, has_results: bool) -> None:
+        self._stream, self._name, self._has_results = stream, name, has_results
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
+        with self._failing():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
+        with self._failing():
             self._stream.flush()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.fileno())  # or Python would try once more at the end
+            if self._has_results:
+                error.filename = self._name
+                raise
 
     def isatty(self) -> bool:
         return self._stream.isatty()

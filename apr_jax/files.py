@@ -32,6 +32,7 @@ _ADVICE = {
     errno.EIO: "the disk may be failing: look at the system's log, or choose another folder",
     errno.EMFILE: "raise the limit on open files (ulimit -n) and start again",
 }
+_IN_THE_WAY = dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "choose another name, or move it away")
 
 
 class FileError(Exception):
@@ -187,7 +188,7 @@ def explain(error: OSError) -> str:
     if error.errno is None or error.strerror is None:
         return str(error)
     where = f"{error.filename}: " if error.filename is not None else ""
-    advice = _ADVICE.get(error.errno)
+    advice = (_ADVICE | _IN_THE_WAY).get(error.errno)
     return f"{where}{error.strerror}" + (f"; {advice}" if advice else "")
 
 
