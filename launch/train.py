@@ -21,7 +21,7 @@ from typing import Any
 from absl import flags
 
 from apr_jax import entry
-from apr_jax.checkpoints.identity import with_auto
+from apr_jax.checkpoints.identity import agreed_tokenizer, find_policy, own_tokenizer, with_auto
 from apr_jax.config import Config, ConfigError, check_run
 from apr_jax.config_dict import from_config_dict, to_dict
 from apr_jax.evaluation.rollout_sources import check_policy_folder
@@ -47,6 +47,9 @@ def main() -> int:
         check_policy_folder(folder, flag)
     if len(folders) > 1:
         raise ConfigError("--checkpoint leaves SFT out, and --start is where SFT starts: name one of them")
+    for folder in folders.values():
+        if "data.tokenizer" not in _CONFIG.overrides:  # a folder without a tokenizer does not get a configuration's
+            agreed_tokenizer(folder, own_tokenizer(folder, find_policy(folder).config), None)
     values = _CONFIG.config_dict().to_dict()
     workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / str(values.get("name")))
     has_policy = any((workdir / "checkpoints").glob("*/*/meta"))

@@ -81,8 +81,11 @@ def read_special_tokens(path: pathlib.Path, vocabulary: Mapping[str, int], state
         raise ConfigError(
             f"{path.parent}: {len(eos)} EOS ids, and at most {_MOST_STOPS} can be matched; leave some out"
         )
-    pad = of_tokenizer("pad") or of_generation("pad") or reader.usual("pad") or eos
-    return SpecialTokens(bos[0], eos, pad[0])
+    try:
+        pad = of_tokenizer("pad") or of_generation("pad")
+    except ConfigError:  # such as -1 in Llama's first folders: no model reads padding, so any token will do
+        pad = ()
+    return SpecialTokens(bos[0], eos, (pad or reader.usual("pad") or eos)[0])
 
 
 class _Reader:

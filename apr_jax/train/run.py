@@ -97,8 +97,9 @@ def train(
     hosts.meet(mesh)
     with stop_signal(mesh).listening() as stop:
         run = _Run(config, workdir, mesh, stop)
+        given = run.read_given({"sft": start, "grpo": checkpoint})  # may refuse: the folder is made later
         with _locked(workdir), naming(workdir):
-            return run.run(checkpoint, start)
+            return run.run(given)
 
 
 @contextlib.contextmanager
@@ -147,13 +148,18 @@ class _Run:
         plan = plan_engine(config, mesh)  # an engine that cannot fit is refused before any training
         print(f"engine memory: {plan.memory}", file=hosts.messages())
 
-    def run(self, checkpoint: pathlib.Path | None, start: pathlib.Path | None) -> dict[str, Any]:
-        config = self.config
-        named: dict[PhaseName, pathlib.Path | None] = {"sft": start, "grpo": checkpoint}
+    def read_given(self, paths: Mapping[PhaseName, pathlib.Path | None]) -> dict[PhaseName, Given]:
+        """Load the policy of each phase that one was named for. All hosts of a job must find the same."""
         with self._busy("Reading the policy to start from"):
-            given = {phase: load_given(phase, path, config) for phase, path in named.items() if path is not None}
-            for phase, source in given.items():
-                hosts.check_same(f"the policy that {phase} starts from", source.weights)
+            given = {phase: load_given(phase, path, self.config) for phase, path in paths.items() if path is not None}
+            for phase, policy in given.items():
+                hosts.check_same(f"the policy that {phase} starts from", policy.weights)
+        return given
+
+    def run(self, given: dict[PhaseName, Given]) -> dict[str, Any]:
+        """Run the stages. What is in `given` is taken out, so that its memory is free afterwards."""
+        config = self.config
+        checkpoint = given["grpo"].path if "grpo" in given else None
         with Checkpoints(self.workdir, "sft", config) as sft, Checkpoints(self.workdir, "grpo", config) as grpo:
             with self._busy("Checking the checkpoints"):
                 done, writer = self._settle(sft, grpo, given)

@@ -188,6 +188,12 @@ def test_a_hugging_face_folder_tells_its_model_and_tokenizer_but_no_method(tmp_p
         with_auto(values, tmp_path)
 
 
+def test_a_stretched_rope_comes_back(tmp_path):
+    scaling = {"factor": 8.0, "low_frequency_factor": 1.0, "high_frequency_factor": 4.0, "original_max_seq_len": 64}
+    config = with_fields(model__rope_scaling=scaling)
+    assert load_policy(write_run(tmp_path, config))[0] == config.model
+
+
 def test_an_exported_policy_is_whole(other, tmp_path):
     policy = apr_jax.load(other[1])
     policy.export(tmp_path / "export")

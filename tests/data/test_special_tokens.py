@@ -175,6 +175,15 @@ def test_a_bare_file_goes_by_its_only_usual_names(specials, ids, tmp_path):
     assert (tokenizer.bos_id, tokenizer.eos_id) == ids
 
 
+@pytest.mark.parametrize(
+    "files",
+    [{GENERATION: {"pad_token_id": -1}}, {TOKENIZER: {"pad_token": "[PAD]"}}, {CONFIG: {"pad_token_id": 99}}, {}],
+)
+def test_padding_that_is_no_token_is_any_other(files, tmp_path):
+    assert load_tokenizer(str(write(tmp_path, ("<s>", "</s>"), files))).pad_id == 1
+    assert load_tokenizer(str(write(tmp_path, ("<s>", "</s>", "<pad>"), files))).pad_id == 2
+
+
 @pytest.mark.parametrize("specials", [("<s>", "</s>", "<|im_end|>"), SMOLLM, LLAMA3, ("<s>",), ()])
 def test_nothing_is_guessed_among_several(specials, tmp_path):
     with pytest.raises(ConfigError, match=r"no (BOS|EOS) token is stated.*tokenizer_config\.json"):

@@ -103,6 +103,11 @@ def test_a_used_folder_refuses_another_policy_and_evaluates_what_it_holds(tmp_pa
         with pytest.raises(ConfigError, match=f"{workdir} began with"):
             train(config, workdir, *flags)
     assert {path: path.read_bytes() for path in workdir.rglob("*.json")} == files, "a refusal writes nothing"
+    config_of_other = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=2))
+    for flags in ((one, None), (None, one)):
+        with pytest.raises(ConfigError, match=r"model\.num_layers: 1 there, 2 here"):
+            train(config_of_other, tmp_path / "never", *flags)
+    assert not (tmp_path / "never").exists()
     moved = shutil.copytree(one, tmp_path / "moved")
     for flags in ((moved, None), (None, None)):
         assert train(config, workdir, *flags) == summary

@@ -189,7 +189,7 @@ def _in_values() -> dict[str, Damage]:
         for value in _CONFIG[key]:
             cases[f"{key}={value!r}"] = _all(_forget(key), edit("config.json", **{key: value}))
             cases[f"generation {key}={value!r}"] = _all(_forget(key), edit("generation_config.json", **{key: value}))
-    for key in ("bos_token", "eos_token", "pad_token"):
+    for key in ("bos_token", "eos_token"):
         for value in ("<nowhere>", 3, {}, {"content": None}, ["</s>"], True):
             cases[f"{key}={value!r}"] = edit("tokenizer_config.json", **{key: value})
     for text in ("NaN", "Infinity", "-Infinity", "1e999"):
