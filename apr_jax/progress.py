@@ -10,7 +10,7 @@ from typing import Self, TextIO
 from tqdm import tqdm
 
 _LINE_SECONDS = 5.0
-_QUIET_SECONDS = 3.0  # work that takes no longer needs no line
+_QUIET_SECONDS = 2.0  # work that takes no longer needs no line
 
 
 class _Ticker:

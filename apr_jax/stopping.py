@@ -12,7 +12,8 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_INSIST_SECONDS = 5.0
+_INSIST_SECONDS = 0.3
+_DEAF = ("__del__", "_xla_gc_callback")  # functions in which Python prints and forgets what is raised
 _UNHEARD_SECONDS = 10.0
 _LATE_SECONDS = 1.0
 
@@ -60,8 +61,8 @@ class StopSignal:
     def interrupting(self) -> Iterator[None]:
         """Let a signal raise StoppedError at once within the block, for long work that a restart repeats anyway.
 
-        Python prints and forgets what is raised in a finaliser or a callback from C, so it is raised again and again
-        until the block ends.
+        What is raised in a finaliser or in a callback from C may get lost, so it is raised again and again until it
+        arrives.
         """
         self.check()
         self._interrupting = True
@@ -105,7 +106,8 @@ class StopSignal:
             self.requested = self._signalled = True
         if self._interrupting:
             signal.setitimer(signal.ITIMER_REAL, _INSIST_SECONDS)
-            self.check()
+            if not _is_on_its_way(sys.exc_info()[1]) and not _is_deaf(frame):
+                self.check()
         elif self.requested and self._ends_waits and not self._heard:
             self._end_wait(number)
 
@@ -125,6 +127,20 @@ class StopSignal:
             self._heard = True
             if not self._interrupting:
                 signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _is_on_its_way(error: BaseException | None) -> bool:
+    """Return True if the exception that is being handled is a stop, or came while one was."""
+    while error is not None and not isinstance(error, StoppedError):
+        error = error.__context__
+    return error is not None
+
+
+def _is_deaf(frame: types.FrameType | None) -> bool:
+    """Return True if what is raised in this frame would get lost."""
+    while frame is not None and frame.f_code.co_name not in _DEAF:
+        frame = frame.f_back
+    return frame is not None
 
 
 def leave_terminal() -> None:

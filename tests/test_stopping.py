@@ -1,5 +1,6 @@
 """A signal stops a program with exit code 75 and one sentence, whoever catches exceptions on the way."""
 
+import gc
 import os
 import pathlib
 import signal
@@ -45,7 +46,49 @@ def _swallow():
     del swallows
 
 
+def test_a_stop_lets_the_work_clean_up(monkeypatch):
+    monkeypatch.setattr(stopping, "_INSIST_SECONDS", 0.05)
+    cleaned = []
+
+    def work():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            try:
+                raise OSError("something else")
+            except OSError:
+                time.sleep(0.3)
+            time.sleep(0.3)
+            cleaned.append(True)
+
+    _stopped(work)
+    assert cleaned == [True]
+
+
+class _Forgets:
+    def __call__(self, phase, info):
+        if phase == "start":
+            signal.raise_signal(signal.SIGTERM)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_stop_in_a_callback_of_the_garbage_collector_comes_again(monkeypatch):
+    """As JAX has one, in which a tenth of all signals arrives while libraries load."""
+    monkeypatch.setattr(stopping, "_INSIST_SECONDS", 0.05)
+    forgets = _Forgets()
+
+    def work():
+        gc.callbacks.append(forgets)
+        gc.collect()
+        gc.callbacks.remove(forgets)
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            pass
+        pytest.fail("nobody stopped")
+
+    _stopped(work)
+
+
 def test_a_stop_that_got_lost_comes_again(monkeypatch):
     monkeypatch.setattr(stopping, "_INSIST_SECONDS", 0.05)
 
@@ -60,7 +103,6 @@ def test_a_stop_that_got_lost_comes_again(monkeypatch):
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_stop_that_got_lost_is_known_at_the_end_of_the_block():
     _stopped(_swallow)
 
