@@ -17,6 +17,7 @@ from apr_jax.config_fields import (
     Epsilon,
     GroupSize,
     Layers,
+    Length,
     Natural,
     Positive,
     Price,
@@ -88,7 +89,7 @@ class ModelConfig(Section, path="model"):
     num_heads: Count
     num_kv_heads: Count  # num_heads = multi-head, fewer = grouped-query
     head_dim: Count
-    max_seq_len: Count  # tokens of context a thread may hold
+    max_seq_len: Length  # tokens of context a thread may hold
     rope_theta: Positive
     rope_scaling: RopeScaling | None
     rms_norm_eps: Epsilon
@@ -184,7 +185,7 @@ class SFTConfig(Section, path="sft"):
 
     num_steps: Natural
     rows_per_step: Count  # packed rows in a global batch
-    row_len: Count  # tokens a row
+    row_len: Length  # tokens a row
     microbatches: Count  # gradient accumulation: rows_per_step is split so often
     number_waves: Weight  # amplitude at which fresh number tokens start as waves (train/number_waves.py); 0: at random
     optimizer: OptimizerConfig
@@ -271,7 +272,7 @@ class GRPOConfig(Section, path="grpo"):
     importance_cap: Weight  # truncated importance weight for the rollout/trainer gap; 0 = off
     credit: Literal["rollout", "used"]  # who has the rollout's advantage: every call, or see train/rl/credit.py
     reward: RewardConfig
-    row_len: Count
+    row_len: Length
     rows_per_microbatch: Count
     optimizer: OptimizerConfig
     checkpoint_every: Count

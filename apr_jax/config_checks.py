@@ -1,5 +1,6 @@
 """Checks of what several sections of the configuration must agree on. Each yields a message with what disagrees."""
 
+import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ def disagreements(config: "Config") -> Iterator[str]:
 def futile(config: "Config") -> Iterator[str]:
     """Yield what a run would fail at, or do in vain, with a configuration in which nothing disagrees."""
     data, grpo, evaluation = config.data, config.grpo, config.evaluation
+    if data.tokenizer != "builtin" and not pathlib.Path(data.tokenizer).exists():
+        yield f'data.tokenizer={data.tokenizer}: no such file; name a tokenizer.json, or "builtin"'
     if grpo.num_steps and grpo.prompts_per_step > data.num_train:
         yield f"grpo.prompts_per_step={grpo.prompts_per_step} is more than data.num_train={data.num_train}"
     there = getattr(data, f"num_{evaluation.split}")

@@ -39,6 +39,7 @@ ANY_NUMBER = Range(-1e30, 1e30)  # of a number whose type names no range
 
 Count = Annotated[int, Range(1, LARGEST_INT)]
 Natural = Annotated[int, Range(0, LARGEST_INT)]
+Length = Annotated[int, Range(1, 2**24)]  # tokens of a row or a thread
 Layers = Annotated[int, Range(1, 10_000)]
 Processes = Annotated[int, Range(1, 4_096)]
 Devices = Annotated[int, Range(1, 65_536)]

@@ -196,6 +196,7 @@ def test_two_fields_that_contradict_each_other_are_named(changes, message):
             {"evaluation.split": "validation", "evaluation.num_problems": 40},
             r"=40 is more than data\.num_validation=16",
         ),
+        ({"data.tokenizer": "/nowhere/tokenizer.json"}, r"data\.tokenizer=/nowhere/tokenizer\.json: no such file"),
         ({"rollout.temperature": 0}, r"rollout\.temperature=0\.0: GRPO learns from how rollouts of a problem differ"),
         ({"sft.optimizer.muon_learning_rate": 0.0}, r"sft\.optimizer\.muon_learning_rate=0\.0: Muon would leave"),
         ({"grpo.optimizer.name": "muon"}, r"grpo\.optimizer\.muon_learning_rate=0\.0: Muon would leave"),
