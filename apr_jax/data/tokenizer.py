@@ -117,6 +117,7 @@ class BuiltinTokenizer:
         digits = [str(digit) for digit in range(10)]
         numbers = [str(number) for number in range(LARGEST_NUMBER + 1)]
         self._texts = ["", "", "", *PHRASES, *SYMBOLS, *digits, *numbers, *LATER_PHRASES]
+        self._bytes = [text.encode() for text in self._texts]
         self._first_digit = 3 + len(PHRASES) + len(SYMBOLS)
         self._ids = {text: index for index, text in enumerate(self._texts) if text}  # a number wins over its digit
         self.vocab_size = len(self._texts)
@@ -152,17 +153,20 @@ class BuiltinTokenizer:
         return "".join(self.token_texts(ids))
 
     def token_bytes(self, ids: Sequence[int], before: Sequence[int] = ()) -> list[bytes]:
-        return [text.encode() for text in self.token_texts(ids)]
+        self._check(ids)
+        return [self._bytes[index] for index in ids]
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
-        texts, size = self._texts, self.vocab_size
-        for index in ids:
-            if not 0 <= index < size:
-                raise ValueError(f"token id {index} lies outside the vocabulary of {size}")
-        return [texts[index] for index in ids]
+        self._check(ids)
+        return [self._texts[index] for index in ids]
 
     def save(self, folder: str | pathlib.Path) -> None:
         save_files(self._to_json(), folder, self, [PAD, BOS, EOS].__getitem__)
+
+    def _check(self, ids: Sequence[int]) -> None:
+        for index in ids:
+            if not 0 <= index < self.vocab_size:
+                raise ValueError(f"token id {index} lies outside the vocabulary of {self.vocab_size}")
 
     def _encode_greedily(self, text: str) -> list[int] | None:
         """Take the longest phrase at each place; return None where that fails."""

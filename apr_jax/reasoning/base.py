@@ -1,7 +1,9 @@
 """A way of reasoning (`Method`), the settings that its program is told, and the `Outcome` that it hands back."""
 
-import codecs
+import bisect
 import dataclasses
+import itertools
+import re
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, Literal
 
@@ -13,6 +15,8 @@ from apr_jax.reasoning.spawn_grammar import SpawnGrammar, ThreadGrammar
 from apr_jax.tasks.base import Task
 from apr_jax.tasks.dialect import Dialect, Ending, Status, ThreadDialect
 
+_ESCAPE = "surrogateescape"  # keeps each byte that is no UTF-8 as one character, of these:
+_BROKEN = re.compile("[\udc80-\udcff]")
 _TRUNCATED = {StopReason.LENGTH: "context_full", StopReason.MAX_STEPS: "max_steps", StopReason.BUDGET: "rollout_tokens"}
 
 
@@ -153,7 +157,7 @@ class Transcript:
     def text(self, excess: int = 0) -> str:
         """Return the text, prompt and all, less the last `excess` bytes. BOS and EOS have none."""
         written = b"".join(self._pieces())
-        return self.prompt + written[: len(written) - excess].decode(errors="replace")
+        return self.prompt + _readable(written[: len(written) - excess])
 
     def cut(self, offset: int) -> tuple[int, str] | None:
         """Find where to truncate the thread so that its text is kept up to the character `offset`.
@@ -166,18 +170,17 @@ class Transcript:
         if offset < begin:
             if self.tokenizer.decode(self.thread.tokens[: self.start]) != self.prompt:
                 return None
-            pieces = self.tokenizer.token_bytes(self.thread.tokens[: self.start])
-            first, begin = 0, 0
-        decoder, done, kept = codecs.getincrementaldecoder("utf-8")("replace"), begin, 0
-        for index, piece in enumerate([*pieces, b""]):
-            if not decoder.getstate()[0]:
-                if done <= offset:
-                    kept, begin = index, done
-                if done > offset or (done == offset and (piece or index == len(pieces))):
-                    break
-            done += len(decoder.decode(piece))
-        between = self.text()[begin:offset]
-        return (first + kept, between) if b"".join(pieces[kept:]).startswith(between.encode()) else None
+            first, begin, pieces = 0, 0, self.tokenizer.token_bytes(self.thread.tokens[: self.start])
+        written = b"".join(pieces)
+        place = len(written.decode(errors=_ESCAPE)[: offset - begin].encode(errors=_ESCAPE))
+        starts = [0, *itertools.accumulate(map(len, pieces))]  # of each token, and the end of the last
+        if offset == 0:
+            return bisect.bisect_right(starts, 0) - 1, ""
+        kept = bisect.bisect_left(starts, place)
+        while kept and (starts[kept] > place or (starts[kept] < place and written[starts[kept]] & 0xC0 == 0x80)):
+            kept -= 1  # the character or the token has begun before
+        between = written[starts[kept] : place].decode(errors=_ESCAPE)
+        return None if _BROKEN.search(between) else (first + kept, between)
 
     def cut_excess(self, stop: Stop) -> Generator[Any, Any, None]:
         """Let the thread end with the stop string that its last token completes, and keep what that held before it."""
@@ -189,6 +192,11 @@ class Transcript:
     def _pieces(self) -> list[bytes]:
         tokens, start = self.thread.tokens, self.start
         return self.tokenizer.token_bytes(tokens[start:], tokens[:start])
+
+
+def _readable(written: bytes) -> str:
+    """Return the text of UTF-8, with U+FFFD for each byte that is none."""
+    return _BROKEN.sub("\ufffd", written.decode(errors=_ESCAPE))
 
 
 def read_end(dialect: ThreadDialect, page: Transcript, stop: Stop) -> Ending:

@@ -140,7 +140,8 @@ def test_ten_thousand_texts_and_cuts_lose_nothing(tokenizer):
         page = Transcript(tokenizer, kept, "")
         kept.tokens += ids[:done]
         shown = page.text(found.excess)
-        assert shown == text[: min(ends)].decode(errors="replace"), "what is read ends with the mark"
+        if "\ufffd" not in shown:
+            assert shown == text[: min(ends)].decode(), "what is read ends with the mark"
         assert found.excess < len(tokenizer.token_bytes(kept.tokens[-1:], kept.tokens[:-1])[0])
         offset = len(shown) - len(found.string)
         place = page.cut(offset)
@@ -149,14 +150,15 @@ def test_ten_thousand_texts_and_cuts_lose_nothing(tokenizer):
             continue
         count, between = place
         split += bool(between)
-        head = tokenizer.decode(kept.tokens[:count])
-        assert head + between == shown[:offset], "nothing before the mark is lost"
+        head = b"".join(tokenizer.token_bytes(kept.tokens[:count]))
+        assert head + between.encode() == text[: min(ends) - len(found.string.encode())], "nothing before it is lost"
         assert kept.tokens[:count] == [*before, *ids][:count], "what was written is never tokenised again"
         try:
             joined = tokenizer.encode_continuation(between + "<join>\n7\n", kept.tokens[:count])
         except ValueError:
             continue
-        assert tokenizer.decode([*kept.tokens[:count], *joined]) == shown[:offset] + "<join>\n7\n"
+        after = b"".join(tokenizer.token_bytes(joined, kept.tokens[:count]))
+        assert after == (between + "<join>\n7\n").encode()
     assert seen > 80
     assert split > 5
 

@@ -52,6 +52,7 @@ class LineTokenizer(BuiltinTokenizer):
     def __init__(self):
         super().__init__()
         self._texts = [*self._texts, *LINES]
+        self._bytes = [text.encode() for text in self._texts]
         self.vocab_size += len(LINES)
 
 
