@@ -29,7 +29,7 @@ class DecodeCache(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class PagesInPlace:
-    """Every step writes to the pages and attends to them where they lie."""
+    """A `DecodeCache` whose steps write to the pages and attend to them where they lie."""
 
     config: ModelConfig
     attention: PagedAttention
@@ -38,18 +38,14 @@ class PagesInPlace:
     lengths_L: jax.Array  # int32, positions in each row before the chunk
 
     def start(self) -> PagedKVCache:
-        """See `DecodeCache`."""
         return self.pages
 
     def view(self, carried: PagedKVCache, step: jax.Array, live_L: jax.Array) -> PagedLanes:
-        """See `DecodeCache`."""
         places = Places(self.lengths_L + step, live_L, self.tables_LR)
         return paged_lanes(self.config, carried, places, self.attention)
 
     def carried(self, view: PagedLanes) -> PagedKVCache:
-        """See `DecodeCache`."""
         return view.pages
 
     def finish(self, carried: PagedKVCache, counts_L: jax.Array) -> PagedKVCache:
-        """See `DecodeCache`."""
         return carried

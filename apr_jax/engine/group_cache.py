@@ -23,7 +23,7 @@ Carried = tuple[tuple[Block, ...], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class GroupCache:
-    """The caches of groups: lane `a * workers + w` is worker w of group a."""
+    """A `DecodeCache` of groups: lane `a * workers + w` is worker w of group a."""
 
     tile: HeadTile
     pages: PagedKVCache
@@ -60,22 +60,18 @@ class GroupCache:
         return cls(tile, pages, tables_LR, first)
 
     def start(self) -> Carried:
-        """See `DecodeCache`."""
         return self.carried(self.first)
 
     def view(self, carried: Carried, step: jax.Array, live_L: jax.Array) -> SharedWorkers:
-        """See `DecodeCache`."""
         fresh, seen_L = carried
         rope = rope_angles(self.first.lengths_L + step, self.first.frequencies)
         seen_L = seen_L + live_L.astype(jnp.int32)
         return dataclasses.replace(self.first, rope=rope, fresh=fresh, seen_L=seen_L, step=step)
 
     def carried(self, view: SharedWorkers) -> Carried:
-        """See `DecodeCache`."""
         return view.fresh, view.seen_L
 
     def finish(self, carried: Carried, counts_L: jax.Array) -> PagedKVCache:
-        """See `DecodeCache`."""
         steps = carried[0][0][0].shape[2]
         touched = -(-(steps - 1) // self.pages.page_size) + 1
         fresh = jax.tree.map(self.tile.pack, carried[0])

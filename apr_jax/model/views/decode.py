@@ -15,7 +15,7 @@ from apr_jax.model.rope import Frequencies, rope_angles
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PagedLanes:
-    """The pages of a shard, and where each lane's token stands in its thread's row."""
+    """A `View` of lanes: the pages of a shard, and where each lane's token stands in its thread's row."""
 
     rope: Angles
     pages: PagedKVCache
@@ -23,7 +23,6 @@ class PagedLanes:
     attention: PagedAttention = dataclasses.field(metadata={"static": True})
 
     def angles(self) -> Angles:
-        """See `View`."""
         return self.rope
 
     def attend(self, layer: int, q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array) -> tuple[jax.Array, Self]:

@@ -19,7 +19,7 @@ from apr_jax.model.rope import Frequencies, rope_angles
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PrefillRows:
-    """C new positions of each of L threads. Pages are only read; the new keys and values are collected in `fresh`."""
+    """A `View` of C new positions of each of L threads. Pages are only read; `fresh` collects new keys and values."""
 
     rope: Angles
     pages: PagedKVCache
@@ -29,7 +29,6 @@ class PrefillRows:
     tile: HeadTile = dataclasses.field(metadata={"static": True})
 
     def angles(self) -> Angles:
-        """See `View`."""
         return self.rope
 
     def attend(self, layer: int, q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array) -> tuple[jax.Array, Self]:

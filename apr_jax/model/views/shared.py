@@ -53,7 +53,7 @@ def segment_shifts(written_AU: jax.Array) -> tuple[jax.Array, jax.Array]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SharedWorkers:
-    """The caches of all groups of a shard in one step. New keys and values stand at the chunk's step."""
+    """A `View` of the caches of all groups of a shard in one step. New keys and values stand at the chunk's step."""
 
     rope: Angles  # of each lane's position in its own row
     rows: tuple[Spans, ...]  # per layer, the lanes' rows as they were before the chunk
@@ -67,7 +67,6 @@ class SharedWorkers:
     frequencies: Frequencies = dataclasses.field(metadata={"static": True})
 
     def angles(self) -> Angles:
-        """See `View`."""
         return self.rope
 
     def attend(self, layer: int, q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array) -> tuple[jax.Array, Self]:

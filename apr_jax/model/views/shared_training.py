@@ -47,7 +47,6 @@ class SharedTrainingRows:
     further: tuple[Angles, ...]  # of `shared_angles`
 
     def angles(self) -> Angles:
-        """See `View`."""
         return self.rope
 
     def attend(self, layer: int, q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array) -> tuple[jax.Array, Self]:

@@ -19,7 +19,7 @@ TrainingAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Ar
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainingRows:
-    """Rows of segments. A segment is one sequence, or several that begin alike and hold what is common once.
+    """A `View` of rows of segments: each is one sequence, or several that begin alike and hold what is common once.
 
     In the second case tokens say how far they reach (`data/prefixes.py`): what comes after the end of a branch does not
     see that branch.
@@ -31,11 +31,9 @@ class TrainingRows:
     attention: TrainingAttention = dataclasses.field(metadata={"static": True})
 
     def angles(self) -> Angles:
-        """See `View`."""
         return self.rope
 
     def attend(self, layer: int, q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array) -> tuple[jax.Array, Self]:
-        """See `View`."""
         q_BTNH, k_BTKH, v_BTKH = (x.reshape(-1, *x.shape[-3:]) for x in (q_TNH, k_TKH, v_TKH))
         ids_BT = self.segment_ids.reshape(-1, self.segment_ids.shape[-1])
         ends_BT = None if self.ends is None else self.ends.reshape(ids_BT.shape)
