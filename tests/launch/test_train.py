@@ -10,6 +10,10 @@ import sys
 import numpy as np
 import pytest
 
+from apr_jax.model.params import init_params
+from apr_jax.model.weights.hf import save_hf
+from tests.train.small import small_config
+
 pytestmark = pytest.mark.heavy
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -130,6 +134,17 @@ def test_a_signal_saves_and_exits_with_75_and_grpo_starts_from_a_checkpoint(plac
 def test_what_cannot_work_is_refused_at_once(place, arguments, message):
     _, errors = _finish(_start(place, place / "refused", *arguments), 2)
     assert message in errors
+    assert "Traceback" not in errors
+    assert not (place / "refused").exists()
+
+
+@pytest.mark.parametrize("flag", ["start", "checkpoint"])
+@pytest.mark.parametrize("named", [(), ("--config.data.tokenizer=auto",)], ids=["as configured", "auto"])
+def test_a_policy_without_tokenizer_is_refused(place, flag, named):
+    config = small_config()
+    save_hf(place / "bare", config.model, init_params(config.model, 0))
+    _, errors = _finish(_start(place, place / "refused", f"--{flag}={place / 'bare'}", *named), 2)
+    assert f"{place / 'bare'} holds no tokenizer.json" in errors
     assert "Traceback" not in errors
     assert not (place / "refused").exists()
 
