@@ -190,7 +190,8 @@ def with_auto(values: dict[str, Any], path: pathlib.Path | None) -> dict[str, An
         if data["add_marker_tokens"] and data["tokenizer"] != "builtin":
             markers = TASKS[task["name"]].marks
             tokenizer = load_tokenizer(data["tokenizer"], Spelling(markers=markers))
-            model["vocab_size"] = max(model["vocab_size"], tokenizer.vocab_size)
+            parts = values["mesh"]["tensor"]  # of the vocabulary, all of one size
+            model["vocab_size"] = max(model["vocab_size"], -(-tokenizer.vocab_size // parts) * parts)
     if wanted & {"data.method", "task.name"} and saved is None:
         raise ConfigError(f"{path} does not say which method and task its policy was trained for: name them")
     if saved is not None and "data.method" in wanted:

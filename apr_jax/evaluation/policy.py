@@ -101,7 +101,8 @@ def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
     if tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(
             f"model.vocab_size={model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size} ids (with marks "
-            "of spawns and joins): this tokenizer is not the policy's, or the model needs more embeddings"
+            "of spawns and joins): this tokenizer is not the policy's, or the model needs more embeddings. Without "
+            "data.add_marker_tokens no mark is added; with it and --config.model.family=auto, training grows the model"
         )
 
 

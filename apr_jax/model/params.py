@@ -53,19 +53,19 @@ def init_params(config: ModelConfig, seed: int) -> Params:
     return nnx.state(Llama(config, rngs=nnx.Rngs(seed)))  # not jitted: XLA compiles a draw per shape, not per matrix
 
 
-def with_vocabulary(params: Params, vocab_size: int) -> Params:
-    """Return weights for at least `vocab_size` ids: the embeddings of new ids are the mean of those that are there."""
+def with_new_ids(params: Params, known: int, vocab_size: int) -> Params:
+    """Return weights for `vocab_size` ids, whose embeddings from the id `known` on are the mean of those before it."""
 
-    def grow(path: Any, leaf: jax.Array) -> jax.Array:
+    def renew(path: Any, leaf: jax.Array) -> jax.Array:
         axes = _LOGICAL_AXES[name_of(path)]
-        missing = vocab_size - leaf.shape[axes.index("vocab")] if "vocab" in axes else 0
-        if missing <= 0:
+        if "vocab" not in axes:
             return leaf
         axis = axes.index("vocab")
-        mean = jnp.mean(leaf, axis=axis, keepdims=True, dtype=jnp.float32).astype(leaf.dtype)
-        return jnp.concatenate([leaf, jnp.repeat(mean, missing, axis=axis)], axis=axis)
+        old = jax.lax.slice_in_dim(leaf, 0, known, axis=axis)
+        mean = jnp.mean(old, axis=axis, keepdims=True, dtype=jnp.float32).astype(leaf.dtype)
+        return jnp.concatenate([old, jnp.repeat(mean, vocab_size - known, axis=axis)], axis=axis)
 
-    return jax.tree_util.tree_map_with_path(grow, params)
+    return jax.tree_util.tree_map_with_path(renew, params)
 
 
 def graphdef(config: ModelConfig, ops: Ops = XLA) -> nnx.GraphDef[Llama]:

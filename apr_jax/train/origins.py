@@ -15,9 +15,9 @@ from apr_jax.checkpoints.phases import PhaseName
 from apr_jax.checkpoints.policy import load_policy
 from apr_jax.config import Config, ConfigError
 from apr_jax.config_dict import to_dict
-from apr_jax.data.tokenizer import Spelling, Tokenizer, tokenizer_digest
+from apr_jax.data.tokenizer import Spelling, Tokenizer, config_tokenizer, load_tokenizer, tokenizer_digest
 from apr_jax.files import read_json, reading, write_json
-from apr_jax.model.params import Params, weights_digest, with_vocabulary
+from apr_jax.model.params import Params, weights_digest, with_new_ids
 from apr_jax.model.placement import place_params
 from apr_jax.parallel import hosts
 
@@ -44,16 +44,18 @@ def load_given(phase: PhaseName, path: pathlib.Path, config: Config) -> Given:
     """Load the policy at `path` for a phase to begin with.
 
     Both phases take its weights, so model and tokenizer must be those of `config`, but for the tokens of markers that
-    `config` adds. GRPO goes on with what the policy
-    was trained for, and SFT may teach it something else.
+    `config` adds, whose embeddings are new. GRPO goes on with what the policy was trained for, and SFT may teach it
+    something else.
 
     Raises: ConfigError for what does not agree, and as `load_policy`.
     """
     model, params, saved = load_policy(path)
     grows = config.data.add_marker_tokens
     check_model(path, dataclasses.asdict(model), dataclasses.asdict(config.model), grows=grows)
-    agreed_tokenizer(path, own_tokenizer(path, saved), config.data.tokenizer, Spelling.of(config))
-    params = with_vocabulary(params, config.model.vocab_size)
+    own = agreed_tokenizer(path, own_tokenizer(path, saved), config.data.tokenizer, Spelling.of(config))
+    known = load_tokenizer(own).vocab_size
+    if known < config_tokenizer(config).vocab_size:  # the policy's lacks markers
+        params = with_new_ids(params, known, config.model.vocab_size)
     if phase == "grpo":
         check_meaning(
             f"the policy of {path}",

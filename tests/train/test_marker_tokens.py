@@ -54,6 +54,36 @@ def test_new_rows_are_the_mean_of_those_that_are_there(folder):
         np.testing.assert_allclose(new, np.broadcast_to(np.mean(array, axis=axis, keepdims=True), new.shape), atol=1e-7)
 
 
+def test_rows_that_a_padded_vocabulary_has_for_them_are_new_as_well(folder, tmp_path):
+    """Many models have more rows than their tokenizer has ids."""
+    own = load_tokenizer(str(folder / "tokenizer.json"))
+    model = dataclasses.replace(small_config().model, vocab_size=own.vocab_size + 64, tie_embeddings=True)
+    padded = init_params(model, 1)
+    save_hf(tmp_path, model, padded, own)
+    config = from_policy(tmp_path, **{"data.add_marker_tokens": True, "mesh.tensor": 1})
+    assert config.model.vocab_size == model.vocab_size
+    rows = flatten(load_given("sft", tmp_path, config).params)
+    (name,) = (name for name in rows if "embedding" in name)
+    before, after = np.asarray(flatten(padded)[name]), np.asarray(rows[name])
+    np.testing.assert_array_equal(before[: own.vocab_size], after[: own.vocab_size])
+    np.testing.assert_allclose(after[own.vocab_size :], before[: own.vocab_size].mean(0)[None].repeat(64, 0), atol=1e-7)
+    kept = load_given("sft", tmp_path, from_policy(tmp_path))
+    np.testing.assert_array_equal(before, np.asarray(flatten(kept.params)[name]))
+
+
+def test_a_grown_vocabulary_can_be_split(folder):
+    own = load_tokenizer(str(folder / "tokenizer.json"))
+    for parts in (1, 2, 4):
+        auto = {"model.family": "auto", "data.tokenizer": "auto"}
+        values = to_dict(small_config())
+        for path, value in {**auto, "data.add_marker_tokens": True, "mesh.tensor": parts}.items():
+            section, name = path.split(".")
+            values[section][name] = value
+        size = with_auto(values, folder)["model"]["vocab_size"]
+        assert size % parts == 0
+        assert 0 <= size - own.vocab_size - len(task_of(small_config()).marks) < parts
+
+
 def test_without_them_the_vocabulary_stays_and_a_larger_one_is_another_model(folder):
     config = from_policy(folder)
     check_vocabulary(config.model, config_tokenizer(config))
