@@ -155,7 +155,7 @@ def _watching(count, silent_seconds=30.0):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_lost_host_ends_all_others_with_a_sentence(victim, capsys):
     companies, ends = _watching(3)
-    for peer in companies[victim]._peers.values():
+    for peer in list(companies[victim]._peers.values()):
         peer.socket.shutdown(socket.SHUT_RDWR)
     for host in {0, 1, 2} - {victim}:
         assert ends[host].happened.wait(5)
