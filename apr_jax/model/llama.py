@@ -132,16 +132,26 @@ class Llama(nnx.Module):
         config = self.config
         x = self.embedding[...].astype(config.compute_dtype)[tokens]
         for block in self.blocks:
-            run = Block.__call__
-            if config.remat in _KEPT:
-                run = nnx.remat(run, policy=_KEPT[config.remat])
-            x, view = run(block, x, view)
+            x, view = _recomputed(block, x, view) if config.remat in _KEPT else block(x, view)
         return self.final_norm(x)[1], view
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Compute float32 logits `[..., V]` of hidden states `[..., D]`."""
         head = self.embedding[...].T if self.head is None else self.head[...]
         return self.ops.logits(hidden, head.astype(hidden.dtype), self.config.vocab_size)
+
+
+def _recomputed(block: Block, x: jax.Array, view: V) -> tuple[jax.Array, V]:
+    """Run a layer whose backward pass recomputes what `config.remat` does not keep.
+
+    `nnx.remat` would write the weights back, which fails where the caller has closed over them.
+    """
+    graphdef, weights = nnx.split(block)
+    run = jax.checkpoint(
+        lambda weights, x, view: nnx.merge(graphdef, weights)(x, view), policy=_KEPT[block.attention.config.remat]
+    )
+    out: tuple[jax.Array, V] = run(weights, x, view)
+    return out
 
 
 def _matmul(ops: Ops, x: jax.Array, *weights: tuple[nnx.Param[Any], int]) -> list[jax.Array]:

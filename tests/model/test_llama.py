@@ -221,3 +221,18 @@ def test_wrong_shapes_are_named() -> None:
         training_rows(TINY, jnp.arange(5), jnp.ones(4, jnp.int32))
     with pytest.raises(ValueError, match=r"reach \(4,\) and positions \(5,\) must have one shape"):
         training_rows(TINY, jnp.arange(5), jnp.ones(5, jnp.int32), reach=jnp.ones(4, jnp.int32))
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_layers_that_are_recomputed_run_under_a_map_that_closes_over_the_weights(remat: str) -> None:
+    """As validation's microbatches do."""
+    params, tokens = params_of.init_params(TINY, 0), random_tokens((2, 1, 7))
+
+    def mapped(config: ModelConfig) -> jax.Array:
+        def hidden(params: Any, row: jax.Array) -> jax.Array:
+            return nnx.merge(params_of.graphdef(config), params)(row, training_rows(config, positions_like(row)))[0]
+
+        return jax.jit(lambda params: jax.lax.map(lambda row: hidden(params, row), tokens))(params)
+
+    recomputed = mapped(dataclasses.replace(TINY, remat=remat))
+    np.testing.assert_allclose(recomputed, mapped(TINY), atol=1e-6)
