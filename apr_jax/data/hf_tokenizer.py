@@ -1,13 +1,13 @@
 """Any Hugging Face tokenizer.json, or the tokenizer of a GGUF file, behind the `Tokenizer` protocol."""
 
 import codecs
+import contextlib
 import functools
 import itertools
 import json
 import os
 import pathlib
 import re
-import string
 from collections.abc import Callable, Sequence
 
 import tokenizers
@@ -23,7 +23,7 @@ _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _CACHED_LINES = 1 << 16
 _MOST_IDS = 1 << 22
 # Text that goes on is cut as after one of these. They are tried in turn, until one is not merged with the text.
-_ANCHORS = ("\n", *string.ascii_letters, *string.digits, *string.punctuation, " ")
+_ANCHORS = ("\n", "a", "1", ".", ";", "Q", "~", " ")
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
@@ -140,14 +140,24 @@ class HuggingFaceTokenizer:
         save_files(json.loads(self._tokenizer.to_str()), folder, self, self._tokenizer.id_to_token, self._template)
 
     def _encode_checked(self, text: str) -> tuple[int, ...]:
+        """Return ids that write `text` where one begins; in two parts where they do not give back the whole."""
         ids = tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
-        if self.decode(ids) != text:
-            what = "line" if self._by_line else "text"
-            raise ValueError(f"the tokenizer does not give back the {what} {text!r}, but {self.decode(ids)!r}")
-        return ids
+        if self.decode(ids) == text:
+            return ids
+        with contextlib.suppress(ValueError):
+            if len(text) == 1:
+                return tuple(self._bytes_of(text))
+            middle = len(text) // 2
+            return (*self._encode_checked(text[:middle]), *self._continue(text[middle:]))
+        what = "line" if self._by_line else "text"
+        raise ValueError(f"the tokenizer does not give back the {what} {text!r}, but {self.decode(ids)!r}")
 
     def _encode_after_text(self, text: str) -> list[int]:
-        """Return ids that write `text` after other text, cut as after one of `_ANCHORS`."""
+        """Return ids that write `text` after other text, cut as after one of `_ANCHORS`.
+
+        Text that a tokenizer changes, as it reads special tokens or normalises, is written in two parts, and a single
+        character at last in bytes.
+        """
         for anchor in _ANCHORS:
             ids = self._tokenizer.encode(anchor + text, add_special_tokens=False).ids
             pieces = [self._piece(index, place == 0) for place, index in enumerate(ids)]
@@ -155,7 +165,17 @@ class HuggingFaceTokenizer:
             count = next((count for count, end in enumerate(ends, start=1) if end == len(anchor)), len(ids))
             if b"".join(self._piece(index, False) for index in ids[count:]) == text.encode():
                 return ids[count:]
-        raise ValueError(f"the tokenizer cannot write {text!r} after other text")
+        middle = len(text) // 2
+        return [*self._continue(text[:middle]), *self._continue(text[middle:])] if middle else self._bytes_of(text)
+
+    def _bytes_of(self, text: str) -> list[int]:
+        """Return the tokens of a text's bytes. Raises ValueError for a tokenizer that lacks one."""
+        byte_level = {byte: char for char, byte in _BYTE_OF.items()} if "ByteLevel" in self._decoders else None
+        names = [f"<0x{byte:02X}>" if byte_level is None else byte_level[byte] for byte in text.encode()]
+        ids: list[int] = [index for name in names if (index := self._tokenizer.token_to_id(name)) is not None]
+        if b"".join(self._piece(index, False) for index in ids) != text.encode():
+            raise ValueError(f"the tokenizer cannot write {text!r}")
+        return ids
 
     def _begins(self, before: Sequence[int]) -> bool:
         """Tell whether what follows these tokens begins a text that is encoded on its own."""

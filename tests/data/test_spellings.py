@@ -33,7 +33,7 @@ WORDS = [
     "x>\n\ny",
     "<<spawn>\n>",
 ]
-WORDS += ["<thread 1>", "No solution", "end", "▁", "\t", "<spawn", "n>\n"]
+WORDS += ["<thread 1>", "No solution", "end", "▁", "\t", "<spawn", "n>\n", "</s>", "<s>x", "\u212b", "e\u0301", "<unk>"]
 KINDS = ("byte_level", "llama_like", "word_piece")
 
 
@@ -93,7 +93,7 @@ def test_whole_texts_come_back_however_they_are_cut(tokenizer, request):
             ids = tokenizer.encode_prompt(before)
             more = tokenizer.encode_continuation(text, ids)
         except ValueError:
-            assert "word_piece" in request.node.name or "▁" in before + text
+            assert "word_piece" in request.node.name
             continue
         assert tokenizer.decode(ids) == before
         assert tokenizer.decode([*ids, *more]) == before + text
@@ -117,7 +117,7 @@ def test_the_text_of_any_tokens_is_the_librarys(made):
                 assert ours.decode(ids) == expected
 
 
-def test_ten_thousand_texts_and_cuts_lose_nothing(tokenizer):
+def test_ten_thousand_texts_and_cuts_lose_nothing(tokenizer, request):
     """The first mark that is complete in what was drawn is found, the rest is trimmed, and text can go on there."""
     rng, seen, split = random.Random(3), 0, 0
     stops = stops_at(tokenizer, *MARKS).strings
@@ -156,10 +156,11 @@ def test_ten_thousand_texts_and_cuts_lose_nothing(tokenizer):
         try:
             joined = tokenizer.encode_continuation(between + "<join>\n7\n", kept.tokens[:count])
         except ValueError:
+            assert "word_piece" in request.node.name
             continue
         after = b"".join(tokenizer.token_bytes(joined, kept.tokens[:count]))
         assert after == (between + "<join>\n7\n").encode()
-    assert seen > 80
+    assert seen > 40
     assert split > 5
 
 
