@@ -11,7 +11,7 @@ from typing import Any
 
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.stop_strings import StopStrings
-from apr_jax.engine.threads import Append, Join, Open, Spawn, Thread, Truncate
+from apr_jax.engine.threads import Join, Open, Spawn, Thread
 from apr_jax.reasoning.base import Method, Outcome, Settings, Stops, Tally, Transcript, read_end, stops_at
 from apr_jax.reasoning.spawn_grammar import ThreadGrammar
 from apr_jax.tasks.dialect import ChildResult, Ending, Malformed, SpawnCall, SpawnDialect
@@ -76,9 +76,9 @@ def _search(
     """
     tokenizer, search = settings.tokenizer, _Search()
     stops = spawn_stops(dialect, tokenizer)
-    given = (
-        tokenizer.encode_prompt(prompt) if fork_of is None else tokenizer.encode_continuation(prompt, fork_of.tokens)
-    )
+    given = _given(tokenizer, prompt, fork_of, is_own=depth == 0)
+    if given is None:
+        return _failed(search, "unwritable_task")
     thread = yield Open(given, fork_of=fork_of, max_length=settings.context_window)
     page, spawns = Transcript(tokenizer, thread, prompt), 0
     while True:
@@ -86,21 +86,18 @@ def _search(
         search.text = page.text(stop.excess)
         mark = stops.mark(stop)
         if mark is not None and mark in dialect.replaced:
-            kept = page.cut(len(search.text) - len(mark))
-            assert kept is not None, "a mark is whole characters"
-            yield Truncate(thread, kept[0])
-            yield Append(thread, tokenizer.encode_continuation(kept[1] + dialect.replaced[mark], thread.tokens))
-            continue
+            if (yield from page.replace(len(search.text) - len(mark), dialect.replaced[mark])):
+                continue
+            return _failed(search, "split_token")
         if not mark and not dialect.asks_for_children(search.text, depth):
             ending = read_end(dialect, page, stop)
             search.failure = ending if ending.status == "truncated" else None
             return search
         call = read_spawn(dialect, search.text, settings, depth, spawns, allowance)
-        kept = None if isinstance(call, Malformed) else page.cut(call.start)
-        if isinstance(call, Malformed) or kept is None:
-            reason = call.reason if isinstance(call, Malformed) else "split_token"
-            search.failure = Ending(None, "malformed", reason)
-            return search
+        if isinstance(call, Malformed):
+            return _failed(search, call.reason)
+        if page.cut(call.start) is None:
+            return _failed(search, "split_token")
         count, before = len(call.contexts), search.tally.num_children
         share = (allowance - count) // (count + 1) if depth + 1 < settings.max_depth else 0
         children = [
@@ -115,8 +112,28 @@ def _search(
         joined = dialect.render_join(_count(search.tally, call.names, returned), call.level)
         # What cancelled children opened is not known here: they count as if they had used their whole share.
         allowance -= search.tally.num_children - before + share * returned.count(None)
-        yield Truncate(thread, kept[0])
-        yield Append(thread, tokenizer.encode_continuation(kept[1] + joined, thread.tokens))
+        if not (yield from page.replace(call.start, joined)):
+            return _failed(search, "unwritable_join")
+
+
+def _given(tokenizer: Tokenizer, prompt: str, fork_of: Thread | None, *, is_own: bool) -> list[int] | None:
+    """Return the tokens that a thread is given, after those of `fork_of`; None where a model's text is no prompt.
+
+    Raises ValueError where the task's own is none.
+    """
+    try:
+        if fork_of is None:
+            return tokenizer.encode_prompt(prompt)
+        return tokenizer.encode_continuation(prompt, fork_of.tokens)
+    except ValueError:
+        if is_own:
+            raise
+        return None
+
+
+def _failed(search: _Search, reason: str) -> _Search:
+    search.failure = Ending(None, "malformed", reason)
+    return search
 
 
 def spawn_stops(dialect: SpawnDialect, tokenizer: Tokenizer, *marks: str) -> Stops:

@@ -182,12 +182,26 @@ class Transcript:
         between = written[starts[kept] : place].decode(errors=_ESCAPE)
         return None if _BROKEN.search(between) else (first + kept, between)
 
+    def replace(self, offset: int, text: str) -> Generator[Any, Any, bool]:
+        """Let the thread's text go on with `text` from the character `offset` on.
+
+        False: the tokenizer cannot write that, and the thread stays as it is.
+        """
+        kept = self.cut(offset)
+        if kept is None:
+            return False
+        try:
+            tokens = self.tokenizer.encode_continuation(kept[1] + text, self.thread.tokens[: kept[0]])
+        except ValueError:
+            return False
+        yield Truncate(self.thread, kept[0])
+        yield Append(self.thread, tokens)
+        return True
+
     def cut_excess(self, stop: Stop) -> Generator[Any, Any, None]:
         """Let the thread end with the stop string that its last token completes, and keep what that held before it."""
         if stop.excess:
-            kept, between = self.cut(len(self.text(stop.excess))) or (len(self.thread.tokens), "")
-            yield Truncate(self.thread, kept)
-            yield Append(self.thread, self.tokenizer.encode_continuation(between, self.thread.tokens))
+            yield from self.replace(len(self.text(stop.excess)), "")
 
     def _pieces(self) -> list[bytes]:
         tokens, start = self.thread.tokens, self.start

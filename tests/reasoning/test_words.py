@@ -123,3 +123,43 @@ def test_a_thread_that_writes_a_join_is_malformed(paths):
     (rollout,) = ScriptedEngine(write).run([(RolloutKey(0, 0), adaptive(demo.problem, asked))])
     assert (rollout.result.status, rollout.result.reason) == ("malformed", "wrote_join")
     assert tokenizer.decode(rollout.calls[0].tokens.tolist()) == "3\n<join>\n"
+
+
+def test_text_that_cannot_be_written_is_malformed_and_no_bug(paths):
+    """A child's result with what a tokenizer cannot spell, and a task that would leave its message in a chat."""
+    tokenizer = load_tokenizer(paths["byte_level"], Spelling(joins=("<join>\n",)))
+    demo = next(demo for demo in demonstrations("nested_sums_text", 5) if demo.calls[0].ends_in_spawn)
+    first, spawn = demo.calls[0].context, demo.calls[0].completion
+
+    class Refusing:
+        def __init__(self, **methods):
+            self.__dict__.update(methods)
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+    def write(path, tokens):
+        text = spawn if not path else "<result>\n7 \u2603\n</result>\n"
+        return [*tokenizer.encode_continuation(text, tokens), tokenizer.eos_id]
+
+    def no_snow(text, before):
+        if "\u2603" in text:
+            raise ValueError("no snowman")
+        return tokenizer.encode_continuation(text, before)
+
+    def no_child(text):
+        if text != first:
+            raise ValueError("no other prompt")
+        return tokenizer.encode_prompt(text)
+
+    def outcome(asked):
+        program = adaptive(demo.problem, settings(task=TASKS["nested_sums_text"], tokenizer=asked, max_spawns=1))
+        return ScriptedEngine(write).run([(RolloutKey(0, 0), program)])[0].result
+
+    refused = outcome(Refusing(encode_continuation=no_snow))
+    assert (refused.status, refused.reason) == ("malformed", "unwritable_join")
+    refused = outcome(Refusing(encode_prompt=no_child))
+    assert set(refused.child_reasons) == {"unwritable_task"}
+    assert refused.reason == "too_many_spawns"
+    with pytest.raises(ValueError, match="no other prompt"):
+        outcome(Refusing(encode_prompt=lambda text: no_child("x" + text)))
