@@ -42,7 +42,7 @@ def drill(folder: pathlib.Path, share: float, seed: int) -> str:
     counts: collections.Counter[str] = collections.Counter()
     while not counts["runs"] or time.monotonic() < deadline:
         name = f"run{counts['runs']}"
-        _disturbed(folder, name, seconds, deadline, rng, counts)
+        seconds = min(seconds, _disturbed(folder, name, seconds, deadline, rng, counts))
         _assert_same(folder / "whole", folder / name)
         shutil.rmtree(folder / name)
         counts["runs"] += 1
@@ -63,10 +63,14 @@ def _disturbed(
     deadline: float,
     rng: random.Random,
     counts: collections.Counter[str],
-) -> None:
-    """Starts a run again and again, disturbed until the time is over, until it has come to its end."""
+) -> float:
+    """Starts a run again and again, disturbed until the time is over, until its end. Returns the last start's seconds.
+
+    Disturbances come within `seconds` of a start.
+    """
     kept: dict[str, bytes] = {}
     for attempt in range(STARTS):
+        started = time.monotonic()
         calm = time.monotonic() > deadline or attempt > STARTS // 2
         disturbance = None if calm else rng.choice(DISTURBANCES)
         limit = int(2 ** rng.uniform(11, 18)) if disturbance == "disk full" else None
@@ -82,12 +86,12 @@ def _disturbed(
         text = run.text
         assert "Traceback" not in text, text
         if code == 0:
-            return
+            return max(5.0, time.monotonic() - started)
         if disturbance is None or code in (1, 2):
             _follow_advice(run, code, workdir, limit is not None, kept)
             counts["refusals"] += limit is None
         assert code in (1, 2, 75, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP), (code, text)
-        if not calm and rng.random() < 0.5:
+        if not calm and rng.random() < 0.7:
             kept = _damage(workdir, rng, counts)
     raise AssertionError(f"{name} did not come to its end in {STARTS} starts")
 
