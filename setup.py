@@ -35,6 +35,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<1"],
         "peers": ["torch>=2.9", "transformers>=5"],
         "pretrained": ["gguf>=0.17,<1"],  # reads and writes GGUF files
+        "gym": ["reasoning-gym>=0.1.20,<0.2"],  # datasets of config.task.name=gym:NAME
         "browser": ["playwright>=1.60,<2", "pillow>=11"],  # drives a Chromium that is there; brings none
         "dev": [
             "pytest>=8",

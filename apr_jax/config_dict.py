@@ -19,7 +19,7 @@ from apr_jax.config_fields import number_range
 from apr_jax.model.families import FAMILIES
 from apr_jax.reasoning import METHODS
 from apr_jax.reasoning.settings import spelled_spawns
-from apr_jax.tasks import TASKS, task_of
+from apr_jax.tasks import TASKS, named_section, task_of
 from apr_jax.tasks.base import HELD_OUT_SPLITS, TaskLacksError
 
 
@@ -69,6 +69,7 @@ def _convert_value(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path}={shown(value)}: wrong type, it takes a section of settings")
+        value = named_section(value) if hint is TaskConfig else value
         section = _task_section(value) if hint is TaskConfig else typing.cast(type, hint)
         return _convert(section, value, f"{path}.")
     if typing.get_origin(hint) is Literal:

@@ -24,7 +24,7 @@ from apr_jax.data.tokenizer import AS_IS, Spelling, load_tokenizer, tokenizer_di
 from apr_jax.files import file_in, read_json
 from apr_jax.gguf_file import gguf_in, gguf_with_tokenizer, open_gguf, read_gguf_trained
 from apr_jax.model.weights.hf_config import TRAINED, read_config
-from apr_jax.tasks import TASKS
+from apr_jax.tasks import TASKS, named_section
 
 POLICY = "policy"  # the item of a checkpoint that holds the model's parameters
 TOKENIZER = "tokenizer"  # its folder with the tokenizer's files
@@ -188,7 +188,7 @@ def with_auto(values: dict[str, Any], path: pathlib.Path | None) -> dict[str, An
         own = dataclasses.asdict(_model_of(found))
         model |= {field: own[field] for field in WEIGHT_FIELDS}
         if data["add_marker_tokens"] and data["tokenizer"] != "builtin":
-            markers = TASKS[task["name"]].marks
+            markers = TASKS[named_section(task)["name"]].marks
             tokenizer = load_tokenizer(data["tokenizer"], Spelling(markers=markers))
             parts = values["mesh"]["tensor"]  # of the vocabulary, all of one size
             model["vocab_size"] = max(model["vocab_size"], -(-tokenizer.vocab_size // parts) * parts)

@@ -88,6 +88,7 @@ class Task(abc.ABC):
 
     name: str
     section: type[TaskConfig]  # of the configuration
+    named_by: str | None = None  # the field of the section that a name NAME:VALUE sets
     problem_fields: tuple[str, ...]  # of the section: those that problems depend on, and not demonstrations alone
     example: str  # a problem as `read_words` takes it, for messages
     reads_leniently: bool = False  # so that `read_strictly` is to be asked, too

@@ -28,7 +28,7 @@ from apr_jax.tasks.base import Call, CountTokens
 from apr_jax.tasks.dialect import ChildResult, Ending, Malformed, SpawnCall, SpawnDialect
 
 _RESULT_BEGIN, _RESULT_END = "<result>\n", "</result>\n"
-_TAG = re.compile(r"</?(?:spawn|join|result|thread)(?: [^<>\n]*)?>")
+TAG = re.compile(r"</?(?:spawn|join|result|thread)(?: [^<>\n]*)?>")
 _THREAD = re.compile(r"<thread ([1-9][0-9]{0,5})>\n(.*?)</thread>\n", re.DOTALL)
 
 
@@ -82,7 +82,7 @@ class TextDialect(SpawnDialect):
         """Return the question, after a line with the number of threads that may be opened where there is one."""
         del window
         question = self._form.question(problem)
-        if _TAG.search(question) or not question.endswith("\n"):
+        if TAG.search(question) or not question.endswith("\n"):
             raise ValueError(f"the question {question!r} is not whole lines without tags")
         return (f"At most {budget} threads.\n" if budget is not None else "") + question
 
@@ -93,8 +93,8 @@ class TextDialect(SpawnDialect):
             return Ending(None, "malformed", "no_result")
         if not text.endswith(_RESULT_END) or start + len(_RESULT_BEGIN + _RESULT_END) > len(text):
             return Ending(None, "malformed", "malformed_result")
-        if _TAG.search(result) or (result and not result.endswith("\n")):
-            return Ending(None, "malformed", "nested_tag" if _TAG.search(result) else "malformed_result")
+        if TAG.search(result) or (result and not result.endswith("\n")):
+            return Ending(None, "malformed", "nested_tag" if TAG.search(result) else "malformed_result")
         return Ending(result[:-1], "answered", "") if result.strip() else Ending(None, "no_solution", "no_solution")
 
     def read_spawn(self, text: str, *, last_begin: bool = False) -> SpawnCall | Malformed:
@@ -163,8 +163,8 @@ def _read_threads(body: str) -> list[str] | Malformed:
             return Malformed("malformed_spawn")
         if int(match[1]) != len(tasks) + 1:
             return Malformed("wrong_index")
-        if _TAG.search(match[2]) or not match[2].strip():
-            return Malformed("nested_tag" if _TAG.search(match[2]) else "empty_task")
+        if TAG.search(match[2]) or not match[2].strip():
+            return Malformed("nested_tag" if TAG.search(match[2]) else "empty_task")
         tasks.append(match[2])
         place = match.end()
     return tasks or Malformed("empty_spawn")
