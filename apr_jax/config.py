@@ -180,6 +180,23 @@ class OptimizerConfig(Section, path="optimizer"):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig(Section, path="lora"):
+    """Low-rank adapters that SFT and GRPO train in place of a pretrained policy's weights (model/lora.py)."""
+
+    rank: Natural  # 0: none, all weights are trained
+    alpha: Weight  # adapters count alpha / rank times
+    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...]  # the matrices of each layer that have one
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank and not (self.alpha and self.targets and len({*self.targets}) == len(self.targets)):
+            raise ConfigError(
+                f"lora.alpha={self.alpha} and lora.targets={self.targets}: with lora.rank={self.rank}, alpha must be "
+                "above 0, and targets name at least one matrix and none twice"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTConfig(Section, path="sft"):
     """Supervised fine-tuning on demonstrations (paper section 4.2)."""
 
@@ -310,6 +327,7 @@ class Config(Section, path=""):
     task: TaskConfig
     data: DataConfig
     mesh: MeshConfig
+    lora: LoraConfig
     sft: SFTConfig
     engine: EngineConfig
     rollout: RolloutConfig

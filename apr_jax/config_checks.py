@@ -18,6 +18,7 @@ def disagreements(config: "Config") -> Iterator[str]:
     yield from _windows(config)
     yield from _problems(config)
     yield from _sampling(config)
+    yield from _adapters(config)
 
 
 def futile(config: "Config") -> Iterator[str]:
@@ -121,3 +122,13 @@ def _sampling(config: "Config") -> Iterator[str]:
                 f"rollout.{field}={value} and rollout.constrain_spawns=True: spawns are held to their grammar on the "
                 f"whole policy; set rollout.{field}={off}, or rollout.constrain_spawns=False"
             )
+
+
+def _adapters(config: "Config") -> Iterator[str]:
+    model, rank = config.model, config.lora.rank
+    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    outer = {"q": queries, "k": keys, "v": keys, "o": queries}  # beside embed_dim
+    for target in config.lora.targets:
+        least = min(model.embed_dim, outer.get(target, model.mlp_dim))
+        if rank > least:
+            yield f"lora.rank={rank} is more than the rank of the matrix {target}, which is at most {least}"

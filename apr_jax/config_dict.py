@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from ml_collections import ConfigDict
 
-from apr_jax.config import Config, ConfigError, ModelConfig, TaskConfig, check_choice, check_range, shown
+from apr_jax.config import Config, ConfigError, LoraConfig, ModelConfig, TaskConfig, check_choice, check_range, shown
 from apr_jax.config_fields import number_range
 from apr_jax.model.families import FAMILIES
 from apr_jax.reasoning import METHODS
@@ -37,6 +37,12 @@ def read_model(values: Any) -> ModelConfig:
     model: ModelConfig = _convert_value(ModelConfig, values, "model")
     check_choice("model.family", model.family, FAMILIES)
     return model
+
+
+def read_lora(values: Any) -> LoraConfig:
+    """Convert a saved section of adapters. Raise ConfigError as `from_config_dict`."""
+    lora: LoraConfig = _convert_value(LoraConfig, values, "lora")
+    return lora
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -82,6 +82,7 @@ def laptop() -> ConfigDict:
         facts_share=0.0,
     )
     config.mesh = dict(data=2, fsdp=1, tensor=1)
+    config.lora = dict(rank=0, alpha=16.0, targets=("q", "k", "v", "o", "gate", "up", "down"))
     config.sft = dict(
         num_steps=1_200,
         rows_per_step=8,

@@ -1,11 +1,12 @@
-"""SFT and GRPO of a pretrained model, all its weights: name it with --start, a Hugging Face folder or FILE.gguf.
+"""SFT and GRPO of a pretrained model: name it with --start, a Hugging Face folder or FILE.gguf.
 
     python launch/train.py --config=configs/pretrained.py --start=FILE.gguf          # :laptop, SmolLM2-135M on a CPU
     python launch/train.py --config=configs/pretrained.py:gpu --start=FOLDER         # a model of some billions, one GPU
 
 The model's shape and the tokenizer are the policy's own. Marks of spawns are text, which any vocabulary spells; with
 --config.data.add_marker_tokens they become tokens, and the embedding grows by their rows. Where the tokenizer has a
-chat template, prompts are a user's messages. docs/pretrained.md has more.
+chat template, prompts are a user's messages. All weights are trained; with --config.lora.rank=16, adapters are.
+docs/pretrained.md has more.
 """
 
 from ml_collections import ConfigDict

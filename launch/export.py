@@ -4,6 +4,7 @@
     python launch/export.py --checkpoint=runs/laptop/best --out=laptop.gguf   # llama.cpp
     python launch/export.py --checkpoint=FILE.gguf --out=dequantised          # and back
     python launch/export.py --checkpoint=exported --out=small.gguf --type=Q8_0
+    python launch/export.py --checkpoint=runs/lora --out=adapter --adapter    # peft
 
 The tokenizer, the configuration of the training and what a server needs to run spawns travel along
 (docs/pretrained.md).
@@ -27,6 +28,7 @@ _OUT = flags.DEFINE_string("out", None, "Folder to write, or FILE.gguf.")
 _TYPE = flags.DEFINE_string(
     "type", "F32", "Of the matrices of a GGUF file: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1."
 )
+_ADAPTER = flags.DEFINE_bool("adapter", False, "Write the LoRA adapters alone, as a folder of the package peft.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "For a policy that brings none: tokenizer.json, or builtin.")
 
 
@@ -36,11 +38,16 @@ def main() -> None:
     if _CHECKPOINT.value:
         check_policy_folder(pathlib.Path(_CHECKPOINT.value))
     checkpoint = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else newest_run(_RUNS)
-    from apr_jax.evaluation.export import Exported, check_target, export
+    from apr_jax.evaluation.export import Exported, check_target, export, export_adapters
 
     out = pathlib.Path(_OUT.value)
     check_target(out, _TYPE.value)
-    note = export(Exported.read(checkpoint, _TOKENIZER.value), out, _TYPE.value)
+    if _ADAPTER.value:
+        if out.suffix == ".gguf":
+            raise ConfigError(f"--out={out}: adapters go to a folder")
+        note = export_adapters(checkpoint, out)
+    else:
+        note = export(Exported.read(checkpoint, _TOKENIZER.value), out, _TYPE.value)
     if note:
         print(note, file=sys.stderr)
     print(out)

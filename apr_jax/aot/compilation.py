@@ -29,6 +29,7 @@ from apr_jax.engine.sharded import PAGES, SHARDED
 from apr_jax.engine.steps import Sampling, Steps
 from apr_jax.engine.threads import MAX_STOP_TOKENS
 from apr_jax.model.params import num_params
+from apr_jax.model.placement import abstract_params_on
 from apr_jax.model.truncation import truncation_of
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import BATCH_AXES, make_mesh, partition_spec
@@ -97,21 +98,24 @@ def _training_programs(
     programs = updater.programs()
     gradients, update = programs["grpo_gradients"], programs["grpo_update"]
     state, params, _ = update[1]
-    reference = _bytes(params) if config.grpo.kl_coef > 0 else 0
+    policy = abstract_params_on(mesh, model)
+    base = (policy,) if config.lora.rank else ()
+    reference = _bytes(policy) if config.grpo.kl_coef > 0 or config.lora.rank else 0
 
     def shared(traced: Any) -> float:
         return count_flops(traced.jaxpr) / mesh.size
 
     trained = _bytes(state) + reference
+    given = _bytes(params) + _bytes(base)  # to gradients, and so no memory beside theirs
     return {
         "sft_step": PlannedProgram(
-            make_sft_step(model, sft_optimizer, rate, mesh),
-            (abstract_state(mesh, model, sft_optimizer), sft_batch(config, mesh)),
+            make_sft_step(model, sft_optimizer, rate, mesh, config.lora),
+            (abstract_state(mesh, model, sft_optimizer, config.lora), sft_batch(config, mesh), *base),
             mesh,
             shared,
             held=0,
         ),
-        "grpo_gradients": PlannedProgram(*gradients, mesh, shared, held=trained - _bytes(params) + engine_bytes),
+        "grpo_gradients": PlannedProgram(*gradients, mesh, shared, held=trained - given + engine_bytes),
         "grpo_update": PlannedProgram(*update, mesh, shared, held=reference + engine_bytes),
         **{
             name: dataclasses.replace(program, held=trained + max(0, engine_bytes - _bytes(program.arguments)))

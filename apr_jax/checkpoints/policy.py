@@ -7,14 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
 from apr_jax.checkpoints.identity import POLICY, find_policy
-from apr_jax.checkpoints.integrity import CheckpointError, check_files
+from apr_jax.checkpoints.integrity import CheckpointError, check_files, read_meta
+from apr_jax.checkpoints.reference import Name, load_reference
 from apr_jax.checkpoints.trees import flatten, unflatten
-from apr_jax.config import ConfigError, MeshConfig, ModelConfig
-from apr_jax.config_dict import read_model
-from apr_jax.model.params import Params, abstract_params
-from apr_jax.model.placement import abstract_params_on
+from apr_jax.config import ConfigError, LoraConfig, MeshConfig, ModelConfig
+from apr_jax.config_dict import read_lora, read_model
+from apr_jax.model.lora import ALL_WEIGHTS, Trained, abstract_trained, make_merge, trained_shardings
+from apr_jax.model.params import Params
+from apr_jax.model.placement import abstract_params_on, with_sharding
 from apr_jax.model.weights.gguf import load_gguf
 from apr_jax.model.weights.hf import load_hf
 from apr_jax.parallel.mesh import make_mesh
@@ -41,35 +44,69 @@ def load_policy(path: pathlib.Path) -> tuple[ModelConfig, Params, dict[str, Any]
         check_files(found.path)
         config = found.config
         model = read_model(config["model"])  # type: ignore[index]  # a checkpoint has one
-        params = _restore(found.path, model)
+        lora = _adapters_of(config)
+        trained = _restore(found.path, model, lora)
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"{found.path} is damaged: {error}. Name another checkpoint of the run.") from error
-    return model, params, config
+    base = _load_base(found.path, model) if lora.rank else None
+    return model, make_merge(_one_device(), model, lora)(base, trained), config
 
 
-def check_finite(params: Params, where: pathlib.Path) -> None:
+def load_adapters(path: pathlib.Path) -> tuple[pathlib.Path, LoraConfig, Trained]:
+    """Load the adapters that a checkpoint holds, with its folder. Raise ConfigError where it has none."""
+    found = find_policy(path)
+    lora = _adapters_of(found.config) if found.is_checkpoint else ALL_WEIGHTS
+    if not lora.rank or found.config is None:
+        raise ConfigError(f"{path}: there are no adapters; name a run or checkpoint that was trained with lora.rank")
+    check_files(found.path)
+    return found.path, lora, _restore(found.path, read_model(found.config["model"]), lora)
+
+
+def check_finite(params: Trained, where: pathlib.Path) -> None:
     """Raise CheckpointError where weights hold NaN or infinity, naming the first such tensor."""
     for name, array in flatten(params).items():
         if not jnp.isfinite(array).all():
             raise CheckpointError(f"{where}: tensor {name} holds NaN or infinity; name another checkpoint of the run")
 
 
-def _restore(folder: pathlib.Path, model: ModelConfig) -> Params:
+def _adapters_of(config: Mapping[str, Any] | None) -> LoraConfig:
+    """Read the adapters that a checkpoint was trained with. One without the section holds all weights."""
+    return ALL_WEIGHTS if config is None or "lora" not in config else read_lora(config["lora"])
+
+
+def _one_device() -> Mesh:
+    return make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.local_devices())
+
+
+def _load_base(folder: pathlib.Path, model: ModelConfig) -> Params:
+    """Load the policy that a checkpoint's adapters belong to: it lies in the same run's folder."""
+    name: Name = "reference" if read_meta(folder)["phase"] == "grpo" else "base"
+    base = folder.parents[1] / name
+    if not base.exists():
+        raise CheckpointError(f"{folder}: its adapters belong to {base}, which is missing; put it back")
+    check_files(base)
+    params: Params = load_reference(folder.parents[2], abstract_params_on(_one_device(), model), name)
+    check_finite(params, base)
+    return params
+
+
+def _restore(folder: pathlib.Path, model: ModelConfig, lora: LoraConfig) -> Trained:
     checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
     try:
         stored = ocp.StandardCheckpointHandler().metadata(folder / POLICY).tree
-        target = flatten(_abstract(model, stored))
+        abstract = _abstract(model, lora, stored)
+        target = flatten(abstract)
         restored = checkpointer.restore(folder, args=ocp.args.Composite(**{POLICY: ocp.args.StandardRestore(target)}))
     except CheckpointError:
         raise
     except Exception as error:  # as in `Checkpoints.restore`
         raise CheckpointError(f"its weights cannot be read ({str(error).splitlines()[0]})") from error
-    params: Params = unflatten(abstract_params(model), restored[POLICY])
-    check_finite(params, folder)
-    return params
+    trained = unflatten(abstract, restored[POLICY])
+    check_finite(trained, folder)
+    return trained
 
 
-def _abstract(model: ModelConfig, stored: Mapping[str, Any]) -> Params:
+def _abstract(model: ModelConfig, lora: LoraConfig, stored: Mapping[str, Any]) -> Trained:
     """Return what the weights are restored into. Raise CheckpointError where they are not the model's.
 
     Args:
@@ -78,7 +115,8 @@ def _abstract(model: ModelConfig, stored: Mapping[str, Any]) -> Params:
     deepest = f"blocks.{model.num_layers - 1}."
     if not any(name.startswith(deepest) for name in stored):
         raise CheckpointError(f"it has no weights {deepest}*, and its configuration says num_layers={model.num_layers}")
-    abstract = abstract_params_on(make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.local_devices()), model)
+    shardings = trained_shardings(_one_device(), model, lora)
+    abstract = jax.tree.map(with_sharding, abstract_trained(model, lora), shardings)
     for name, wanted in flatten(abstract).items():
         there = f"{stored[name].dtype} {stored[name].shape}" if name in stored else "missing"
         if there != (here := f"{wanted.dtype} {wanted.shape}"):

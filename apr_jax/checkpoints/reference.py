@@ -1,8 +1,14 @@
-"""The reference policy: what GRPO starts from and its KL term refers to. A run saves it once."""
+"""The whole policies that a phase starts from, which a run saves once.
+
+    WORKDIR/checkpoints/reference   GRPO's, to which its KL term refers
+    WORKDIR/checkpoints/base        SFT's, where it trains adapters (model/lora.py)
+
+Adapters of GRPO belong to the reference policy.
+"""
 
 import pathlib
 import shutil
-from typing import Any
+from typing import Any, Literal
 
 import orbax.checkpoint as ocp
 
@@ -11,13 +17,16 @@ from apr_jax.checkpoints.trees import flatten, unflatten
 from apr_jax.files import is_refusal, naming
 from apr_jax.parallel import hosts
 
+Name = Literal["reference", "base"]
+_SOURCES: dict[Name, str] = {"reference": "SFT's last checkpoint or --checkpoint", "base": "--start"}
 
-def save_reference(workdir: pathlib.Path, params: Any) -> None:
-    """Save the reference policy with the checksums of its files, unless there is one."""
-    path = _folder(workdir)
+
+def save_reference(workdir: pathlib.Path, params: Any, name: Name = "reference") -> None:
+    """Save a phase's first policy with the checksums of its files, unless there is one."""
+    path = _folder(workdir, name)
     if path.exists():
         return
-    new = path.with_name("reference.new")
+    new = path.with_name(f"{name}.new")
     with naming(path), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(new, flatten(params), force=True)
 
@@ -53,8 +62,8 @@ def set_reference_aside(workdir: pathlib.Path, damage: str) -> None:
     hosts.from_first(lambda: set_aside(path, path.parent / "unusable" / "reference", problem))
 
 
-def load_reference(workdir: pathlib.Path, abstract: Any) -> Any:
-    """Load the reference policy.
+def load_reference(workdir: pathlib.Path, abstract: Any, name: Name = "reference") -> Any:
+    """Load a phase's first policy.
 
     Args:
       abstract: a ShapeDtypeStruct with a sharding for each array.
@@ -62,9 +71,9 @@ def load_reference(workdir: pathlib.Path, abstract: Any) -> Any:
       FileNotFoundError: none was saved.
       CheckpointError: it cannot be read.
     """
-    path = _folder(workdir)
+    path = _folder(workdir, name)
     if not path.exists():
-        raise FileNotFoundError(f"no reference policy at {path}")
+        raise FileNotFoundError(f"no {name} policy at {path}")
     try:
         with naming(path), ocp.StandardCheckpointer() as checkpointer:
             return unflatten(abstract, checkpointer.restore(path, flatten(abstract)))
@@ -72,23 +81,23 @@ def load_reference(workdir: pathlib.Path, abstract: Any) -> Any:
         if is_refusal(error):
             raise
         raise CheckpointError(
-            f"the reference policy {path} cannot be read. Move it away, and it is made again from SFT's last "
-            f"checkpoint or --checkpoint. ({error})"
+            f"the {name} policy {path} cannot be read. Move it away, and it is made again from "
+            f"{_SOURCES[name]}. ({error})"
         ) from error
 
 
-def forget_reference(workdir: pathlib.Path) -> None:
-    """Remove the reference policy, so that it is made anew. A crash never leaves half of one."""
-    path = _folder(workdir)
+def forget_reference(workdir: pathlib.Path, name: Name = "reference") -> None:
+    """Remove a phase's first policy, so that it is made anew. A crash never leaves half of one."""
+    path = _folder(workdir, name)
 
     def remove() -> None:
         if path.exists():
-            doomed = path.with_name("reference.removed")
+            doomed = path.with_name(f"{name}.removed")
             path.rename(doomed)
             shutil.rmtree(doomed)
 
     hosts.from_first(remove)  # it is gone before another host looks
 
 
-def _folder(workdir: pathlib.Path) -> pathlib.Path:
-    return (workdir / "checkpoints" / "reference").absolute()
+def _folder(workdir: pathlib.Path, name: Name = "reference") -> pathlib.Path:
+    return (workdir / "checkpoints" / name).absolute()

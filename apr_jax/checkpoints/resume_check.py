@@ -7,8 +7,8 @@ from apr_jax.config import ConfigError
 
 # The sections that a checkpoint's numbers depend on. The rest (mesh, evaluation, ..) may change between two starts.
 _SECTIONS = {
-    "sft": ("seed", "model", "task", "data", "sft"),
-    "grpo": ("seed", "model", "task", "data", "engine", "rollout", "grpo"),
+    "sft": ("seed", "model", "task", "data", "lora", "sft"),
+    "grpo": ("seed", "model", "task", "data", "lora", "engine", "rollout", "grpo"),
 }
 # The tokenizer is compared by its content, and not by its place (checkpoints/identity.py).
 _FREE = ("data.directory", "data.num_workers", "data.tokenizer", "sft.checkpoint_every", "grpo.checkpoint_every")

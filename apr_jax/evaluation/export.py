@@ -18,18 +18,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from apr_jax.checkpoints.identity import agreed_tokenizer, own_tokenizer
-from apr_jax.checkpoints.policy import load_policy
+from apr_jax.checkpoints.phases import steps_in
+from apr_jax.checkpoints.policy import load_adapters, load_policy
 from apr_jax.config import Config, ConfigError, ModelConfig
 from apr_jax.config_dict import from_config_dict, to_dict
 from apr_jax.data.gguf_tokenizer import write_gguf_tokenizer
 from apr_jax.data.special_tokens import stated_beside
 from apr_jax.data.tokenizer import AS_IS, Spelling, Tokenizer, load_tokenizer
-from apr_jax.files import write, write_json
+from apr_jax.files import read_json, write, write_json
 from apr_jax.gguf_file import TRAINED
 from apr_jax.model.families import FAMILIES
 from apr_jax.model.params import Params, num_params
 from apr_jax.model.weights.gguf_writer import check_type, save_gguf
 from apr_jax.model.weights.hf import save_hf
+from apr_jax.model.weights.peft import save_peft
 from apr_jax.reasoning import METHODS
 from apr_jax.reasoning.settings import banned_tokens
 from apr_jax.tasks import task_of
@@ -84,6 +86,20 @@ def export(policy: Exported, out: pathlib.Path, weight_type: str = "F32") -> str
         write_json(out / DIALECT, dialect)
     write(out / "README.md", _card(policy, out.name, dialect).encode())
     return ""
+
+
+def export_adapters(checkpoint: pathlib.Path, out: pathlib.Path) -> str:
+    """Write the adapters of a checkpoint as a folder of the package `peft`. Returns what they belong to.
+
+    Raises: ConfigError where there are none, and as `load_policy`.
+    """
+    folder, lora, adapters = load_adapters(checkpoint)
+    phase, run = folder.parent.name, folder.parents[2]
+    named = read_json(folder.parents[1] / "origins.json", "restore it")[phase]["policy"]
+    last = max(steps_in(run / "checkpoints" / "sft"), default=0)
+    base = named or str(run / "checkpoints" / "sft" / str(last))  # GRPO went on from its own SFT
+    save_peft(out, lora, adapters, base)
+    return f"the adapters belong to {base}" + ("" if named else ", which launch/export.py writes as a folder")
 
 
 def describe_dialect(policy: Exported) -> dict[str, Any] | None:

@@ -32,6 +32,8 @@ _LOGICAL_AXES: dict[str, tuple[str | None, ...]] = {
     "gate": ("embed", "mlp"),
     "up": ("embed", "mlp"),
     "down": ("mlp", "embed"),
+    "lora_a": (None, None),
+    "lora_b": (None, None),
 }
 
 

@@ -11,6 +11,7 @@ import time
 from jax.sharding import Mesh
 
 from apr_jax.config import Config
+from apr_jax.model.lora import make_merge
 from apr_jax.model.params import Params
 from apr_jax.parallel import hosts
 from apr_jax.progress import progress
@@ -28,7 +29,7 @@ def train_grpo(config: Config, mesh: Mesh, phase: Phase, sampler: Sampler, refer
     """Train from `reference`, or from the last checkpoint, to `config.grpo.num_steps`. Returns the policy.
 
     Args:
-      reference: the policy to start from, which the KL term refers to.
+      reference: the policy to start from, which the KL term refers to and adapters belong to.
     Raises:
       StoppedError: a signal came; the last finished step is saved.
       FloatingPointError: too many steps in a row were not finite (`phase.skipped`).
@@ -36,13 +37,15 @@ def train_grpo(config: Config, mesh: Mesh, phase: Phase, sampler: Sampler, refer
     """
     grpo, engine, writer = config.grpo, sampler.engine, phase.writer
     updater = Updater(config, mesh, sampler.tokenizer)
-    state, _ = phase.start(mesh, config.model, updater.optimizer, reference)
+    state, _ = phase.start(mesh, config.model, updater.optimizer, reference, config.seed, config.lora)
+    base = reference if config.lora.rank else None
+    merged = functools.partial(make_merge(mesh, config.model, config.lora), base)
     done = int(state.step) // grpo.inner_updates
     with progress(grpo.num_steps - done, "GRPO", "step", hosts.messages()) as bar:
         for step in range(done + 1, grpo.num_steps + 1):
             # Sample groups of rollouts from the policy that the step before left, with rewards and advantages. A signal
             # ends this at once, for a restart draws the same rollouts again.
-            engine.set_params(state.params)
+            engine.set_params(merged(state.params))
             with phase.interruptible(step - 1, state, _NO_POSITION):
                 validation = _validate(sampler, phase, step - 1)
                 began = time.perf_counter()
@@ -52,7 +55,7 @@ def train_grpo(config: Config, mesh: Mesh, phase: Phase, sampler: Sampler, refer
             # Update. Every call of every thread is a sequence, and the objective says what each of its tokens weighs.
             sequences = updater.sequences(sample.learnt)
             microbatches = updater.microbatches(sequences)
-            state, terms, old = updater.update(state, microbatches, reference if grpo.kl_coef > 0 else None)
+            state, terms, old = updater.update(state, microbatches, reference if grpo.kl_coef > 0 else None, base)
 
             # Write metrics, which a rerun reproduces to the byte, and times, which it does not.
             metrics = validation | sample_metrics(sample, config, sampler.tokenizer) | fetch(terms)
@@ -73,10 +76,10 @@ def train_grpo(config: Config, mesh: Mesh, phase: Phase, sampler: Sampler, refer
             if stopping:
                 phase.stop.check()
     if not phase.checkpoints.has_score(grpo.num_steps):
-        engine.set_params(state.params)
+        engine.set_params(merged(state.params))
         with phase.stop.interrupting():
             _validate(sampler, phase, grpo.num_steps)
-    return state.params
+    return merged(state.params)
 
 
 def _validate(sampler: Sampler, phase: Phase, step: int) -> dict[str, float]:

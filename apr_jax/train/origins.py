@@ -55,6 +55,11 @@ def load_given(phase: PhaseName, path: pathlib.Path, config: Config) -> Given:
     own = agreed_tokenizer(path, own_tokenizer(path, saved), config.data.tokenizer, Spelling.of(config))
     known = load_tokenizer(own).vocab_size
     if known < config_tokenizer(config).vocab_size:  # the policy's lacks markers
+        if config.lora.rank:
+            raise ConfigError(
+                f"data.add_marker_tokens=True: {path} has no embeddings of the marks, and with lora.rank="
+                f"{config.lora.rank} new ones would never be trained; set one of them to 0 or False"
+            )
         params = with_new_ids(params, known, config.model.vocab_size)
     if phase == "grpo":
         check_meaning(

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from apr_jax.checkpoints.identity import POLICY
 from apr_jax.checkpoints.manager import Checkpoints
 from apr_jax.checkpoints.policy import check_finite
-from apr_jax.config import ModelConfig
+from apr_jax.config import LoraConfig, ModelConfig
+from apr_jax.model.lora import ALL_WEIGHTS
 from apr_jax.model.params import Params
 from apr_jax.parallel import hosts
 from apr_jax.progress import busy
@@ -40,6 +41,7 @@ class Phase:
         optimizer: optax.GradientTransformation,
         params: Params | None = None,
         seed: int = 0,
+        lora: LoraConfig = ALL_WEIGHTS,
     ) -> tuple[TrainState, Any]:
         """Return the state to go on from and the position in the data that was saved with it.
 
@@ -47,9 +49,9 @@ class Phase:
         """
         if self.checkpoints.latest_step() is None:
             with busy("Making the optimiser's state", hosts.messages()):
-                return create_state(mesh, model, optimizer, params, seed), None
+                return create_state(mesh, model, optimizer, params, seed, lora), None
         with busy("Reading the checkpoint", hosts.messages()):
-            abstract = abstract_state(mesh, model, optimizer)
+            abstract = abstract_state(mesh, model, optimizer, lora)
             trees, position, meta = self.checkpoints.restore(_trees(abstract))
         check_finite(trees[POLICY], self.checkpoints.directory)
         self.skipped.in_a_row = meta.get("skipped_in_a_row", 0)

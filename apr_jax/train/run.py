@@ -202,6 +202,11 @@ class _Run:
         for phase, policy in given.items():
             if has_reference(self.workdir) or done["grpo"] or (phase == "sft" and done["sft"]):
                 self.origins.check(policy)
+        if self.config.lora.rank and not (given or any(done.values()) or has_reference(self.workdir)):
+            raise ConfigError(
+                f"lora.rank={self.config.lora.rank}: fresh weights have nothing that adapters could adapt; name a "
+                "pretrained policy with --start or --checkpoint, or set lora.rank=0"
+            )
         is_extended = sft.is_extended(found["sft"].step) and has_reference(self.workdir)
         if is_extended and done["grpo"]:
             raise ConfigError(
@@ -262,10 +267,11 @@ class _Run:
         self, split: Sequence[Demonstration], given: Given | None, checkpoints: Checkpoints, writer: MetricsWriter
     ) -> Params:
         """Return the policy after SFT, which starts from a policy that was given or from fresh weights."""
+        config, has_begun = self.config, checkpoints.latest_step() is not None
         path, weights = (None, None) if given is None else (given.path, given.weights)
-        self.origins.note("sft", path, weights, has_begun=checkpoints.latest_step() is not None)
-        config = self.config
-        sft = config.sft
+        if given or not has_begun:
+            self.origins.note("sft", path, weights, has_begun=has_begun)
+        sft, start = config.sft, self._start(given, has_begun)
         options = sft_options(config)
         with self.stop.interrupting(), self._busy("Tokenising the demonstrations"):  # a large split takes minutes
             held_out = demonstrations.load_split(config, "validation")
@@ -286,7 +292,8 @@ class _Run:
             rows=rows,
             validation_rows=validation,
             seed=config.seed,
-            params=self._fresh() if given is None else given.placed(self.mesh, config),
+            params=start,
+            lora=config.lora,
         )
 
     def _facts(self, num_tokens: int) -> Facts:
@@ -301,6 +308,19 @@ class _Run:
             seed=config.seed,
             row_len=config.sft.row_len,
         )
+
+    def _start(self, given: Given | None, has_begun: bool) -> Params | None:
+        """Return the weights that SFT starts from. The base of adapters is saved, for later starts need it too."""
+        config = self.config
+        if not config.lora.rank:
+            return self._fresh() if given is None else given.placed(self.mesh, config)
+        if given is not None and not has_begun:
+            forget_reference(self.workdir, "base")
+            save_reference(self.workdir, given.placed(self.mesh, config), "base")
+        with self._busy("Reading the base of the adapters"):
+            base: Params = load_reference(self.workdir, abstract_params_on(self.mesh, config.model), "base")
+            check_finite(base, self.workdir / "checkpoints" / "base")
+        return base
 
     def _fresh(self) -> Params | None:
         """Make the weights that SFT starts from without a policy, or return None if it draws them itself."""

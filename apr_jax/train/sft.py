@@ -16,9 +16,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from apr_jax.config import Config, ModelConfig, SFTConfig
+from apr_jax.config import Config, LoraConfig, ModelConfig, SFTConfig
 from apr_jax.data.packing import pad_rows
 from apr_jax.data.pipeline import SequenceOptions
+from apr_jax.model.lora import ALL_WEIGHTS, Trained, make_merge, merge
 from apr_jax.model.params import Params
 from apr_jax.parallel import hosts
 from apr_jax.progress import progress
@@ -52,23 +53,29 @@ def sft_options(config: Config) -> SequenceOptions:
 
 
 def make_sft_step(
-    model: ModelConfig, optimizer: optax.GradientTransformation, rate: optax.Schedule, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Make the jitted update (state, batch [M, B / M, T]) -> (state, metrics). The state given is donated.
+    model: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    rate: optax.Schedule,
+    mesh: Mesh,
+    lora: LoraConfig = ALL_WEIGHTS,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Make the jitted update (state, batch [M, B / M, T], base) -> (state, metrics). The state given is donated.
 
     Gradients of the M microbatches are summed; `weights` sum to 1 over the whole batch, so the result does not depend
-    on M. `rate` is only logged.
+    on M. `rate` is only logged. `base` are the weights that adapters belong to; it is left out with rank 0.
     """
-    loss_fn = jax.value_and_grad(functools.partial(_loss, make_scorer(model, mesh, jax.nn.log_softmax)), has_aux=True)
+    scorer = make_scorer(model, mesh, jax.nn.log_softmax)
+    loss_fn = jax.value_and_grad(functools.partial(_loss, scorer, lora), has_aux=True)
+    shardings = state_shardings(mesh, model, optimizer, lora)
 
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(state_shardings(mesh, model, optimizer), None))
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        def accumulate(grads: Params, microbatch: Batch) -> tuple[Params, Metrics]:
-            (_, sums), new = loss_fn(state.params, microbatch)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+    def step(state: TrainState, batch: Batch, base: Params | None = None) -> tuple[TrainState, Metrics]:
+        def accumulate(grads: Trained, microbatch: Batch) -> tuple[Trained, Metrics]:
+            (_, sums), new = loss_fn(state.params, base, microbatch)
             return jax.tree.map(jnp.add, grads, new), sums
 
         if len(batch["tokens"]) == 1:
-            (_, sums), grads = loss_fn(state.params, jax.tree.map(lambda x: x[0], batch))
+            (_, sums), grads = loss_fn(state.params, base, jax.tree.map(lambda x: x[0], batch))
         else:
             zeros = jax.tree.map(jnp.zeros_like, state.params)
             grads, sums_M = jax.lax.scan(accumulate, zeros, batch)
@@ -84,13 +91,13 @@ def make_sft_step(
     return step
 
 
-def make_validation(model: ModelConfig, mesh: Mesh) -> Callable[[Params, Batch], Metrics]:
-    """Make a jitted function (params, batch [M, B / M, T]) -> validation metrics."""
-    loss_fn = functools.partial(_loss, make_scorer(model, mesh, jax.nn.log_softmax))
+def make_validation(model: ModelConfig, mesh: Mesh, lora: LoraConfig = ALL_WEIGHTS) -> Callable[..., Metrics]:
+    """Make a jitted function (trained, batch [M, B / M, T], base) -> validation metrics."""
+    loss_fn = functools.partial(_loss, make_scorer(model, mesh, jax.nn.log_softmax), lora)
 
     @jax.jit
-    def validate(params: Params, batch: Batch) -> Metrics:
-        sums = jax.tree.map(jnp.sum, jax.lax.map(lambda microbatch: loss_fn(params, microbatch)[1], batch))
+    def validate(trained: Trained, batch: Batch, base: Params | None = None) -> Metrics:
+        sums = jax.tree.map(jnp.sum, jax.lax.map(lambda microbatch: loss_fn(trained, base, microbatch)[1], batch))
         return {"validation_loss": sums["loss"], "validation_token_accuracy": sums["correct"] / sums["tokens"]}
 
     return validate
@@ -106,24 +113,27 @@ def train_sft(
     validation_rows: Rows,
     seed: int,
     params: Params | None = None,
+    lora: LoraConfig = ALL_WEIGHTS,
 ) -> Params:
     """Train from the last checkpoint, or else from the start, to `config.num_steps`. Returns the policy.
 
     Args:
       rows: batches of `config.rows_per_step` rows; its position is saved and restored with the weights.
       validation_rows: one batch, whose loss is measured every `config.validate_every` steps and at the end.
-      seed: of the initial weights, where `params` does not give them.
+      seed: of the initial weights, where `params` does not give them, or of the adapters.
+      params: the weights to start from. With adapters they are needed after a checkpoint as well.
     Raises:
       StoppedError: a signal came; the state is saved.
       FloatingPointError: too many steps in a row were not finite (`phase.skipped`).
     """
     optimizer = make_optimizer(config.optimizer, config.num_steps)
-    state, position = phase.start(mesh, model, optimizer, params, seed)
+    state, position = phase.start(mesh, model, optimizer, params, seed, lora)
+    base = params if lora.rank else None
     if position is not None:
         rows.set_state(position)
     start = int(state.step)
     rate = schedule(config.optimizer, config.num_steps, config.optimizer.learning_rate)
-    step_fn, validate = make_sft_step(model, optimizer, rate, mesh), make_validation(model, mesh)
+    step_fn, validate = make_sft_step(model, optimizer, rate, mesh, lora), make_validation(model, mesh, lora)
     held_out = _validation_batch(validation_rows, mesh, config.rows_per_step // config.microbatches)
     log = _Log(phase)
     with progress(config.num_steps - start, "SFT", "step", hosts.messages()) as bar:
@@ -132,9 +142,9 @@ def train_sft(
             batch = dict(next(rows))
             waited = time.perf_counter() - asked
             batch["weights"] = normalise(batch["weights"])
-            state, metrics = step_fn(state, to_mesh(batch, mesh, config.microbatches))
+            state, metrics = step_fn(state, to_mesh(batch, mesh, config.microbatches), base)
             if step % config.validate_every == 0 or step == config.num_steps:
-                metrics |= validate(state.params, held_out)
+                metrics |= validate(state.params, held_out, base)
             bar.update(1, **log.add(_Step(step, batch, waited, metrics)))
             stopping = phase.stopping()
             if stopping or step % config.checkpoint_every == 0 or step == config.num_steps:
@@ -144,7 +154,7 @@ def train_sft(
                 phase.save(step, state, rows.get_state())
             if stopping:
                 phase.stop.check()
-    return state.params
+    return make_merge(mesh, model, lora)(base, state.params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,8 +198,10 @@ class _Log:
         return metrics
 
 
-def _loss(scorer: Scorer, params: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
-    scores = scorer(params, batch)
+def _loss(
+    scorer: Scorer, lora: LoraConfig, trained: Trained, base: Params | None, batch: Batch
+) -> tuple[jax.Array, Metrics]:
+    scores = scorer(merge(base, trained, lora), batch)
     loss = weighted_nll(scores.logprob_BT, batch["weights"])
     learnt_BT = batch["weights"] > 0
     return loss, {"loss": loss, "correct": jnp.sum(scores.top_BT & learnt_BT), "tokens": jnp.sum(learnt_BT)}

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from apr_jax.config import ModelConfig
-from apr_jax.model.params import Params, abstract_params, init_params
-from apr_jax.model.placement import model_shardings, with_sharding
+from apr_jax.config import LoraConfig, ModelConfig
+from apr_jax.model.lora import ALL_WEIGHTS, Trained, abstract_trained, init_trained, trained_shardings
+from apr_jax.model.params import Params
+from apr_jax.model.placement import with_sharding
 from apr_jax.parallel import hosts
 from apr_jax.parallel.mesh import replicated, split_over_data
 
@@ -21,17 +22,19 @@ class TrainState:
     """Everything an update changes. `step` counts updates done; parameters are float32."""
 
     step: jax.Array
-    params: Params
+    params: Trained
     opt_state: optax.OptState
 
 
-def state_shardings(mesh: Mesh, model: ModelConfig, optimizer: optax.GradientTransformation) -> Any:
+def state_shardings(
+    mesh: Mesh, model: ModelConfig, optimizer: optax.GradientTransformation, lora: LoraConfig = ALL_WEIGHTS
+) -> Any:
     """Return a TrainState of NamedShardings: moments lie like their parameter and are split over data too.
 
     So each device does its part of the optimiser's work, and the new parameters are gathered (ZeRO stage 1: Rajbhandari
     et al. 2020, section 5.1).
     """
-    params = model_shardings(mesh, model)
+    params = trained_shardings(mesh, model, lora)
     by_path = {jax.tree_util.keystr(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(params)}
     everywhere = replicated(mesh)
 
@@ -40,29 +43,39 @@ def state_shardings(mesh: Mesh, model: ModelConfig, optimizer: optax.GradientTra
         found = next((by_path[suffix] for suffix in suffixes if suffix in by_path), None)
         return everywhere if found is None else split_over_data(found, leaf.shape)
 
-    opt_state = jax.eval_shape(optimizer.init, abstract_params(model))
+    opt_state = jax.eval_shape(optimizer.init, abstract_trained(model, lora))
     moments = jax.tree_util.tree_map_with_path(of_moment, opt_state)
     return TrainState(everywhere, params, moments)  # type: ignore[arg-type]
 
 
-def abstract_state(mesh: Mesh, model: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
+def abstract_state(
+    mesh: Mesh, model: ModelConfig, optimizer: optax.GradientTransformation, lora: LoraConfig = ALL_WEIGHTS
+) -> TrainState:
     """Return shapes, types and shardings of the state: what a checkpoint is restored into."""
 
-    def init(params: Params) -> TrainState:
+    def init(params: Trained) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    shapes = jax.eval_shape(init, abstract_params(model))
-    return jax.tree.map(with_sharding, shapes, state_shardings(mesh, model, optimizer))
+    shapes = jax.eval_shape(init, abstract_trained(model, lora))
+    return jax.tree.map(with_sharding, shapes, state_shardings(mesh, model, optimizer, lora))
 
 
 def create_state(
-    mesh: Mesh, model: ModelConfig, optimizer: optax.GradientTransformation, params: Params | None = None, seed: int = 0
+    mesh: Mesh,
+    model: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    params: Params | None = None,
+    seed: int = 0,
+    lora: LoraConfig = ALL_WEIGHTS,
 ) -> TrainState:
-    """Create a state at step 0 with `params` (copied, so that the state may be donated), or fresh ones from `seed`."""
-    target = state_shardings(mesh, model, optimizer)
-    start = init_params(model, seed) if params is None else params
+    """Create a state at step 0 with `params` (copied, so that the state may be donated), or fresh ones from `seed`.
 
-    def init(params: Params) -> TrainState:
+    With a rank its parameters are adapters, drawn from `seed`.
+    """
+    target = state_shardings(mesh, model, optimizer, lora)
+    start = init_trained(model, lora, params, seed)
+
+    def init(params: Trained) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), optimizer.init(params))
 
     return jax.jit(init, out_shardings=target)(hosts.place(start, target.params))
@@ -70,7 +83,7 @@ def create_state(
 
 def apply_gradients(
     state: TrainState,
-    grads: Params,
+    grads: Trained,
     loss: jax.Array,
     optimizer: optax.GradientTransformation,
     signal: jax.Array | bool = True,
@@ -91,13 +104,13 @@ def apply_gradients(
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     signal = jnp.asarray(signal) & (norm != 0)
 
-    def move(params: Params, opt_state: optax.OptState) -> tuple[Params, jax.Array]:
+    def move(params: Trained, opt_state: optax.OptState) -> tuple[Trained, jax.Array]:
         updates, new_state = optimizer.update(grads, opt_state, params)
         moved = optax.apply_updates(params, updates)
         sound = _all_finite((moved, new_state))
         return jax.tree.map(lambda new, old: jnp.where(sound, new, old), moved, params), sound
 
-    def remember(params: Params, opt_state: optax.OptState) -> optax.OptState:
+    def remember(params: Trained, opt_state: optax.OptState) -> optax.OptState:
         return optimizer.update(grads, opt_state, params)[1]
 
     # Moments are computed once more instead of being held until all is known to be finite: XLA leaves out what only the

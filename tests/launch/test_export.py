@@ -40,6 +40,8 @@ def test_a_run_is_exported_and_evaluates_alike(home, out):
         (["--out=runs"], "there is something already"),
         (["--out=x.gguf", "--type=Q3"], "choose one of F32"),
         (["--out=x", "--type=F16"], "a Hugging Face folder holds F32"),
+        (["--out=x.gguf", "--adapter"], "adapters go to a folder"),
+        (["--out=x", "--adapter"], "there are no adapters"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(home, arguments, message):

@@ -184,6 +184,11 @@ def _hf_name(path: Any) -> tuple[str, bool]:
     keys = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]
     ours = ".".join(keys)
     if keys[0] == "blocks":
-        suffix = ".".join(keys[2:])
-        return f"model.layers.{keys[1]}.{_PER_LAYER[suffix]}", not suffix.endswith(("scale", "bias"))
+        return layer_name(ours), not ours.endswith(("scale", "bias"))
     return _TOP_LEVEL[ours], ours == "head"
+
+
+def layer_name(ours: str) -> str:
+    """Return Hugging Face's name of a layer's parameter, which ours is `blocks.N.*`."""
+    _, layer, suffix = ours.split(".", 2)
+    return f"model.layers.{layer}.{_PER_LAYER[suffix]}"

@@ -66,14 +66,14 @@ def read_own_json(folder: pathlib.Path, name: str) -> dict[str, Any]:
         return read_json(file_in(folder, name), FETCH_AGAIN, HuggingFaceError)
 
 
-def save_tensors(folder: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+def save_tensors(folder: pathlib.Path, tensors: Mapping[str, np.ndarray], name: str = WEIGHTS) -> None:
     """Write all tensors as one file, whole or not at all, and remove the weights that the folder held before."""
-    temporary = folder / f"{WEIGHTS}.incomplete"
+    temporary = folder / f"{name}.incomplete"
     try:
         save_file(dict(tensors), temporary, metadata={"format": "pt"})
         # The old index goes first: a reader would follow it to the old shards.
         (folder / INDEX).unlink(missing_ok=True)
-        os.replace(temporary, folder / WEIGHTS)
+        os.replace(temporary, folder / name)
     finally:
         temporary.unlink(missing_ok=True)
     for old in folder.glob("model-*-of-*.safetensors"):

@@ -18,8 +18,9 @@ from apr_jax.engine.threads import Call, Rollout, RolloutKey, Stop, StopReason
 from apr_jax.engine.work_counters import Work
 from apr_jax.kernels import for_training
 from apr_jax.model import sampling
+from apr_jax.model.lora import Trained, merge
 from apr_jax.model.params import Params
-from apr_jax.model.placement import model_shardings, with_sharding
+from apr_jax.model.placement import abstract_params_on, with_sharding
 from apr_jax.model.truncation import truncated, truncation_of
 from apr_jax.parallel.mesh import BATCH_AXES, partition_spec, replicated
 from apr_jax.reasoning.settings import banned_tokens, spawn_gate
@@ -30,7 +31,7 @@ from apr_jax.train.rl.sequences import training_sequences
 from apr_jax.train.scorer import Batch, LogProbs, make_scorer, to_mesh
 from apr_jax.train.state import TrainState, abstract_state, apply_gradients, state_shardings
 
-Sums = tuple[Params, Terms]
+Sums = tuple[Trained, Terms]
 
 # k3 a token, in nats, between two compiled programs of one policy: its log-probabilities differ in their last bits.
 _ROUNDING_KL = {"float32": 1e-6, "bfloat16": 1e-3}
@@ -49,15 +50,16 @@ class Updater:
         self._scorer = make_scorer(config.model, mesh, policy, given)
         self._reference = jax.jit(lambda params, batch: self._scorer(params, batch).logprob_BT)
         self._accumulate = jax.jit(self._add_gradients, donate_argnums=0)
+        shardings = state_shardings(mesh, config.model, self.optimizer, config.lora)
         self._apply = jax.jit(
             self._apply_gradients,
             donate_argnums=0,
-            out_shardings=(state_shardings(mesh, config.model, self.optimizer), None),
+            out_shardings=(shardings, None),
         )
         self._mean = jax.jit(_mean_metrics)  # one program: some forty small ones a step can lock up XLA's CPU devices
         self._zeros = jax.jit(
             lambda params: (jax.tree.map(jnp.zeros_like, params), _zero_terms()),
-            out_shardings=(model_shardings(mesh, config.model), replicated(mesh)),
+            out_shardings=(shardings.params, replicated(mesh)),
         )
 
     def sequences(self, scored: Sequence[Scored]) -> list[dict[str, np.ndarray]]:
@@ -88,7 +90,11 @@ class Updater:
         ]
 
     def update(
-        self, state: TrainState, microbatches: Sequence[Batch], reference: Params | None
+        self,
+        state: TrainState,
+        microbatches: Sequence[Batch],
+        reference: Params | None,
+        base: Params | None = None,
     ) -> tuple[TrainState, dict[str, Any], list[jax.Array]]:
         """Take `grpo.inner_updates` optimiser steps on one set of rollouts. The state given is donated.
 
@@ -97,6 +103,7 @@ class Updater:
 
         Args:
           reference: the reference policy, read when kl_coef > 0.
+          base: the weights that adapters belong to; None with rank 0.
         Returns: the state, device metrics (means over the updates), and the old log-probabilities per microbatch.
         """
         references = [None if reference is None else self._reference(reference, batch) for batch in microbatches]
@@ -106,7 +113,7 @@ class Updater:
             sums: Sums = self._zeros(state.params)
             new = []
             for batch, old_BT, reference_BT in zip(microbatches, old, references, strict=True):
-                sums, logprob_BT = self._accumulate(sums, state.params, batch, old_BT, reference_BT)
+                sums, logprob_BT = self._accumulate(sums, state.params, batch, old_BT, reference_BT, base)
                 new.append(logprob_BT)
             old = [logprob_BT if old_BT is None else old_BT for logprob_BT, old_BT in zip(new, old, strict=True)]
             grads, terms = sums
@@ -117,13 +124,15 @@ class Updater:
     def programs(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         """Return the jitted functions of a full microbatch by name, each with its arguments as shapes with places."""
         grpo, everywhere = self._config.grpo, replicated(self._mesh)
-        state = abstract_state(self._mesh, self._config.model, self.optimizer)
+        state = abstract_state(self._mesh, self._config.model, self.optimizer, self._config.lora)
+        policy = abstract_params_on(self._mesh, self._config.model)
         batch, score_BT = self._abstract_microbatch()
         terms = jax.tree.map(lambda x: with_sharding(x, everywhere), jax.eval_shape(_zero_terms))
         old_BT = score_BT if grpo.inner_updates > 1 else None
         reference_BT = score_BT if grpo.kl_coef > 0 else None
-        scored = {"grpo_reference": (self._reference, (state.params, batch))} if grpo.kl_coef > 0 else {}
-        gradients = (state.params, terms), state.params, batch, old_BT, reference_BT
+        scored = {"grpo_reference": (self._reference, (policy, batch))} if grpo.kl_coef > 0 else {}
+        base = (policy,) if self._config.lora.rank else ()
+        gradients = (state.params, terms), state.params, batch, old_BT, reference_BT, *base
         return {
             "grpo_gradients": (self._accumulate, gradients),
             "grpo_update": (self._apply, (state, state.params, terms)),
@@ -146,7 +155,7 @@ class Updater:
         return batch, on_mesh((self._config.grpo.row_len,), jnp.float32)
 
     def _apply_gradients(
-        self, state: TrainState, grads: Params, terms: Terms
+        self, state: TrainState, grads: Trained, terms: Terms
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Take the optimiser's step if some token has an advantage, or the KL term is more than rounding."""
         kl = terms.k3 / jnp.maximum(terms.tokens, 1)
@@ -154,10 +163,16 @@ class Updater:
         return apply_gradients(state, grads, terms.loss, self.optimizer, signal)
 
     def _add_gradients(
-        self, sums: Sums, params: Params, batch: Batch, old_BT: jax.Array | None, reference_BT: jax.Array | None
+        self,
+        sums: Sums,
+        trained: Trained,
+        batch: Batch,
+        old_BT: jax.Array | None,
+        reference_BT: jax.Array | None,
+        base: Params | None = None,
     ) -> tuple[Sums, jax.Array]:
-        def loss_fn(params: Params) -> tuple[jax.Array, tuple[Terms, jax.Array]]:
-            logprob_BT = self._scorer(params, batch).logprob_BT
+        def loss_fn(trained: Trained) -> tuple[jax.Array, tuple[Terms, jax.Array]]:
+            logprob_BT = self._scorer(merge(base, trained, self._config.lora), batch).logprob_BT
             tokens = Tokens(
                 logprob_BT=logprob_BT,
                 old_logprob_BT=logprob_BT if old_BT is None else old_BT,
@@ -171,7 +186,7 @@ class Updater:
             terms = self._objective.terms(self._config.grpo, tokens)
             return terms.loss, (terms, logprob_BT)
 
-        (_, (terms, logprob_BT)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        (_, (terms, logprob_BT)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
         return jax.tree.map(jnp.add, sums, (grads, terms)), logprob_BT
 
 
