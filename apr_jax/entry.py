@@ -161,11 +161,18 @@ def define_output(name: str, help: str, endings: Sequence[str] = ()) -> flags.Fl
     return holder
 
 
-def define_folder(name: str, help: str) -> flags.FlagHolder[str | None]:
-    """Define a flag that names a folder to write into, which need not be there yet; checked as `define_output` does."""
+def define_folder(name: str, help: str, file_ending: str | None = None) -> flags.FlagHolder[str | None]:
+    """Define a flag that names a folder to write into, which need not be there yet; checked as `define_output` does.
+
+    A name with `file_ending` is a file's, whose folder need not be there yet.
+    """
 
     def check(value: str | None) -> bool:
         path = pathlib.Path(value or ".")
+        if file_ending and path.suffix == file_ending:
+            if path.is_dir():
+                raise flags.ValidationError("this is a folder; name a file in it")
+            path = path.parent
         while not path.exists() and path != path.parent:
             path = path.parent
         if not path.is_dir() or not os.access(path, os.W_OK):

@@ -24,7 +24,7 @@ _RUNS = "runs"
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, f"Run (or RUN/best), checkpoint or Hugging Face folder, or FILE.gguf [newest in {_RUNS}/]."
 )
-_OUT = flags.DEFINE_string("out", None, "Folder to write, or FILE.gguf.")
+_OUT = entry.define_folder("out", "Folder to write, or FILE.gguf.", ".gguf")
 _TYPE = flags.DEFINE_string(
     "type", "F32", "Of the matrices of a GGUF file: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1."
 )

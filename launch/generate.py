@@ -34,10 +34,10 @@ _CHECKPOINT = flags.DEFINE_string(
 )
 _CHAT = flags.DEFINE_bool("chat", False, "Put the prompt into the policy's chat template, as a user's message.")
 _SPAWNS = flags.DEFINE_bool("spawns", None, "Run spawns as threads [where the policy was trained to write them].")
-_SAMPLES = flags.DEFINE_integer("samples", 1, "Texts to write.", lower_bound=1)
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 512, "Tokens that a thread may write.", lower_bound=1)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling; unused at temperature 0.")
+_SAMPLES = entry.define_number("samples", 1, "Texts to write.", 1)
+_MAX_TOKENS = entry.define_number("max_tokens", 512, "Tokens that a thread may write.", 1)
+_TEMPERATURE = entry.define_number("temperature", 0.0, "0 is greedy.", 0.0)
+_SEED = entry.define_number("seed", 0, "Seed of the sampling; unused at temperature 0.", 0)
 _JSON = entry.JsonFlag("the texts and their figures")
 
 _PAGE = 16

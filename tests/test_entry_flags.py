@@ -140,6 +140,17 @@ def test_a_folder_that_cannot_be_made_is_refused(values, tmp_path):
             values(["program", f"--folder={bad}"])
 
 
+def test_a_folder_or_a_file_with_an_ending(values, tmp_path):
+    entry.define_folder("out", "A folder, or FILE.gguf.", ".gguf")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.gguf").mkdir()
+    for good in (tmp_path / "new", tmp_path / "model.gguf", tmp_path / "new" / "model.gguf"):
+        values(["program", f"--out={good}"])
+    for bad, message in (("file/model.gguf", "no folder can be made there"), ("folder.gguf", "name a file in it")):
+        with pytest.raises(flags.Error, match=message):
+            values(["program", f"--out={tmp_path / bad}"])
+
+
 def test_every_number_and_output_of_a_launch_program_is_checked():
     for path in [*(ROOT / "launch").glob("*.py")]:
         text = path.read_text()

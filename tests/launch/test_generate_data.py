@@ -55,7 +55,7 @@ def test_it_measures_the_references_setting(tmp_path: pathlib.Path) -> None:
 
 def test_bad_arguments_exit_with_2() -> None:
     for arguments, message in (
-        (["--num_problems=0"], "positive"),
+        (["--num_problems=0"], "--num_problems=0: must be at least 1"),
         (["--config.task.min_number=30"], "task.min_number=30 is above task.max_number=20"),
         (["--config.task.max_number=1", "--config.task.min_target=30"], "none of 10000 draws"),
     ):

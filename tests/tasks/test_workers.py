@@ -65,10 +65,11 @@ def test_a_workers_exception_is_the_callers():
 
 
 PARENT = """
-import os, sys, time
+import os, signal, sys, time
 from apr_jax.tasks.workers import map_in_processes
 from tests.tasks.test_workers import SLOW
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
     print(os.getpid(), flush=True)
     for pid in map_in_processes(SLOW[sys.argv[1]], range(1000), 2):
         print(pid, flush=True)
@@ -100,7 +101,10 @@ def test_workers_end_with_their_parent(tmp_path, doing, number):
     with subprocess.Popen(command, env=environment, text=True, **pipes) as parent:
         lines = [parent.stdout.readline() for _ in range(5)]
         parent.send_signal(number)
-        parent.communicate(timeout=10)  # to the end of its output, which workers hold too
+        try:
+            parent.communicate(timeout=10)  # to the end of its output, which workers hold too
+        finally:
+            parent.kill()
     for pid in {int(line) for line in lines[1:]}:
         deadline = time.monotonic() + 5
         while pathlib.Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
