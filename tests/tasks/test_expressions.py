@@ -73,8 +73,11 @@ def _mutated(text, rng):
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 @pytest.mark.parametrize("answer", ["", "9" * 5000, "[" * 100_000, "\ud800", "\0", "Exploring Operation: ", "5\n"])
 def test_no_answer_whatever_it_is_makes_a_task_raise(task, answer):
+    if task.name == "gym":
+        pytest.importorskip("reasoning_gym", reason="the extra [gym]")
     problem = task.read_words(task.example.split())
-    assert not task.verify(answer, problem).correct
+    is_right = task.name == "traces" and answer == "5\n"  # the example's answer, and space around it does not count
+    assert task.verify(answer, problem).correct == is_right
     task.vote(answer)
     task.claims_answer(answer)
     task.count_operations(answer)
