@@ -6,7 +6,7 @@
     python launch/reproduce.py --quick --workdir=/tmp/quick  # all of it, so small that it learns nothing
 
 A part is a command line of another program of launch/ and can be stopped at any moment, by Ctrl-C or a kill: the same
-command goes on from there. WORKDIR/claims.md and claims.json are written after each comparison.
+command goes on from there. WORKDIR/claims.md is written after each part.
 
 Exit codes: 0 done, 1 a part failed, 2 bad arguments or config, 75 stopped by a signal with everything saved.
 """
@@ -25,7 +25,7 @@ from apr_jax import entry
 from apr_jax.config import ConfigError
 from apr_jax.files import write
 from apr_jax.lock import locked
-from apr_jax.reproduce.claims import claims, table
+from apr_jax.reproduce.claims import Claim, claims, table
 from apr_jax.reproduce.parts import Part, Record, choose, make_parts
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -51,6 +51,7 @@ def main() -> int:
 
 def _make(workdir: pathlib.Path, parts: list[Part], chosen: list[Part], record: Record) -> int:
     named = {part.name: part for part in parts}
+    found: list[Claim] | None = None
     for part in chosen:
         if record.is_done(part):
             continue
@@ -62,9 +63,9 @@ def _make(workdir: pathlib.Path, parts: list[Part], chosen: list[Part], record: 
             return entry.STOPPED
         if code:
             raise entry.FailedError(f"{part.name} ended with exit code {code}: what it said stands above")
-        _write_claims(workdir)
-    _write_claims(workdir)
-    found = claims(workdir)
+        found = _write_claims(workdir)
+    if found is None:
+        found = _write_claims(workdir)
     print(table(found), end="", flush=True)
     _JSON.write({"claims": [dataclasses.asdict(claim) for claim in found]})
     return 0
@@ -92,8 +93,10 @@ def _in_checkout(word: str) -> str:
     return f"{flag}{equals}{_ROOT / path}" if path.startswith(("launch/", "configs/")) else word
 
 
-def _write_claims(workdir: pathlib.Path) -> None:
-    write(workdir / "claims.md", table(claims(workdir)).encode())
+def _write_claims(workdir: pathlib.Path) -> list[Claim]:
+    found = claims(workdir)
+    write(workdir / "claims.md", table(found).encode())
+    return found
 
 
 def _show(parts: list[Part], record: Record) -> None:

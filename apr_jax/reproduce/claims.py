@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from apr_jax.evaluation.compare.store import read_records, read_results
-from apr_jax.evaluation.report.paired_report import Difference, compare
+from apr_jax.evaluation.report.paired_report import Difference, compare, show_interval
 from apr_jax.files import read_json
 
 Row = Mapping[str, Any]
@@ -187,11 +187,11 @@ _WORDS = {
 
 
 def _share(row: Row) -> str:
-    return f"{100 * row['accuracy']:.1f} % ({100 * row['accuracy_low']:.1f} to {100 * row['accuracy_high']:.1f})"
+    return show_interval(row["accuracy"], row["accuracy_low"], row["accuracy_high"])
 
 
 def _points(of: Difference) -> str:
-    return f"{100 * of.change:+.1f} points ({100 * of.change_low:+.1f} to {100 * of.change_high:+.1f})"
+    return show_interval(of.change, of.change_low, of.change_high, "+", " points")
 
 
 def _by_tokens(rows: Sequence[Row], key: str) -> list[tuple[float, float]]:

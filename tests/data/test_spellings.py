@@ -74,7 +74,7 @@ def tokenizer(request, made) -> Tokenizer:
 
 
 def drawn(tokenizer: Tokenizer, rng: random.Random) -> list[int]:
-    """What a model may write: a text as the tokenizer cuts it, cut elsewhere, or any tokens at all."""
+    """Tokens that a model may write: of a text as the tokenizer cuts it, cut elsewhere, or any at all."""
     ids = [rng.randrange(tokenizer.vocab_size) for _ in range(rng.randint(1, 8))]
     for _ in range(rng.randint(0, 4)):
         try:

@@ -47,7 +47,7 @@ def pieces(ids, before):
 
 
 def first(written, markers):
-    """What a Decode should keep, by trying every length: the count, the marker, and the bytes after it."""
+    """Returns the count that a Decode should keep, by trying every length, with the marker and the bytes after it."""
     for count in range(1, len(written) + 1):
         text = b"".join(PIECES[token] for token in written[:count])
         found = [(text.find(m.encode()) + len(m.encode()), -len(m), m) for m in markers if m.encode() in text]

@@ -32,7 +32,7 @@ SMALL = (
 
 
 def _environment(place, venv):
-    """What a machine of a cluster has: no word of this checkout, and CPU devices in place of its accelerators."""
+    """Returns the environment of a machine: no word of this checkout, and CPU devices in place of its accelerators."""
     return {
         "PATH": f"{venv / 'bin'}:/usr/bin:/bin",
         "HOME": str(place),
@@ -120,7 +120,7 @@ def test_the_pods_of_the_jobset_run_in_its_image(machine):
 
 
 def _slurm_task(task):
-    """What Slurm tells a task of a step of two, on one node."""
+    """Returns the variables that Slurm sets for a task of a step of two, on one node."""
     values = {
         "JOB_ID": 7,
         "STEP_NODELIST": "localhost",

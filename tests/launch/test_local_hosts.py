@@ -10,9 +10,10 @@ import time
 
 import pytest
 
+from tests.launch.processes import ROOT, environment
+
 pytestmark = pytest.mark.heavy
 
-ROOT = pathlib.Path(__file__).parents[2]
 SMALL = """
 from tests.train.small import small_config_dict
 def get_config():
@@ -34,18 +35,6 @@ def place(tmp_path_factory):
     return folder
 
 
-def _environment(place, **more):
-    return {
-        **os.environ,
-        "XLA_FLAGS": "",
-        "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        **more,
-    }
-
-
 def _train(place, workdir):
     return [sys.executable, str(ROOT / "launch/train.py"), f"--config={place / 'small.py'}", f"--workdir={workdir}"]
 
@@ -56,8 +45,8 @@ def _local_hosts(command, hosts=2, devices=2):
 
 
 def _start(place, command, **more):
-    environment = _environment(place, **more)
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    shared = environment(place, **more)
+    return subprocess.Popen(command, env=shared, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def _finish(process, code=0):

@@ -1,7 +1,6 @@
 """launch/train.py as a user runs it: to its end, killed and started again, stopped by a signal, and misused."""
 
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -12,11 +11,11 @@ import pytest
 
 from apr_jax.model.params import init_params
 from apr_jax.model.weights.hf import save_hf
+from tests.launch.processes import ROOT, assert_same_run, environment
 from tests.train.small import small_config
 
 pytestmark = pytest.mark.heavy
 
-ROOT = pathlib.Path(__file__).parents[2]
 SMALL = """
 from tests.train.small import small_config_dict
 def get_config():
@@ -34,20 +33,10 @@ def place(tmp_path_factory):
 
 def _start(place, workdir, *arguments, disturbed=None):
     """Starts a run; `disturbed` is a signal's name and a moment (disturbed.py)."""
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "",
-        "GLIBC_TUNABLES": "",  # set: no second start for huge pages
-        "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+    shared = environment(place, GLIBC_TUNABLES="")  # set: no second start for huge pages
     program = ["-m", "tests.launch.disturbed", *disturbed] if disturbed else [str(ROOT / "launch" / "train.py")]
     command = [sys.executable, *program, f"--config={place / 'small.py'}", f"--workdir={workdir}", *arguments]
-    return subprocess.Popen(
-        command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, cwd=place, env=shared, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def _finish(process, code=0):
@@ -79,16 +68,6 @@ def test_a_run_leaves_what_it_promises(place, undisturbed):
     assert "after " in output
 
 
-def _assert_same_run(workdir, whole):
-    assert (workdir / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    strip = {"latency_ms", "tokens_per_second", "seconds", "prefilled_tokens", "flops"}
-    before, after = (json.loads((run / "summary.json").read_text()) for run in (whole, workdir))
-    for label in before:
-        assert {k: v for k, v in before[label].items() if k not in strip} == {
-            k: v for k, v in after[label].items() if k not in strip
-        }
-
-
 @pytest.mark.parametrize(("kills", "seed"), [(3, 0), pytest.param(12, 1, marks=pytest.mark.slow)])
 def test_killed_at_arbitrary_moments_and_started_again_gives_the_same_metrics(place, undisturbed, kills, seed):
     whole, _ = undisturbed
@@ -99,7 +78,7 @@ def test_killed_at_arbitrary_moments_and_started_again_gives_the_same_metrics(pl
         _finish(_start(place, workdir, disturbed=("SIGKILL", f"files:{at}")), -signal.SIGKILL)
     assert not (workdir / "summary.json").exists()
     _finish(_start(place, workdir))
-    _assert_same_run(workdir, whole)
+    assert_same_run(workdir, whole)
 
 
 def test_a_signal_saves_and_exits_with_75_and_grpo_starts_from_a_checkpoint(place, undisturbed):

@@ -85,7 +85,7 @@ def tokenizer(path: pathlib.Path) -> Any:
 
 @pytest.fixture(scope="module")
 def written(ours: Any, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
-    """What our engine writes greedily after each prompt, nothing banned: the prompt's tokens, and the new ones."""
+    """Returns each prompt's tokens, and those that our engine writes greedily after it, nothing banned."""
     config, params = ours
     pages = -(-config.max_seq_len // 16)
     sizes = dataclasses.replace(LAPTOP.engine, lanes=25, pages=25 * pages + 1, page_size=16, prefill_lanes=5)

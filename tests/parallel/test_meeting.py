@@ -21,7 +21,7 @@ def _address():
 
 
 def _meet(records, count=None, seconds=10.0, places=None):
-    """What `meet` returns or raises on each host, which all come at once."""
+    """Returns the result or the error of `meet` on each host, which all come at once."""
     address = _address()
     places = places or [Place(host, count or len(records), address) for host in range(len(records))]
 

@@ -1,4 +1,4 @@
-"""What hosts send each other comes back as it was, and nothing but data of known kinds comes back at all."""
+"""Messages between hosts come back as they were, and nothing but data of known kinds comes back at all."""
 
 import dataclasses
 import enum

@@ -53,7 +53,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 class Texts:
-    """What each thread's successive calls write; EOS follows unless a text is given in brackets."""
+    """Returns the texts of each thread's successive calls; EOS follows unless a text is given in brackets."""
 
     def __init__(self, tokenizer: Tokenizer, texts: dict[Path, list[Any]]) -> None:
         self._tokenizer, self._texts = tokenizer, {path: list(calls) for path, calls in texts.items()}

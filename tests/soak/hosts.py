@@ -10,7 +10,8 @@ import signal
 import sys
 import time
 
-from tests.soak.processes import LONGEST, ROOT, Run, assert_no_orphans, kill_all, marked
+from tests.launch.processes import ROOT
+from tests.soak.processes import LONGEST, Run, assert_no_orphans, kill_all, marked
 
 TIMES = 4  # in 15 minutes, at least once
 STEPS = 12  # of SFT and GRPO

@@ -10,7 +10,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.launch.processes import environment
+
 LONGEST = 600.0  # seconds that any run may take
 
 
@@ -20,19 +21,10 @@ class Run:
     def __init__(self, command: Sequence[str], place: pathlib.Path, mark: str, max_file_bytes: int | None = None):
         self.mark = mark  # in the environment of it and of all that it starts
         self._output = place / f"output-{time.monotonic_ns()}.txt"
-        environment = {
-            **os.environ,
-            "XLA_FLAGS": "",
-            "GLIBC_TUNABLES": "",  # set: no second start for huge pages
-            "PYTHONPATH": str(ROOT),
-            "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            "SOAK_MARK": mark,
-        }
+        shared = environment(place, GLIBC_TUNABLES="", SOAK_MARK=mark)  # the first: no second start for huge pages
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, *command], cwd=place, env=environment, stdout=output, stderr=subprocess.STDOUT
+                [sys.executable, *command], cwd=place, env=shared, stdout=output, stderr=subprocess.STDOUT
             )
         if max_file_bytes is not None:
             resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))

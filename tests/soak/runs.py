@@ -7,7 +7,6 @@ messages advise, and the run is started again: nothing that is finished may be l
 import collections
 import contextlib
 import functools
-import json
 import os
 import pathlib
 import random
@@ -16,7 +15,8 @@ import shutil
 import signal
 import time
 
-from tests.soak.processes import ROOT, Run, assert_no_orphans, kill_all, marked
+from tests.launch.processes import ROOT, assert_same_run
+from tests.soak.processes import Run, assert_no_orphans, kill_all, marked
 
 SECONDS = 480.0  # of 15 minutes
 STARTS = 40  # of one run, at most
@@ -28,7 +28,6 @@ def get_config():
     config.sft.checkpoint_every = config.grpo.checkpoint_every = 1
     return config
 """
-TIMED = ("latency_ms", "tokens_per_second", "seconds", "prefilled_tokens", "flops")
 DISTURBANCES = ("kill", "kill", "kill", "kill a worker", "terminate", "interrupt", "hang up", "pause", "disk full")
 
 
@@ -159,11 +158,6 @@ def _follow_advice(run: Run, code: int | None, workdir: pathlib.Path, full: bool
 
 
 def _assert_same(whole: pathlib.Path, ours: pathlib.Path) -> None:
-    metrics = [run / "metrics.jsonl" for run in (whole, ours)]
-    assert metrics[0].read_bytes() == metrics[1].read_bytes(), f"{metrics[1]} differs from that of the undisturbed run"
-    summaries = [json.loads((run / "summary.json").read_text()) for run in (whole, ours)]
-    for label, summary in summaries[0].items():
-        for field, value in summary.items():
-            assert field in TIMED or summaries[1][label][field] == value, f"summary.json: {label} {field}"
+    assert_same_run(ours, whole)
     leftovers = [path for path in ours.rglob("*incomplete*")] + [path for path in ours.rglob("*.tmp*")]
     assert not leftovers, f"left over: {leftovers}"

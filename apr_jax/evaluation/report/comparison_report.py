@@ -15,7 +15,7 @@ from apr_jax.evaluation.compare.store import read_records, read_results
 from apr_jax.evaluation.metrics import wilson_interval
 from apr_jax.evaluation.report import page, paper
 from apr_jax.evaluation.report.curves import Curve, Point, accuracy_chart
-from apr_jax.evaluation.report.paired_report import cell_name, compare
+from apr_jax.evaluation.report.paired_report import cell_name, compare, show_interval
 from apr_jax.evaluation.report.run_report import add_run_views, training_parts
 from apr_jax.evaluation.report.thread_view import ThreadViews
 from apr_jax.files import reading, write
@@ -175,7 +175,7 @@ def _figure(key: str, title: str, x_label: str, rows: Sequence[Row]) -> dict[str
         "note": paper.NOTES[key],
         "x_label": label,
         "points": [
-            {"name": point.name, "x": _FORMATS["number"](point.x), "y": _interval(point.y, point.low, point.high)}
+            {"name": point.name, "x": _FORMATS["number"](point.x), "y": show_interval(point.y, point.low, point.high)}
             for curve in curves
             for point in sorted(curve.points, key=lambda point: point.x)
         ],
@@ -193,7 +193,7 @@ def _table_row(row: Row) -> dict[str, Any]:
         "budget": "" if row["budget"] is None else str(row["budget"]),
         "temperature": f"{row['temperature']:g}",
         "window": f"{row['context_window']:,}",
-        "solved": _interval(row["accuracy"], row["accuracy_low"], row["accuracy_high"]),
+        "solved": show_interval(row["accuracy"], row["accuracy_low"], row["accuracy_high"]),
         "policy": f"{row['program']} with {row['checkpoint']}",
         "cells": [_FORMATS[kind](row[key]) for key, _, kind in _COLUMNS if key in row],
     }
@@ -203,14 +203,10 @@ def _paired(row: Row, rows: Sequence[Row], first: Sequence[Row], own: Sequence[R
     """Compare a row with the first one, problem by problem."""
     of = compare(first, own)
     accuracy = of["accuracy"]
-    cells = [_interval(accuracy.change, accuracy.change_low, accuracy.change_high, "+", " points")]
+    cells = [show_interval(accuracy.change, accuracy.change_low, accuracy.change_high, "+", " points")]
     for key in ("total_tokens", "sequential_tokens"):
-        cells.append(_interval(of[key].relative, of[key].relative_low, of[key].relative_high, "+"))
+        cells.append(show_interval(of[key].relative, of[key].relative_low, of[key].relative_high, "+"))
     return {"name": cell_name(row, rows), "cells": cells}
-
-
-def _interval(value: float, low: float, high: float, sign: str = "", unit: str = " %") -> str:
-    return f"{100 * value:{sign}.1f}{unit} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
 
 
 def _add_rollouts(views: ThreadViews, rows: Sequence[Row], records: Sequence[Sequence[Row]]) -> None:

@@ -86,6 +86,11 @@ def cell_name(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join([row["method"], *told])
 
 
+def show_interval(value: float, low: float, high: float, sign: str = "", unit: str = " %") -> str:
+    """Return a share with its interval, in per cent or points: "75.5 % (73.1 to 77.8)"."""
+    return f"{100 * value:{sign}.1f}{unit} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
+
+
 def show_differences(label: str, against: str, differences: Mapping[str, Difference]) -> str:
     """Show the differences as text, one line a figure."""
     lines = [f"{label} against {against} (95 %, paired):"]
