@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ConfigError, ModelConfig
+from apr_jax.parallel.device_memory import memory_limit
 
 _GB = 1e9
 
@@ -28,7 +28,7 @@ class MemoryPlan:
     def of(cls, mesh: Mesh, *, weights: Any, pages: Any, activations: int) -> Self:
         """Make a plan; `weights` and `pages` are trees of `jax.ShapeDtypeStruct` with shardings."""
         parts = {"weights": _local_bytes(weights), "pages": _local_bytes(pages)}
-        return cls(**parts, activations=activations, limit=_device_bytes(mesh))
+        return cls(**parts, activations=activations, limit=memory_limit(mesh))
 
     @property
     def total(self) -> int:
@@ -78,15 +78,3 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
 def _local_bytes(tree: Any) -> int:
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize for x in leaves)
-
-
-def _device_bytes(mesh: Mesh) -> int | None:
-    """Return the memory of one device of the mesh: of a CPU's, which its devices share, an equal part."""
-    device = mesh.devices.flat[0]
-    if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // mesh.size
-    try:
-        stats = device.memory_stats()
-    except jax.errors.JaxRuntimeError:  # a device that is only compiled for (aot/topology.py)
-        return None
-    return None if stats is None else stats.get("bytes_limit")
