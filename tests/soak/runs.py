@@ -140,7 +140,8 @@ def _follow_advice(run: Run, code: int | None, workdir: pathlib.Path, full: bool
     """Moves away what the last line of a failed run names, or puts back a file that only its owner can mend."""
     last = run.text.strip().splitlines()[-1]
     assert code in (1, 2), f"exit {code}: {run.text}"
-    assert str(workdir) in last or "same command" in last, f"the message says not what to do: {last}"
+    told = str(workdir) in last or "same command" in last or (full and "start again" in last)
+    assert told, f"the message says not what to do: {last}"
     if full or "same command" in last:
         return
     named = [
