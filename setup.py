@@ -7,7 +7,9 @@ setup(
     version="0.1.0",
     description="Adaptive Parallel Reasoning in JAX: a Llama that learns when to split its own reasoning",
     packages=find_packages(include=["apr_jax", "apr_jax.*"]),
-    package_data={"apr_jax": ["**/*.html", "**/*.css", "**/*.js", "**/*.txtpb", "**/*.cc", "**/*.h", "py.typed"]},
+    package_data={
+        "apr_jax": ["**/*.html", "**/*.css", "**/*.js", "**/*.txtpb", "**/tokenizer.json", "**/*.cc", "**/*.h", "py.typed"]
+    },
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10,<1",

@@ -1,0 +1,64 @@
+"""Problems and their verifier: exact integers, and nothing that a model writes is ever evaluated."""
+
+import math
+import re
+from typing import Any
+
+from apr_jax.config import shown
+from apr_jax.tasks.base import Verdict
+from apr_jax.tasks.dialect import Ending
+from apr_jax.tasks.multiplication.numerals import (
+    DIGITS,
+    LARGEST_FACTOR,
+    NAMES,
+    NUMBER,
+    STEPS,
+    read_number,
+    value_of,
+)
+
+Problem = tuple[int, ...]  # the factors, each 0..1000
+
+_LONGEST_ANSWER = 100  # characters
+_LAST_NUMBER = re.compile(f"(?:^|\n)({STEPS}|{NUMBER})\n\\Z")
+_FACTOR = re.compile("[0-9]{1,4}")
+
+
+def verify(answer: str | None, problem: Problem) -> Verdict:
+    """Judge an answer, which must be the product in decimal digits."""
+    if answer is None:
+        return Verdict(False, "no_answer")
+    if not (answer.isascii() and answer.isdecimal() and len(answer) <= _LONGEST_ANSWER):
+        return Verdict(False, "no_number")
+    return Verdict(True, "correct") if int(answer) == math.prod(problem) else Verdict(False, "wrong_value")
+
+
+def read_problem(value: Any) -> Problem:
+    """Return the problem that `742*103*15` or a JSON object with that as its title describes. Raises ValueError."""
+    text = value.get("title") if isinstance(value, dict) else value
+    factors = re.split(r"\s*[* ]\s*", text.strip()) if isinstance(text, str) else []
+    if not (2 <= len(factors) <= len(NAMES) and all(map(_FACTOR.fullmatch, factors))):
+        raise ValueError(f"{shown(value)} is no product of 2 to {len(NAMES)} integers")
+    problem = tuple(map(int, factors))
+    if max(problem) > LARGEST_FACTOR:
+        raise ValueError(f"{max(problem)} is above {LARGEST_FACTOR}, the largest factor")
+    return problem
+
+
+def last_number(text: str) -> list[int] | None:
+    """Return the digits of the number that a thread's text ends in, with its carries or without."""
+    line = _LAST_NUMBER.search(text)
+    return read_number(line[1]) if line else None
+
+
+def read_answer(text: str) -> Ending:
+    """Read the number that ends a thread's text as its answer."""
+    digits = last_number(text)
+    if digits is None:
+        return Ending(None, "malformed", "unfinished")
+    return Ending(str(value_of(digits)), "answered", "")
+
+
+def read_factors(named: str) -> list[list[int]]:
+    """Return the digits of the factors of a prompt, the ones first."""
+    return [[DIGITS.index(digit) for digit in reversed(each)] for each in re.findall(f"[A-H]([{DIGITS}]+)", named)]

@@ -1,0 +1,109 @@
+"""One long multiplication after the other, in one thread.
+
+The first line is the first factor. Each later line multiplies what the line before came to by the next factor, whose
+name and digits stand in front. It goes from place to place, as far as the result has places: the digit of the number
+that is multiplied, a step (carry, digit) in each of the three rows, and a step of the sum of the rows.
+
+    prompt      A742B103C015=\\n
+    completion  a2b4c7\\n
+                B103:20600020a6400120002b2 ..\\n        2, then 06, 00 and 02 in the rows of 3, 0 and 1, then 0a6
+                C015: ..\\n
+
+`numerals.py` says how numbers and steps are written.
+"""
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from apr_jax.tasks.base import Call, CountTokens
+from apr_jax.tasks.dialect import Ending, ThreadDialect
+from apr_jax.tasks.multiplication.numerals import (
+    DIGITS,
+    FACTOR_DIGITS,
+    NAMES,
+    PLACES,
+    Step,
+    digits_of,
+    read_number,
+    row_sums,
+    take_steps,
+    write_factors,
+    write_number,
+)
+from apr_jax.tasks.multiplication.rules import Problem, read_answer
+
+_LINE = re.compile(f"^[{NAMES}]([{DIGITS}]{{{FACTOR_DIGITS}}}):((?:[{DIGITS}]{{8}}[a-x][{DIGITS}])+)\n", re.M)
+_GROUP = re.compile(f"[{DIGITS}]{{8}}[a-x][{DIGITS}]")
+
+
+class Serial(ThreadDialect):
+    """A chain of long multiplications."""
+
+    def prompt(self, problem: Problem, budget: int | None = None, window: int | None = None) -> str:
+        return write_factors([digits_of(factor, FACTOR_DIGITS) for factor in problem])
+
+    def read_ending(self, text: str) -> Ending:
+        begin = text.rfind("\n", 0, -1) + 1
+        line = _LINE.fullmatch(text, begin)
+        return read_answer(f"\n{_total(line[2])}\n" if line else "")
+
+    def demonstrate(
+        self, problem: Problem, rng: random.Random, section: Any, count_tokens: CountTokens, *, budget: bool
+    ) -> tuple[Call, ...]:
+        written = "".join(_lines([digits_of(factor, FACTOR_DIGITS) for factor in problem]))
+        return (Call(self.prompt(problem), written, 0, ends_in_spawn=False, replay_start=len(written)),)
+
+
+def written_sums(text: str) -> Iterator[tuple[list[int], list[Step]]]:
+    """Yield, for each row and each sum that whole lines have, the sums by place that it should be of, and its steps.
+
+    Rows multiply what the line before came to, and sums add what the rows have, whether or not these are right.
+    """
+    _, _, rest = text.partition("\n")
+    number = read_number(rest.partition("\n")[0])
+    for factor, groups in _LINE.findall(rest):
+        if number is None:
+            return
+        steps = [[(DIGITS.index(pair[0]), DIGITS.index(pair[1])) for pair in _pairs(group)] for group in _GROUP.findall(groups)]
+        for shift in range(FACTOR_DIGITS):
+            row = [group[shift] for group in steps[shift : shift + len(number) + 1]]
+            yield row_sums(number, DIGITS.index(factor[-1 - shift])), row
+        yield [sum(digit for _, digit in group[:-1]) for group in steps], [group[-1] for group in steps]
+        number = read_number(_total(groups))
+
+
+def _lines(factors: Sequence[Sequence[int]]) -> Iterator[str]:
+    number = list(factors[0])
+    yield write_number(number) + "\n"
+    for name, factor in zip(NAMES[1:], factors[1:], strict=False):
+        rows: list[list[Step]] = [
+            [(0, 0)] * shift + take_steps(row_sums(number, digit)) + [(0, 0)] * (len(factor) - 1 - shift)
+            for shift, digit in enumerate(factor)
+        ]
+        totals = take_steps([sum(digit for _, digit in column) for column in zip(*rows, strict=True)])
+        copied = [*number, *[0] * len(factor)]
+        groups = [
+            DIGITS[digit] + "".join(map(_pair, column)) + f"{DIGITS[total[0]]}{place}{DIGITS[total[1]]}"
+            for digit, column, total, place in zip(copied, zip(*rows, strict=True), totals, PLACES, strict=False)
+        ]
+        yield name + "".join(DIGITS[digit] for digit in reversed(factor)) + ":" + "".join(groups) + "\n"
+        number = [digit for _, digit in totals]
+
+
+def _pair(step: Step) -> str:
+    return DIGITS[step[0]] + DIGITS[step[1]]
+
+
+def _pairs(group: str) -> list[str]:
+    """Return the carry and the digit of each of a group's steps, the three rows' first."""
+    return [group[1:3], group[3:5], group[5:7], group[7] + group[9]]
+
+
+def _total(groups: str) -> str:
+    """Return the number that the sums of a line's groups are."""
+    return "".join(group[8:] for group in _GROUP.findall(groups))
+
+
+SERIAL = Serial()

@@ -1,0 +1,73 @@
+"""Multiplication: the product of 5 to 8 integers of 0..1,000, ThreadWeaver's reproduction task (arXiv 2512.07843)."""
+
+import random
+from collections.abc import Callable, Hashable, Iterator
+from types import MappingProxyType
+from typing import Any
+
+from apr_jax.config import Config
+from apr_jax.tasks.base import Split, Task, Verdict
+from apr_jax.tasks.multiplication import rules
+from apr_jax.tasks.multiplication.adaptive import ADAPTIVE, asked_sums
+from apr_jax.tasks.multiplication.config import MultiplicationConfig
+from apr_jax.tasks.multiplication.numerals import LARGEST_FACTOR, Step, count_right, read_steps
+from apr_jax.tasks.multiplication.rules import Problem
+from apr_jax.tasks.multiplication.serial import SERIAL, written_sums
+
+_ROUND = (0, 1, 10, 100, LARGEST_FACTOR)
+
+
+class Multiplication(Task):
+    """Problems are tuples of factors, answers their product in decimal digits."""
+
+    name = "multiplication"
+    section = MultiplicationConfig
+    problem_fields = ("min_factors", "max_factors", "round_share")
+    dialects = MappingProxyType({"adaptive": ADAPTIVE, "serial": SERIAL})
+    example = "742*103*15*0*1000"
+
+    def sampler(self, config: Config, split: Split | None) -> Callable[[random.Random], Problem]:
+        task = config.task
+        assert isinstance(task, MultiplicationConfig)
+        round_share = task.round_share if split == "train" else 0.0
+
+        def sample(rng: random.Random) -> Problem:
+            count = rng.randint(task.min_factors, task.max_factors)
+            return tuple(
+                rng.choice(_ROUND) if rng.random() < round_share else rng.randint(0, LARGEST_FACTOR)
+                for _ in range(count)
+            )
+
+        return sample
+
+    def verify(self, answer: str | None, problem: Problem) -> Verdict:
+        return rules.verify(answer, problem)
+
+    def describe(self, problem: Problem) -> dict[str, Any]:
+        return {"title": "*".join(map(str, problem))}
+
+    def read_problem(self, value: Any) -> Problem:
+        return rules.read_problem(value)
+
+    def key(self, problem: Problem) -> Hashable:
+        return tuple(sorted(problem))
+
+    def departures(self, problem: Problem, section: Any) -> list[str]:
+        low, high = section.min_factors, section.max_factors
+        return [] if low <= len(problem) <= high else [f"{len(problem)} factors, not {low} to {high}"]
+
+    def count_operations(self, text: str) -> tuple[int, int]:
+        """Count the steps of a thread's rows and sums; a step is right if it follows from what stands before it."""
+        written = list(_written(text))
+        return sum(len(steps) for _, steps in written), sum(count_right(sums, steps) for sums, steps in written)
+
+
+def _written(text: str) -> Iterator[tuple[list[int], list[Step]]]:
+    sums = asked_sums(text)
+    if sums is None:
+        yield from written_sums(text)
+    elif steps := read_steps(text):
+        yield sums, steps
+
+
+MULTIPLICATION = Multiplication()
