@@ -8,7 +8,16 @@ setup(
     description="Adaptive Parallel Reasoning in JAX: a Llama that learns when to split its own reasoning",
     packages=find_packages(include=["apr_jax", "apr_jax.*"]),
     package_data={
-        "apr_jax": ["**/*.html", "**/*.css", "**/*.js", "**/*.txtpb", "**/tokenizer.json", "**/*.cc", "**/*.h", "py.typed"]
+        "apr_jax": [
+            "**/*.html",
+            "**/*.css",
+            "**/*.js",
+            "**/*.txtpb",
+            "**/tokenizer.json",
+            "**/*.cc",
+            "**/*.h",
+            "py.typed",
+        ]
     },
     python_requires=">=3.11",
     install_requires=[

@@ -1,4 +1,4 @@
-"""Products of 5 to 8 integers of 0..1,000 (ThreadWeaver's reproduction task, arXiv 2512.07843), from nothing on two cores.
+"""Products of 5 to 8 integers of 0..1,000 (ThreadWeaver, arXiv 2512.07843), learnt from nothing on two cores.
 
     python launch/train.py --config=configs/multiplication.py           # adaptive: halves, then rows, in threads
     python launch/train.py --config=configs/multiplication.py:serial    # one long multiplication after the other
@@ -25,8 +25,8 @@ def get_config(variant: str = "adaptive") -> ConfigDict:
     names, changes = {"adaptive": adaptive, "serial": serial}, {"rl": rl, "quick": quick}
     if name not in names or not set(words) <= set(changes):
         raise ValueError(
-            f"configs/multiplication.py:{variant}: no such variant; choose one of {', '.join(names)}, and after it with "
-            f"dots any of {', '.join(changes)}"
+            f"configs/multiplication.py:{variant}: no such variant; choose one of {', '.join(names)}, and after it "
+            f"with dots any of {', '.join(changes)}"
         )
     config = names[name]()
     for word in words:
@@ -39,7 +39,7 @@ def adaptive() -> ConfigDict:
     config = grpo.get_config("laptop")
     config.name = "multiplication"
     config.task = dict(name="multiplication", min_factors=5, max_factors=8, round_share=0.05)
-    config.model.update(vocab_size=296, max_seq_len=256)
+    config.model.update(vocab_size=592, max_seq_len=256)
     config.data.update(tokenizer=str(TOKENIZER), replay_weight=1.0)
     config.data.update(num_train=10_000, num_validation=1_000, num_test=1_000, num_test_unseen_targets=100)
     config.sft.update(num_steps=4_000, rows_per_step=8, row_len=512, checkpoint_every=100, validate_every=200)

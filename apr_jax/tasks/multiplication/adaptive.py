@@ -7,7 +7,7 @@ come back in columns, each with its place behind it, as one writes rows below ea
     a   A742B103C015=\\n            spawns  AB\\nCC\\n                join  a6b2c4d6e7f0*a5b1c0=\\n, and on as b or c
     b   a2b4c7*a1b0c3d9e0f1=\\n     spawns  a1b0c3\\nd9e0f1\\n        join  02a6.. in columns; writes the steps of a sum
     c   a2b4c7*a1b0c3=\\n           spawns  a1\\nb0\\nc3\\n            likewise
-    d   3*a2b4c7=\\n                writes  0a60b21c22d2\\n          the steps of a row
+    d   3*a2b4c7=\\n                writes  a^0a6b^0b2c^1c2d^2d2\\n  the steps of a row
     e   A015=\\n                    writes  a5b1c0\\n
 
 `numerals.py` says how numbers and steps are written.
@@ -38,12 +38,13 @@ from apr_jax.tasks.multiplication.numerals import (
     NUMBER,
     PLACES,
     digits_of,
+    last_number,
     read_number,
     value_of,
     write_factors,
     write_number,
 )
-from apr_jax.tasks.multiplication.rules import Problem, last_number, read_answer, read_factors
+from apr_jax.tasks.multiplication.rules import Problem, read_answer, read_factors
 
 _FACTORS = re.compile(f"((?:[A-H][{DIGITS}]{{3}})+)=\n")
 _PRODUCT = re.compile(f"^({NUMBER})\\*({NUMBER})=\n", re.M)

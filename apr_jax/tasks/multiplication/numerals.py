@@ -1,12 +1,13 @@
 """Numerals: how numbers are written, and the one step that all of the arithmetic takes.
 
-A *digit* is 0..9 or X, which is ten. So 1000 has three digits, `X00`, and no factor needs a fourth. Problems have them as
-people write them, the ones last. Numbers that are computed have the ones first, and each digit names its *place*, a for
-ones, b for tens, up to x: 742 is `a2b4c7`. A number keeps its zeros at the top, so its length depends only on how many
-factors are in it. Its top digit may be X.
+A *digit* is 0..9 or X, which is ten. So 1000 has three digits, `X00`, and no factor needs a fourth. Problems have the
+digits as people write them, the ones last. Numbers that are computed have the ones first, and each digit names its
+*place* (a: ones, b: tens, up to x): 742 is `a2b4c7`. A number keeps its zeros at the top, so its length depends only on
+how many factors are in it. Its top digit may be X.
 
-A row of digits is computed from sums, one for each place, by steps: the carry that comes in, then the digit, with its
-place. 8 * 742 has the sums 16, 32, 56 and 0 and is written `0a61b33c95d5`.
+A number is computed from one sum for each place by steps: the carry that comes in, as `b^1`, then the digit. The sums
+of 8 * 742 are 16, 32, 56 and 0, and its steps `a^0a6b^1b3c^3c9d^5d5`. Carry and digit both name the place, so what is
+to be looked up for the next token can be told from this one.
 """
 
 import re
@@ -18,12 +19,11 @@ NAMES = "ABCDEFGH"  # of the factors
 FACTOR_DIGITS = 3
 LARGEST_FACTOR = 1000
 
-_PLACED = re.compile(f"[{DIGITS}]?([a-x])([{DIGITS}])")
 NUMBER = f"(?:[a-x][{DIGITS}])+"
-STEPS = f"(?:[{DIGITS}][a-x][{DIGITS}])+"
-
-_STEP = re.compile(f"[{DIGITS}][a-x][{DIGITS}]")
-_LAST_STEPS = re.compile(f"({STEPS})\n\\Z")
+_PLACED = re.compile(f"([a-x])([{DIGITS}])")
+_STEP = re.compile(f"([a-x])\\^([{DIGITS}])\\1([{DIGITS}])")
+_LAST_STEPS = re.compile(f"(?:^|\n)((?:[a-x]\\^[{DIGITS}][a-x][{DIGITS}])+)\n\\Z")
+_LAST_NUMBER = re.compile(f"(?:^|\n)({NUMBER})\n\\Z")
 
 Step = tuple[int, int]  # the carry that comes in, and the digit
 
@@ -45,11 +45,19 @@ def write_number(digits: Sequence[int]) -> str:
 
 
 def read_number(text: str) -> list[int] | None:
-    """Return the digits of a number, with carries or without; None where places are left out or out of order."""
+    """Return the digits of a number; None where places are left out or out of order."""
     placed = _PLACED.findall(text)
     if "".join(place for place, _ in placed) != PLACES[: len(placed)]:
         return None
     return [DIGITS.index(digit) for _, digit in placed]
+
+
+def last_number(text: str) -> list[int] | None:
+    """Return the digits of the number that a thread's text ends in, as such or in steps; None where there is none."""
+    steps, number = read_steps(text), _LAST_NUMBER.search(text)
+    if steps:
+        return [digit for _, digit in steps]
+    return read_number(number[1]) if number else None
 
 
 def write_factors(factors: Sequence[Sequence[int]]) -> str:
@@ -70,13 +78,16 @@ def take_steps(sums: Sequence[int]) -> list[Step]:
 
 def write_steps(steps: Sequence[Step]) -> str:
     """Return the text of steps."""
-    return "".join(f"{DIGITS[carry]}{place}{DIGITS[digit]}" for place, (carry, digit) in zip(PLACES, steps, strict=False))
+    pairs = zip(PLACES, steps, strict=False)
+    return "".join(f"{place}^{DIGITS[carry]}{place}{DIGITS[digit]}" for place, (carry, digit) in pairs)
 
 
 def read_steps(text: str) -> list[Step]:
     """Return the steps that a text ends in, before its last newline; none where it ends in none."""
     line = _LAST_STEPS.search(text)
-    return [(DIGITS.index(step[0]), DIGITS.index(step[2])) for step in _STEP.findall(line[1])] if line else []
+    found = _STEP.findall(line[1]) if line else []
+    whole = "".join(place for place, _, _ in found) == PLACES[: len(found)] and line and len(line[1]) == 5 * len(found)
+    return [(DIGITS.index(carry), DIGITS.index(digit)) for _, carry, digit in found] if whole else []
 
 
 def count_right(sums: Sequence[int], steps: Sequence[Step]) -> int:

@@ -7,20 +7,11 @@ from typing import Any
 from apr_jax.config import shown
 from apr_jax.tasks.base import Verdict
 from apr_jax.tasks.dialect import Ending
-from apr_jax.tasks.multiplication.numerals import (
-    DIGITS,
-    LARGEST_FACTOR,
-    NAMES,
-    NUMBER,
-    STEPS,
-    read_number,
-    value_of,
-)
+from apr_jax.tasks.multiplication.numerals import DIGITS, LARGEST_FACTOR, NAMES, last_number, value_of
 
 Problem = tuple[int, ...]  # the factors, each 0..1000
 
 _LONGEST_ANSWER = 100  # characters
-_LAST_NUMBER = re.compile(f"(?:^|\n)({STEPS}|{NUMBER})\n\\Z")
 _FACTOR = re.compile("[0-9]{1,4}")
 
 
@@ -43,12 +34,6 @@ def read_problem(value: Any) -> Problem:
     if max(problem) > LARGEST_FACTOR:
         raise ValueError(f"{max(problem)} is above {LARGEST_FACTOR}, the largest factor")
     return problem
-
-
-def last_number(text: str) -> list[int] | None:
-    """Return the digits of the number that a thread's text ends in, with its carries or without."""
-    line = _LAST_NUMBER.search(text)
-    return read_number(line[1]) if line else None
 
 
 def read_answer(text: str) -> Ending:

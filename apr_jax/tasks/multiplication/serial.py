@@ -1,15 +1,15 @@
 """One long multiplication after the other, in one thread.
 
 The first line is the first factor. Each later line multiplies what the line before came to by the next factor, whose
-name and digits stand in front. It goes from place to place, as far as the result has places: the digit of the number
-that is multiplied, a step (carry, digit) in each of the three rows, and a step of the sum of the rows.
+name and digits stand in front, the ones first. It goes from place to place, as far as the result has places: the digit
+of the number that is multiplied, a carry and a digit in each of the three rows, and a carry and a digit of their sum.
 
     prompt      A742B103C015=\\n
     completion  a2b4c7\\n
-                B103:20600020a6400120002b2 ..\\n        2, then 06, 00 and 02 in the rows of 3, 0 and 1, then 0a6
-                C015: ..\\n
+                Ba*3b*0c*1:2a^06b^00c^000a64a^02b^00c^000b2 ..\\n
+                Ca*5b*1c*0: ..\\n
 
-`numerals.py` says how numbers and steps are written.
+Carries of rows name their row (a: of the ones), the digit of the sum its place. `numerals.py` has the rest.
 """
 
 import random
@@ -34,8 +34,10 @@ from apr_jax.tasks.multiplication.numerals import (
 )
 from apr_jax.tasks.multiplication.rules import Problem, read_answer
 
-_LINE = re.compile(f"^[{NAMES}]([{DIGITS}]{{{FACTOR_DIGITS}}}):((?:[{DIGITS}]{{8}}[a-x][{DIGITS}])+)\n", re.M)
-_GROUP = re.compile(f"[{DIGITS}]{{8}}[a-x][{DIGITS}]")
+_MULTIPLIERS = "".join(f"{place}\\*([{DIGITS}])" for place in PLACES[:FACTOR_DIGITS])
+_ROWS = "".join(f"{place}\\^[{DIGITS}]{{2}}" for place in PLACES[:FACTOR_DIGITS])
+_GROUP = re.compile(f"[{DIGITS}]{_ROWS}[{DIGITS}][a-x][{DIGITS}]")
+_LINE = re.compile(f"^[{NAMES}]{_MULTIPLIERS}:((?:{_GROUP.pattern})+)\n", re.M)
 
 
 class Serial(ThreadDialect):
@@ -47,7 +49,7 @@ class Serial(ThreadDialect):
     def read_ending(self, text: str) -> Ending:
         begin = text.rfind("\n", 0, -1) + 1
         line = _LINE.fullmatch(text, begin)
-        return read_answer(f"\n{_total(line[2])}\n" if line else "")
+        return read_answer(f"\n{_total(line[FACTOR_DIGITS + 1])}\n" if line else "")
 
     def demonstrate(
         self, problem: Problem, rng: random.Random, section: Any, count_tokens: CountTokens, *, budget: bool
@@ -63,13 +65,16 @@ def written_sums(text: str) -> Iterator[tuple[list[int], list[Step]]]:
     """
     _, _, rest = text.partition("\n")
     number = read_number(rest.partition("\n")[0])
-    for factor, groups in _LINE.findall(rest):
+    for *factor, groups in _LINE.findall(rest):
         if number is None:
             return
-        steps = [[(DIGITS.index(pair[0]), DIGITS.index(pair[1])) for pair in _pairs(group)] for group in _GROUP.findall(groups)]
+        steps = [
+            [(DIGITS.index(pair[0]), DIGITS.index(pair[1])) for pair in _pairs(group)]
+            for group in _GROUP.findall(groups)
+        ]
         for shift in range(FACTOR_DIGITS):
             row = [group[shift] for group in steps[shift : shift + len(number) + 1]]
-            yield row_sums(number, DIGITS.index(factor[-1 - shift])), row
+            yield row_sums(number, DIGITS.index(factor[shift])), row
         yield [sum(digit for _, digit in group[:-1]) for group in steps], [group[-1] for group in steps]
         number = read_number(_total(groups))
 
@@ -85,25 +90,27 @@ def _lines(factors: Sequence[Sequence[int]]) -> Iterator[str]:
         totals = take_steps([sum(digit for _, digit in column) for column in zip(*rows, strict=True)])
         copied = [*number, *[0] * len(factor)]
         groups = [
-            DIGITS[digit] + "".join(map(_pair, column)) + f"{DIGITS[total[0]]}{place}{DIGITS[total[1]]}"
+            DIGITS[digit] + "".join(map(_row_step, PLACES, column)) + f"{DIGITS[total[0]]}{place}{DIGITS[total[1]]}"
             for digit, column, total, place in zip(copied, zip(*rows, strict=True), totals, PLACES, strict=False)
         ]
-        yield name + "".join(DIGITS[digit] for digit in reversed(factor)) + ":" + "".join(groups) + "\n"
+        multipliers = "".join(f"{place}*{DIGITS[digit]}" for place, digit in zip(PLACES, factor, strict=False))
+        yield f"{name}{multipliers}:{''.join(groups)}\n"
         number = [digit for _, digit in totals]
 
 
-def _pair(step: Step) -> str:
-    return DIGITS[step[0]] + DIGITS[step[1]]
+def _row_step(row: str, step: Step) -> str:
+    return f"{row}^{DIGITS[step[0]]}{DIGITS[step[1]]}"
 
 
 def _pairs(group: str) -> list[str]:
     """Return the carry and the digit of each of a group's steps, the three rows' first."""
-    return [group[1:3], group[3:5], group[5:7], group[7] + group[9]]
+    *rows, total = re.findall("(?<=\\^)..|.[a-x].\\Z", group)
+    return [*rows, total[0] + total[2]]
 
 
 def _total(groups: str) -> str:
     """Return the number that the sums of a line's groups are."""
-    return "".join(group[8:] for group in _GROUP.findall(groups))
+    return "".join(group[-2:] for group in _GROUP.findall(groups))
 
 
 SERIAL = Serial()
