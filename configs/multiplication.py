@@ -11,7 +11,7 @@ A variant is a name, and words after it, with dots between:
     .rl                 GRPO of it with a price on the longest chain of tokens, to be started from its SFT
     .quick              a minute: does everything run? Learns nothing
 
-docs/multiplication.md has the steps that are written, and what was measured.
+docs/tasks.md has the steps that are written, and what was measured.
 """
 
 from ml_collections import ConfigDict

@@ -23,7 +23,7 @@ from apr_jax.tasks.dialect import (
     ThoughtDialect,
     ThreadDialect,
 )
-from configs import grpo, nested_sums, reference, traces
+from configs import grpo, multiplication, nested_sums, reference, traces
 
 TRACES = 1_000_000  # in 15 minutes
 CHARACTERS = "0123456789+-*/=,:#<>[]'() \n\t\r.eE_\x00\u2028\u00b2\u0663\ufeff\U0001f600"
@@ -32,7 +32,8 @@ CHARACTERS = "0123456789+-*/=,:#<>[]'() \n\t\r.eE_\x00\u2028\u00b2\u0663\ufeff\U
 def drill(folder: pathlib.Path, share: float, seed: int) -> str:
     """Reads a share of the traces. Raises AssertionError for the first that a reader does not survive."""
     total, rng = max(1, int(TRACES * share)), random.Random(seed)
-    configs = [grpo.get_config("smoke"), nested_sums.get_config(), *map(reference.get_config, ("apr", "sosp"))]
+    configs = [grpo.get_config("smoke"), nested_sums.get_config(), multiplication.get_config()]
+    configs += map(reference.get_config, ("apr", "sosp"))
     for name in ("countdown_text", "nested_sums_text", "nested_sums_fork"):
         configs.append(grpo.get_config("smoke") if name == "countdown_text" else nested_sums.get_config())
         configs[-1].task.name = name

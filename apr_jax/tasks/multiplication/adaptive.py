@@ -89,9 +89,9 @@ class Adaptive(SpawnDialect):
 
     def render_join(self, results: Sequence[ChildResult], level: int | None) -> str:
         """Return the product of halves, or the columns of what became of parts; a child without a result has zeros."""
-        if results[0].name[0] in NAMES:
+        if results[0].name[:1] in NAMES:
             return f"{JOIN_BEGIN}{'*'.join(result.path or '' for result in results)}=\n{JOIN_END}"
-        rows = [(PLACES.index(result.name[0]), read_number(result.path or "") or []) for result in results]
+        rows = [(PLACES.find(result.name[:1]), read_number(result.path or "") or []) for result in results]
         columns = zip(PLACES, numerals.columns(rows), strict=False)
         written = [[DIGITS[digit] for digit in column[:-1]] + [place, DIGITS[column[-1]]] for place, column in columns]
         return f"{JOIN_BEGIN}{''.join(map(''.join, written))}\n{JOIN_END}"
