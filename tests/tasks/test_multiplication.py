@@ -231,16 +231,24 @@ def test_asked_values():
 
 @pytest.mark.parametrize(
     ("given", "problem"),
-    [("742*103*15", (742, 103, 15)), ("742 103  15", (742, 103, 15)), ({"title": "0 * 1000"}, (0, 1000))],
+    [
+        ("742*103*15", (742, 103, 15)),
+        ("742 103  15", (742, 103, 15)),
+        ({"title": "0 * 1000"}, (0, 1000)),
+        ([7, 8], (7, 8)),
+        ((7, 8), (7, 8)),
+    ],
 )
 def test_problems_are_read(given, problem):
     assert MULTIPLICATION.read_problem(given) == problem
     assert MULTIPLICATION.read_problem(MULTIPLICATION.describe(problem)) == problem
 
 
-@pytest.mark.parametrize("given", ["", "742", "742*1001", "7*8*", "7**8", "-7*8", "1*" * 8 + "1", "7*x", None, 5, {}])
+@pytest.mark.parametrize(
+    "given", ["", "742", "742*1001", "7*8*", "7**8", "-7*8", "1*" * 8 + "1", "7*x", None, 5, {}, [7, True], [7, -1]]
+)
 def test_what_is_no_problem_is_refused(given):
-    with pytest.raises(ValueError, match=r"is no product of 2 to 8 integers|is above 1000"):
+    with pytest.raises(ValueError, match=r"is no product of 2 to 8 integers|is not in 0..1000"):
         MULTIPLICATION.read_problem(given)
 
 

@@ -25,15 +25,19 @@ def verify(answer: str | None, problem: Problem) -> Verdict:
 
 
 def read_problem(value: Any) -> Problem:
-    """Return the problem that `742*103*15` or a JSON object with that as its title describes. Raises ValueError."""
-    text = value.get("title") if isinstance(value, dict) else value
-    factors = re.split(r"\s*[* ]\s*", text.strip()) if isinstance(text, str) else []
-    if not (2 <= len(factors) <= len(NAMES) and all(map(_FACTOR.fullmatch, factors))):
+    """Return the problem that factors, `742*103*15`, or a JSON object with that as its title describe.
+
+    Raises ValueError.
+    """
+    given = value.get("title") if isinstance(value, dict) else value
+    if isinstance(given, str):
+        texts = re.split(r"\s*[* ]\s*", given.strip())
+        given = [int(text) if _FACTOR.fullmatch(text) else None for text in texts]
+    if not (isinstance(given, (list, tuple)) and 2 <= len(given) <= len(NAMES) and all(type(x) is int for x in given)):
         raise ValueError(f"{shown(value)} is no product of 2 to {len(NAMES)} integers")
-    problem = tuple(map(int, factors))
-    if max(problem) > LARGEST_FACTOR:
-        raise ValueError(f"{max(problem)} is above {LARGEST_FACTOR}, the largest factor")
-    return problem
+    if not (min(given) >= 0 and max(given) <= LARGEST_FACTOR):
+        raise ValueError(f"{shown(value)} has a factor that is not in 0..{LARGEST_FACTOR}")
+    return tuple(given)
 
 
 def read_answer(text: str) -> Ending:
