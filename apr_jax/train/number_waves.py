@@ -2,10 +2,13 @@
 
 Embeddings that start at random say nothing about how numbers are related, so each sum has to be learnt on its own. In
 waves of the number, the wave of a sum is a product of its terms' waves. One gated layer can learn that product for all
-numbers at once. Waves of the logarithm do the same for products and quotients. Zhou et al. 2025 (arXiv 2502.09741) give
-numbers such embeddings for good; here they are a start, and are trained like all others.
+numbers at once. Waves of the logarithm do the same for products and quotients. A token that names a digit's place, as
+`b7`, has waves of the place beside those of the digit, so what is learnt of a place holds for all of its digits. Zhou et
+al. 2025 (arXiv 2502.09741) give numbers such embeddings for good; here they are a start, and are trained like all
+others.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +20,8 @@ from apr_jax.config import ConfigError
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.model.params import Params
 
+_PLACED = re.compile("([a-z])[*^]?([0-9]{1,3})")
+
 PERIODS = (2, 3, 5, 7, 10, 20, 25, 50, 100, 200, 512)  # of the number
 LOG_PERIODS = tuple(12 / 2**octave for octave in range(9))  # of its natural logarithm
 
@@ -25,21 +30,29 @@ def with_number_waves(params: Params, tokenizer: Tokenizer, amplitude: float) ->
     """Give the number tokens of fresh parameters waves of that amplitude, in the embedding and in an untied head.
 
     The embedding has them in its first columns. An untied head reads them from the last columns: if it read them from
-    the same, each number would begin as its own most likely successor, as it does with tied embeddings.
+    the same, each number would begin as its own most likely successor, as it does with tied embeddings. Waves of places
+    stand in the columns next to those.
 
     Raises ConfigError if the embedding has fewer columns than there are waves.
     """
     changed: Any = params
-    numbers = number_tokens(tokenizer)
-    waves_NW = amplitude * number_waves(np.asarray([*numbers]))
-    rows, width = np.asarray([*numbers.values()]), waves_NW.shape[1]
+    numbers, placed = number_tokens(tokenizer), placed_tokens(tokenizer)
+    width = 2 * (len(PERIODS) + len(LOG_PERIODS))
     embedding_VD = np.array(changed["embedding"][...])
     check_width(embedding_VD.shape[1])
-    embedding_VD[rows, :width] = waves_NW
+    head_DV = np.array(changed["head"][...]) if "head" in changed else None
+    waved = [(0, [*numbers.values()], [*numbers])]
+    if placed and embedding_VD.shape[1] >= 2 * width:
+        waved += [(0, [*placed], [number for _, number in placed.values()])]
+        waved += [(width, [*placed], [place for place, _ in placed.values()])]
+    for column, rows, values in waved:
+        waves_NW = amplitude * number_waves(np.asarray(values))
+        embedding_VD[rows, column : column + width] = waves_NW
+        if head_DV is not None:
+            end = len(head_DV) - column
+            head_DV[end - width : end, rows] = waves_NW.T
     changed["embedding"] = changed["embedding"].replace(jnp.asarray(embedding_VD))
-    if "head" in changed:
-        head_DV = np.array(changed["head"][...])
-        head_DV[-width:, rows] = waves_NW.T
+    if head_DV is not None:
         changed["head"] = changed["head"].replace(jnp.asarray(head_DV))
     return params
 
@@ -57,6 +70,13 @@ def number_tokens(tokenizer: Tokenizer) -> Mapping[int, int]:
     spelt = [text for text in texts if text.isascii() and text.isdecimal() and len(text) < 100]
     found = {int(text): tokenizer.encode(text) for text in spelt if text == str(int(text))}
     return {number: ids[0] for number, ids in sorted(found.items()) if len(ids) == 1}
+
+
+def placed_tokens(tokenizer: Tokenizer) -> Mapping[int, tuple[int, int]]:
+    """Find the tokens that are a letter and a number, maybe with * or ^ between: the letter's and the number, by id."""
+    texts = enumerate(tokenizer.token_texts(range(tokenizer.vocab_size)))
+    found = ((index, _PLACED.fullmatch(text)) for index, text in texts)
+    return {index: (ord(placed[1]) - ord("a"), int(placed[2])) for index, placed in found if placed}
 
 
 def number_waves(numbers: NDArray[np.int64]) -> NDArray[np.float32]:

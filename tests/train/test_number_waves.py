@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from apr_jax.config import ConfigError
-from apr_jax.data.tokenizer import BuiltinTokenizer
+from apr_jax.data.tokenizer import BuiltinTokenizer, load_tokenizer
 from apr_jax.model.params import init_params
+from apr_jax.tasks.multiplication.vocabulary import TOKENIZER as TOKENIZER_OF_PRODUCTS
 from apr_jax.train.number_waves import PERIODS, number_tokens, number_waves, with_number_waves
 from tests.train.small import small_config
 
@@ -37,6 +38,21 @@ def test_a_head_of_its_own_has_the_same_waves():
     rows = np.asarray([*number_tokens(TOKENIZER).values()])
     width = number_waves(np.arange(2)).shape[1]
     np.testing.assert_array_equal(params["head"][...].T[rows, -width:], params["embedding"][...][rows, :width])
+
+
+def test_digits_that_name_their_place_have_waves_of_both():
+    tokenizer = load_tokenizer(str(TOKENIZER_OF_PRODUCTS))
+    model = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size, embed_dim=160, tie_embeddings=False)
+    params = with_number_waves(init_params(model, 0), tokenizer, 0.5)
+    embedding, head = params["embedding"][...], params["head"][...].T
+    waves = 0.5 * number_waves(np.arange(24))
+    width, rows = waves.shape[1], {text: tokenizer.encode(text)[0] for text in ("b7", "b^3", "c*1", "7")}
+    for text, place, number in (("b7", 1, 7), ("b^3", 1, 3), ("c*1", 2, 1)):
+        both = np.concatenate([waves[number], waves[place]])
+        np.testing.assert_allclose(embedding[rows[text], : 2 * width], both, atol=1e-6)
+        np.testing.assert_allclose(head[rows[text], -width:], waves[number], atol=1e-6)
+        np.testing.assert_allclose(head[rows[text], -2 * width : -width], waves[place], atol=1e-6)
+    np.testing.assert_allclose(embedding[rows["7"], :width], waves[7], atol=1e-6)
 
 
 def test_numbers_are_told_apart_and_sums_turn_by_both_terms():
