@@ -3,7 +3,7 @@
 Embeddings that start at random say nothing about how numbers are related, so each sum has to be learnt on its own. In
 waves of the number, the wave of a sum is a product of its terms' waves. One gated layer can learn that product for all
 numbers at once. Waves of the logarithm do the same for products and quotients. A token that names a digit's place, as
-`b7`, has waves of the place beside those of the digit, so what is learnt of a place holds for all of its digits. Zhou et
+`b7`, has waves of the place beside those of the digit, so what is learnt of a place holds for all its digits. Zhou et
 al. 2025 (arXiv 2502.09741) give numbers such embeddings for good; here they are a start, and are trained like all
 others.
 """
