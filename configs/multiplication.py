@@ -35,14 +35,16 @@ def get_config(variant: str = "adaptive") -> ConfigDict:
 
 
 def adaptive() -> ConfigDict:
-    """Configure SFT of a 1.4M-parameter Llama whose threads are short: none holds more than 212 tokens."""
+    """Configure SFT of a 1.0M-parameter Llama whose threads are short: none holds more than 212 tokens."""
     config = grpo.get_config("laptop")
     config.name = "multiplication"
     config.task = dict(name="multiplication", min_factors=5, max_factors=8, round_share=0.05)
-    config.model.update(vocab_size=592, max_seq_len=256)
+    config.model.update(num_layers=3, embed_dim=160, mlp_dim=384, num_heads=2, num_kv_heads=2)
+    config.model.update(vocab_size=592, max_seq_len=256, tie_embeddings=False)
     config.data.update(tokenizer=str(TOKENIZER), replay_weight=1.0)
     config.data.update(num_train=10_000, num_validation=1_000, num_test=1_000, num_test_unseen_targets=100)
-    config.sft.update(num_steps=4_000, rows_per_step=8, row_len=512, checkpoint_every=100, validate_every=200)
+    config.sft.update(num_steps=4_000, rows_per_step=4, row_len=512, number_waves=0.5)
+    config.sft.update(checkpoint_every=100, validate_every=200)
     config.sft.optimizer.update(schedule="trapezoid", warmup_steps=50, decay_steps=800, final_scale=0.01)
     config.engine.update(lanes=16, pages=2_048, steps_per_visit=8)
     config.rollout.update(max_steps=256, max_depth=3, max_children=4, max_spawns=2, temperature=1.0)
@@ -58,7 +60,7 @@ def serial() -> ConfigDict:
     config.name = "multiplication_serial"
     config.data.method = "serial"
     config.model.max_seq_len = 1_056
-    config.sft.update(rows_per_step=4, row_len=1_056)
+    config.sft.update(rows_per_step=2, row_len=1_056)
     config.rollout.max_steps = 1_056
     config.grpo.update(row_len=1_056, rows_per_microbatch=4)
     return config
@@ -75,7 +77,7 @@ def rl(config: ConfigDict) -> None:
 def quick(config: ConfigDict) -> None:
     """Make everything small."""
     config.name += "_quick"
-    config.model.update(num_layers=1, embed_dim=64, mlp_dim=128, num_heads=1, num_kv_heads=1)
+    config.model.update(num_layers=1, embed_dim=80, mlp_dim=128, num_heads=1, num_kv_heads=1)
     config.data.update(num_train=64, num_validation=16, num_test=16, num_test_unseen_targets=16)
     config.sft.update(num_steps=4, rows_per_step=2, checkpoint_every=2, validate_every=2, validation_rows=2)
     config.sft.optimizer.update(warmup_steps=1, decay_steps=1)

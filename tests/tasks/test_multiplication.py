@@ -266,7 +266,7 @@ def test_the_tokenizer_file_is_the_vocabulary():
 
 def tiny_config(folder, variant="adaptive.rl.quick", **data):
     values = get_config(variant)
-    values.model.update(embed_dim=32, mlp_dim=64, head_dim=32)
+    values.model.update(embed_dim=48, mlp_dim=64, head_dim=32)
     values.mesh.data = 1
     values.data.update(directory=str(folder), num_workers=1, **data)
     values.engine.pages = 256
