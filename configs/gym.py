@@ -15,7 +15,7 @@ from configs import pretrained
 
 
 def get_config(variant: str = "countdown") -> ConfigDict:
-    config = pretrained.get_config()
+    config = pretrained.any_task()
     config.name = f"gym_{variant}"
     config.task = dict(name="gym", dataset=variant, settings="", dataset_seed=0, size=100_000, traces="")
     config.data.update(num_train=4_000, num_validation=100, num_test=500, num_test_unseen_targets=100)

@@ -11,7 +11,7 @@ from configs import pretrained
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    config = pretrained.get_config()
+    config = pretrained.any_task()
     config.name = "traces"
     config.task = dict(name="traces", traces=variant)
     config.data.update(num_train=4_000, num_validation=20, num_test=60, num_test_unseen_targets=20)
