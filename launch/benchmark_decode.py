@@ -20,7 +20,9 @@ from typing import Any
 from absl import flags
 
 from apr_jax import entry
+from apr_jax.checkpoints.identity import with_auto
 from apr_jax.config import Config, ConfigError
+from apr_jax.config_dict import from_config_dict
 from apr_jax.evaluation.rollout_sources import check_policy_folder
 
 _CONFIG = entry.define_config("benchmark_decode.py")
@@ -37,7 +39,10 @@ _PLOT = entry.define_output("plot", "Draw tokens/s by lane count here.", (".svg"
 
 
 def main() -> None:
-    config = _CONFIG.config()
+    checkpoint = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
+    if checkpoint is not None:
+        check_policy_folder(checkpoint)
+    config = from_config_dict(with_auto(_CONFIG.values(), checkpoint))
     lanes = entry.positive_numbers("lanes", _LANES.value)
     peer_lanes = entry.positive_numbers("peer_lanes", _PEER_LANES.value)
     if _PEERS.value and not set(peer_lanes) <= set(lanes):
@@ -46,8 +51,6 @@ def main() -> None:
         raise ConfigError("--plot draws the figures of --lanes, and there are none")
     from apr_jax.bench.peers import PEERS
 
-    if _CHECKPOINT.value:
-        check_policy_folder(pathlib.Path(_CHECKPOINT.value))
     if unknown := [name for name in _PEERS.value if name not in PEERS]:
         raise ConfigError(f"--peers: there is no peer {unknown[0]!r}; choose of {', '.join(PEERS)}")
     figures = _measure(config, lanes, peer_lanes)

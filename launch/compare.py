@@ -16,7 +16,6 @@ the configuration of each. Exit codes: 0 done, 1 failed, 2 bad arguments or conf
 to go on).
 """
 
-import contextlib
 import dataclasses
 import pathlib
 import shlex
@@ -26,9 +25,17 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from apr_jax import entry
+from apr_jax.checkpoints.identity import with_auto
 from apr_jax.config import ConfigError
+from apr_jax.config_dict import from_config_dict
 from apr_jax.evaluation.compare.grid import Cell, make_cells, read_policies, read_rows
-from apr_jax.evaluation.rollout_sources import check_policy_folder, choose_split, newest_run, policy_task, read_problems
+from apr_jax.evaluation.rollout_sources import (
+    check_policy_folder,
+    choose_split,
+    find_newest,
+    policy_task,
+    read_problems,
+)
 from apr_jax.lock import locked
 from apr_jax.progress import busy
 from apr_jax.stopping import StoppedError
@@ -59,16 +66,16 @@ _FIGURE = entry.define_output("figure", "Draw the policies' training curves here
 
 def main() -> int:
     # What can be refused is refused at once, before JAX and its friends have loaded.
-    config = _CONFIG.config()
     entry.positive_numbers("context_windows", _WINDOWS.value)
     _temperatures(0.0)
     folders = {name: pathlib.Path(folder) for name, folder in read_policies(_POLICIES.value).items()}
     for name, folder in folders.items():
         check_policy_folder(folder, f"policies={name}")
-    if not folders:
-        with contextlib.suppress(FileNotFoundError):
-            folders = {(newest := newest_run(_RUNS)).name: newest}
-    task = policy_task(next(iter(folders.values()), None), config, is_given=_CONFIG.is_given)
+    if not folders and (newest := find_newest(_RUNS)):
+        folders = {newest.name: newest}
+    first = next(iter(folders.values()), None)
+    config = from_config_dict(with_auto(_CONFIG.values(), first))
+    task = policy_task(first, config, is_given=_CONFIG.is_given)
     own = read_problems(task, _PROBLEMS.value, _NUM_PROBLEMS.value) if _PROBLEMS.value else None
     if own is not None and len(own) < 2:
         raise ConfigError(f"--problems={_PROBLEMS.value}: a comparison takes 2 problems or more")

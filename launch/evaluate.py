@@ -21,9 +21,8 @@ from apr_jax import entry
 from apr_jax.config import Config
 from apr_jax.evaluation.rollout_sources import (
     check_method_flag,
-    check_policy_folder,
+    choose_policy,
     choose_split,
-    newest_run,
     policy_task,
     read_problems,
 )
@@ -50,10 +49,7 @@ _ROLLOUTS = entry.define_output("rollouts", "Write the first problems' threads h
 
 def main() -> None:
     # What can be refused is refused at once, before JAX and its friends have loaded.
-    config = _CONFIG.config()
-    if _CHECKPOINT.value:
-        check_policy_folder(pathlib.Path(_CHECKPOINT.value))
-    checkpoint = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else newest_run(_RUNS)
+    checkpoint, config = choose_policy(_CHECKPOINT.value, _RUNS, _CONFIG.values())
     task = policy_task(checkpoint, config, is_given=_CONFIG.is_given)
     if _METHOD.value is not None:
         check_method_flag(_METHOD.value, task, _TEMPERATURE.value, _BUDGET.value)

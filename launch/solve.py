@@ -23,8 +23,7 @@ from apr_jax import entry
 from apr_jax.config import ConfigError
 from apr_jax.evaluation.rollout_sources import (
     check_method_flag,
-    check_policy_folder,
-    newest_run,
+    choose_policy,
     policy_task,
     read_problem_words,
 )
@@ -50,10 +49,7 @@ _JSON = entry.JsonFlag("the result")
 def main(words: Sequence[str]) -> None:
     began = time.perf_counter()
     # What can be refused is refused at once, before JAX and its friends have loaded.
-    config = _CONFIG.config()
-    if _CHECKPOINT.value:
-        check_policy_folder(pathlib.Path(_CHECKPOINT.value))
-    checkpoint = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else newest_run(_RUNS)
+    checkpoint, config = choose_policy(_CHECKPOINT.value, _RUNS, _CONFIG.values())
     task = policy_task(checkpoint, config, is_given=_CONFIG.is_given)
     problem = read_problem_words(task, words)
     if _METHOD.value:

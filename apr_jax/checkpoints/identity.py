@@ -11,6 +11,7 @@ Tokenizers are compared by their content. docs/architecture.md says which fields
 
 import dataclasses
 import functools
+import logging
 import os
 import pathlib
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ from apr_jax.gguf_file import gguf_in, gguf_with_tokenizer, open_gguf, read_gguf
 from apr_jax.model.weights.hf_config import TRAINED, read_config
 from apr_jax.tasks import TASKS, named_section
 
+_LOG = logging.getLogger(__name__)
+
 POLICY = "policy"  # the item of a checkpoint that holds the model's parameters
 TOKENIZER = "tokenizer"  # its folder with the tokenizer's files
 AUTO = "auto"  # as the value of a field: the policy's own
@@ -40,6 +43,8 @@ WEIGHT_FIELDS = (
     *("family", "vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim"),
     *("rope_theta", "rope_scaling", "rms_norm_eps", "tie_embeddings"),
 )
+
+_AUTO_FIELDS = ("data.tokenizer", "data.method", "task.name", "model.family")  # that may say "auto"
 
 _FREE_SETTINGS: dict[str, Any] = {"compute_dtype": "float32", "attention": "auto", "remat": "none"}
 
@@ -163,6 +168,11 @@ def agreed_tokenizer(path: pathlib.Path, own: str | None, asked: str | None, spe
     return own
 
 
+def takes_model(values: Mapping[str, Any]) -> bool:
+    """Return True where a configuration takes its model from a policy."""
+    return bool(_value(values, "model.family") == AUTO)
+
+
 def with_auto(values: dict[str, Any], path: pathlib.Path | None) -> dict[str, Any]:
     """Return a configuration's values with the policy's own where they say "auto".
 
@@ -173,11 +183,10 @@ def with_auto(values: dict[str, Any], path: pathlib.Path | None) -> dict[str, An
       path: the policy's folder, None if the user names none.
     Raises: ConfigError where there is no policy to take a field from, or its folder does not tell it.
     """
-    data, task, model = (dict(values[section]) for section in ("data", "task", "model"))
-    fields = {"data.tokenizer": data, "data.method": data, "task.name": task, "model.family": model}
-    wanted = {field for field, section in fields.items() if section[field.split(".")[1]] == AUTO}
+    wanted = {field for field in _AUTO_FIELDS if _value(values, field) == AUTO}
     if not wanted:
         return values
+    data, task, model = (dict(values.get(section) or {}) for section in ("data", "task", "model"))
     if path is None:
         raise ConfigError(f"{min(wanted)}={AUTO!r} takes a policy's: name it with --start or --checkpoint")
     found = find_policy(path)
@@ -187,18 +196,40 @@ def with_auto(values: dict[str, Any], path: pathlib.Path | None) -> dict[str, An
     if "model.family" in wanted:
         own = dataclasses.asdict(_model_of(found))
         model |= {field: own[field] for field in WEIGHT_FIELDS}
-        if data["add_marker_tokens"] and data["tokenizer"] != "builtin":
+        if data.get("add_marker_tokens") and data["tokenizer"] != "builtin":
             markers = TASKS[named_section(task)["name"]].marks
             tokenizer = load_tokenizer(data["tokenizer"], Spelling(markers=markers))
             parts = values["mesh"]["tensor"]  # of the vocabulary, all of one size
             model["vocab_size"] = max(model["vocab_size"], -(-tokenizer.vocab_size // parts) * parts)
-    if wanted & {"data.method", "task.name"} and saved is None:
-        raise ConfigError(f"{path} does not say which method and task its policy was trained for: name them")
-    if saved is not None and "data.method" in wanted:
-        data |= {name: saved["data"][name] for name in ("method", "condition_on_budget")}
-    if saved is not None and "task.name" in wanted:
+    return with_training({**values, "data": data, "task": task, "model": model}, saved, str(path))
+
+
+def with_training(values: dict[str, Any], saved: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
+    """Return a configuration's values with the method and the task of a policy where they say "auto".
+
+    Args:
+      saved: the policy's configuration.
+      name: what to call the policy.
+    Raises: ConfigError where there is none.
+    """
+    data, task = dict(values["data"]), dict(values["task"])
+    if AUTO in (data["method"], task["name"]) and saved is None:
+        raise ConfigError(f"{name} does not say which method and task its policy was trained for: name them")
+    if saved is not None and data["method"] == AUTO:
+        data |= {field: saved["data"][field] for field in ("method", "condition_on_budget")}
+    if saved is not None and task["name"] == AUTO:
         task = saved["task"]
-    return {**values, "data": data, "task": task, "model": model}
+    return {**values, "data": data, "task": task}
+
+
+def note_context(path: pathlib.Path, there: int, here: int) -> None:
+    """Warn where threads may hold more tokens than the policy at `path` has ever seen."""
+    if here > there:
+        _LOG.warning(
+            "model.max_seq_len=%d is more than the %d tokens of context that the policy of %s knows; "
+            "it may write nonsense beyond them.",
+            *(here, there, path),
+        )
 
 
 def check_meaning(name: str, saved: Mapping[str, Any] | None, now: Mapping[str, Any], advice: str) -> None:
@@ -212,8 +243,7 @@ def check_meaning(name: str, saved: Mapping[str, Any] | None, now: Mapping[str, 
     """
     lines = []
     for field in _MEANING:
-        section, key = field.split(".")
-        there, here = (dict(config or {}).get(section, {}).get(key) for config in (saved, now))
+        there, here = (_value(config, field) for config in (saved, now))
         if there is not None and _plain(there) != _plain(here):
             lines.append(f"  {field}: {there!r} there, {here!r} here")
     if lines:
@@ -247,6 +277,13 @@ def _model_of(found: PolicyFolder) -> ModelConfig:
 
         return read_gguf_config(open_gguf(found.path), **_FREE_SETTINGS)
     return read_config(read_json(file_in(found.path, "config.json"), "fetch it again"), **_FREE_SETTINGS)
+
+
+def _value(config: Mapping[str, Any] | None, field: str) -> Any:
+    """Return the value of a field such as "data.method", or None where the configuration lacks it."""
+    section, key = field.split(".")
+    values = (config or {}).get(section)
+    return values.get(key) if isinstance(values, Mapping) else None
 
 
 def _plain(value: Any) -> Any:

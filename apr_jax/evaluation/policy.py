@@ -7,7 +7,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from apr_jax.checkpoints.identity import AUTO, agreed_tokenizer, check_meaning, own_tokenizer
+from apr_jax.checkpoints.identity import (
+    AUTO,
+    WEIGHT_FIELDS,
+    agreed_tokenizer,
+    check_meaning,
+    note_context,
+    own_tokenizer,
+    with_training,
+)
 from apr_jax.config import Config, ConfigError, ModelConfig
 from apr_jax.config_dict import from_config_dict
 from apr_jax.data.tokenizer import Spelling, Tokenizer, config_tokenizer
@@ -28,6 +36,7 @@ def choose_config(
       model: the policy's own.
       saved: the whole configuration it was trained with, None where it brings none.
       given: a config named on the command line, which then takes the saved one's place. One of the two is needed.
+        Where its `model.family` is auto, what no weight fixes is its own (the context, the dtype).
       overrides: {"engine.lanes": 8}, applied to either.
     Raises:
       ConfigError: an override that fits no field; one, or a configuration given, that contradicts the policy's weights
@@ -38,10 +47,13 @@ def choose_config(
         raise ConfigError("this policy brings no configuration: name one (config=, or --config=FILE)")
     if given is None:
         _check_version(base)
-    values = ConfigDict(base)
-    values.model = dataclasses.asdict(model)
+    values, own = ConfigDict(base), dataclasses.asdict(model)
+    takes_free = given is not None and given.model.family == AUTO
+    values.model = {**values.model, **{name: own[name] for name in WEIGHT_FIELDS}} if takes_free else own
     for field, value in overrides.items():
         section, _, name = field.rpartition(".")
+        if (field, value) == ("model.family", AUTO):
+            continue
         if section == "model" and name not in _FREE and getattr(model, name, value) != value:
             raise ConfigError(f"{field}={value} contradicts the policy's weights, which have {getattr(model, name)}")
         parent: Any = values
@@ -50,7 +62,7 @@ def choose_config(
         parent[name] = value
     longest = max(values.model.max_seq_len, values.sft.row_len, values.grpo.row_len)
     values.sft.row_len = values.grpo.row_len = longest  # read in training only
-    now = values.to_dict()
+    now = with_training(values.to_dict(), saved, "this policy")
     check_meaning("the policy", saved, now, "Leave them to the policy; --method chooses another way of reasoning.")
     return from_config_dict(now)
 
@@ -87,6 +99,7 @@ def configure(
     config = choose_config(model, saved, given, {**overrides, "data.tokenizer": asked or own or AUTO})
     tokenizer = agreed_tokenizer(folder, own, asked, Spelling.of(config))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+    note_context(folder, model.max_seq_len, config.model.max_seq_len)
     loaded = config_tokenizer(config)
     try:
         check_vocabulary(config.model, loaded)

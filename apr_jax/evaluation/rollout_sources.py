@@ -3,11 +3,12 @@
 import contextlib
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from apr_jax.checkpoints.identity import find_policy, refuse_msgpack
+from apr_jax.checkpoints.identity import find_policy, refuse_msgpack, with_auto
 from apr_jax.config import Config, ConfigError
+from apr_jax.config_dict import from_config_dict
 from apr_jax.files import FileError, parse_json
 from apr_jax.reasoning.programs import check_method
 from apr_jax.tasks import TASKS, task_of
@@ -63,6 +64,24 @@ def policy_task(folder: pathlib.Path | None, config: Config, *, is_given: bool) 
     return task_of(config)
 
 
+def choose_policy(given: str | None, runs: str, values: Mapping[str, Any]) -> tuple[pathlib.Path, Config]:
+    """Return the policy that the user named, or the newest run, and a configuration whose auto fields are its own.
+
+    Args:
+      given: a folder or file, as of `check_policy_folder`.
+      runs: the folder of runs.
+      values: of the configuration.
+    Raises: ConfigError for values that cannot work and a folder that is not there, FileNotFoundError where no run is.
+    """
+    if given:
+        check_policy_folder(pathlib.Path(given))
+        folder: pathlib.Path | None = pathlib.Path(given)
+    else:
+        folder = find_newest(runs)
+    config = from_config_dict(with_auto(dict(values), folder))
+    return folder or newest_run(runs), config
+
+
 def check_policy_folder(path: pathlib.Path, flag: str = "checkpoint") -> None:
     """Raise ConfigError unless there is a folder or GGUF file `path`, or `path` is "best" in one (`load_policy`).
 
@@ -73,6 +92,13 @@ def check_policy_folder(path: pathlib.Path, flag: str = "checkpoint") -> None:
         return
     if not path.is_dir() and not (path.name == "best" and path.parent.is_dir()):
         raise ConfigError(f"--{flag}={path}: no such folder" + (" or file" if path.suffix == ".gguf" else ""))
+
+
+def find_newest(root: str | pathlib.Path) -> pathlib.Path | None:
+    """Return what `newest_run` does, or None where there is no run."""
+    with contextlib.suppress(FileNotFoundError):
+        return newest_run(root)
+    return None
 
 
 def newest_run(root: str | pathlib.Path) -> pathlib.Path:
