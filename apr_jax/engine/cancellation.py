@@ -92,6 +92,6 @@ def trim(call: Call, cutoff: int) -> Call:
     if len(call.tokens) <= keep:
         return call
     masks = None if call.masks is None else call.masks.first(keep)
-    return dataclasses.replace(
-        call, tokens=call.tokens[:keep], logprobs=call.logprobs[:keep], stop=_CANCELLED, masks=masks
-    )
+    kept = None if call.kept is None else call.kept[:keep]
+    tokens, logprobs = call.tokens[:keep], call.logprobs[:keep]
+    return dataclasses.replace(call, tokens=tokens, logprobs=logprobs, stop=_CANCELLED, kept=kept, masks=masks)

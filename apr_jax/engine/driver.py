@@ -86,12 +86,17 @@ class Driver:
         return True
 
     def decoded(
-        self, thread: Thread, tokens: list[int], logprobs: list[float], shut_logprobs: Sequence[float] = ()
+        self,
+        thread: Thread,
+        tokens: list[int],
+        logprobs: list[float],
+        shut_logprobs: Sequence[float] = (),
+        kept: Sequence[int] = (),
     ) -> None:
         """Take the tokens that the device drew for a thread; queue its program if its Decode is over (see `drain`).
 
-        `shut_logprobs`, the log-probabilities without the gate token, are read where the thread has a grammar. A
-        thread that asked for a Prefill has been given a lane to write nothing.
+        `shut_logprobs`, the log-probabilities without the gate token, are read where the thread has a grammar. `kept`
+        is of a truncated policy (`Call.kept`). A thread that asked for a Prefill has a lane to write nothing.
         """
         node = self._node_of[thread]
         if node.call is None:
@@ -104,14 +109,14 @@ class Driver:
             tokens, logprobs = thread.constraint.take(thread.tokens, tokens, logprobs, shut_logprobs)
             thread.rejected += drawn - len(tokens)
         elif thread.watch is not None and (found := thread.watch.take(thread.tokens, tokens)) is not None:
-            tokens, logprobs = tokens[: found.count], logprobs[: found.count]
+            tokens, logprobs, kept = (values[: found.count] for values in (tokens, logprobs, kept))
             stop = Stop(StopReason.STRING, None, found.string, found.excess)
         self._scheduler.cache.decoded(thread, drawn, len(tokens))
         thread.tokens.extend(tokens)
         thread.generated += len(tokens)
         node.clock += len(tokens)
         node.left -= len(tokens)
-        self._recorder.wrote(node, tokens, logprobs)
+        self._recorder.wrote(node, tokens, logprobs, kept)
         if stop is None and tokens:
             stop = self._stop(thread)
         if node.cutoff is not None and (node.clock > node.cutoff or (stop is None and node.clock == node.cutoff)):

@@ -256,12 +256,12 @@ class Engine:
         stats, self._idle_since = self.stats, time.perf_counter()
         counts = written.counts.tolist()
         tokens, logprobs = _by_lane(written.tokens), _by_lane(written.logprobs)
-        shut_logprobs = None if written.shut_logprobs is None else _by_lane(written.shut_logprobs)
+        shut_logprobs, kept = _by_lane(written.shut_logprobs), _by_lane(written.kept)
         for shard, lane, thread in placed:
             count = counts[shard][lane]
             stats.generated += count
-            shut = () if shut_logprobs is None else shut_logprobs[shard][lane][:count]
-            driver.decoded(thread, tokens[shard][lane][:count], logprobs[shard][lane][:count], shut)
+            of_thread = (values and values[shard][lane][:count] for values in (tokens, logprobs, shut_logprobs, kept))
+            driver.decoded(thread, *of_thread)
         steps = int(written.steps.max())
         stats.decode_steps += steps
         stats.lane_steps += steps * written.counts.size
@@ -320,5 +320,8 @@ class Engine:
 
 
 def _by_lane(written: Any) -> list[list[list[Any]]]:
-    """Return an array `[shards, steps, L]` as lists `[shards][L][steps]`, in one call instead of one for each lane."""
-    return np.swapaxes(written, 1, 2).tolist()
+    """Return an array `[shards, steps, L]` as lists `[shards][L][steps]`, in one call instead of one for each lane.
+
+    Of None they are empty.
+    """
+    return [] if written is None else np.swapaxes(written, 1, 2).tolist()

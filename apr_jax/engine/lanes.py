@@ -58,6 +58,7 @@ class Written:
     tokens: jax.Array  # int32 [steps, L]
     logprobs: jax.Array  # float32 [steps, L]
     shut_logprobs: jax.Array | None  # float32 [steps, L]: the same without the gate token
+    kept: jax.Array | None  # int32 [steps, L]: the tokens that a truncated policy left to draw from
     counts: jax.Array  # int32 [L]: the lane's tokens are the first `count` of its column
     steps: jax.Array  # int32: steps that the shard ran
 

@@ -35,13 +35,14 @@ class Recorder:
         assert node.thread is not None
         node.call = OpenCall(np.asarray(node.thread.tokens, np.int32), node.clock, self._ms(node))
 
-    def wrote(self, node: Node, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
+    def wrote(self, node: Node, tokens: Sequence[int], logprobs: Sequence[float], kept: Sequence[int]) -> None:
         """Add tokens to the open call."""
         assert node.call is not None
         if not node.call.tokens:
             node.call.first_token_ms = self._ms(node)
         node.call.tokens.extend(tokens)
         node.call.logprobs.extend(logprobs)
+        node.call.kept.extend(kept)
         self.tell(node, Happening.WROTE)
 
     def close_call(self, node: Node, stop: Stop) -> None:
@@ -64,6 +65,7 @@ class Recorder:
                 start_ms=call.start_ms,
                 end_ms=self._ms(node),
                 first_token_ms=call.first_token_ms,
+                kept=np.asarray(call.kept, np.int32) if call.kept else None,
                 masks=None if constraint is None else constraint.masks(),
                 group_prompt=0 if node.group is None else len(node.group.prompt),
             )

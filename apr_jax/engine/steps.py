@@ -10,8 +10,9 @@ depend on its neighbours, bit for bit.
 
 import concurrent.futures
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ from apr_jax.model.llama import Llama
 from apr_jax.model.ops import Ops, draw_from
 from apr_jax.model.paged_cache import PagedKVCache, copy_pages, pages_per_row
 from apr_jax.model.sampling import log_probs, sample, uniforms
-from apr_jax.model.truncation import Truncation, truncated
+from apr_jax.model.truncation import Truncation, count_kept, truncated
 from apr_jax.parallel.mesh import partition_spec
 
 COPIES_PER_CALL = 16  # page copies a call; more take more calls
@@ -51,6 +52,17 @@ class Sampling:
     truncation: Truncation = dataclasses.field(default=Truncation(), metadata={"static": True})
 
 
+class Drawn(NamedTuple):
+    """What a step draws for each lane."""
+
+    token_L: jax.Array
+    logprob_L: jax.Array
+    pauses_L: jax.Array | bool = False  # lanes that wait for the host from here on
+    kept_L: jax.Array | None = None  # int32: the tokens that a truncated policy left to draw from
+    # Of an engine with a gate: the lanes' registers, and the log-probabilities without the gate token.
+    gated: tuple[policy_masks.LaneRegisters, jax.Array] | None = None
+
+
 def draw_tokens(
     ops: Ops,
     logits_LV: jax.Array,
@@ -59,19 +71,14 @@ def draw_tokens(
     constraints: policy_masks.LaneConstraints | None,
     token_L: jax.Array,
     step: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array | bool, tuple[policy_masks.LaneRegisters, jax.Array] | None]:
-    """Draw each lane's next token.
-
-    Returns:
-        The tokens, their log-probabilities, the lanes that wait for the host from here on, and where the engine has a
-        gate the lanes' registers and the log-probabilities without the gate token.
-    """
+) -> Drawn:
+    """Draw each lane's next token."""
     gate, banned_mask, temperature = sampling.gate, sampling.banned_mask, sampling.temperature
     if constraints is None or gate is None:
         if not sampling.truncation.cuts:
-            return *ops.draw(logits_LV, temperature, banned_mask, uniform_L), False, None
+            return Drawn(*ops.draw(logits_LV, temperature, banned_mask, uniform_L))
         logprobs_LV = truncated(log_probs(logits_LV, temperature, banned_mask), sampling.truncation)
-        return *draw_from(logprobs_LV, temperature, uniform_L), False, None
+        return Drawn(*draw_from(logprobs_LV, temperature, uniform_L), kept_L=count_kept(logprobs_LV))
 
     def constrained(
         logits_V: jax.Array, uniform: jax.Array, constraints: policy_masks.LaneConstraints, token: jax.Array
@@ -81,7 +88,8 @@ def draw_tokens(
         drawn = sample(logprobs_V, uniform, temperature)
         return drawn, logprobs_V[drawn], constraint.pauses(drawn), constraint.after(logprobs_V, drawn)
 
-    return jax.vmap(constrained)(logits_LV, uniform_L, constraints, token_L)
+    token_L, logprob_L, pauses_L, after = jax.vmap(constrained)(logits_LV, uniform_L, constraints, token_L)
+    return Drawn(token_L, logprob_L, pauses_L, gated=after)
 
 
 def decode_shard(
@@ -100,24 +108,25 @@ def decode_shard(
         return (step < steps) & jnp.any(remaining_L > 0)
 
     def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, carried, token_L, remaining_L, counts_L, tokens_CL, logprobs_CL, gated = state
+        step, carried, token_L, remaining_L, counts_L, tokens_CL, logprobs_CL, kept_CL, gated = state
         hidden_LD, view = model(token_L, cache.view(carried, step, remaining_L > 0))
         # Gathered over "tensor" before the draw: sampling on split logits would take a dozen small collectives.
         logits_LV: jax.Array = _constrain(model.logits(hidden_LD), partition_spec())
         uniform_L = jax.lax.dynamic_index_in_dim(uniforms_LC, step, axis=1, keepdims=False)
         constraints = lanes.constraints and dataclasses.replace(lanes.constraints, registers=gated[0])
-        drawn_L, logprob_L, pauses_L, after = draw_tokens(
-            model.ops, logits_LV, uniform_L, sampling, constraints, token_L, step
-        )
+        drawn = draw_tokens(model.ops, logits_LV, uniform_L, sampling, constraints, token_L, step)
         # A stopped thread's further results are not used.
-        stopped_L = jnp.any(drawn_L[:, None] == lanes.stop_tokens, axis=1) | pauses_L
+        stopped_L = jnp.any(drawn.token_L[:, None] == lanes.stop_tokens, axis=1) | drawn.pauses_L
         left_L = jnp.where(stopped_L, 0, jnp.maximum(remaining_L - 1, 0))
-        if after is not None:
-            gated = after[0], jax.lax.dynamic_update_index_in_dim(gated[1], after[1], step, axis=0)
-        tokens_CL = jax.lax.dynamic_update_index_in_dim(tokens_CL, drawn_L, step, axis=0)
-        logprobs_CL = jax.lax.dynamic_update_index_in_dim(logprobs_CL, logprob_L, step, axis=0)
+        note = functools.partial(jax.lax.dynamic_update_index_in_dim, index=step, axis=0)
+        if drawn.gated is not None:
+            gated = drawn.gated[0], note(gated[1], drawn.gated[1])
+        if drawn.kept_L is not None:
+            kept_CL = note(kept_CL, drawn.kept_L)
+        tokens_CL, logprobs_CL = note(tokens_CL, drawn.token_L), note(logprobs_CL, drawn.logprob_L)
         counts_L = counts_L + (remaining_L > 0).astype(jnp.int32)
-        return step + 1, cache.carried(view), drawn_L, left_L, counts_L, tokens_CL, logprobs_CL, gated
+        after = tokens_CL, logprobs_CL, kept_CL, gated
+        return step + 1, cache.carried(view), drawn.token_L, left_L, counts_L, *after
 
     state = (
         jnp.int32(0),
@@ -127,13 +136,14 @@ def decode_shard(
         jnp.zeros((num_lanes,), jnp.int32),
         jnp.zeros((steps, num_lanes), jnp.int32),
         jnp.zeros((steps, num_lanes), jnp.float32),
+        jnp.zeros((steps, num_lanes), jnp.int32) if sampling.truncation.cuts else None,
         None
         if lanes.constraints is None
         else (lanes.constraints.registers, jnp.zeros((steps, num_lanes), jnp.float32)),
     )
-    ran, carried, _, _, counts_L, tokens_CL, logprobs_CL, gated = jax.lax.while_loop(live, body, state)
+    ran, carried, _, _, counts_L, tokens_CL, logprobs_CL, kept_CL, gated = jax.lax.while_loop(live, body, state)
     shut_CL = None if gated is None else gated[1]
-    return cache.finish(carried, counts_L), Written(tokens_CL, logprobs_CL, shut_CL, counts_L, ran)
+    return cache.finish(carried, counts_L), Written(tokens_CL, logprobs_CL, shut_CL, kept_CL, counts_L, ran)
 
 
 class Steps:

@@ -239,6 +239,9 @@ class Call:
     start_ms: float  # since the rollout's first request
     end_ms: float
     first_token_ms: float = 0.0  # when the first of its tokens were known
+    kept: np.ndarray | None = (
+        None  # int32, the tokens that a truncated policy left to draw each from; None: it is whole
+    )
     masks: Masks | None = None  # what its grammar allowed; None: it had none
     group_prompt: int = 0  # of a worker on a shared cache: the first tokens of its context, which all workers have
 

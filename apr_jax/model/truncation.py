@@ -1,8 +1,8 @@
 """Truncated sampling: the tokens that are too improbable to be drawn, cut off by top-k, top-p and min-p.
 
-Engine and trainer both ask here, each with its own logits: which tokens are cut off is a function of the policy, as the
-policy's temperature is, and docs/sampling.md says why no masks are kept. Every rule keeps the tokens above some
-log-probability, so all three together are one number, and tokens of equal probability share their fate.
+The engine applies the rules and notes how many tokens they left for each draw; the trainer keeps as many, the most
+probable ones of its own logits (docs/sampling.md says why). Every rule keeps the tokens above some log-probability, so
+all three together are one number, and tokens of equal probability share their fate.
 """
 
 import dataclasses
@@ -34,21 +34,56 @@ def truncation_of(rollout: RolloutConfig) -> Truncation:
     return Truncation(rollout.top_k, rollout.top_p, rollout.min_p)
 
 
-def truncated(logprobs: jax.Array, truncation: Truncation, drawn: jax.Array | None = None) -> jax.Array:
+def truncated(logprobs: jax.Array, truncation: Truncation) -> jax.Array:
     """Return the log-probabilities `[..., V]` of the truncated policy: MASKED_LOGIT-like where a token is cut off.
 
     Args:
         logprobs: float32 `[..., V]`, tempered, and without banned tokens.
-        truncation: what is cut off. No gradient flows through the choice.
-        drawn: int32 `[...]`, tokens that are known to have been drawn. They stay, whichever side of the cut they lie on
-            by rounding, or since an update.
+        truncation: what is cut off.
     """
     if not truncation.cuts:
         return logprobs
-    cut = logprobs < jax.lax.stop_gradient(_least(logprobs, truncation))
-    if drawn is not None:
-        cut &= jax.lax.broadcasted_iota(jnp.int32, logprobs.shape, logprobs.ndim - 1) != drawn[..., None]
+    cut = logprobs < _least(logprobs, truncation)
     return jax.nn.log_softmax(jnp.where(cut, MASKED_LOGIT, logprobs), axis=-1)
+
+
+def count_kept(logprobs: jax.Array) -> jax.Array:
+    """Count the tokens that are not cut off, int32 `[...]`, in what `truncated` returned."""
+    return jnp.sum(logprobs > MASKED_LOGIT / 2, axis=-1, dtype=jnp.int32)
+
+
+def keep_most(logprobs: jax.Array, kept: jax.Array, drawn: jax.Array) -> jax.Array:
+    """Return the log-probabilities `[..., V]` of a policy that is cut off after its most probable tokens.
+
+    Args:
+        logprobs: float32 `[..., V]`, as of `truncated`. No gradient flows through the choice.
+        kept: int32 `[...]`, the number of tokens that stay, with those as probable as the last; 0: all.
+        drawn: int32 `[...]`, tokens that are known to have been drawn. They stay, wherever an update moves them.
+    """
+    codes = _ordered_codes(jax.lax.stop_gradient(logprobs))
+    is_drawn = jax.lax.broadcasted_iota(jnp.int32, logprobs.shape, logprobs.ndim - 1) == drawn[..., None]
+    stays = (codes >= _largest_code(codes, kept[..., None])) | is_drawn | (kept[..., None] == 0)
+    return jax.nn.log_softmax(jnp.where(stays, logprobs, MASKED_LOGIT), axis=-1)
+
+
+def _ordered_codes(values: jax.Array) -> jax.Array:
+    """Return uint32 codes of float32 numbers, in the same order."""
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _largest_code(codes: jax.Array, count: jax.Array) -> jax.Array:
+    """Return the largest code that at least `count` of `codes[..., V]` reach, `[..., 1]`.
+
+    It is found bit by bit: a sort of a large vocabulary takes much longer.
+    """
+
+    def with_bit(index: jax.Array, least: jax.Array) -> jax.Array:
+        more = least | jnp.uint32(1) << (31 - index).astype(jnp.uint32)
+        reached = jnp.sum(codes >= more, axis=-1, keepdims=True, dtype=jnp.int32)
+        return jnp.where(reached >= count, more, least)
+
+    return jax.lax.fori_loop(0, 32, with_bit, jnp.zeros((*codes.shape[:-1], 1), jnp.uint32))
 
 
 def _least(logprobs: jax.Array, truncation: Truncation) -> jax.Array:

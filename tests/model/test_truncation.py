@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from apr_jax.model.sampling import MASKED_LOGIT, log_probs, sample
-from apr_jax.model.truncation import Truncation, truncated
+from apr_jax.model.truncation import Truncation, count_kept, keep_most, truncated
 
 RULES = [
     Truncation(top_k=1),
@@ -79,14 +79,36 @@ def test_equal_tokens_share_their_fate() -> None:
 def test_a_drawn_token_stays_and_its_gradient_is_finite(rule: Truncation) -> None:
     logits = jnp.asarray(np.random.default_rng(2).normal(size=(2, 3, 23)) * 3, jnp.float32)
     drawn = jnp.argmin(logits, axis=-1).at[0, 0].set(jnp.argmax(logits[0, 0]))
+    logprobs = log_probs(logits, 1.0, jnp.zeros(23, bool))
+    count = count_kept(truncated(logprobs, rule))
 
     def total(logits: jax.Array) -> jax.Array:
-        logprobs = truncated(log_probs(logits, 1.0, jnp.zeros(23, bool)), rule, drawn)
+        logprobs = keep_most(log_probs(logits, 1.0, jnp.zeros(23, bool)), count, drawn)
         return jnp.sum(jnp.take_along_axis(logprobs, drawn[..., None], axis=-1))
 
     value, gradient = jax.value_and_grad(total)(logits)
     assert -1e4 < value < 0 or rule.top_k == 1
     assert np.isfinite(np.asarray(gradient)).all()
     free = jnp.argmax(logits, axis=-1)
-    logprobs = log_probs(logits, 1.0, jnp.zeros(23, bool))
-    np.testing.assert_array_equal(truncated(logprobs, rule, free), truncated(logprobs, rule))
+    np.testing.assert_array_equal(keep_most(logprobs, count, free), truncated(logprobs, rule))
+    np.testing.assert_array_equal(keep_most(logprobs, jnp.zeros_like(count), free), jax.nn.log_softmax(logprobs))
+
+
+@pytest.mark.parametrize(
+    "rule", [Truncation(top_p=0.8), Truncation(min_p=0.05), Truncation(top_k=30, top_p=0.9)], ids=str
+)
+def test_as_many_tokens_stay_where_rounding_moves_the_cut(rule: Truncation) -> None:
+    """Ten thousand draws, scored by logits that differ in their last bits, as a trainer's do."""
+    rng = np.random.default_rng(3)
+    logits = jnp.asarray(rng.normal(size=(10_000, 61)) * 2, jnp.float32)
+    rounded = logits * jnp.asarray(1 + rng.uniform(-1, 1, logits.shape) * 1e-5, jnp.float32)
+    there, here = (log_probs(each, 1.0, jnp.arange(61) < 3) for each in (logits, rounded))
+    drawn_from = truncated(there, rule)
+    drawn = jnp.argmax(drawn_from, axis=-1)
+
+    def worst(scored: jax.Array) -> float:
+        gap = jnp.take_along_axis(scored - drawn_from, drawn[:, None], axis=-1)
+        return float(jnp.abs(gap).max())
+
+    assert worst(keep_most(here, count_kept(drawn_from), drawn)) < 2e-4
+    assert worst(truncated(here, rule)) > 1e-3, "applied again, the rule itself would cut elsewhere"

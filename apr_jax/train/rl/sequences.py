@@ -19,7 +19,8 @@ def training_sequences(
 
     Each holds, per target token: `tokens`, `targets` (int32), `advantage`, `policy_weight`, `kl_weight` and
     `rollout_logprob` (float32, 0 on context). With kl_coef 0 a call of advantage 0 has zero loss and zero gradient. It
-    is left out, but counts in the others' weights. So is a call that generated nothing.
+    is left out, but counts in the others' weights. So is a call that generated nothing. Of a truncated policy there is
+    `kept`, too (int32, `Call.kept`, 0 on context).
 
     Args:
       gate: the engine's. With one, a sequence also holds what its grammar allowed: `bans` (int32) and `allowed` (int32
@@ -52,7 +53,11 @@ def _sequence(call: Call, advantage: float, policy_weight: float, kl_weight: flo
     generated = np.arange(1, len(tokens)) >= len(call.context)
     logprobs = np.zeros(len(tokens) - 1, np.float32)
     logprobs[generated] = call.logprobs
-    return {
+    kept = {}
+    if call.kept is not None:
+        kept["kept"] = np.zeros(len(tokens) - 1, np.int32)
+        kept["kept"][generated] = call.kept
+    return kept | {
         "tokens": tokens[:-1],
         "targets": tokens[1:],
         "advantage": (advantage * generated).astype(np.float32),

@@ -21,7 +21,7 @@ from apr_jax.model import sampling
 from apr_jax.model.lora import Trained, merge
 from apr_jax.model.params import Params
 from apr_jax.model.placement import abstract_params_on, with_sharding
-from apr_jax.model.truncation import truncated, truncation_of
+from apr_jax.model.truncation import keep_most, truncation_of
 from apr_jax.parallel.mesh import BATCH_AXES, partition_spec, replicated
 from apr_jax.reasoning.settings import banned_tokens, spawn_gate
 from apr_jax.train.optimizer import make_optimizer
@@ -46,7 +46,8 @@ class Updater:
         self._objective = choose_objective(config.grpo)
         self._gate = spawn_gate(config, tokenizer)
         policy = _sampling_policy(config, tokenizer, self._gate)
-        given = ("bans", "allowed") if self._gate else ("targets",) if truncation_of(config.rollout).cuts else ()
+        self._cuts = truncation_of(config.rollout).cuts
+        given = ("bans", "allowed") if self._gate else ("kept", "targets") if self._cuts else ()
         self._scorer = make_scorer(config.model, mesh, policy, given)
         self._reference = jax.jit(lambda params, batch: self._scorer(params, batch).logprob_BT)
         self._accumulate = jax.jit(self._add_gradients, donate_argnums=0)
@@ -142,7 +143,8 @@ class Updater:
     def _abstract_microbatch(self) -> tuple[dict[str, Any], Any]:
         """Return the shapes of a full microbatch, as rollouts are packed, and of scores of its tokens `[B, T]`."""
         ints, floats = np.zeros(2, np.int32), np.zeros(1, np.float32)
-        call = Call((), ints[:1], ints[1:], floats, Stop(StopReason.LENGTH, None), 0, 0.0, 0.0)
+        kept = ints[1:] if self._cuts else None
+        call = Call((), ints[:1], ints[1:], floats, Stop(StopReason.LENGTH, None), 0, 0.0, 0.0, kept=kept)
         rollout = Rollout(RolloutKey(0, 0), None, (call,), 1, 0.0, Work())
         row = self.rows(self.sequences([Scored(None, rollout, True, 1.0, 1.0, np.ones(1))]))
         size, place = self._config.grpo.rows_per_microbatch, NamedSharding(self._mesh, partition_spec(BATCH_AXES))
@@ -204,18 +206,17 @@ def microbatch_sizes(rows: int, full: int, shards: int) -> list[int]:
 def _sampling_policy(config: Config, tokenizer: Tokenizer, gate: Gate | None) -> LogProbs:
     """Return the engine's policy: a function of logits `[B, T, V]`.
 
-    With a gate it is one of `bans` and `allowed`, too, and where it is truncated, of the targets, which were drawn.
+    With a gate it is one of `bans` and `allowed`, too, and where it is truncated, of `kept` and the targets.
     """
     mask_V = np.zeros(config.model.vocab_size, bool)
     mask_V[list(banned_tokens(tokenizer, config.model.vocab_size))] = True
     banned_V = jnp.asarray(mask_V)
     log_probs = functools.partial(sampling.log_probs, temperature=config.rollout.temperature)
-    truncation = truncation_of(config.rollout)
-    if gate is None and not truncation.cuts:
+    if gate is None and not truncation_of(config.rollout).cuts:
         return functools.partial(log_probs, banned_mask=banned_V)
     if gate is None:
-        return lambda logits_BTV, targets_BT: truncated(
-            log_probs(logits_BTV, banned_mask=banned_V), truncation, targets_BT
+        return lambda logits_BTV, kept_BT, targets_BT: keep_most(
+            log_probs(logits_BTV, banned_mask=banned_V), kept_BT, targets_BT
         )
     masks = jax.tree.map(jnp.asarray, policy_masks.gate_masks(gate, config.model.vocab_size))
     mask_row = jax.vmap(policy_masks.banned_mask, (None, None, 0, 0))
