@@ -109,7 +109,7 @@ class Driver:
             tokens, logprobs = thread.constraint.take(thread.tokens, tokens, logprobs, shut_logprobs)
             thread.rejected += drawn - len(tokens)
         elif thread.watch is not None and (found := thread.watch.take(thread.tokens, tokens)) is not None:
-            tokens, logprobs, kept = (values[: found.count] for values in (tokens, logprobs, kept))
+            tokens, logprobs, kept = tokens[: found.count], logprobs[: found.count], kept[: found.count]
             stop = Stop(StopReason.STRING, None, found.string, found.excess)
         self._scheduler.cache.decoded(thread, drawn, len(tokens))
         thread.tokens.extend(tokens)

@@ -255,13 +255,11 @@ class Engine:
         """Hand what a decode call wrote to the threads at `placed`."""
         stats, self._idle_since = self.stats, time.perf_counter()
         counts = written.counts.tolist()
-        tokens, logprobs = _by_lane(written.tokens), _by_lane(written.logprobs)
-        shut_logprobs, kept = _by_lane(written.shut_logprobs), _by_lane(written.kept)
+        streams = [_by_lane(x) for x in (written.tokens, written.logprobs, written.shut_logprobs, written.kept)]
         for shard, lane, thread in placed:
             count = counts[shard][lane]
             stats.generated += count
-            of_thread = (values and values[shard][lane][:count] for values in (tokens, logprobs, shut_logprobs, kept))
-            driver.decoded(thread, *of_thread)
+            driver.decoded(thread, *(stream[shard][lane][:count] if stream else [] for stream in streams))
         steps = int(written.steps.max())
         stats.decode_steps += steps
         stats.lane_steps += steps * written.counts.size

@@ -120,10 +120,20 @@ def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
 
 
 def check_spelling(config: Config, tokenizer: Tokenizer) -> None:
-    """Raise ConfigError where the tokenizer cannot write the task's prompts, by the example of one."""
+    """Raise ConfigError where the tokenizer cannot write an example of the task's prompts, or a mark of its dialect."""
     task = task_of(config)
-    prompt = task.dialect(METHODS[config.data.method].dialect, Dialect).opening(task.read_words(task.example.split()))
+    dialect = task.dialect(METHODS[config.data.method].dialect, Dialect)
+    prompt = dialect.opening(task.read_words(task.example.split()))
     try:
         tokenizer.encode(prompt)
     except ValueError as error:
         raise ConfigError(f"no tokenizer for the problems of {task.name}: {error}; name another") from error
+    for mark in dialect.marks:
+        try:
+            if tokenizer.mark_id(mark) is None:
+                tokenizer.encode(mark)
+        except ValueError as error:
+            raise ConfigError(
+                f"the tokenizer has no token for the mark {mark!r} and cannot spell it ({error}): set "
+                "data.add_marker_tokens=True, with which training adds one, or name another tokenizer"
+            ) from error

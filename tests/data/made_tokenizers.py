@@ -50,3 +50,14 @@ def word_level_json(folder: pathlib.Path, specials: Sequence[str]) -> pathlib.Pa
     tokenizer.add_special_tokens(list(specials))
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
+
+
+def characters_json(folder: pathlib.Path, characters: str) -> pathlib.Path:
+    """A vocabulary of these characters alone."""
+    specials = ["<s>", "</s>", "<unk>"]
+    vocabulary = {token: index for index, token in enumerate([*specials, *sorted({*characters})])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tokenizer.add_special_tokens(specials)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,7 @@ def home(tmp_path_factory):
     """A folder with a pretrained policy, traces, a config, and what training made of the three."""
     home = tmp_path_factory.mktemp("home")
     (home / "model").mkdir()
-    lines = [*PLAIN, LINE]
+    lines: list[dict[str, Any]] = [*PLAIN, LINE]
     (home / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (home / "small.py").write_text(CONFIG)
     path = byte_level_json(home / "model", [line["prompt"] for line in lines], ["<s>", "</s>"])

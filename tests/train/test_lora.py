@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +137,13 @@ def run(tmp_path_factory):
 
 def run_config(folder, **overrides):
     values = small_config_dict(str(folder / "data"))
-    more = {"sft.num_steps": 2, "grpo.num_steps": 2, "grpo.kl_coef": 0.1, "grpo.reward.token_price": 0.01}
+    more = {
+        "sft.num_steps": 2,
+        "grpo.num_steps": 2,
+        "grpo.checkpoint_every": 1,
+        "grpo.kl_coef": 0.1,
+        "grpo.reward.token_price": 0.01,
+    }
     values.update_from_flattened_dict({**LORA, **more, **overrides})
     return from_config_dict(values)
 
@@ -157,6 +164,18 @@ def test_a_checkpoint_of_adapters_is_read_as_the_merged_policy(run):
             np.testing.assert_allclose(value, there + 2.0 * pair["lora_a"] @ pair["lora_b"], atol=1e-6)
     weights = sum(x.size for x in jax.tree.leaves(grpo_policy))
     assert sum(x.size for x in jax.tree.leaves(adapters)) < weights
+
+
+def test_grpo_goes_on_after_a_kill_as_if_nothing_had_happened(run, tmp_path):
+    shutil.copytree(run / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/grpo/2")
+    for left in ("summary.json", "evaluations/after.json"):
+        (tmp_path / "run" / left).unlink(missing_ok=True)
+    assert [each.name for each in (tmp_path / "run/checkpoints/grpo").glob("[0-9]*")] == ["1"]
+    train(run_config(run), tmp_path / "run")
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (run / "run/metrics.jsonl").read_bytes()
+    one, other = (load_adapters(folder / "run/checkpoints/grpo/2")[2] for folder in (run, tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def test_a_finished_phase_goes_on_without_the_flag(run):

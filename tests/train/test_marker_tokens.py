@@ -10,12 +10,14 @@ from apr_jax.checkpoints.trees import flatten
 from apr_jax.config import Config, ConfigError
 from apr_jax.config_dict import from_config_dict, to_dict
 from apr_jax.data.tokenizer import config_tokenizer, load_tokenizer
-from apr_jax.evaluation.policy import check_vocabulary
+from apr_jax.evaluation.policy import check_spelling, check_vocabulary, configure
 from apr_jax.model.params import init_params
 from apr_jax.model.weights.hf import save_hf
 from apr_jax.tasks import task_of
 from apr_jax.train.origins import load_given
-from tests.data.made_tokenizers import byte_level_json
+from apr_jax.train.run import train
+from configs.grpo import get_config
+from tests.data.made_tokenizers import byte_level_json, characters_json
 from tests.train.small import small_config
 
 
@@ -82,6 +84,24 @@ def test_a_grown_vocabulary_can_be_split(folder):
         size = with_auto(values, folder)["model"]["vocab_size"]
         assert size % parts == 0
         assert 0 <= size - own.vocab_size - len(task_of(small_config()).marks) < parts
+
+
+def test_marks_that_are_no_tokens_and_cannot_be_spelt_are_refused_with_what_to_do(tmp_path):
+    """Prompts alone can be written: this vocabulary has their characters and no more."""
+    task = task_of(small_config())
+    prompt = task.dialects["adaptive"].opening(task.read_words(task.example.split()))
+    path = characters_json(tmp_path, prompt + "0123456789")
+    tokenizer = load_tokenizer(str(path))
+    model = dataclasses.replace(small_config().model, vocab_size=tokenizer.vocab_size)
+    save_hf(tmp_path, model, init_params(model, 0), tokenizer)
+    bare = from_policy(tmp_path)
+    message = r"no token for the mark '<End Calling.*cannot spell it.*data\.add_marker_tokens=True.*another tokenizer"
+    with pytest.raises(ConfigError, match=message):
+        train(bare, tmp_path / "run", start=tmp_path)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match=message):
+        configure(tmp_path, model, None, get_config("smoke"), {})
+    check_spelling(config := from_policy(tmp_path, **{"data.add_marker_tokens": True}), config_tokenizer(config))
 
 
 def test_without_them_the_vocabulary_stays_and_a_larger_one_is_another_model(folder):
