@@ -14,6 +14,7 @@ setup(
             "**/*.js",
             "**/*.txtpb",
             "**/tokenizer.json",
+            "policies/*/*",
             "**/*.cc",
             "**/*.h",
             "py.typed",

@@ -28,6 +28,7 @@ from apr_jax.evaluation.metrics import record_rollout
 from apr_jax.evaluation.policy import configure
 from apr_jax.model.params import Params
 from apr_jax.parallel.mesh import make_mesh, offer_cpu_devices
+from apr_jax.policies import SHIPPED
 from apr_jax.reasoning import METHODS
 from apr_jax.reasoning.base import Outcome, Settings
 from apr_jax.reasoning.policy_engine import EngineHolder, policy_engine
@@ -212,7 +213,7 @@ class Policy:
 
 
 def load(
-    checkpoint: str | pathlib.Path,
+    checkpoint: str | pathlib.Path = SHIPPED,
     *,
     config: ConfigDict | None = None,
     fallback: ConfigDict | None = None,
@@ -222,7 +223,7 @@ def load(
 
     Args:
       checkpoint: a run folder (its newest checkpoint), RUN/best, a checkpoint folder, a Hugging Face folder, or a GGUF
-        file.
+        file; by default the policy that comes with the package.
       config: in place of the configuration that it was trained with.
       fallback: where it brings none, as from Hugging Face.
       overrides: single fields of the configuration: `{"engine.lanes": 8}`.

@@ -32,7 +32,7 @@ from apr_jax.evaluation.compare.grid import Cell, make_cells, read_policies, rea
 from apr_jax.evaluation.rollout_sources import (
     check_policy_folder,
     choose_split,
-    find_newest,
+    policy_folder,
     policy_task,
     read_problems,
 )
@@ -49,7 +49,9 @@ _RUNS = "runs"
 _CONFIG = entry.define_config("grpo.py")
 _WORKDIR = flags.DEFINE_string("workdir", f"{_RUNS}/comparison", "Folder of results.jsonl and the records.")
 _POLICIES = flags.DEFINE_list(
-    "policies", [], f"NAME=FOLDER of each: run (or RUN/best), checkpoint or Hugging Face folders [newest in {_RUNS}/]."
+    "policies",
+    [],
+    f"NAME=FOLDER of each: run (RUN/best), checkpoint, Hugging Face folder [newest in {_RUNS}/, or the shipped one].",
 )
 _METHODS = flags.DEFINE_list("methods", [], "Rows: PROGRAM or PROGRAM/POLICY, such as cons@8:adaptive [every policy].")
 _BUDGETS = flags.DEFINE_list("budgets", [], "Named in prompts: N or none for all rows, ROW=N for one.")
@@ -71,16 +73,14 @@ def main() -> int:
     folders = {name: pathlib.Path(folder) for name, folder in read_policies(_POLICIES.value).items()}
     for name, folder in folders.items():
         check_policy_folder(folder, f"policies={name}")
-    if not folders and (newest := find_newest(_RUNS)):
-        folders = {newest.name: newest}
-    first = next(iter(folders.values()), None)
+    if not folders:
+        folders = {(chosen := policy_folder(None, _RUNS)).name: chosen}
+    first = next(iter(folders.values()))
     config = from_config_dict(with_auto(_CONFIG.values(), first))
     task = policy_task(first, config, is_given=_CONFIG.is_given)
     own = read_problems(task, _PROBLEMS.value, _NUM_PROBLEMS.value) if _PROBLEMS.value else None
     if own is not None and len(own) < 2:
         raise ConfigError(f"--problems={_PROBLEMS.value}: a comparison takes 2 problems or more")
-    if not folders:
-        raise entry.FailedError(f"no run with checkpoints in {_RUNS}/: train one first, or name --policies=NAME=FOLDER")
     with busy("Loading libraries"):
         from apr_jax.evaluation.report.paired_report import draw_runs
 

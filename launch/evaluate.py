@@ -32,7 +32,9 @@ from apr_jax.tasks.base import SPLITS
 _RUNS = "runs"
 _CONFIG = entry.define_config("grpo.py")
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, f"Run (or RUN/best), checkpoint or Hugging Face folder, or FILE.gguf [newest in {_RUNS}/]."
+    "checkpoint",
+    None,
+    f"Run (or RUN/best), checkpoint or Hugging Face folder, or FILE.gguf [newest in {_RUNS}/, or the shipped one].",
 )
 _SPLIT = flags.DEFINE_enum("split", None, list(SPLITS), "Split to take problems from [evaluation.split].")
 _NUM_PROBLEMS = entry.define_number("num_problems", None, "Their number [evaluation.num_problems].", low=1)

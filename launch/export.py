@@ -3,6 +3,7 @@
     python launch/export.py --checkpoint=runs/laptop --out=exported           # transformers, vLLM
     python launch/export.py --checkpoint=runs/laptop/best --out=laptop.gguf   # llama.cpp
     python launch/export.py --checkpoint=FILE.gguf --out=dequantised          # and back
+    python launch/export.py --checkpoint=runs/laptop --out=half --type=BF16
     python launch/export.py --checkpoint=exported --out=small.gguf --type=Q8_0
     python launch/export.py --checkpoint=runs/lora --out=adapter --adapter    # peft
 
@@ -18,15 +19,19 @@ from absl import flags
 
 from apr_jax import entry
 from apr_jax.config import ConfigError
-from apr_jax.evaluation.rollout_sources import check_policy_folder, newest_run
+from apr_jax.evaluation.rollout_sources import policy_folder
 
 _RUNS = "runs"
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, f"Run (or RUN/best), checkpoint or Hugging Face folder, or FILE.gguf [newest in {_RUNS}/]."
+    "checkpoint",
+    None,
+    f"Run (or RUN/best), checkpoint or Hugging Face folder, or FILE.gguf [newest in {_RUNS}/, or the shipped one].",
 )
 _OUT = entry.define_folder("out", "Folder to write, or FILE.gguf.", ".gguf")
 _TYPE = flags.DEFINE_string(
-    "type", "F32", "Of the matrices of a GGUF file: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1."
+    "type",
+    "F32",
+    "Of the matrices of a GGUF file: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1. Of a folder: F32, BF16.",
 )
 _ADAPTER = flags.DEFINE_bool("adapter", False, "Write the LoRA adapters alone, as a folder of the package peft.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "For a policy that brings none: tokenizer.json, or builtin.")
@@ -35,9 +40,7 @@ _TOKENIZER = flags.DEFINE_string("tokenizer", None, "For a policy that brings no
 def main() -> None:
     if not _OUT.value:
         raise ConfigError("--out: name a folder to write, or FILE.gguf")
-    if _CHECKPOINT.value:
-        check_policy_folder(pathlib.Path(_CHECKPOINT.value))
-    checkpoint = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else newest_run(_RUNS)
+    checkpoint = policy_folder(_CHECKPOINT.value, _RUNS)
     from apr_jax.evaluation.export import Exported, check_target, export, export_adapters
 
     out = pathlib.Path(_OUT.value)

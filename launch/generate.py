@@ -22,7 +22,7 @@ from absl import flags
 
 from apr_jax import entry
 from apr_jax.config import ConfigError
-from apr_jax.evaluation.rollout_sources import check_policy_folder, newest_run
+from apr_jax.evaluation.rollout_sources import policy_folder
 
 if TYPE_CHECKING:
     from apr_jax.library import Policy, Text
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 _RUNS = "runs"
 _CONFIG = entry.define_config("grpo.py")
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, f"Run (or RUN/best), checkpoint or Hugging Face folder, or FILE.gguf [newest in {_RUNS}/]."
+    "checkpoint",
+    None,
+    f"Run (or RUN/best), checkpoint or Hugging Face folder, or FILE.gguf [newest in {_RUNS}/, or the shipped one].",
 )
 _CHAT = flags.DEFINE_bool("chat", False, "Put the prompt into the policy's chat template, as a user's message.")
 _SPAWNS = flags.DEFINE_bool("spawns", None, "Run spawns as threads [where the policy was trained to write them].")
@@ -46,9 +48,7 @@ _PAGE = 16
 def main(words: Sequence[str]) -> None:
     # What can be refused is refused at once, before JAX and its friends have loaded.
     _CONFIG.config_dict()
-    if _CHECKPOINT.value:
-        check_policy_folder(pathlib.Path(_CHECKPOINT.value))
-    checkpoint = pathlib.Path(_CHECKPOINT.value) if _CHECKPOINT.value else newest_run(_RUNS)
+    checkpoint = policy_folder(_CHECKPOINT.value, _RUNS)
     if _SAMPLES.value > 1 and _TEMPERATURE.value == 0:
         raise ConfigError("--samples: at temperature 0 all are the same; set --temperature")
     text = " ".join(words) or sys.stdin.read()

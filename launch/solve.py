@@ -1,6 +1,6 @@
 """Solve one problem before your eyes. Of Countdown: the target, then the numbers.
 
-    python launch/solve.py 27 3 9 18                               # the newest run in runs/
+    python launch/solve.py 27 3 9 18                # the newest run in runs/, before there is one the shipped policy
     python launch/solve.py 27 22 26 31 53 --checkpoint=runs/laptop/best --temperature=0.5 --seed=1
     python launch/solve.py 27 3 9 18 --method=serial --checkpoint=runs/serial
     python launch/solve.py '[3+4]*5' --checkpoint=runs/nested_sums # another task writes problems in its own way
@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 _RUNS = "runs"
 _CONFIG = entry.define_config("grpo.py")
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, f"Run (or RUN/best), checkpoint or Hugging Face folder, or FILE.gguf [newest in {_RUNS}/]."
+    "checkpoint",
+    None,
+    f"Run (or RUN/best), checkpoint or Hugging Face folder, or FILE.gguf [newest in {_RUNS}/, or the shipped one].",
 )
 _METHOD = flags.DEFINE_string("method", None, "Way of reasoning [the one that the policy was trained for].")
 _TEMPERATURE = entry.define_number("temperature", 0.0, "0 is greedy.", low=0.0)

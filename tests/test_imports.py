@@ -26,6 +26,7 @@ LAYERS = [
 LEAVES = {
     "tasks": {"tasks", "config", "config_fields", "files"},
     "data": {"data", "tasks", "config", "files", "lock", "progress", "gguf_file"},
+    "policies": set(),
     "progress": set(),
     "files": {"config"},
     "lock": {"config", "files"},

@@ -1,13 +1,13 @@
 """A policy for other programs: a Hugging Face folder, or a GGUF file for llama.cpp.
 
-    config.json, model.safetensors        the model, float32
+    config.json, model.safetensors        the model, float32 or bfloat16
     tokenizer.json and its settings       with the chat template, if there is one
     generation_config.json                the ids that end a text
     apr_jax.json                          the configuration of the policy's training, where it has one
     dialect.json                          what a server needs to run the policy's spawns
     README.md                             a card for people
 
-A GGUF file holds all that in its metadata. `load_policy` reads both back, weights bit for bit.
+A GGUF file holds all that in its metadata. `load_policy` reads both back, weights bit for bit (as they are written).
 """
 
 import dataclasses
@@ -38,6 +38,7 @@ from apr_jax.tasks import task_of
 from apr_jax.tasks.dialect import SpawnDialect
 
 DIALECT = "dialect.json"
+_FOLDER_TYPES = {"F32": "float32", "BF16": "bfloat16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +65,8 @@ def check_target(out: pathlib.Path, weight_type: str) -> None:
     is_file = out.suffix == ".gguf"
     if is_file:
         check_type(weight_type)
-    elif weight_type != "F32":
-        raise ConfigError(f"--type={weight_type}: a Hugging Face folder holds F32; name a FILE.gguf")
+    elif weight_type not in _FOLDER_TYPES:
+        raise ConfigError(f"--type={weight_type}: a Hugging Face folder holds F32 or BF16; name a FILE.gguf")
     if out.exists() and (is_file or not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out={out}: there is something already; name a new folder or file")
 
@@ -74,13 +75,13 @@ def export(policy: Exported, out: pathlib.Path, weight_type: str = "F32") -> str
     """Write a policy to a folder, or to a file with the ending .gguf.
 
     Args:
-      weight_type: of a GGUF's matrices (`gguf_writer.TYPES`).
+      weight_type: of a GGUF's matrices (`gguf_writer.TYPES`), or F32 or BF16 of all tensors in a folder.
     Returns: what the user should know of the result; "" for nothing.
     """
     if out.suffix == ".gguf":
         return _export_gguf(policy, out, weight_type)
     trained = None if policy.config is None else to_dict(policy.config)
-    save_hf(out, policy.model, policy.params, policy.tokenizer, trained)
+    save_hf(out, policy.model, policy.params, policy.tokenizer, trained, _FOLDER_TYPES[weight_type])
     dialect = describe_dialect(policy)
     if dialect is not None:
         write_json(out / DIALECT, dialect)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from apr_jax.checkpoints.identity import find_policy, refuse_msgpack, with_auto
 from apr_jax.config import Config, ConfigError
 from apr_jax.config_dict import from_config_dict
 from apr_jax.files import FileError, parse_json
+from apr_jax.policies import SHIPPED
 from apr_jax.reasoning.programs import check_method
 from apr_jax.tasks import TASKS, task_of
 from apr_jax.tasks.base import Split, Task, split_size
@@ -65,21 +67,28 @@ def policy_task(folder: pathlib.Path | None, config: Config, *, is_given: bool) 
 
 
 def choose_policy(given: str | None, runs: str, values: Mapping[str, Any]) -> tuple[pathlib.Path, Config]:
-    """Return the policy that the user named, or the newest run, and a configuration whose auto fields are its own.
+    """Return a policy as `policy_folder` does, and a configuration whose auto fields are its own.
 
     Args:
-      given: a folder or file, as of `check_policy_folder`.
-      runs: the folder of runs.
       values: of the configuration.
-    Raises: ConfigError for values that cannot work and a folder that is not there, FileNotFoundError where no run is.
+    Raises: ConfigError for values that cannot work, and as `policy_folder`.
+    """
+    folder = policy_folder(given, runs)
+    return folder, from_config_dict(with_auto(dict(values), folder))
+
+
+def policy_folder(given: str | None, runs: str) -> pathlib.Path:
+    """Return the folder or file of the policy that was `given`, else the newest run in `runs`, else the shipped one.
+
+    Raises: ConfigError as `check_policy_folder`.
     """
     if given:
         check_policy_folder(pathlib.Path(given))
-        folder: pathlib.Path | None = pathlib.Path(given)
-    else:
-        folder = find_newest(runs)
-    config = from_config_dict(with_auto(dict(values), folder))
-    return folder or newest_run(runs), config
+        return pathlib.Path(given)
+    if (newest := newest_run(runs)) is not None:
+        return newest
+    print(f"No run in {runs}/: this is the policy {SHIPPED.name}, which comes with apr_jax.", file=sys.stderr)
+    return SHIPPED
 
 
 def check_policy_folder(path: pathlib.Path, flag: str = "checkpoint") -> None:
@@ -94,19 +103,10 @@ def check_policy_folder(path: pathlib.Path, flag: str = "checkpoint") -> None:
         raise ConfigError(f"--{flag}={path}: no such folder" + (" or file" if path.suffix == ".gguf" else ""))
 
 
-def find_newest(root: str | pathlib.Path) -> pathlib.Path | None:
-    """Return what `newest_run` does, or None where there is no run."""
-    with contextlib.suppress(FileNotFoundError):
-        return newest_run(root)
-    return None
-
-
-def newest_run(root: str | pathlib.Path) -> pathlib.Path:
-    """Return the run folder below `root` whose checkpoints were written last. Raises FileNotFoundError for none."""
+def newest_run(root: str | pathlib.Path) -> pathlib.Path | None:
+    """Return the run folder below `root` whose checkpoints were written last; None where there is no run."""
     folders = [checkpoints for checkpoints in pathlib.Path(root).glob("*/checkpoints") if any(checkpoints.iterdir())]
-    if not folders:
-        raise FileNotFoundError(f"no run with checkpoints in {root}/: train one first, or name a --checkpoint")
-    return max(folders, key=_written).parent
+    return max(folders, key=_written).parent if folders else None
 
 
 def choose_split(config: Config, split: str | None, num_problems: int | None) -> tuple[Split, int]:

@@ -147,8 +147,3 @@ def test_files_are_checked_before_any_policy_is_looked_for(tmp_path, argument, m
     done = _compare(tmp_path, argument, check=2)  # without a policy it would be 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_without_a_run_it_says_what_to_do(tmp_path):
-    done = _compare(tmp_path, check=1)
-    assert "train one first" in done.stderr

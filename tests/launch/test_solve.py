@@ -71,6 +71,8 @@ def test_a_wrong_problem_gets_a_sentence(home, arguments, message):
     assert not done.stdout
 
 
-def test_without_a_policy_it_says_how_to_get_one(tmp_path):
-    done = solve(tmp_path, "27", "3", "9", check=1)
-    assert "train one first" in done.stderr
+def test_without_a_run_the_policy_of_the_package_solves_the_problem(tmp_path):
+    done = solve(tmp_path, "10", "1", "3", "6")
+    assert "which comes with apr_jax" in done.stderr
+    assert "child 1.1" in done.stderr
+    assert done.stdout.startswith("6+1+3 = 10\n")

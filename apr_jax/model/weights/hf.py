@@ -83,8 +83,9 @@ def save_hf(
     params: Params,
     tokenizer: SavableTokenizer | None = None,
     trained: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
 ) -> None:
-    """Write a folder that `load_hf` and `transformers` load: float32 weights and, when given, the tokenizer.
+    """Write a folder that `load_hf` and `transformers` load: weights, rounded to `dtype`, and a tokenizer where given.
 
     Weights that the folder held before, sharded ones too, are replaced. `trained` is the whole configuration of the
     policy's training, which then travels with the weights (`checkpoints.identity`).
@@ -92,12 +93,13 @@ def save_hf(
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     special = {} if tokenizer is None else _special_tokens(tokenizer)
-    write_json(folder / "config.json", write_config(config) | special)
+    write_json(folder / "config.json", write_config(config) | special | {"dtype": dtype})
     write_json(folder / "generation_config.json", special)
     (folder / TRAINED).unlink(missing_ok=True)  # of a policy that was here before
     if trained is not None:
         write_json(folder / TRAINED, trained)
-    save_tensors(folder, hf_tensors(params))
+    tensors = hf_tensors(params)
+    save_tensors(folder, {name: array.astype(jnp.dtype(dtype)) for name, array in tensors.items()})
     if tokenizer is not None:
         tokenizer.save(folder)
 

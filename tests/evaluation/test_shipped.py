@@ -1,0 +1,43 @@
+"""The policy that comes with the package: of today's configuration, and as good as its card says."""
+
+import json
+import pathlib
+import random
+import re
+
+import pytest
+
+import apr_jax
+from apr_jax.config_dict import from_config_dict
+from apr_jax.policies import SHIPPED
+
+FILES = {"README.md", "apr_jax.json", "config.json", "dialect.json", "generation_config.json", "model.safetensors"}
+
+
+def test_it_is_a_small_folder_whose_configuration_is_of_this_version():
+    assert {path.name for path in SHIPPED.iterdir()} >= FILES
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= 20e6
+    assert from_config_dict(json.loads((SHIPPED / "apr_jax.json").read_text())).data.method == "adaptive"
+
+
+def test_an_installed_package_has_it():
+    setup = (pathlib.Path(__file__).parents[2] / "setup.py").read_text()
+    patterns = re.findall(r'"(policies/[^"]*)"', setup)
+    package = SHIPPED.parents[1]
+    held = {path for pattern in patterns for path in package.glob(pattern)}
+    assert held >= {path for path in SHIPPED.iterdir() if path.is_file()}
+
+
+@pytest.mark.heavy
+def test_it_solves_what_its_card_says():
+    """The card's figure is of 1,000 held-out problems; 200 others lie within five standard errors of it."""
+    card = re.search(r"solves ([0-9.]+) % of", (SHIPPED / "README.md").read_text())
+    assert card, "the card names no figure"
+    expected = float(card[1]) / 100
+    policy = apr_jax.load()
+    rng = random.Random(20)
+    sample = policy.task.sampler(policy.config, "test")  # of targets that training has seen
+    problems = [sample(rng) for _ in range(200)]
+    solved = sum(solution.solved for solution in policy.solve(problems)) / len(problems)
+    error = (expected * (1 - expected) / len(problems)) ** 0.5
+    assert abs(solved - expected) <= 5 * error
