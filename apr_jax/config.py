@@ -12,8 +12,10 @@ from typing import Any, ClassVar, Literal
 from apr_jax.config_checks import disagreements, futile
 from apr_jax.config_fields import (
     Count,
+    CountOrFit,
     Decay,
     Devices,
+    DevicesOrAll,
     Epsilon,
     GroupSize,
     Layers,
@@ -154,11 +156,20 @@ class DataConfig(Section, path="data"):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig(Section, path="mesh"):
-    """Devices per mesh axis; their product is the number of devices used."""
+    """Devices per mesh axis; their product is the number of devices used.
 
-    data: Devices
+    With `data=-1` it uses all devices (`parallel.mesh.make_mesh`), and `sft.microbatches` and
+    `grpo.rows_per_microbatch` are those of one data shard (`parallel.fit`). Global batches stay what they are.
+    """
+
+    data: DevicesOrAll
     fsdp: Devices
     tensor: Devices
+
+    @property
+    def row_shards(self) -> int:
+        """The shards of a batch's rows that the configuration is written for."""
+        return max(1, self.data) * self.fsdp
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,10 +231,13 @@ class SFTConfig(Section, path="sft"):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig(Section, path="engine"):
-    """The decode engine's sizes, each for one data shard, so that they suit any number of devices."""
+    """The decode engine's sizes, each for one data shard, so that they suit any number of devices.
 
-    lanes: Count  # threads decoded together
-    pages: Count  # pages of KV cache, one of them reserved
+    `lanes=-1` and `pages=-1` follow the device's memory (`engine/sizes.py`). A run keeps what was chosen.
+    """
+
+    lanes: CountOrFit  # threads decoded together
+    pages: CountOrFit  # pages of KV cache, one of them reserved
     page_size: Count  # tokens a page
     steps_per_visit: Count  # tokens decoded on device between two visits of the host
     prefill_lanes: Count  # threads prefilled together; each advances up to one page a call

@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from apr_jax.config_fields import LEAST_TEMPERATURE
+from apr_jax.config_fields import BY_DEVICES, LEAST_TEMPERATURE
 
 if TYPE_CHECKING:
     from apr_jax.config import Config
@@ -52,7 +52,7 @@ def _names(config: "Config") -> Iterator[str]:
 
 
 def _mesh(config: "Config") -> Iterator[str]:
-    model, mesh, shards = config.model, config.mesh, config.mesh.data * config.mesh.fsdp
+    model, mesh, shards = config.model, config.mesh, config.mesh.row_shards
     for field, size in (
         ("num_kv_heads", model.num_kv_heads),
         ("num_heads", model.num_heads),
@@ -65,17 +65,17 @@ def _mesh(config: "Config") -> Iterator[str]:
         yield f"model.embed_dim={model.embed_dim} must be a multiple of mesh.fsdp={mesh.fsdp}"
     for field, rows in (
         ("sft.rows_per_step / sft.microbatches", config.sft.rows_per_step // config.sft.microbatches),
-        ("sft.validation_rows", config.sft.validation_rows),
         ("grpo.rows_per_microbatch", config.grpo.rows_per_microbatch),
     ):
         if rows % shards:
-            yield f"{field}={rows} must be a multiple of mesh.data * mesh.fsdp = {shards}"
+            axes = "mesh.fsdp" if mesh.data == BY_DEVICES else "mesh.data * mesh.fsdp"
+            yield f"{field}={rows} must be a multiple of {axes} = {shards}"
 
 
 def _lengths(config: "Config") -> Iterator[str]:
     longest, engine = config.model.max_seq_len, config.engine
     pages_per_thread = -(-longest // engine.page_size)
-    if engine.pages - 1 < pages_per_thread:
+    if engine.pages != BY_DEVICES and engine.pages - 1 < pages_per_thread:
         yield (
             f"engine.pages={engine.pages} leaves {engine.pages - 1} usable pages a data shard, and one thread of "
             f"model.max_seq_len={longest} tokens needs {pages_per_thread} of engine.page_size={engine.page_size}"

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Annotated, Any
 
 LARGEST_INT = 2**31 - 1  # counts and sizes become int32 on the device
+BY_DEVICES = -1  # as a count: the devices at hand decide it
 
 # Below this a temperature counts as 0: logits divided by less would fall below masked ones, or overflow.
 LEAST_TEMPERATURE = 1e-20
@@ -24,25 +25,28 @@ class Range:
     low: float
     high: float
     rule: str = ""  # what follows a number outside in its message; "": the end that it lies beyond
+    by_devices: bool = False  # BY_DEVICES is taken, too
 
     def fault(self, value: float) -> str | None:
         """Return what is wrong with a number, to be written behind it; None for one that lies in the range."""
-        if self.low <= value <= self.high:
+        if self.low <= value <= self.high or (self.by_devices and value == BY_DEVICES):
             return None
         if isinstance(value, float) and not math.isfinite(value):
             return f" must be a finite number from {_shown(self.low)} to {_shown(self.high)}"
         end = f"least {_shown(self.low)}" if value < self.low else f"most {_shown(self.high)}"
-        return self.rule or f" must be at {end}"
+        return self.rule or f" must be at {end}" + f", or {BY_DEVICES}: as the devices allow" * self.by_devices
 
 
 ANY_NUMBER = Range(-1e30, 1e30)  # of a number whose type names no range
 
 Count = Annotated[int, Range(1, LARGEST_INT)]
+CountOrFit = Annotated[int, Range(1, LARGEST_INT, by_devices=True)]
 Natural = Annotated[int, Range(0, LARGEST_INT)]
 Length = Annotated[int, Range(1, 2**24)]  # tokens of a row or a thread
 Layers = Annotated[int, Range(1, 10_000)]
 Processes = Annotated[int, Range(1, 4_096)]
 Devices = Annotated[int, Range(1, 65_536)]
+DevicesOrAll = Annotated[int, Range(1, 65_536, by_devices=True)]
 GroupSize = Annotated[
     int, Range(2, 1_000_000, ": an advantage needs at least 2 rollouts a prompt, and a million at most")
 ]

@@ -5,7 +5,7 @@
 
 The small model is trained and measured in float32, the large one in bfloat16; --config.model.compute_dtype= chooses
 another. The settings are for a CPU with two cores: the small model splits its lanes between them, the large one each of
-its products. On an accelerator add --config.mesh.data=1.
+its products. On accelerators --config.mesh.data=-1 takes them all.
 """
 
 from ml_collections import ConfigDict
@@ -17,6 +17,7 @@ def get_config(variant: str = "laptop") -> ConfigDict:
     config = grpo.get_config(variant)
     config.name = f"benchmark_decode_{variant}"
     config.rollout.max_steps = config.model.max_seq_len
+    config.mesh.data = 2 if variant in ("laptop", "smoke") else 1
     if variant == "laptop":
         # Shorter visits than in training: fewer lanes idle, and the host still keeps up (docs/decode.md).
         config.engine.steps_per_visit = 10

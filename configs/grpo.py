@@ -81,7 +81,7 @@ def laptop() -> ConfigDict:
         loss_on_context=False,
         facts_share=0.0,
     )
-    config.mesh = dict(data=2, fsdp=1, tensor=1)
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)  # all devices; a CPU has two
     config.lora = dict(rank=0, alpha=16.0, targets=("q", "k", "v", "o", "gate", "up", "down"))
     config.sft = dict(
         num_steps=1_200,
@@ -154,7 +154,7 @@ def laptop() -> ConfigDict:
             failures_pay=False,
         ),
         row_len=512,
-        rows_per_microbatch=8,
+        rows_per_microbatch=4,
         optimizer=dict(
             name="adamw",
             learning_rate=4.5e-5,
@@ -200,7 +200,6 @@ def paper() -> ConfigDict:
     """Follow the paper's model and schedules (arXiv 2504.15466, section 4 and appendix; RL: its released code)."""
     config = laptop()
     config.name = "paper"
-    config.mesh.data = 1
     config.model.update(
         vocab_size=32_000,
         num_layers=18,
@@ -235,12 +234,12 @@ def paper() -> ConfigDict:
         loss_on_context=True,
     )
     config.sft.update(
-        num_steps=19_000, rows_per_step=256, row_len=4_096, microbatches=32, checkpoint_every=500, validate_every=500
+        num_steps=19_000, rows_per_step=256, row_len=4_096, microbatches=64, checkpoint_every=500, validate_every=500
     )
     config.sft.optimizer.update(
         name="adamw", learning_rate=5e-5, warmup_steps=190, initial_scale=0.1, final_scale=0.01, b2=0.999
     )
-    config.engine.update(lanes=64, pages=1_024, page_size=64, steps_per_visit=64, prefill_lanes=16)
+    config.engine.update(lanes=-1, pages=-1, page_size=64, steps_per_visit=64, prefill_lanes=16)
     config.rollout.update(max_steps=4_096, max_total_tokens=1_048_576, temperature=1.0)
     config.grpo.update(
         num_steps=150,
@@ -268,8 +267,8 @@ def llama_7b() -> ConfigDict:
     config.model.update(
         num_layers=32, embed_dim=4_096, mlp_dim=11_008, num_heads=32, num_kv_heads=32, head_dim=128, rms_norm_eps=1e-5
     )
-    config.mesh.update(data=1, fsdp=8, tensor=1)
+    config.mesh.fsdp = 8
     config.sft.update(microbatches=32, validation_rows=16)
-    config.engine.update(lanes=16, pages=384, prefill_lanes=4)
+    config.engine.prefill_lanes = 4
     config.grpo.rows_per_microbatch = 8
     return config

@@ -61,7 +61,7 @@ def pasta() -> ConfigDict:
     config.model.max_seq_len = config.sft.row_len = config.grpo.row_len = 1_024
     config.sft.update(num_steps=1_000, rows_per_step=4)
     config.rollout.max_steps = 1_024
-    config.grpo.rows_per_microbatch = 4
+    config.grpo.rows_per_microbatch = 2
     return config
 
 

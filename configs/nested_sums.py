@@ -19,6 +19,6 @@ def get_config() -> ConfigDict:
     config.sft.update(num_steps=300, rows_per_step=16, row_len=128, validate_every=100)
     config.rollout.update(max_depth=2, max_children=2, max_spawns=1, max_steps=96)
     config.engine.pages = 320
-    config.grpo.update(num_steps=8, row_len=128, prompts_per_step=16, rows_per_microbatch=16, checkpoint_every=4)
+    config.grpo.update(num_steps=8, row_len=128, prompts_per_step=16, rows_per_microbatch=8, checkpoint_every=4)
     config.evaluation.num_problems = 500
     return config

@@ -65,9 +65,11 @@ def _measure(config: Config, lanes: tuple[int, ...], peer_lanes: tuple[int, ...]
     """Measure everything that was asked for, and print each part when it is done."""
     from apr_jax.bench import decode
     from apr_jax.bench.agreement import sharp_params
+    from apr_jax.parallel.fit import fit_to
     from apr_jax.parallel.mesh import make_mesh
 
-    make_mesh(config.mesh)  # before the weights start JAX: a CPU is split into as many devices as it needs
+    # Before the weights start JAX: a CPU is split into as many devices as the mesh needs.
+    config = fit_to(config, make_mesh(config.mesh))
     lengths = decode.Lengths(prompt=_PROMPT.value, new=_NEW.value)
     if _CHECKPOINT.value:
         config, params = decode.policy_to_measure(pathlib.Path(_CHECKPOINT.value), config, lengths)

@@ -6,7 +6,6 @@ its own devices (`hosts.rollout_mesh`), so prefill and decode are compiled for o
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,7 +31,9 @@ from apr_jax.model.params import num_params
 from apr_jax.model.placement import abstract_params_on
 from apr_jax.model.truncation import truncation_of
 from apr_jax.parallel import hosts
+from apr_jax.parallel.device_memory import local_bytes
 from apr_jax.parallel.mesh import BATCH_AXES, make_mesh, partition_spec
+from apr_jax.train.hosted_engine import plan_engine
 from apr_jax.train.optimizer import make_optimizer, schedule
 from apr_jax.train.rl.update import Updater
 from apr_jax.train.sft import make_sft_step
@@ -82,8 +83,8 @@ def planned_programs(config: Config, devices: Sequence[Any]) -> dict[str, Planne
     """
     mesh = make_mesh(config.mesh, devices)
     rollout_mesh = hosts.rollout_mesh(mesh)  # of host 0
-    engine = engine_programs(config, rollout_mesh)
-    plan = EnginePlan.of(config.model, config.engine, rollout_mesh)
+    plan = plan_engine(config, mesh)
+    engine = engine_programs(dataclasses.replace(config, engine=plan.sizes), rollout_mesh)
     engine_bytes = plan.memory.weights + plan.memory.pages
     return _training_programs(config, mesh, engine_bytes, engine)
 
@@ -100,13 +101,13 @@ def _training_programs(
     state, params, _ = update[1]
     policy = abstract_params_on(mesh, model)
     base = (policy,) if config.lora.rank else ()
-    reference = _bytes(policy) if config.grpo.kl_coef > 0 or config.lora.rank else 0
+    reference = local_bytes(policy) if config.grpo.kl_coef > 0 or config.lora.rank else 0
 
     def shared(traced: Any) -> float:
         return count_flops(traced.jaxpr) / mesh.size
 
-    trained = _bytes(state) + reference
-    given = _bytes(params) + _bytes(base)  # to gradients, and so no memory beside theirs
+    trained = local_bytes(state) + reference
+    given = local_bytes(params) + local_bytes(base)  # to gradients, and so no memory beside theirs
     return {
         "sft_step": PlannedProgram(
             make_sft_step(model, sft_optimizer, rate, mesh, config.lora),
@@ -118,7 +119,7 @@ def _training_programs(
         "grpo_gradients": PlannedProgram(*gradients, mesh, shared, held=trained - given + engine_bytes),
         "grpo_update": PlannedProgram(*update, mesh, shared, held=reference + engine_bytes),
         **{
-            name: dataclasses.replace(program, held=trained + max(0, engine_bytes - _bytes(program.arguments)))
+            name: dataclasses.replace(program, held=trained + max(0, engine_bytes - local_bytes(program.arguments)))
             for name, program in engine.items()
         },
     }
@@ -269,9 +270,3 @@ _INTS, _FLOATS = np.zeros(2, np.int32), np.zeros(2, np.float32)
 
 def _on(x: Any, mesh: Mesh, spec: PartitionSpec | None = None) -> Any:
     return _shape(x.shape, x.dtype, sharding=NamedSharding(mesh, partition_spec() if spec is None else spec))
-
-
-def _bytes(tree: Any) -> int:
-    """Count the bytes of a tree on one device."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize for x in leaves)

@@ -32,6 +32,7 @@ _COLLECTIVE = re.compile(
     r"(-start)?\("
 )
 _BITS = re.compile(r"\d+")
+_LIBRARY = re.compile(r'custom_call_target="__(cublas|cudnn)')
 
 _FREE = frozenset(
     {
@@ -154,7 +155,7 @@ class Program:
                 yield from self._with_called(called)
 
     def _bytes(self, instruction: Instruction, computation: Computation) -> int:
-        opcode, result = instruction.opcode, _bytes_of(instruction.shape, in_hbm=True)
+        opcode, result = instruction.opcode, _bytes_of(_without_workspace(instruction), in_hbm=True)
         if opcode in _FREE:
             return 0
         if opcode == "while":
@@ -308,6 +309,13 @@ def _source(computation: Computation, name: str) -> str:
     while name in computation and computation[name].opcode in ("bitcast", "copy", "convert", "reshape"):
         name = computation[name].operands[0]
     return name
+
+
+def _without_workspace(instruction: Instruction) -> str:
+    """Return the shapes of a result without the scratch memory of cuBLAS or cuDNN, which no caller reads."""
+    parts = _parts(instruction.shape)
+    has_one = len(parts) > 1 and re.match("[su]8\\[", parts[-1]) and _LIBRARY.search(instruction.rest)
+    return " ".join(parts[:-1]) if has_one else instruction.shape
 
 
 def _parts(shape: str) -> list[str]:

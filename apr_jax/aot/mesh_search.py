@@ -10,7 +10,9 @@ import re
 
 from apr_jax.aot.peaks import Cost, Estimate, Peaks
 from apr_jax.config import Config, ConfigError, MeshConfig
+from apr_jax.config_fields import BY_DEVICES
 from apr_jax.model.params import num_params
+from apr_jax.parallel.fit import fit
 
 _MASTER, _COMPUTE = 4, 2  # bytes of a weight: float32, and bfloat16 where it is multiplied and gathered
 _MOMENTS = 2  # of Adam, float32
@@ -55,39 +57,6 @@ def parse_mesh(text: str, num_devices: int) -> MeshConfig:
     return MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
 
 
-def fit(config: Config, mesh: MeshConfig, devices_per_host: int, rows_per_shard: int | None = None) -> Config:
-    """Fit the config to another mesh: sizes per device and the global batch of SFT stay what they are.
-
-    Rows of a microbatch grow with the shards that they are split over; the number of microbatches falls.
-
-    Args:
-        devices_per_host: each host has an engine of its own, whose weights are split over "tensor" within it.
-        rows_per_shard: of SFT, in a microbatch; what the config has on its own mesh by default.
-
-    Raises ConfigError, with the numbers, for a mesh that does not divide the model, the batch or a host.
-    """
-    if devices_per_host % mesh.tensor:
-        raise ConfigError(
-            f"mesh.tensor={mesh.tensor} must divide the {devices_per_host} devices of a host: each host has an engine "
-            "of its own"
-        )
-    sft, grpo = config.sft, config.grpo
-    shards, before = mesh.data * mesh.fsdp, config.mesh.data * config.mesh.fsdp
-    rows = (rows_per_shard or max(1, sft.rows_per_step // sft.microbatches // before)) * shards
-    if sft.rows_per_step % shards:
-        raise ConfigError(f"sft.rows_per_step={sft.rows_per_step} must be a multiple of mesh.data * mesh.fsdp={shards}")
-    while sft.rows_per_step % rows:
-        rows -= shards
-    return dataclasses.replace(
-        config,
-        mesh=mesh,
-        sft=dataclasses.replace(
-            sft, microbatches=sft.rows_per_step // rows, validation_rows=-(-sft.validation_rows // shards) * shards
-        ),
-        grpo=dataclasses.replace(grpo, rows_per_microbatch=max(1, grpo.rows_per_microbatch // before) * shards),
-    )
-
-
 def candidates(config: Config, num_devices: int, devices_per_host: int, peaks: Peaks) -> list[Candidate]:
     """Return every mesh that divides, fitted: those that seem to fit the memory first, then the faster first.
 
@@ -110,7 +79,7 @@ def candidates(config: Config, num_devices: int, devices_per_host: int, peaks: P
 
 def rows_per_shard(config: Config) -> int:
     """Count the rows of an SFT microbatch on one device."""
-    return config.sft.rows_per_step // config.sft.microbatches // (config.mesh.data * config.mesh.fsdp)
+    return config.sft.rows_per_step // config.sft.microbatches // config.mesh.row_shards
 
 
 def estimate(config: Config, peaks: Peaks) -> Candidate:
@@ -153,6 +122,7 @@ def estimate(config: Config, peaks: Peaks) -> Candidate:
 def _engine_bytes(config: Config) -> float:
     """Count the bytes of weights and pages on one device of a host's engine."""
     model, engine, mesh = config.model, config.engine, config.mesh
-    positions = engine.pages * engine.page_size
+    least = model.max_seq_len // engine.page_size + 1  # where the memory that is left decides
+    positions = (least if engine.pages == BY_DEVICES else engine.pages) * engine.page_size
     cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * positions
     return (_num_params(model).total + cache) * _COMPUTE / mesh.tensor

@@ -15,10 +15,14 @@ from apr_jax.aot.compilation import (
     grpo_step_seconds,
     planned_programs,
 )
-from apr_jax.aot.mesh_search import Candidate, candidates, estimate, fit, rows_per_shard
+from apr_jax.aot.mesh_search import Candidate, candidates, estimate, rows_per_shard
 from apr_jax.aot.peaks import Estimate, Peaks
 from apr_jax.aot.topology import Topology
 from apr_jax.config import Config, ConfigError, MeshConfig
+from apr_jax.parallel.device_memory import memory_limit
+from apr_jax.parallel.fit import fit
+from apr_jax.parallel.mesh import make_mesh
+from apr_jax.train.hosted_engine import plan_engine
 
 _GB, _MS = 1e9, 1e3
 RANKED_BY = "sft_step"  # the program that is compiled for every candidate
@@ -37,6 +41,14 @@ class Survey:
     on_text: Callable[[str, str], None] | None = None  # (name, optimised HLO)
 
     @property
+    def peaks(self) -> Peaks:
+        """Return the topology's peaks, with the memory that JAX gives to programs in place of all that a device has."""
+        one = MeshConfig(data=1, fsdp=1, tensor=1)
+        return dataclasses.replace(
+            self.topology.peaks, memory=memory_limit(make_mesh(one, self.devices)) or self.topology.peaks.memory
+        )
+
+    @property
     def devices_per_host(self) -> int:
         return sum(device.process_index == self.devices[0].process_index for device in self.devices)
 
@@ -45,13 +57,15 @@ class Survey:
 
         Raises ConfigError when the mesh does not divide, and when no mesh fits the memory.
         """
-        peaks = self.topology.peaks
+        peaks = self.peaks
         if mesh is not None:
             ranked = [estimate(fit(self.config, mesh, self.devices_per_host), peaks)]
             rows: list[dict[str, Any]] = [_candidate_row(ranked[0], peaks, None)]
         else:
             ranked, rows = self._rank(peaks)
         config = ranked[0].config
+        engine = plan_engine(config, make_mesh(config.mesh, self.devices)).sizes
+        config = dataclasses.replace(config, engine=engine)
         programs = self._compile(config, quick=self.quick)
         hosts = len({device.process_index for device in self.devices})
         shards = engine_mesh(config.mesh, self.devices_per_host).data
@@ -134,8 +148,9 @@ def settings(config: Config) -> dict[str, int]:
         "mesh.data": mesh.data,
         "mesh.fsdp": mesh.fsdp,
         "mesh.tensor": mesh.tensor,
+        "engine.lanes": config.engine.lanes,
+        "engine.pages": config.engine.pages,
         "sft.microbatches": sft.microbatches,
-        "sft.validation_rows": sft.validation_rows,
         "grpo.rows_per_microbatch": grpo.rows_per_microbatch,
     }
 

@@ -69,7 +69,7 @@ def benchmark_decode(
         if on_lanes is not None:
             on_lanes(count)
         fitting = mesh_for(config, count)
-        engine = _engine(config, count, lengths, make_mesh(fitting), params)
+        engine = _engine(config, count, lengths, make_mesh(fitting, tuple(mesh.devices.flat)), params)
         compile_seconds += engine.warm_up()
         rows[count] = _measure(engine, config, count, lengths) | {"data_shards": fitting.data}
         recompiles += engine.stats.compilations

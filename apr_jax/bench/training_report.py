@@ -9,6 +9,7 @@ from apr_jax.bench.decode import about
 from apr_jax.bench.roofline import measure_limits
 from apr_jax.bench.training import OURS, Session, benchmark_grpo, benchmark_sft
 from apr_jax.config import Config
+from apr_jax.parallel.fit import fit_to
 from apr_jax.parallel.mesh import make_mesh
 
 _TITLES = {"sft": "SFT", "grpo": "GRPO step"}
@@ -17,6 +18,7 @@ _TITLES = {"sft": "SFT", "grpo": "GRPO step"}
 def measure(config: Config, phases: Sequence[str], session: Session) -> dict[str, Any]:
     """Measure the phases, and the machine's limits before and after each (the better ones count)."""
     mesh = make_mesh(config.mesh)
+    config = fit_to(config, mesh)
     limits = measure_limits(mesh, config.model.compute_dtype)
     figures: dict[str, Any] = about(config)
     for phase in phases:

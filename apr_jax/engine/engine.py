@@ -26,9 +26,9 @@ from apr_jax.engine.sharded import SHARDED, ShardedStep
 from apr_jax.engine.steps import COPIES_PER_CALL, Sampling, Steps
 from apr_jax.engine.thread_cache import PrefillChunk
 from apr_jax.engine.threads import Observer, Program, Progress, Rollout, RolloutKey
-from apr_jax.model.params import logical_axes
 from apr_jax.model.truncation import truncation_of
-from apr_jax.parallel.mesh import RULES, param_shardings, partition_spec
+from apr_jax.parallel.device_memory import local_bytes
+from apr_jax.parallel.mesh import partition_spec
 
 _MOST_TEMPERATURE = 1e30
 
@@ -87,7 +87,7 @@ class Engine:
 
         Args:
             model: the model of `params`.
-            sizes: lanes and pages, of each data shard.
+            sizes: lanes and pages, of each data shard; -1: as the memory that `params` leave allows.
             rollout: what limits a rollout, and what is cut off of its policy.
             mesh: axes "data", "fsdp" and "tensor"; lanes and pages are split over "data", heads over "tensor".
             params: the tree of `llama.init_params`.
@@ -104,7 +104,8 @@ class Engine:
             raise ConfigError(f"banned_tokens {banned_tokens} must lie in [0, model.vocab_size={model.vocab_size})")
         if len(set(banned_tokens)) == model.vocab_size:
             raise ConfigError(f"all {model.vocab_size} tokens are banned")
-        plan = EnginePlan.of(model, sizes, mesh, max_workers, expects_groups)
+        beside = local_bytes([leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)])
+        plan = EnginePlan.of(model, sizes, mesh, max_workers, expects_groups, beside=beside)
         self.limits, self.memory = plan.limits, plan.memory
         self.stats = EngineStats()
         self.model = model
@@ -117,17 +118,17 @@ class Engine:
         self._gate, self._expects_groups = gate, expects_groups and max_workers > 0
         self._gate_masks = None if gate is None else gate_masks(gate, model.vocab_size)
         self._steps = Steps(self.limits, mesh, plan.weights, plan.kernels)
-        self._hold = jax.jit(plan.weights.hold, out_shardings=plan.weights.shardings(mesh))
         self._make_pages = jax.jit(plan.pages, out_shardings=plan.cache_sharding)
-        self._params = self._place(params)
+        self._weights = plan.weights
+        self._params = plan.weights.take(params, mesh)
         self._pages: Any = None
         self._unfinished = True  # a run, or an attempt to start anew
         self._start_anew()
 
     def set_params(self, params: Any) -> None:
-        """Take new weights: nothing that older ones computed is ever read again."""
+        """Take new weights in the place of the old: nothing that those computed is ever read again."""
         self._scheduler.cache.new_policy()
-        self._params = self._place(params)
+        self._params = self._weights.take(params, self._mesh, self._params)
 
     def warm_up(self) -> float:
         """Compile all that runs will use. Returns the seconds it took."""
@@ -307,14 +308,6 @@ class Engine:
 
     def _put(self, tree: Any) -> Any:
         return jax.device_put(tree, NamedSharding(self._mesh, SHARDED))
-
-    def _place(self, params: Any) -> Any:
-        """Bring the weights to the devices, in decode's layout."""
-        devices = set(self._mesh.devices.flat)
-        if any(set(leaf.devices()) != devices for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)):
-            rules = dataclasses.replace(RULES, embed=None)
-            params = jax.device_put(params, param_shardings(self._mesh, params, logical_axes(params), rules))
-        return self._hold(params)
 
 
 def _by_lane(written: Any) -> list[list[list[Any]]]:

@@ -1,7 +1,6 @@
 """The memory that an engine will take on each device, told and checked before anything is allocated."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ConfigError, ModelConfig
-from apr_jax.parallel.device_memory import memory_limit
+from apr_jax.parallel.device_memory import local_bytes, memory_limit
 
 _GB = 1e9
 
@@ -19,20 +18,21 @@ _GB = 1e9
 class MemoryPlan:
     """Bytes on one device of the mesh."""
 
-    weights: int  # in decode's layout; the trainer's own come on top
+    weights: int  # in decode's layout
     pages: int
     activations: int  # an estimate: all lanes' logits or a prefill call's widest layer, and groups' gathered rows
+    beside: int  # what else is on the device: the trainer's state, gradients and reference, or the weights given
     limit: int | None  # what the device has; None where it does not say
 
     @classmethod
-    def of(cls, mesh: Mesh, *, weights: Any, pages: Any, activations: int) -> Self:
+    def of(cls, mesh: Mesh, *, weights: Any, pages: Any, activations: int, beside: int) -> Self:
         """Make a plan; `weights` and `pages` are trees of `jax.ShapeDtypeStruct` with shardings."""
-        parts = {"weights": _local_bytes(weights), "pages": _local_bytes(pages)}
-        return cls(**parts, activations=activations, limit=memory_limit(mesh))
+        parts = {"weights": local_bytes(weights), "pages": local_bytes(pages)}
+        return cls(**parts, activations=activations, beside=beside, limit=memory_limit(mesh))
 
     @property
     def total(self) -> int:
-        return self.weights + self.pages + self.activations
+        return self.weights + self.pages + self.activations + self.beside
 
     def check(self) -> None:
         """Raise ConfigError, with the numbers, when it is more than a device has."""
@@ -43,7 +43,7 @@ class MemoryPlan:
             )
 
     def __str__(self) -> str:
-        parts = [f"{name} {getattr(self, name) / _GB:.2f}" for name in ("weights", "pages", "activations")]
+        parts = [f"{name} {getattr(self, name) / _GB:.2f}" for name in ("weights", "pages", "activations", "beside")]
         available = "" if self.limit is None else f" of {self.limit / _GB:.1f} GB"
         return f"{self.total / _GB:.2f} GB a device{available} ({', '.join(parts)})"
 
@@ -73,8 +73,3 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
         shardings = jax.tree.map(lambda _: shardings, shapes)
     shape: Callable[..., Any] = jax.ShapeDtypeStruct
     return jax.tree.map(lambda x, at: shape(x.shape, x.dtype, sharding=at), shapes, shardings)
-
-
-def _local_bytes(tree: Any) -> int:
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize for x in leaves)

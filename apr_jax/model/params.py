@@ -1,6 +1,7 @@
 """The weights of a decoder as a tree: fresh ones, their shapes, their number, and the logical axes of each."""
 
 import dataclasses
+import functools
 import hashlib
 import math
 from typing import Any
@@ -77,6 +78,11 @@ def graphdef(config: ModelConfig, ops: Ops = XLA) -> nnx.GraphDef[Llama]:
 
 def abstract_params(config: ModelConfig) -> Params:
     """Return the params' tree with a `jax.ShapeDtypeStruct` for each array."""
+    return jax.tree.map(lambda x: x, _shapes(config))  # a tree of the caller's own
+
+
+@functools.lru_cache(maxsize=8)  # it takes seconds for many layers
+def _shapes(config: ModelConfig) -> Params:
     return nnx.split(_abstract(config, XLA))[1]
 
 

@@ -1,8 +1,11 @@
-"""The memory that a program can have on a device, whether the device is here or is only compiled for."""
+"""The memory that a program can have on a device, here or only compiled for, and the memory that arrays take."""
 
+import math
 import os
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 # What XLA's compilers say of devices that are not here: `exceeds available HBM (15.75G)`, and the datasheet's 80 GB.
@@ -24,6 +27,12 @@ def memory_limit(mesh: Mesh) -> int | None:
     except jax.errors.JaxRuntimeError:  # it is only compiled for (aot/topology.py)
         return _limit_of_kind(device.device_kind, device.platform)
     return None if stats is None else stats.get("bytes_limit")
+
+
+def local_bytes(tree: Any) -> int:
+    """Return the bytes of a tree of arrays, or of shapes with shardings, on one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize for x in leaves)
 
 
 def _limit_of_kind(kind: str, platform: str) -> int | None:

@@ -35,7 +35,7 @@ from jax._src import (  # what finds a cluster and the job's small shared memory
     distributed,
 )
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apr_jax.config import ConfigError
 from apr_jax.parallel import meeting, wire
@@ -299,25 +299,23 @@ def _has_whole_rows(mesh: Mesh) -> bool:
     return all(len({device.process_index for device in row}) == 1 for row in rows)
 
 
-class Localiser:
-    """A copier of arrays from the job's mesh to each host's `rollout_mesh`, over the network and through no file."""
+def bring_home(array: jax.Array, spec: PartitionSpec, dtype: str) -> jax.Array:
+    """Return an array of the job's mesh on this host's `rollout_mesh`, over the network and through no file.
 
-    def __init__(self, mesh: Mesh, shardings: Any) -> None:
-        """Take the shardings of the arrays on the job's mesh, split over "tensor" only or not at all."""
-        self._mesh = rollout_mesh(mesh)
-        self._shardings = shardings
-        if not _has_whole_rows(mesh):
-            self._shardings = jax.tree.map(lambda _: replicated(mesh), shardings)
-        self._bring = jax.jit(lambda tree: tree, out_shardings=self._shardings)
+    All hosts call it. It is converted before it is sent, and split as `spec` says: over "tensor" or not at all.
+    """
+    mesh: Any = array.sharding.mesh  # type: ignore[attr-defined]
+    there = NamedSharding(mesh, spec) if _has_whole_rows(mesh) else replicated(mesh)
+    parts = {shard.device: shard.data for shard in _gathering(there, dtype)(array).addressable_shards}
+    here = rollout_mesh(mesh)
+    return jax.make_array_from_single_device_arrays(
+        array.shape, NamedSharding(here, there.spec), [parts[device] for device in here.devices.flat]
+    )
 
-    def __call__(self, tree: Any) -> Any:
-        """Return the tree of arrays on this host's devices, split over "tensor" in the same way."""
-        return jax.tree.map(self._here, self._bring(tree), self._shardings)
 
-    def _here(self, array: jax.Array, sharding: NamedSharding) -> jax.Array:
-        there = {shard.device: shard.data for shard in array.addressable_shards}
-        parts = [there[device] for device in self._mesh.devices.flat]
-        return jax.make_array_from_single_device_arrays(array.shape, NamedSharding(self._mesh, sharding.spec), parts)
+@functools.cache
+def _gathering(there: NamedSharding, dtype: str) -> Any:
+    return jax.jit(lambda array: array.astype(dtype), out_shardings=there)
 
 
 class Vote:

@@ -8,6 +8,8 @@ partitioner places the collectives.
 import collections
 import contextlib
 import dataclasses
+import functools
+import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,39 +20,84 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from apr_jax.caches import check_compiled_programs
 from apr_jax.config import ConfigError, MeshConfig
+from apr_jax.config_fields import BY_DEVICES
+
+_log = logging.getLogger(__name__)
 
 DATA_AXIS, FSDP_AXIS, TENSOR_AXIS = AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = (DATA_AXIS, FSDP_AXIS)
 
 _MIN_CPU_DEVICES = 8
+_ALL_OF_A_CPU = 2
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Make a mesh with axes ("data", "fsdp", "tensor") over the first of `devices`, by default of all of JAX's.
 
-    A machine with nothing but a CPU splits it into as many devices as the mesh needs, unless JAX has started already
-    or `JAX_NUM_CPU_DEVICES` sets their number.
+    With `data=-1` the mesh takes all devices. Devices of JAX's that it leaves idle are named in a warning.
 
-    Raises ConfigError with both numbers if the mesh needs more devices than there are. In a job of several hosts the
-    mesh must use them all.
+    A machine with nothing but a CPU splits it into as many devices as the mesh needs, unless JAX has started already
+    or `JAX_NUM_CPU_DEVICES` sets their number. With `data=-1` these are two on every machine, so that a run's last bits
+    do not depend on its number of cores.
+
+    Raises ConfigError with both numbers if the mesh needs more devices than there are, or does not divide them. In a
+    job of several hosts the mesh must use them all.
     """
-    shape = (config.data, config.fsdp, config.tensor)
-    needed = int(np.prod(shape))
     if devices is None:
-        offer_cpu_devices(needed)
-        devices = jax.devices()
+        devices = _devices_for(config)
+    needed = config.fsdp * config.tensor
+    if config.data == BY_DEVICES:
+        if len(devices) % needed:
+            raise ConfigError(
+                f"mesh.data=-1 takes all {len(devices)} devices, and mesh.fsdp={config.fsdp} * mesh.tensor="
+                f"{config.tensor} = {needed} does not divide them; set mesh.data, or other sizes of these two"
+            )
+        config = dataclasses.replace(config, data=len(devices) // needed)
+    shape = (config.data, config.fsdp, config.tensor)
+    needed *= config.data
     if needed > len(devices):
         raise ConfigError(
             f"mesh.data={config.data} * mesh.fsdp={config.fsdp} * mesh.tensor={config.tensor} needs {needed} devices, "
-            f"but there are {len(devices)}"
+            f"but there are {len(devices)}; mesh.data=-1 takes those that there are"
         )
     hosts = len({device.process_index for device in devices})
     if hosts > 1 and needed != len(devices):
         raise ConfigError(
             f"mesh.data={config.data} * mesh.fsdp={config.fsdp} * mesh.tensor={config.tensor} needs {needed} devices, "
-            f"but the job's {hosts} hosts have {len(devices)}; use all of them"
+            f"but the job's {hosts} hosts have {len(devices)}; use all of them (mesh.data=-1)"
         )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=tuple(devices[:needed]))
+
+
+def _devices_for(config: MeshConfig) -> Sequence[jax.Device]:
+    """Return JAX's devices, of a CPU that nobody else has split those that the mesh needs."""
+    one_shard = config.fsdp * config.tensor
+    wanted = max(1, _ALL_OF_A_CPU // one_shard if config.data == BY_DEVICES else config.data) * one_shard
+    offer_cpu_devices(wanted)
+    devices = jax.devices()
+    if devices[0].platform == "cpu" and jax.process_count() == 1 and not _is_split_outside():
+        return devices[:wanted]
+    if config.data != BY_DEVICES and config.data * one_shard < len(devices):
+        _warn_of_idle(config, len(devices))
+    return devices
+
+
+@functools.cache  # once a process
+def _warn_of_idle(config: MeshConfig, there: int) -> None:
+    one_shard = config.fsdp * config.tensor
+    most, used = there // one_shard, config.data * one_shard
+    advice = f"mesh.data={-1 if most * one_shard == there else most} uses {most * one_shard}"
+    if most == config.data:
+        advice = f"sizes of mesh.fsdp and mesh.tensor whose product divides {there} can use all"
+    _log.warning(
+        f"{there - used} of {there} devices are idle: mesh.data={config.data} * mesh.fsdp={config.fsdp} * "
+        f"mesh.tensor={config.tensor} uses {used}; {advice}"
+    )
+
+
+def _is_split_outside() -> bool:
+    """Return True where the environment says how many devices a CPU has."""
+    return "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in os.environ.get("XLA_FLAGS", "")
 
 
 def offer_cpu_devices(count: int = _MIN_CPU_DEVICES) -> None:
@@ -59,8 +106,7 @@ def offer_cpu_devices(count: int = _MIN_CPU_DEVICES) -> None:
     The default serves callers that do not know the mesh yet. More devices than cores are slower (docs/decode.md).
     """
     check_compiled_programs()
-    set_outside = "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in os.environ.get("XLA_FLAGS", "")
-    if not set_outside:
+    if not _is_split_outside():
         with contextlib.suppress(RuntimeError):  # JAX has started
             offered = max(count, os.cpu_count() or 1)
             jax.config.update("jax_num_cpu_devices", offered)  # type: ignore[no-untyped-call]

@@ -6,6 +6,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from jax.sharding import Mesh
 
 from apr_jax.config import Config
+from apr_jax.config_fields import BY_DEVICES
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.engine import Engine
 from apr_jax.model.params import Params
@@ -86,4 +87,5 @@ def workers(config: Config, expects_groups: bool | None = None) -> tuple[int, bo
     expected = METHODS[config.data.method].shares_cache if expects_groups is None else expects_groups
     dialects = [task_of(config).dialects.get(method.dialect) for method in METHODS.values() if method.shares_cache]
     most = max((dialect.num_workers for dialect in dialects if isinstance(dialect, WorkerDialect)), default=0)
-    return (most if expected or config.engine.lanes >= most else 0), expected
+    has_lanes = config.engine.lanes == BY_DEVICES or config.engine.lanes >= most
+    return (most if expected or has_lanes else 0), expected

@@ -1,29 +1,34 @@
 """The engine of a run. In a job each host has its own, and together they look like one."""
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
 from jax.sharding import Mesh
 
-from apr_jax.config import Config, ModelConfig
+from apr_jax.config import Config, ConfigError, EngineConfig, ModelConfig
+from apr_jax.config_fields import BY_DEVICES
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine.constraints import Masks
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.plan import EnginePlan
+from apr_jax.engine.sizes import BESIDE_A_TRAINER
 from apr_jax.engine.threads import Call, Program, Progress, Rollout, RolloutKey, Stop, StopReason
 from apr_jax.engine.work_counters import Work
 from apr_jax.evaluation.run import RunsPrograms
-from apr_jax.model.params import Params, abstract_params, logical_axes
+from apr_jax.model.params import Params
 from apr_jax.parallel import hosts
-from apr_jax.parallel.mesh import RULES, param_shardings
 from apr_jax.progress import busy
 from apr_jax.reasoning.base import Outcome, Sample
 from apr_jax.reasoning.policy_engine import EngineHolder, HeldEngine, policy_engine, workers
 from apr_jax.stopping import StopSignal
+from apr_jax.train.memory import trainer_bytes
 
+NOTHING_CHOSEN: Mapping[str, Any] = MappingProxyType({})
 ROLLOUT_TYPES = (Rollout, RolloutKey, Call, Stop, StopReason, Masks, Work, Outcome, Sample)  # all that one is made of
 
 
@@ -48,23 +53,31 @@ class RunEngine:
             return self._holder.get("run", make, params)
 
 
-def plan_engine(config: Config, mesh: Mesh) -> EnginePlan:
-    """Plan each host's engine. Raises ConfigError for sizes that don't divide, or don't fit a device."""
-    return EnginePlan.of(config.model, config.engine, hosts.rollout_mesh(mesh), *workers(config))
+def plan_engine(config: Config, mesh: Mesh, chosen: Mapping[str, Any] = NOTHING_CHOSEN) -> EnginePlan:
+    """Plan each host's engine, beside the trainer on `mesh`.
+
+    Args:
+      chosen: lanes and pages of the run so far. Those that the configuration leaves to the devices stay, where they
+        fit these.
+    Raises: ConfigError for sizes that don't divide, or don't fit a device.
+    """
+
+    def plan(sizes: EngineConfig) -> EnginePlan:
+        place, beside = hosts.rollout_mesh(mesh), trainer_bytes(config, mesh)
+        return EnginePlan.of(config.model, sizes, place, *workers(config), beside=beside, share=BESIDE_A_TRAINER)
+
+    open_sizes = [name for name in ("lanes", "pages") if getattr(config.engine, name) == BY_DEVICES]
+    if open_sizes and all(type(chosen.get(name)) is int for name in open_sizes):
+        with contextlib.suppress(ConfigError):  # the run goes on on smaller devices
+            return plan(dataclasses.replace(config.engine, **{name: chosen[name] for name in open_sizes}))
+    return plan(config.engine)
 
 
 def make_engine(config: Config, mesh: Mesh, tokenizer: Tokenizer, params: Params, stop: StopSignal) -> RolloutEngine:
     """Make an engine for a trainer that works on `mesh`, where `params` lie. Raises ConfigError as `plan_engine`."""
 
-    def on_this_host(params: Params) -> Engine:
-        return policy_engine(config, hosts.rollout_mesh(mesh), tokenizer, params)
-
-    if jax.process_count() == 1:
-        return on_this_host(params)
-    shapes = abstract_params(config.model)
-    whole_over_fsdp = dataclasses.replace(RULES, embed=None)
-    localise = hosts.Localiser(mesh, param_shardings(mesh, shapes, logical_axes(shapes), whole_over_fsdp))
-    return HostedEngine(on_this_host(localise(params)), localise, stop)
+    engine = policy_engine(config, hosts.rollout_mesh(mesh), tokenizer, params)
+    return engine if jax.process_count() == 1 else HostedEngine(engine, stop)
 
 
 class HostedEngine:
@@ -74,13 +87,9 @@ class HostedEngine:
     whichever host it runs.
     """
 
-    def __init__(self, engine: Engine, localise: Callable[[Any], Any], stop: StopSignal) -> None:
-        """Take this host's engine, which holds its first parameters.
-
-        Args:
-          localise: brings parameters from the job's mesh to the engine's.
-        """
-        self._engine, self._localise, self._stop = engine, localise, stop
+    def __init__(self, engine: Engine, stop: StopSignal) -> None:
+        """Take this host's engine, which holds its first parameters."""
+        self._engine, self._stop = engine, stop
 
     @property
     def model(self) -> ModelConfig:
@@ -89,7 +98,7 @@ class HostedEngine:
 
     def set_params(self, params: Params) -> None:
         """Take new weights from the job's mesh. All hosts call it."""
-        self._engine.set_params(self._localise(params))
+        self._engine.set_params(params)
 
     def warm_up(self) -> float:
         """Compile all that runs will use. Returns the seconds it took."""

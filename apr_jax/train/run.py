@@ -1,6 +1,7 @@
 """One run from nothing to a report: data, SFT, evaluation, GRPO, evaluation. Every stage is resumable and done once.
 
 WORKDIR/config.json         the configuration
+WORKDIR/engine.json         the engine's sizes, with those that the devices decided
 WORKDIR/metrics.jsonl       one object a step (train/metrics.py)
 WORKDIR/checkpoints/        checkpoints/manager.py
 WORKDIR/evaluations/        one file for each evaluation that is done (train/evaluations.py)
@@ -10,6 +11,7 @@ WORKDIR/summary.json, rollouts.jsonl, report.html, figure.svg
 """
 
 import contextlib
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,11 +43,12 @@ from apr_jax.data.tokenizer import Tokenizer, config_tokenizer
 from apr_jax.evaluation.policy import check_spelling, check_vocabulary
 from apr_jax.evaluation.report.run_report import write_figure, write_report
 from apr_jax.evaluation.run import load_problems
-from apr_jax.files import naming, write_json
+from apr_jax.files import naming, read_json, write_json
 from apr_jax.lock import LockedError, locked
 from apr_jax.model.params import Params, init_params, weights_digest
 from apr_jax.model.placement import abstract_params_on, place_params
 from apr_jax.parallel import hosts
+from apr_jax.parallel.fit import fit_to
 from apr_jax.parallel.mesh import make_mesh
 from apr_jax.progress import Progress, busy, progress
 from apr_jax.reasoning import METHODS
@@ -142,11 +145,23 @@ class _Run:
         self.tokenizer: Tokenizer = config_tokenizer(config)
         check_vocabulary(config.model, self.tokenizer)
         check_spelling(config, self.tokenizer)
-        self.engine = RunEngine(config, mesh, self.tokenizer, stop)
+        # An engine that cannot fit is refused before any training.
+        plan = plan_engine(config, mesh, hosts.from_first(self._sizes_so_far))
+        self.fitted = dataclasses.replace(fit_to(config, mesh), engine=plan.sizes)
+        self.engine = RunEngine(self.fitted, mesh, self.tokenizer, stop)
         self.origins = Origins(workdir, self.tokenizer)
         self.evaluations = Evaluations(config, workdir, self.tokenizer, self.engine, stop)
-        plan = plan_engine(config, mesh)  # an engine that cannot fit is refused before any training
         print(f"engine memory: {plan.memory}", file=hosts.messages())
+        print(
+            f"engine: {plan.sizes.lanes} lanes and {plan.sizes.pages:,} pages on each of {plan.limits.num_shards} data "
+            f"shards{' of each host' if jax.process_count() > 1 else ''}",
+            file=hosts.messages(),
+        )
+
+    def _sizes_so_far(self) -> dict[str, Any]:
+        """Return the lanes and pages that the run has had so far; nothing for a new run."""
+        file = self.workdir / "engine.json"
+        return read_json(file, "remove it, and they are chosen again") if file.exists() else {}
 
     def read_given(self, paths: Mapping[PhaseName, pathlib.Path | None]) -> dict[PhaseName, Given]:
         """Load the policy of each phase that one was named for. All hosts of a job must find the same."""
@@ -222,6 +237,7 @@ class _Run:
             )
         if hosts.is_first():
             write_json(self.workdir / "config.json", to_dict(self.config))
+            write_json(self.workdir / "engine.json", dataclasses.asdict(self.fitted.engine))
         for phase, checkpoints in of_phase.items():
             checkpoints.settle(found[phase])
         if is_extended:
@@ -271,7 +287,7 @@ class _Run:
         path, weights = (None, None) if given is None else (given.path, given.weights)
         if given or not has_begun:
             self.origins.note("sft", path, weights, has_begun=has_begun)
-        sft, start = config.sft, self._start(given, has_begun)
+        sft, start = self.fitted.sft, self._start(given, has_begun)
         options = sft_options(config)
         with self.stop.interrupting(), self._busy("Tokenising the demonstrations"):  # a large split takes minutes
             held_out = demonstrations.load_split(config, "validation")
@@ -331,7 +347,7 @@ class _Run:
         return place_params(params, self.mesh, config.model)
 
     def _grpo(self, split: Sequence[Demonstration], reference: Params, phase: Phase) -> Params:
-        config, grpo = self.config, self.config.grpo
+        config, grpo = self.fitted, self.fitted.grpo
         if grpo.num_steps == 0:
             return reference
         engine = self.engine.holding(reference)

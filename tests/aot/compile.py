@@ -28,7 +28,7 @@ KERNEL = re.compile(r'custom_call_target="(tpu_custom_call|__gpu\$xla\.gpu\.trit
 
 def paper_config(data: int, tensor: int) -> Config:
     """The `:paper` variant on a mesh; lanes and pages are per data shard."""
-    from apr_jax.aot.mesh_search import fit
+    from apr_jax.parallel.fit import fit
 
     return fit(from_config_dict(get_config("paper")), MeshConfig(data=data, fsdp=1, tensor=tensor), data * tensor)
 

@@ -145,3 +145,17 @@ def test_collectives_of_a_compiled_program():
     (found,) = Program(compiled(summed, x).as_text()).collectives(8)
     assert (found.kind, found.count, found.payload) == ("all-reduce", 7, 7 * 64 * 4)
     assert found.sent == 7 * 64 * 4 * 2 * 3 / 4
+
+
+def test_scratch_memory_of_libraries_is_not_moved():
+    call = """HloModule m
+ENTRY %main (x: f32[64,64]) -> f32[64,64] {
+  %x = f32[64,64]{1,0} parameter(0)
+  %gemm = (f32[64,64]{1,0}, s8[4194304]{0}) custom-call(%x, %x), custom_call_target="TARGET"
+  ROOT %out = f32[64,64]{1,0} get-tuple-element(%gemm), index=0
+}
+"""
+    matrix = 4 * 64 * 64
+    for target in ("__cublas$gemm", "__cublas$lt$matmul", "__cudnn$fmhaSoftmax"):
+        assert Program(call.replace("TARGET", target)).bytes_moved() == 3 * matrix
+    assert Program(call.replace("TARGET", "my_kernel")).bytes_moved() == 3 * matrix + 4_194_304

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-from apr_jax.aot import compilation
 from apr_jax.aot.compilation import (
     Compiled,
     compile_program,
@@ -17,12 +16,13 @@ from apr_jax.aot.compilation import (
     planned_programs,
 )
 from apr_jax.aot.hlo import Collective
-from apr_jax.aot.mesh_search import fit
 from apr_jax.aot.peaks import Cost, Peaks
 from apr_jax.aot.survey import Survey, tables
 from apr_jax.aot.topology import parse_topology
 from apr_jax.config import MeshConfig
 from apr_jax.engine.plan import EnginePlan
+from apr_jax.parallel.device_memory import local_bytes
+from apr_jax.parallel.fit import fit
 from apr_jax.parallel.mesh import make_mesh
 from tests.train.small import small_config
 
@@ -83,7 +83,7 @@ def test_programs_are_those_that_a_run_compiles():
     plain = dataclasses.replace(config, engine=dataclasses.replace(config.engine, decode_attention="xla"))
     assert planned_programs(plain, jax.devices()[:2]).keys() == {*PROGRAMS, "prefill_write"}
     plan = EnginePlan.of(config.model, config.engine, make_mesh(config.mesh))
-    pages = compilation._bytes(found["decode"].arguments[0])
+    pages = local_bytes(found["decode"].arguments[0])
     assert pages == plan.memory.pages
     assert found["prefill"].held >= found["decode"].held
     _, batch = found["sft_step"].arguments
@@ -99,7 +99,7 @@ def test_a_compiled_step_holds_the_state_and_reduces_gradients():
     planned = planned_programs(config, jax.devices()[:2])["sft_step"]
     texts = []
     compiled = compile_program(planned, texts.append)
-    assert compiled.arguments >= compilation._bytes(planned.arguments[0])
+    assert compiled.arguments >= local_bytes(planned.arguments[0])
     assert compiled.outputs < compiled.arguments / 2, "the state is donated"
     assert "all-reduce" in {found.kind for found in compiled.collectives}
     assert compiled.cost.sent > 0

@@ -19,7 +19,9 @@ pytestmark = pytest.mark.heavy
 
 @pytest.fixture(scope="module")
 def config():
-    return from_config_dict(get_config("smoke"))
+    values = get_config("smoke")
+    values.mesh.data = 2
+    return from_config_dict(values)
 
 
 @pytest.fixture(scope="module")

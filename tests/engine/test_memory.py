@@ -19,7 +19,7 @@ def test_the_plan_is_what_a_device_holds(data, tensor):
     plan = engine.memory
     assert plan.pages == local_bytes(engine._pages)
     assert plan.weights == local_bytes(engine._params)
-    assert plan.total == plan.weights + plan.pages + plan.activations < plan.limit
+    assert plan.total == plan.weights + plan.pages + plan.activations + plan.beside < plan.limit
 
 
 def test_too_large_is_refused_with_the_numbers_before_anything_is_allocated():

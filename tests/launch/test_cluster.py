@@ -1,5 +1,6 @@
 """The scripts of launch/cluster/: they say what schedulers take, and what a host reads (parallel/hosts.py)."""
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from apr_jax.config_dict import from_config_dict
+from apr_jax.parallel.fit import fit
 from configs.grpo import get_config
 
 CLUSTER = pathlib.Path(__file__).parents[2] / "launch" / "cluster"
@@ -114,11 +116,13 @@ def test_the_jobset_asks_for_the_devices_of_its_mesh(jobset):
         if argument.startswith("--config."):
             name, _, value = argument.removeprefix("--config.").partition("=")
             config.update_from_flattened_dict({name: int(value)})
-    mesh = from_config_dict(config).mesh
+    config = from_config_dict(config)
     topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
     chips = [int(side) for side in topology.split("x")]
     assert job["completions"] * container["resources"]["limits"]["google.com/tpu"] == chips[0] * chips[1]
-    assert mesh.data * mesh.fsdp * mesh.tensor == chips[0] * chips[1]
+    shards, rest = divmod(chips[0] * chips[1], config.mesh.fsdp * config.mesh.tensor)
+    assert (config.mesh.data, rest) in ((-1, 0), (shards, 0))
+    fit(config, dataclasses.replace(config.mesh, data=shards), devices_per_host=4)
 
 
 @pytest.mark.parametrize("script", ["train.sbatch", "tpu_pod.sh"])

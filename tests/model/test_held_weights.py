@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from apr_jax.config import MeshConfig
 from apr_jax.kernels import cpu_kernels
+from apr_jax.model import held_weights
 from apr_jax.model import params as params_of
 from apr_jax.model.held_weights import HeldWeights
 from apr_jax.model.ops import XLA
+from apr_jax.model.placement import place_params
 from apr_jax.model.views.training import training_rows
+from apr_jax.parallel.mesh import make_mesh as mesh_of
 from tests.engine.helpers import MODEL, make_mesh
 
 pytestmark = pytest.mark.heavy
@@ -66,3 +70,31 @@ def test_matrices_are_split_over_tensor_as_they_were_trained():
 def test_what_lies_in_panels_is_whole_on_every_device():
     specs = HeldWeights.of(MODEL, WAYS["float32"], own_head=True).shardings(make_mesh(data=2))
     assert all(leaf.spec == jax.sharding.PartitionSpec() for leaf in jax.tree.leaves(specs["blocks"][0]["mlp"]))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_new_weights_take_the_place_of_the_old_array_by_array(way, monkeypatch):
+    """The devices never hold more than the trainer's weights and one copy of the engine's."""
+    mesh, trainer = make_mesh(data=4), mesh_of(MeshConfig(data=1, fsdp=4, tensor=1))
+    config = dataclasses.replace(MODEL, compute_dtype="bfloat16" if way == "bfloat16" else "float32")
+    weights = HeldWeights.of(config, WAYS[way], own_head=True)
+    first, second = (place_params(params_of.init_params(config, seed), trainer, config) for seed in (0, 1))
+    expected, kept = jax.device_get((weights.hold(second), first))
+    old, peaks, jitted = weights.take(first, mesh), [], held_weights._jitted
+
+    def watched(making, place):
+        def make(given):
+            made = jitted(making, place)(given)
+            peaks.append(sum(array.nbytes for array in jax.live_arrays()))
+            return made
+
+        return make
+
+    monkeypatch.setattr(held_weights, "_jitted", watched)
+    before = sum(array.nbytes for array in jax.live_arrays())
+    new = weights.take(second, mesh, old)
+    assert len(peaks) == len(jax.tree.leaves(new))
+    assert max(peaks) <= before
+    assert all(array.is_deleted() for array in jax.tree.leaves(old))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(new), expected)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(first), kept)

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from apr_jax.config import ConfigError, MeshConfig
+from apr_jax.model.held_weights import HeldWeights
+from apr_jax.model.ops import XLA
 from apr_jax.model.params import abstract_params, init_params, logical_axes
 from apr_jax.parallel import hosts
-from apr_jax.parallel.mesh import RULES, make_mesh, param_shardings
+from apr_jax.parallel.mesh import make_mesh, param_shardings
 from apr_jax.stopping import StoppedError
 from apr_jax.train.signals import stop_signal
 from tests.train.small import small_config
@@ -42,9 +44,10 @@ def weights(shape):
     assert dict(own.shape) == {"data": 2 // min(shape[2], 2), "fsdp": 1, "tensor": min(shape[2], 2)}
     params, shapes = init_params(config.model, 3), abstract_params(config.model)
     placed = hosts.place(params, param_shardings(mesh, shapes, logical_axes(shapes)))
-    rules = type(RULES)(embed=None)
-    localise = hosts.Localiser(mesh, param_shardings(mesh, shapes, logical_axes(shapes), rules))
-    for expected, there, here in zip(*map(jax.tree.leaves, (params, placed, localise(placed))), strict=True):
+    weights = HeldWeights.of(config.model, XLA, own_head=False)
+    home = weights.take(placed, own)
+    home = weights.take(placed, own, home)  # in the place of the first
+    for expected, there, here in zip(*map(jax.tree.leaves, (params, placed, home)), strict=True):
         assert set(here.devices()) == set(own.devices.flat)
         np.testing.assert_array_equal(hosts.whole_array(there), np.asarray(expected))
         np.testing.assert_array_equal(hosts.whole_array(here), np.asarray(expected))

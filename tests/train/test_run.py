@@ -9,7 +9,7 @@ import pytest
 from apr_jax.checkpoints.policy import load_policy
 from apr_jax.config import Config, ConfigError
 from apr_jax.data import demonstrations
-from apr_jax.files import read_jsonl
+from apr_jax.files import read_json, read_jsonl
 from apr_jax.stopping import StoppedError
 from apr_jax.train import evaluations, grpo, run
 from apr_jax.train.rl import sample
@@ -117,3 +117,16 @@ def test_resumed_on_another_mesh_it_trains_on_the_same_batches(config, whole, tm
     assert [record["tokens"] for record in ours] == [record["tokens"] for record in theirs]
     for name in ("loss", "grad_norm", "token_accuracy"):
         np.testing.assert_allclose([r[name] for r in ours], [r[name] for r in theirs], rtol=1e-5, err_msg=name)
+
+
+def test_lanes_that_the_memory_decides_stay_with_the_run(config, tmp_path, monkeypatch):
+    engine = dataclasses.replace(config.engine, lanes=-1, pages=-1)
+    config = dataclasses.replace(config, engine=engine, grpo=dataclasses.replace(config.grpo, num_steps=0))
+    chosen = []
+    for gigabytes in (0.01, 1.0):
+        monkeypatch.setattr("apr_jax.engine.memory.memory_limit", lambda mesh, size=gigabytes: int(size * 1e9))
+        train(config, tmp_path)
+        chosen.append(read_json(tmp_path / "engine.json"))
+    assert chosen[0] == chosen[1]
+    assert 0 < chosen[0]["lanes"] < 64
+    assert read_json(tmp_path / "config.json")["engine"]["lanes"] == -1

@@ -165,12 +165,13 @@ def run_cells(
                 on_progress=on_progress,
                 keep_calls=keep_rollouts,
             )
-        about = _about(cell, policy, config, asked) | {"command": command}
+        lanes = engine.limits.lanes * engine.limits.num_shards
+        about = _about(cell, policy, asked, lanes) | {"command": command}
         rows[index] = results.add(cell, settings, summary | about, records)
     return [rows[index] for index in range(len(cells))]
 
 
-def _about(cell: Cell, policy: Policy, config: Config, asked: Asked) -> Json:
+def _about(cell: Cell, policy: Policy, asked: Asked, lanes: int) -> Json:
     """Describe what a cell's figures come from, for its row."""
     return {
         "program": cell.row.program,
@@ -178,7 +179,7 @@ def _about(cell: Cell, policy: Policy, config: Config, asked: Asked) -> Json:
         "checkpoint": policy.checkpoint,
         "problems": asked.source,
         "seed": asked.seed,
-        "lanes": config.engine.lanes * config.mesh.data,
+        "lanes": lanes,
         "machine": device_name(),
         "date": datetime.date.today().isoformat(),
     }

@@ -81,7 +81,7 @@ class Updater:
         """
         if not sequences:
             return []
-        shards = self._config.mesh.data * self._config.mesh.fsdp
+        shards = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
         rows = pad_rows(self.rows(sequences), shards)
         sizes = microbatch_sizes(len(rows["tokens"]), self._config.grpo.rows_per_microbatch, shards)
         ends = np.cumsum(sizes)
