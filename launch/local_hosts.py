@@ -1,7 +1,7 @@
 """Run a command as a job of several hosts, which are processes on this machine.
 
     python launch/local_hosts.py --hosts=2 --devices-per-host=2 -- \\
-        python launch/train.py --config=configs/grpo.py:smoke --config.mesh.data=4
+        python launch/train.py --config=configs/grpo.py:smoke
 
 Each process learns its place from the environment (apr_jax/parallel/hosts.py) and splits its CPU into as many devices
 as asked. Lines of output carry their host's name. SIGTERM, SIGINT and a closed terminal reach all hosts, which save and

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Trains on every host of a Cloud TPU pod slice: docs/clusters.md.
 #
-#     launch/cluster/tpu_pod.sh NAME ZONE --config=configs/grpo.py:paper --config.mesh.fsdp=16 --workdir=/mnt/shared/paper
+#     launch/cluster/tpu_pod.sh NAME ZONE --config=configs/grpo.py:paper --workdir=/mnt/shared/paper
 #
 # The checkout lies in ~/apr_jax of every host, with its environment in .venv (docs/clusters.md says how it gets there).
 set -euo pipefail
