@@ -120,15 +120,19 @@ class Engine:
         self._steps = Steps(self.limits, mesh, plan.weights, plan.kernels)
         self._make_pages = jax.jit(plan.pages, out_shardings=plan.cache_sharding)
         self._weights = plan.weights
-        self._params = plan.weights.take(params, mesh)
+        self._params: Any = None
+        self._params = self._place(params)
         self._pages: Any = None
         self._unfinished = True  # a run, or an attempt to start anew
         self._start_anew()
 
     def set_params(self, params: Any) -> None:
-        """Take new weights in the place of the old: nothing that those computed is ever read again."""
+        """Take new weights in the place of the old: nothing that those computed is ever read again.
+
+        An interrupt on the way leaves an engine without weights, which takes them again and runs nothing before.
+        """
         self._scheduler.cache.new_policy()
-        self._params = self._weights.take(params, self._mesh, self._params)
+        self._params = self._place(params)
 
     def warm_up(self) -> float:
         """Compile all that runs will use. Returns the seconds it took."""
@@ -167,6 +171,8 @@ class Engine:
             raise ValueError(
                 f"temperature={temperature} must be a number >= 0 (0 is greedy), at most {_MOST_TEMPERATURE}"
             )
+        if self._params is None:
+            raise RuntimeError("the engine has no weights, for new ones were interrupted on their way; set them again")
         with self._anew_after_errors():
             begin, compiled = time.perf_counter(), self._steps.num_compilations
             preempted, reused = self._scheduler.preemptions, self._scheduler.cache.reused_tokens
@@ -308,6 +314,11 @@ class Engine:
 
     def _put(self, tree: Any) -> Any:
         return jax.device_put(tree, NamedSharding(self._mesh, SHARDED))
+
+    def _place(self, params: Any) -> Any:
+        """Bring the weights to the devices, in decode's layout. The old ones make room for them, array by array."""
+        old, self._params = self._params, None
+        return self._weights.take(params, self._mesh, old)
 
 
 def _by_lane(written: Any) -> list[list[list[Any]]]:

@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from apr_jax.engine.threads import Decode, Join, Open, Spawn
+from apr_jax.model import held_weights
 from tests.engine.helpers import assert_same_bits, keyed, make_engine, make_params, plain, prompt, searching
 
 
@@ -117,6 +118,24 @@ def test_new_weights_whose_placing_was_interrupted_leave_no_old_prefix(engine, e
         engine.set_params(make_params(seed=1))
     monkeypatch.undo()
     assert not engine._scheduler.cache.allocators[0]._published
+    assert_as_new(engine, expected)
+
+
+def test_an_engine_that_lost_its_weights_on_the_way_takes_them_again(engine, expected, monkeypatch):
+    jitted, calls = held_weights._jitted, iter(range(100))
+
+    def interrupted(*how):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return jitted(*how)
+
+    monkeypatch.setattr(held_weights, "_jitted", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.set_params(make_params(seed=1))
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match=r"no weights, for new ones were interrupted .*; set them again"):
+        engine.run(programs(), seed=3, temperature=1.0)
+    engine.set_params(make_params())
     assert_as_new(engine, expected)
 
 

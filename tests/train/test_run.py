@@ -123,7 +123,7 @@ def test_lanes_that_the_memory_decides_stay_with_the_run(config, tmp_path, monke
     engine = dataclasses.replace(config.engine, lanes=-1, pages=-1)
     config = dataclasses.replace(config, engine=engine, grpo=dataclasses.replace(config.grpo, num_steps=0))
     chosen = []
-    for gigabytes in (0.01, 1.0):
+    for gigabytes in (0.002, 1.0):
         monkeypatch.setattr("apr_jax.engine.memory.memory_limit", lambda mesh, size=gigabytes: int(size * 1e9))
         train(config, tmp_path)
         chosen.append(read_json(tmp_path / "engine.json"))
