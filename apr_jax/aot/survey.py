@@ -45,7 +45,7 @@ class Survey:
         """Return the topology's peaks, with the memory that JAX gives to programs in place of all that a device has."""
         one = MeshConfig(data=1, fsdp=1, tensor=1)
         return dataclasses.replace(
-            self.topology.peaks, memory=memory_limit(make_mesh(one, self.devices)) or self.topology.peaks.memory
+            self.topology.peaks, memory=memory_limit(make_mesh(one, self.devices[:1])) or self.topology.peaks.memory
         )
 
     @property
