@@ -27,7 +27,7 @@ from apr_jax.engine.steps import COPIES_PER_CALL, Sampling, Steps
 from apr_jax.engine.thread_cache import PrefillChunk
 from apr_jax.engine.threads import Observer, Program, Progress, Rollout, RolloutKey
 from apr_jax.model.truncation import truncation_of
-from apr_jax.parallel.device_memory import local_bytes
+from apr_jax.parallel.device_memory import bytes_on
 from apr_jax.parallel.mesh import partition_spec
 
 _MOST_TEMPERATURE = 1e30
@@ -104,8 +104,7 @@ class Engine:
             raise ConfigError(f"banned_tokens {banned_tokens} must lie in [0, model.vocab_size={model.vocab_size})")
         if len(set(banned_tokens)) == model.vocab_size:
             raise ConfigError(f"all {model.vocab_size} tokens are banned")
-        beside = local_bytes([leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)])
-        plan = EnginePlan.of(model, sizes, mesh, max_workers, expects_groups, beside=beside)
+        plan = EnginePlan.of(model, sizes, mesh, max_workers, expects_groups, beside=bytes_on(mesh, params))
         self.limits, self.memory = plan.limits, plan.memory
         self.stats = EngineStats()
         self.model = model

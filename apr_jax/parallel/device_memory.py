@@ -1,5 +1,6 @@
 """The memory that a program can have on a device, here or only compiled for, and the memory that arrays take."""
 
+import collections
 import math
 import os
 from typing import Any
@@ -33,6 +34,17 @@ def local_bytes(tree: Any) -> int:
     """Return the bytes of a tree of arrays, or of shapes with shardings, on one device."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize for x in leaves)
+
+
+def bytes_on(mesh: Mesh, tree: Any) -> int:
+    """Return the bytes that a tree's arrays of JAX take on the fullest device of a mesh, of a CPU's on each alike."""
+    held: collections.Counter[jax.Device] = collections.Counter()
+    for leaf in jax.tree.leaves(tree):
+        for device in leaf.devices() if isinstance(leaf, jax.Array) else ():
+            held[device] += local_bytes(leaf)
+    if mesh.devices.flat[0].platform == "cpu":
+        return held.total() // mesh.size
+    return max(held[device] for device in mesh.devices.flat)
 
 
 def _limit_of_kind(kind: str, platform: str) -> int | None:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from apr_jax.parallel.device_memory import memory_limit
+from apr_jax.parallel.device_memory import bytes_on, local_bytes, memory_limit
 
 
 def mesh_of(kind, platform, stats=None):
@@ -17,6 +17,21 @@ def mesh_of(kind, platform, stats=None):
 
     device = types.SimpleNamespace(platform=platform, device_kind=kind, memory_stats=memory_stats)
     return types.SimpleNamespace(devices=np.array([device]), size=1)
+
+
+class _Accelerator:
+    """A device of a CPU under another platform's name."""
+
+    platform = "gpu"
+
+    def __init__(self, device):
+        self.device = device
+
+    def __eq__(self, other):
+        return self.device == other
+
+    def __hash__(self):
+        return hash(self.device)
 
 
 NOT_HERE = jax.errors.JaxRuntimeError("MemoryStats is only supported for addressable PjRt devices.")
@@ -46,3 +61,15 @@ def test_devices_of_a_cpu_share_its_memory():
     devices = np.array(jax.devices()[:4])
     four, one = (types.SimpleNamespace(devices=part, size=part.size) for part in (devices, devices[:1]))
     assert memory_limit(four) == memory_limit(one) // 4
+
+
+def test_arrays_weigh_on_the_devices_that_hold_them(monkeypatch):
+    devices = jax.devices()[:4]
+    mesh = jax.sharding.Mesh(np.array(devices), ("data",))
+    values = np.zeros((8, 4), np.float32)
+    one = jax.device_put(values, devices[1])
+    split = jax.device_put(values, jax.sharding.NamedSharding(mesh, jax.P("data")))
+    assert local_bytes([one, split]) == 128 + 32
+    assert bytes_on(mesh, {"one": one, "split": split, "host": values}) == (128 + 128) // 4, "a CPU's devices share"
+    accelerator = types.SimpleNamespace(devices=np.array([_Accelerator(device) for device in devices]), size=4)
+    assert bytes_on(accelerator, [one, split]) == 128 + 32
