@@ -18,6 +18,7 @@ from apr_jax.checkpoints.identity import (
 )
 from apr_jax.config import Config, ConfigError, ModelConfig
 from apr_jax.config_dict import from_config_dict
+from apr_jax.config_fields import BY_DEVICES
 from apr_jax.data.tokenizer import Spelling, Tokenizer, config_tokenizer
 from apr_jax.reasoning import METHODS
 from apr_jax.tasks import task_of
@@ -48,6 +49,8 @@ def choose_config(
     if given is None:
         _check_version(base)
     values, own = ConfigDict(base), dataclasses.asdict(model)
+    if given is None and (values.mesh.data, values.mesh.fsdp) != (1, 1):
+        values.mesh.update(data=BY_DEVICES, fsdp=1)  # the devices that it was trained on need not be those of here
     takes_free = given is not None and given.model.family == AUTO
     values.model = {**values.model, **{name: own[name] for name in WEIGHT_FIELDS}} if takes_free else own
     for field, value in overrides.items():

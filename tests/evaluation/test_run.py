@@ -199,3 +199,15 @@ def test_a_vocabulary_that_is_too_small_is_refused():
     check_vocabulary(model, TOKENIZER)
     with pytest.raises(ConfigError, match=f"vocab_size=100 .* {TOKENIZER.vocab_size} ids"):
         check_vocabulary(dataclasses.replace(model, vocab_size=100), TOKENIZER)
+
+
+def test_a_policy_decodes_on_the_devices_that_there_are():
+    trained = get_config("smoke")
+    for mesh, here in (((8, 1), (-1, 1)), ((1, 4), (-1, 1)), ((-1, 2), (-1, 1)), ((1, 1), (1, 1))):
+        trained.mesh.data, trained.mesh.fsdp = mesh
+        trained.grpo.rows_per_microbatch = 8
+        config = from_config_dict(trained)
+        chosen = choose_config(config.model, to_dict(config), None, {}).mesh
+        assert (chosen.data, chosen.fsdp) == here
+        assert choose_config(config.model, to_dict(config), None, {"mesh.data": 2}).mesh.data == 2
+        assert choose_config(config.model, to_dict(config), trained, {}).mesh == config.mesh
