@@ -27,10 +27,12 @@ KERNEL = re.compile(r'custom_call_target="(tpu_custom_call|__gpu\$xla\.gpu\.trit
 
 
 def paper_config(data: int, tensor: int) -> Config:
-    """The `:paper` variant on a mesh; lanes and pages are per data shard."""
+    """The `:paper` variant on a mesh, with as many lanes and pages on each data shard of every device."""
     from apr_jax.parallel.fit import fit
 
-    return fit(from_config_dict(get_config("paper")), MeshConfig(data=data, fsdp=1, tensor=tensor), data * tensor)
+    config = from_config_dict(get_config("paper"))
+    config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, lanes=64, pages=1_024))
+    return fit(config, MeshConfig(data=data, fsdp=1, tensor=tensor), data * tensor)
 
 
 def programs(config: Config, mesh: Any) -> dict[str, Any]:
