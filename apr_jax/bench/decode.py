@@ -18,6 +18,7 @@ from apr_jax.config import Config, ConfigError, MeshConfig
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import Decode, Open, Program, Progress, RolloutKey
 from apr_jax.model.params import Params, num_params
+from apr_jax.parallel.fit import fit_to
 from apr_jax.parallel.machine import device_name
 from apr_jax.parallel.mesh import make_mesh
 
@@ -63,6 +64,7 @@ def benchmark_decode(
     lengths = lengths or Lengths(prompt=config.model.max_seq_len // 4, new=config.model.max_seq_len // 2)
     lengths.check(config)
     mesh = make_mesh(config.mesh)
+    config = fit_to(config, mesh)
     limits = measure_limits(mesh, config.model.compute_dtype)
     rows, compile_seconds, recompiles = {}, 0.0, 0
     for count in lanes:
