@@ -12,7 +12,7 @@ from apr_jax.engine.sizes import Room
 from apr_jax.train.hosted_engine import plan_engine
 from apr_jax.train.memory import trainer_bytes
 from configs.grpo import get_config
-from tests.configs import PAPER
+from tests.configs import LAPTOP, PAPER
 from tests.engine.helpers import MODEL, SIZES, assert_same_bits, keyed, make_engine, make_mesh, plain
 
 OPEN = dataclasses.replace(SIZES, lanes=-1, pages=-1)
@@ -71,22 +71,27 @@ def test_seven_billion_weights_on_eight_devices(memory):
 
 
 def test_a_run_keeps_its_sizes_where_they_fit(memory):
-    memory(GPU)
-    kept = plan_engine(PAPER, make_mesh(), {"lanes": 40, "pages": 700})
-    assert (kept.sizes.lanes, kept.sizes.pages) == (40, 700)
-    assert plan_engine(PAPER, make_mesh(), {"lanes": 10**6, "pages": 10**6}).sizes.lanes <= 256
-    assert plan_engine(PAPER, make_mesh(), {"lanes": "x", "pages": None}).sizes.lanes > 0
-    assert plan_engine(with_engine(lanes=8, pages=300), make_mesh(), {"lanes": 40, "pages": 700}).sizes.pages == 300
+    memory(10**9)
+    config, mesh = with_engine(LAPTOP, lanes=-1, pages=-1), make_mesh()
+
+    def sizes(config, chosen):
+        found = plan_engine(config, mesh, chosen).sizes
+        return found.lanes, found.pages
+
+    assert sizes(config, {"lanes": 40, "pages": 700}) == (40, 700)
+    anew = sizes(config, {})
+    assert anew == sizes(config, {"lanes": 10**6, "pages": 10**8}) == sizes(config, {"lanes": "x", "pages": None})
+    assert sizes(with_engine(LAPTOP, lanes=8, pages=300), {"lanes": 40, "pages": 700}) == (8, 300)
 
 
-def with_engine(**changes) -> Config:
-    return dataclasses.replace(PAPER, engine=dataclasses.replace(PAPER.engine, **changes))
+def with_engine(config: Config, **changes) -> Config:
+    return dataclasses.replace(config, engine=dataclasses.replace(config.engine, **changes))
 
 
 def test_a_trainer_counts_where_sizes_are_set(memory):
     memory(8 * 10**9)
     with pytest.raises(ConfigError, match=r"does not fit a device: .*beside 5\."):
-        plan_engine(with_engine(lanes=64, pages=1_024), make_mesh())
+        plan_engine(with_engine(PAPER, lanes=64, pages=1_024), make_mesh())
 
 
 def test_a_device_that_tells_nothing_is_told_what_to_set(memory):
@@ -95,7 +100,7 @@ def test_a_device_that_tells_nothing_is_told_what_to_set(memory):
         EnginePlan.of(MODEL, OPEN, make_mesh())
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_results_are_those_of_other_sizes(memory):
     programs = lambda: keyed([plain(seed) for seed in range(12)])  # noqa: E731
     memory(2 * 10**6)
