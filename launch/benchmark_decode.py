@@ -3,7 +3,8 @@
     python launch/benchmark_decode.py                                                  # the main job's model
     python launch/benchmark_decode.py --config=configs/benchmark_decode.py:paper       # the 228M model
     python launch/benchmark_decode.py --peers=hf,tunix,vllm,llama_cpp --json=decode.json --plot=decode.svg
-    python launch/benchmark_decode.py --checkpoint=FILE.gguf --lanes=1,8,16,64 --peers=hf,llama_cpp --config.mesh.data=1
+    python launch/benchmark_decode.py --checkpoint=FILE.gguf --config.mesh.data=1 --lanes=1,8,16,64 \\
+      --peers=hf,llama_cpp --peer_lanes=1,8,16,64 --prompt=16 --new=64 --quick      # under three minutes
 
 Weights are random, because speed depends on shapes only, or those of a policy, dequantised. `make peers` makes the
 peers' environments first.
@@ -34,6 +35,7 @@ _PROBLEMS = entry.define_number("problems", None, "Problems of the APR workload,
 _PEERS = flags.DEFINE_list("peers", [], "Other systems to measure: hf, tunix, vllm, llama_cpp.")
 _PEER_LANES = flags.DEFINE_list("peer_lanes", ["1", "16", "64"], "Lane counts to measure peers at (of --lanes).")
 _PEER_SECONDS = entry.define_number("peer_seconds", 900.0, "Time limit of one peer.", low=1.0)
+_QUICK = flags.DEFINE_bool("quick", False, "Time one pass of each lane count, and of a peer its first mode alone.")
 _JSON = entry.JsonFlag("the figures")
 _PLOT = entry.define_output("plot", "Draw tokens/s by lane count here.", (".svg", ".png"))
 
@@ -71,20 +73,21 @@ def _measure(config: Config, lanes: tuple[int, ...], peer_lanes: tuple[int, ...]
     # Before the weights start JAX: a CPU is split into as many devices as the mesh needs.
     config = fit_to(config, make_mesh(config.mesh))
     lengths = decode.Lengths(prompt=_PROMPT.value, new=_NEW.value)
+    repeats = 1 if _QUICK.value else decode.REPEATS
     if _CHECKPOINT.value:
         config, params = decode.policy_to_measure(pathlib.Path(_CHECKPOINT.value), config, lengths)
     else:
         params = sharp_params(config.model, config.seed)
     figures = decode.about(config)
     if lanes:
-        figures = decode.benchmark_decode(config, params, lanes, lengths, _say)
+        figures = decode.benchmark_decode(config, params, lanes, lengths, _say, repeats)
         print(decode.table(figures), flush=True)
     if _PROBLEMS.value != 0 and not _CHECKPOINT.value:
         figures["workload_of_problems"] = _replays(config, params)
     if _PEERS.value:
         figures |= _peers(config, params, peer_lanes, lengths)
         if any(report.get("lanes") for report in figures["peers"].values()):
-            again = decode.benchmark_decode(config, params, peer_lanes, lengths, _say)
+            again = decode.benchmark_decode(config, params, peer_lanes, lengths, _say, repeats)
             figures["lanes_after_peers"] = again["lanes"]
         from apr_jax.bench.decode_report import peers_table
 
@@ -127,6 +130,7 @@ def _peers(config: Config, params: Any, lanes: tuple[int, ...], lengths: Any) ->
             precision=config.model.compute_dtype,
             threads=os.cpu_count() or 1,
             seconds_limit=_PEER_SECONDS.value,
+            quick=_QUICK.value,
         )
         reports: dict[str, Any] = {}
         for name in _PEERS.value:

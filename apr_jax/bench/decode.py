@@ -53,6 +53,7 @@ def benchmark_decode(
     lanes: Sequence[int] = LANES,
     lengths: Lengths | None = None,
     on_lanes: Callable[[int], None] | None = None,
+    repeats: int = REPEATS,
 ) -> dict[str, Any]:
     """Measure each lane count with an engine of its own, and the machine's limits before each and at the end.
 
@@ -73,7 +74,7 @@ def benchmark_decode(
         fitting = mesh_for(config, count)
         engine = _engine(config, count, lengths, make_mesh(fitting, tuple(mesh.devices.flat)), params)
         compile_seconds += engine.warm_up()
-        rows[count] = _measure(engine, config, count, lengths) | {"data_shards": fitting.data}
+        rows[count] = _measure(engine, config, count, lengths, repeats) | {"data_shards": fitting.data}
         recompiles += engine.stats.compilations
         del engine
         limits = limits.better(measure_limits(mesh, config.model.compute_dtype))
@@ -131,10 +132,10 @@ def _engine(config: Config, lanes: int, lengths: Lengths, mesh: Mesh, params: An
     return Engine(config.model, sizes, rollout, mesh, params=params, banned_tokens=())
 
 
-def _measure(engine: Engine, config: Config, lanes: int, lengths: Lengths) -> dict[str, float]:
+def _measure(engine: Engine, config: Config, lanes: int, lengths: Lengths, repeats: int) -> dict[str, float]:
     prompts = make_prompts(config, lanes, lengths)
     passes = []
-    for _ in range(1 + REPEATS):  # the first touches all memory
+    for _ in range(1 + repeats):  # the first touches all memory
         times: list[tuple[int, float]] = []
 
         def note(progress: Progress, times: list[tuple[int, float]] = times) -> None:

@@ -31,7 +31,8 @@ class Workload:
     """The work that every peer is given. The first L prompts are the batch of L lanes, decoded greedily.
 
     `model` is a folder written by `apr_jax.model.weights.hf.save_hf`. Each lane writes `new_tokens` tokens
-    (at least 2: the first belongs to the prefill and is not timed). `seconds_limit` holds for one peer as a whole.
+    (at least 2: the first belongs to the prefill and is not timed). `seconds_limit` holds for one peer as a whole. A
+    `quick` one has one pass after the warm-up, in the peer's first mode alone.
     """
 
     model: str
@@ -41,6 +42,7 @@ class Workload:
     precision: str
     threads: int
     seconds_limit: float
+    quick: bool = False
 
 
 def run_peers(

@@ -31,6 +31,7 @@ class Workload:
     precision: str
     threads: int
     seconds_limit: float  # for the whole script; whoever started it ends it then
+    quick: bool = False  # one pass after the warm-up, in the peer's first mode alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,10 +63,11 @@ def main(name: str, version: str, method: str, modes: Callable[[Workload], dict[
         "modes": {},
         "greedy_tokens": {},
     }
-    for mode, load in modes(workload).items():
+    repeats = 1 if workload.quick else REPEATS
+    for mode, load in list(modes(workload).items())[: 1 if workload.quick else None]:
         decode = load()
         for lanes in workload.lanes:
-            row, tokens = _measure(decode, workload.prompts[:lanes], workload.new_tokens)
+            row, tokens = _measure(decode, workload.prompts[:lanes], workload.new_tokens, repeats)
             report["modes"].setdefault(mode, {})[str(lanes)] = row
             best = report["lanes"].get(str(lanes))
             if best is None or row["tokens_per_second"] > best["tokens_per_second"]:
@@ -89,13 +91,15 @@ def _arguments() -> tuple[Workload, pathlib.Path]:
     return workload, arguments.out
 
 
-def _measure(decode: Decode, prompts: list[list[int]], new_tokens: int) -> tuple[dict[str, float], list[list[int]]]:
-    """Return the fastest of REPEATS passes, after one that warms up (compiles, touches memory)."""
+def _measure(
+    decode: Decode, prompts: list[list[int]], new_tokens: int, repeats: int
+) -> tuple[dict[str, float], list[list[int]]]:
+    """Return the fastest of `repeats` passes, after one that warms up (compiles, touches memory)."""
     started = time.perf_counter()
     decode(prompts)
     warm_up = time.perf_counter() - started
     waited, began = _waited_for_a_core(), time.perf_counter()
-    passes = [decode(prompts) for _ in range(REPEATS)]
+    passes = [decode(prompts) for _ in range(repeats)]
     waited, wall = _waited_for_a_core() - waited, time.perf_counter() - began
     best = min(passes, key=lambda run: run.decode_seconds / run.steps)
     if any(len(tokens) != new_tokens for tokens in best.tokens):
