@@ -2,6 +2,7 @@
 
     python launch/export.py --checkpoint=runs/laptop --out=exported           # transformers, vLLM
     python launch/export.py --checkpoint=runs/laptop/best --out=laptop.gguf   # llama.cpp
+    python launch/export.py --format=gguf --out=exported                      # the newest run, as exported.gguf
     python launch/export.py --checkpoint=FILE.gguf --out=dequantised          # and back
     python launch/export.py --checkpoint=runs/laptop --out=half --type=BF16
     python launch/export.py --checkpoint=exported --out=small.gguf --type=Q8_0
@@ -28,6 +29,7 @@ _CHECKPOINT = flags.DEFINE_string(
     f"Run (or RUN/best), checkpoint or Hugging Face folder, or FILE.gguf [newest in {_RUNS}/, or the shipped one].",
 )
 _OUT = entry.define_folder("out", "Folder to write, or FILE.gguf.", ".gguf")
+_FORMAT = flags.DEFINE_enum("format", None, ["hf", "gguf"], "Kind to write [gguf where --out ends in it, else hf].")
 _TYPE = flags.DEFINE_string(
     "type",
     "F32",
@@ -40,10 +42,14 @@ _TOKENIZER = flags.DEFINE_string("tokenizer", None, "For a policy that brings no
 def main() -> None:
     if not _OUT.value:
         raise ConfigError("--out: name a folder to write, or FILE.gguf")
+    out = pathlib.Path(_OUT.value)
+    if _FORMAT.value == "gguf" and out.suffix != ".gguf":
+        out = out.with_name(f"{out.name}.gguf")
+    if _FORMAT.value == "hf" and out.suffix == ".gguf":
+        raise ConfigError(f"--out={out}: --format=hf writes a folder; leave the ending out")
     checkpoint = policy_folder(_CHECKPOINT.value, _RUNS)
     from apr_jax.evaluation.export import Exported, check_target, export, export_adapters
 
-    out = pathlib.Path(_OUT.value)
     check_target(out, _TYPE.value)
     if _ADAPTER.value:
         if out.suffix == ".gguf":

@@ -134,14 +134,17 @@ def _report(checkpoint: pathlib.Path, prompt: str, texts: Sequence["Text"], seco
         {
             "text": text.text,
             "reason": text.reason,
+            "finish_reason": text.reason or "stop",
             "tokens": text.rollout.generated_tokens,
+            "tokens_per_second": text.rollout.generated_tokens / max(text.rollout.latency_ms / 1e3, 1e-9),
             "sequential_tokens": text.rollout.sequential_tokens,
             "threads": text.rollout.num_threads,
         }
         for text in texts
     ]
-    about = {"temperature": _TEMPERATURE.value, "seed": _SEED.value, "chat": _CHAT.value}
-    _JSON.write({"checkpoint": str(checkpoint), "prompt": prompt, **about, "seconds": seconds, "samples": samples})
+    about: dict[str, Any] = {"temperature": _TEMPERATURE.value, "seed": _SEED.value, "chat": _CHAT.value}
+    about |= {"checkpoint": str(checkpoint), "prompt": prompt, "seconds": seconds}
+    _JSON.write({**about, **samples[0], "samples": samples})  # programs that ask for one text find it at the top
     threads = sum(text.rollout.num_threads for text in texts)
     cut_off = {text.reason.replace("_", " ") for text in texts if text.reason}
     ending = f"; stopped: {', '.join(sorted(cut_off))}" if cut_off else ""

@@ -19,11 +19,11 @@ def home(tmp_path_factory):
     return home
 
 
-@pytest.mark.parametrize("out", ["exported", "exported.gguf"])
-def test_a_run_is_exported_and_evaluates_alike(home, out):
-    if out.endswith(".gguf"):
+@pytest.mark.parametrize(("out", "flags"), [("exported", []), ("exported.gguf", ["--format=gguf"])])
+def test_a_run_is_exported_and_evaluates_alike(home, out, flags):
+    if flags:
         pytest.importorskip("gguf")
-    done, first = export(home, f"--out={out}"), {}
+    done, first = export(home, "--out=exported", *flags), {}
     assert done.stdout == f"{out}\n"
     for name in ("runs/tiny", out):
         evaluate(home, f"--checkpoint={name}", "--num_problems=4", f"--json={home / 'figures'}")
@@ -39,6 +39,7 @@ def test_a_run_is_exported_and_evaluates_alike(home, out):
         (["--out=x", "--checkpoint=missing"], "no such folder"),
         (["--out=runs"], "there is something already"),
         (["--out=x.gguf", "--type=Q3"], "choose one of F32"),
+        (["--out=x.gguf", "--format=hf"], "--format=hf writes a folder"),
         (["--out=x", "--type=F16"], "a Hugging Face folder holds F32"),
         (["--out=x.gguf", "--adapter"], "adapters go to a folder"),
         (["--out=x", "--adapter"], "there are no adapters"),

@@ -42,7 +42,9 @@ def test_a_runs_policy_goes_on_with_a_prompt_and_its_threads_are_shown(home):
     (sample,) = written["samples"]
     assert done.stdout == sample["text"] + "\n"
     assert 0 < sample["tokens"] <= 12
-    assert sample["reason"] in ("max_steps", "")
+    assert sample["finish_reason"] in ("max_steps", "stop")
+    assert sample["tokens_per_second"] > 0
+    assert written["text"] == sample["text"]
     assert "parent" in done.stderr
     assert "starts" in done.stderr
     assert " a second" in done.stderr
