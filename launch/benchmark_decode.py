@@ -35,7 +35,9 @@ _PROBLEMS = entry.define_number("problems", None, "Problems of the APR workload,
 _PEERS = flags.DEFINE_list("peers", [], "Other systems to measure: hf, tunix, vllm, llama_cpp.")
 _PEER_LANES = flags.DEFINE_list("peer_lanes", ["1", "16", "64"], "Lane counts to measure peers at (of --lanes).")
 _PEER_SECONDS = entry.define_number("peer_seconds", 900.0, "Time limit of one peer.", low=1.0)
-_QUICK = flags.DEFINE_bool("quick", False, "Time one pass of each lane count, and of a peer its first mode alone.")
+_QUICK = flags.DEFINE_bool(
+    "quick", False, "Time one pass of each lane count, ours before the peers alone, a peer in one mode."
+)
 _JSON = entry.JsonFlag("the figures")
 _PLOT = entry.define_output("plot", "Draw tokens/s by lane count here.", (".svg", ".png"))
 
@@ -86,7 +88,7 @@ def _measure(config: Config, lanes: tuple[int, ...], peer_lanes: tuple[int, ...]
         figures["workload_of_problems"] = _replays(config, params)
     if _PEERS.value:
         figures |= _peers(config, params, peer_lanes, lengths)
-        if any(report.get("lanes") for report in figures["peers"].values()):
+        if not _QUICK.value and any(report.get("lanes") for report in figures["peers"].values()):
             again = decode.benchmark_decode(config, params, peer_lanes, lengths, _say, repeats)
             figures["lanes_after_peers"] = again["lanes"]
         from apr_jax.bench.decode_report import peers_table
