@@ -9,8 +9,10 @@ import pytest
 from apr_jax.config import ConfigError
 from apr_jax.config_dict import from_config_dict
 from apr_jax.data.tokenizer import load_tokenizer
+from apr_jax.engine.cancellation import trim
 from apr_jax.engine.engine import Engine
-from apr_jax.engine.threads import Decode, Open, RolloutKey
+from apr_jax.engine.stop_strings import StopStrings
+from apr_jax.engine.threads import Decode, Open, RolloutKey, StopReason
 from apr_jax.model.params import init_params
 from apr_jax.model.truncation import truncation_of
 from apr_jax.parallel.mesh import make_mesh
@@ -53,10 +55,10 @@ def _program(seed):
     yield Decode(thread, (TOKENIZER.eos_id,))
 
 
-def _draw(config, count=6):
+def _draw(config, count=6, program=_program):
     mesh = make_mesh(config.mesh)
     engine = Engine(config.model, config.engine, config.rollout, mesh, params=_params(), banned_tokens=BANNED)
-    programs = [(RolloutKey(index, 0), _program(index)) for index in range(count)]
+    programs = [(RolloutKey(index, 0), program(index)) for index in range(count)]
     return engine.run(programs, seed=0, temperature=config.rollout.temperature)
 
 
@@ -94,6 +96,20 @@ def test_the_trainer_scores_what_was_drawn_from_by_all_rules_on_four_devices():
     gap, _ = _gap(on_mesh(config, data=2, fsdp=2), _draw(config))
     assert gap["logp_diff_max"] < 1e-4
     assert gap["probs_pearson_corr"] > 0.999999
+
+
+def test_each_token_has_the_number_that_it_was_drawn_from_where_text_or_a_sibling_ends_a_call_as_well():
+    def program(seed):
+        thread = yield Open([TOKENIZER.bos_id, 5 + seed])
+        yield Decode(thread, (), stop_strings=StopStrings(("1",), TOKENIZER.token_bytes))
+
+    (*calls,) = (call for rollout in _draw(_config(top_k=40, top_p=0.8), 12, program) for call in rollout.calls)
+    assert {call.stop.reason for call in calls} >= {StopReason.STRING}
+    for call in calls:
+        assert len(call.kept) == len(call.tokens)
+        assert 1 <= call.kept.min() <= call.kept.max() <= 40
+        assert len(trim(call, call.clock_start + 1).kept) == 1
+    assert all(call.kept is None for rollout in _draw(CONFIG, 2) for call in rollout.calls)
 
 
 def test_rules_that_cut_nothing_off_draw_the_same_tokens():
