@@ -32,7 +32,7 @@ class Workload:
 
     `model` is a folder written by `apr_jax.model.weights.hf.save_hf`. Each lane writes `new_tokens` tokens
     (at least 2: the first belongs to the prefill and is not timed). `seconds_limit` holds for one peer as a whole. A
-    `quick` one has one pass after the warm-up, in the peer's first mode alone.
+    `quick` one has one pass at each lane count, in the peer's first mode alone.
     """
 
     model: str

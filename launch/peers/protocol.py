@@ -31,7 +31,7 @@ class Workload:
     precision: str
     threads: int
     seconds_limit: float  # for the whole script; whoever started it ends it then
-    quick: bool = False  # one pass after the warm-up, in the peer's first mode alone
+    quick: bool = False  # one pass at each lane count, in the peer's first mode alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,11 +63,11 @@ def main(name: str, version: str, method: str, modes: Callable[[Workload], dict[
         "modes": {},
         "greedy_tokens": {},
     }
-    repeats = 1 if workload.quick else REPEATS
     for mode, load in list(modes(workload).items())[: 1 if workload.quick else None]:
         decode = load()
         for lanes in workload.lanes:
-            row, tokens = _measure(decode, workload.prompts[:lanes], workload.new_tokens, repeats)
+            repeats, warm_ups = (1, lanes == workload.lanes[0]) if workload.quick else (REPEATS, 1)
+            row, tokens = _measure(decode, workload.prompts[:lanes], workload.new_tokens, repeats, warm_ups)
             report["modes"].setdefault(mode, {})[str(lanes)] = row
             best = report["lanes"].get(str(lanes))
             if best is None or row["tokens_per_second"] > best["tokens_per_second"]:
@@ -92,11 +92,12 @@ def _arguments() -> tuple[Workload, pathlib.Path]:
 
 
 def _measure(
-    decode: Decode, prompts: list[list[int]], new_tokens: int, repeats: int
+    decode: Decode, prompts: list[list[int]], new_tokens: int, repeats: int, warm_ups: int
 ) -> tuple[dict[str, float], list[list[int]]]:
-    """Return the fastest of `repeats` passes, after one that warms up (compiles, touches memory)."""
+    """Return the fastest of `repeats` passes, after those that warm up (compile, touch memory)."""
     started = time.perf_counter()
-    decode(prompts)
+    for _ in range(warm_ups):
+        decode(prompts)
     warm_up = time.perf_counter() - started
     waited, began = _waited_for_a_core(), time.perf_counter()
     passes = [decode(prompts) for _ in range(repeats)]
