@@ -296,7 +296,7 @@ class Engine:
 
     def _prefill_lanes(self, chunks: Sequence[PrefillChunk]) -> PackedArrays:
         prefill = self._steps.prefill
-        return self._pack(self._filler.prefill(chunks, prefill.num_lanes, prefill.width))
+        return self._pack(self._filler.prefill(chunks, prefill.num_lanes, prefill.width, prefill.aligned))
 
     def _sampling(self, temperature: float) -> Sampling:
         replicated = NamedSharding(self._mesh, partition_spec())

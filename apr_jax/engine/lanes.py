@@ -44,7 +44,7 @@ class GroupLanes:
 class PrefillLanes:
     """The host's arrays for a prefill call, [shards, L, ...]; W is the strategy's `width` (`prefill.py`)."""
 
-    tokens: jax.Array  # int32 [.., W]: neighbouring tokens of one thread
+    tokens: jax.Array  # int32 [.., W]: neighbouring tokens of one thread, from the first place or the aligned one on
     start: jax.Array  # int32: position of the first
     count: jax.Array  # int32: how many of them are real; 0 = the lane is idle
     tables: jax.Array  # int32 [.., pages of a row]
@@ -107,8 +107,8 @@ class LaneFiller:
                 living.append((shard, lane, worker))
         return GroupLanes(lanes, prompt), living  # type: ignore[arg-type]
 
-    def prefill(self, chunks: Sequence[PrefillChunk], num_lanes: int, width: int) -> PrefillLanes:
-        """Return the lanes of a prefill call of `num_lanes` a shard, each of which computes up to `width` positions."""
+    def prefill(self, chunks: Sequence[PrefillChunk], num_lanes: int, width: int, aligned: bool) -> PrefillLanes:
+        """Return the lanes of a prefill call of `num_lanes` a shard; see `lane_spans` for the rest."""
         limits = self.scheduler.limits
         shape = (limits.num_shards, num_lanes)
         tokens = np.zeros((*shape, width), np.int32)
@@ -116,12 +116,13 @@ class LaneFiller:
         tables = np.zeros((*shape, self.pages_per_row), np.int32)
         used = [0] * limits.num_shards
         for chunk in chunks:
-            thread, shard, end = chunk.thread, chunk.thread.cached.shard, chunk.start + chunk.count
-            starts = range(chunk.start, end, width)
-            first, used[shard] = used[shard], used[shard] + len(starts)
-            start[shard, first : used[shard]] = starts
-            count[shard, first : used[shard]] = [min(width, end - start) for start in starts]
-            tokens[shard, first : used[shard]].reshape(-1)[: chunk.count] = thread.tokens[chunk.start : end]
+            thread, shard = chunk.thread, chunk.thread.cached.shard
+            spans, place = lane_spans(chunk, width, aligned), chunk.start % width if aligned else 0
+            first, used[shard] = used[shard], used[shard] + len(spans)
+            start[shard, first : used[shard]] = [span.start for span in spans]
+            count[shard, first : used[shard]] = [len(span) for span in spans]
+            places = tokens[shard, first : used[shard]].reshape(-1)
+            places[place : place + chunk.count] = thread.tokens[chunk.start : chunk.start + chunk.count]
             self._fill_table(tables[shard, first : used[shard]], thread)
         return PrefillLanes(tokens, start, count, tables)  # type: ignore[arg-type]
 
@@ -145,6 +146,17 @@ class LaneFiller:
     def _fill_table(self, rows: np.ndarray, thread: Thread) -> None:
         pages = self.scheduler.cache.pages(thread)
         rows[..., : len(pages)] = pages
+
+
+def lane_spans(chunk: PrefillChunk, width: int, aligned: bool) -> list[range]:
+    """Return the positions of a chunk that each of its lanes computes, up to `width`.
+
+    Args:
+        aligned: lanes end at multiples of `width`; otherwise the first one begins at its first place.
+    """
+    start, end = chunk.start, chunk.start + chunk.count
+    base = start // width * width if aligned else start
+    return [range(max(start, at), min(end, at + width)) for at in range(base, end, width)]
 
 
 def _lane_constraints(gate: Gate, shape: Sequence[int], placed: Sequence[Place]) -> LaneConstraints:

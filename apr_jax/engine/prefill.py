@@ -1,7 +1,7 @@
 """Prefill: computes keys and values of tokens that threads were given. Two strategies behind one interface.
 
 `PagePerLane` works everywhere: a lane computes up to a page of one thread's new positions, which a second program then
-writes. `PositionsInPlace` is for backends whose decode kernel writes to the pages itself: a lane is one position.
+writes. `InPlace` is for backends whose kernel writes to the pages itself: lanes are filled from any threads.
 """
 
 from collections.abc import Callable
@@ -12,23 +12,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from apr_jax.engine.lanes import PrefillLanes
+from apr_jax.engine.lanes import PrefillLanes, lane_spans
 from apr_jax.engine.limits import Limits
 from apr_jax.engine.pack_arrays import PackedArrays, unpack_arrays
 from apr_jax.engine.scheduler import Scheduler
 from apr_jax.engine.sharded import PAGES, SHARDED, ShardedStep
 from apr_jax.engine.thread_cache import PrefillChunk
-from apr_jax.kernels import DecodeKernels
+from apr_jax.kernels import DecodeKernels, InPlacePrefill
 from apr_jax.model.head_tile import HeadTile
 from apr_jax.model.llama import Llama
 from apr_jax.model.online_softmax import Block
-from apr_jax.model.paged_attention import PagedAttention, Places
+from apr_jax.model.paged_attention import Places
 from apr_jax.model.paged_cache import PagedKVCache, write_rows
 from apr_jax.model.views.decode import paged_lanes
 from apr_jax.model.views.prefill import prefill_rows
 from apr_jax.parallel.mesh import partition_spec
-
-POSITIONS_PER_BLOCK = 32  # lanes that `PositionsInPlace` computes together
 
 
 class Prefill(Protocol):
@@ -36,6 +34,7 @@ class Prefill(Protocol):
 
     num_lanes: int  # of a call, on one shard
     width: int  # positions of a row that one lane computes
+    aligned: bool  # a lane's first place stands for a position that is a multiple of `width`
     steps: dict[str, ShardedStep]
 
     def take(self, scheduler: Scheduler, shard: int) -> list[PrefillChunk]:
@@ -50,16 +49,21 @@ class Prefill(Protocol):
 
 def choose_prefill(structure: Any, kernels: DecodeKernels, limits: Limits, mesh: Mesh) -> Prefill:
     """Return the strategy for an engine with these kernels; `structure` is the model's graph."""
-    return (PositionsInPlace if kernels.writes_first else PagePerLane)(structure, kernels, limits, mesh)
+    return (
+        PagePerLane(structure, kernels.attention.tile, limits, mesh)
+        if kernels.prefill is None
+        else InPlace(structure, kernels.prefill, limits, mesh)
+    )
 
 
 class PagePerLane:
     """Each lane computes up to one page of one thread's new positions; all are written after they are computed."""
 
-    def __init__(self, structure: Any, kernels: DecodeKernels, limits: Limits, mesh: Mesh):
+    aligned = False
+
+    def __init__(self, structure: Any, tile: HeadTile, limits: Limits, mesh: Mesh):
         self.num_lanes, self.width = limits.prefill_lanes, limits.page_size
         self._fresh_sharding = NamedSharding(mesh, PAGES)
-        tile = kernels.attention.tile
 
         def compute(pages: PagedKVCache, params: Any, lanes: PrefillLanes | PackedArrays) -> tuple[Block, ...]:
             return compute_pages(nnx.merge(structure, params), tile, pages, unpack_arrays(lanes))
@@ -90,17 +94,17 @@ class PagePerLane:
         return self._write(pages, lanes, self._compute(pages, params, lanes))
 
 
-class PositionsInPlace:
-    """Each lane computes one position and writes it to its page at once, so that lanes may be neighbours in a row."""
+class InPlace:
+    """Each lane computes a unit of one thread's positions and writes it to its page before any lane attends."""
 
-    width = 1
+    aligned = True
 
-    def __init__(self, structure: Any, kernels: DecodeKernels, limits: Limits, mesh: Mesh):
-        blocks = -(-limits.prefill_lanes * limits.page_size // POSITIONS_PER_BLOCK)
-        self.num_lanes = blocks * POSITIONS_PER_BLOCK
+    def __init__(self, structure: Any, kernel: InPlacePrefill, limits: Limits, mesh: Mesh):
+        positions = -(-limits.prefill_lanes * limits.page_size // kernel.block) * kernel.block
+        self.num_lanes, self.width = positions // kernel.unit, kernel.unit
 
         def prefill(pages: PagedKVCache, params: Any, lanes: PrefillLanes | PackedArrays) -> PagedKVCache:
-            return compute_positions(nnx.merge(structure, params), kernels.attention, pages, unpack_arrays(lanes))
+            return compute_in_place(nnx.merge(structure, params), kernel, pages, unpack_arrays(lanes))
 
         out = NamedSharding(mesh, PAGES)
         self._prefill = ShardedStep(prefill, mesh, (SHARDED, partition_spec(), SHARDED), out)
@@ -111,9 +115,10 @@ class PositionsInPlace:
         lanes, taken = self.num_lanes, list[PrefillChunk]()
         while chunks := scheduler.prefill_chunks(shard):
             for chunk in chunks:
-                if chunk.count > lanes:
+                needed = len(lane_spans(chunk, self.width, self.aligned))
+                if needed > lanes:
                     return taken
-                lanes -= chunk.count
+                lanes -= needed
                 scheduler.cache.prefilled(chunk)
                 taken.append(chunk)
         return taken
@@ -139,21 +144,21 @@ def compute_pages(model: Llama, tile: HeadTile, pages: PagedKVCache, lanes: Pref
     return view.fresh
 
 
-def compute_positions(
-    model: Llama, attention: PagedAttention, pages: PagedKVCache, lanes: PrefillLanes
-) -> PagedKVCache:
-    """Compute and write lanes of one position each, as decode does it (no shard axis).
+def compute_in_place(model: Llama, kernel: InPlacePrefill, pages: PagedKVCache, lanes: PrefillLanes) -> PagedKVCache:
+    """Compute and write lanes of a unit each, as decode does it (no shard axis).
 
-    A loop over POSITIONS_PER_BLOCK lanes at a time, as many as are used. Outside of a loop XLA would copy the pages.
+    A loop over blocks of lanes, as many as are used. Outside of a loop XLA would copy the pages.
     """
+    unit, size = kernel.unit, kernel.block // kernel.unit
 
     def block(index: jax.Array, pages: PagedKVCache) -> PagedKVCache:
-        part = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, index * POSITIONS_PER_BLOCK, POSITIONS_PER_BLOCK), lanes
-        )
-        view = paged_lanes(model.config, pages, Places(part.start, part.count > 0, part.tables), attention)
-        _, view = model(part.tokens[:, 0], view)
+        part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index * size, size), lanes)
+        positions = ((part.start // unit * unit)[:, None] + jnp.arange(unit)[None]).reshape(-1)
+        starts, ends = (jnp.repeat(x, unit) for x in (part.start, part.start + part.count))
+        places = Places(positions, (positions >= starts) & (positions < ends), part.tables)
+        view = paged_lanes(model.config, pages, places, kernel.attention)
+        _, view = model(part.tokens.reshape(-1), view)
         return view.pages
 
     used = jnp.sum((lanes.count > 0).astype(jnp.int32))
-    return jax.lax.fori_loop(0, (used + POSITIONS_PER_BLOCK - 1) // POSITIONS_PER_BLOCK, block, pages)
+    return jax.lax.fori_loop(0, (used + size - 1) // size, block, pages)

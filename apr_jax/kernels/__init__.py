@@ -25,6 +25,8 @@ from apr_jax.model.paged_attention import PagedAttention
 from apr_jax.model.views.training import TrainingAttention
 from apr_jax.parallel.mesh import TENSOR_AXIS, split_rows
 
+_TPU_PREFILL_BLOCK = 256  # positions whose products take a v5e as long as reading the weights for them
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingKernels:
@@ -36,12 +38,24 @@ class TrainingKernels:
 
 
 @dataclasses.dataclass(frozen=True)
+class InPlacePrefill:
+    """An attention of prefill's new positions, which are all written before any attends.
+
+    So they may be neighbours in a row, and tokens of any threads fill a call.
+    """
+
+    attention: PagedAttention  # of lanes that come `unit` at a time, with one table for each unit
+    unit: int  # neighbouring positions of one row; the first is a multiple of it
+    block: int  # positions that are computed together, whole units
+
+
+@dataclasses.dataclass(frozen=True)
 class DecodeKernels:
     """The functions of an engine on each data shard."""
 
     ops: Ops
     attention: PagedAttention
-    writes_first: bool  # all lanes write before any attends, so lanes may be neighbouring positions of one row
+    prefill: InPlacePrefill | None  # None: keys and values are computed first, and then written by a program of its own
     own_head: bool  # a head tied to the embedding is held as a matrix of its own
 
 
@@ -88,17 +102,19 @@ def for_decoding(config: ModelConfig, requested: str, page_size: int, mesh: Mesh
     Accelerators' kernels compute in bfloat16, the CPU's also in float32. Where there is none, XLA does the work.
     """
     platform, whole = mesh.devices.flat[0].platform, mesh.shape[TENSOR_AXIS] == 1
-    on_cpu, plain = platform == "cpu", DecodeKernels(XLA, PagedAttention(), False, platform == "cpu")
+    on_cpu, plain = platform == "cpu", DecodeKernels(XLA, PagedAttention(), None, platform == "cpu")
     cpu = cpu_kernels(platform)
     if requested == "xla" or (on_cpu and cpu is None) or not (on_cpu or config.compute_dtype == "bfloat16"):
         return plain
     if cpu is not None:
         ops = cpu.DECODING[config.compute_dtype] if whole else XLA  # the partitioner cannot split a kernel
-        return DecodeKernels(ops, cpu.CpuPagedAttention(), True, True)
+        attention = cpu.CpuPagedAttention()
+        return DecodeKernels(ops, attention, InPlacePrefill(attention, unit=1, block=32), True)
     if platform == "tpu":
         tpu.check_page_size(page_size)
         tile = tpu.tile_of(config.head_dim, config.num_kv_heads // mesh.shape[TENSOR_AXIS])
-        return dataclasses.replace(plain, attention=KernelPagedAttention(kernel=tpu.attend, tile=tile))
+        prefill = InPlacePrefill(tpu.TpuUnitAttention(tile), unit=tpu.UNIT, block=_TPU_PREFILL_BLOCK)
+        return dataclasses.replace(plain, attention=tpu.TpuPagedAttention(tile), prefill=prefill)
     gpu.check_page_size(page_size)
     return dataclasses.replace(plain, attention=KernelPagedAttention(kernel=gpu.attend))
 

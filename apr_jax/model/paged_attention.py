@@ -28,7 +28,8 @@ class Places:
     live_L: (
         jax.Array
     )  # bool: a lane without a thread, or whose thread stopped, writes to the trash page and sees nothing
-    tables_LR: jax.Array  # int32, the pages of each row in order, whole spans of them (`pages_per_row`)
+    tables_LR: jax.Array  # int32, the pages of each row in order, whole spans of them (`pages_per_row`); fewer rows
+    # than lanes where an attention takes neighbouring lanes together
 
     @property
     def seen_L(self) -> jax.Array:

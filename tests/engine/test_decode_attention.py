@@ -5,10 +5,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from apr_jax.bench.agreement import agreement, decode_greedily, sharp_params
-from apr_jax.engine.prefill import PositionsInPlace
-from apr_jax.kernels import DecodeKernels, cpu_kernels
+from apr_jax.engine.prefill import InPlace
+from apr_jax.kernels import DecodeKernels, InPlacePrefill, cpu_kernels
+from apr_jax.kernels.tpu import paged_attention as tpu
 from apr_jax.model.head_tile import HeadTile
 from apr_jax.model.ops import XLA
 from apr_jax.model.paged_attention import PagedAttention
@@ -69,11 +71,28 @@ def test_kernels_equal_xla_and_naive_decoding(plainly, kernel_engine):
 
 def test_heads_side_by_side_change_nothing(plainly, monkeypatch):
     """As a TPU lays them out: both key/value heads in one row of 128."""
-    tiled = DecodeKernels(XLA, PagedAttention(HeadTile(heads=2, padding=96)), writes_first=False, own_head=False)
+    tiled = DecodeKernels(XLA, PagedAttention(HeadTile(heads=2, padding=96)), prefill=None, own_head=False)
     monkeypatch.setattr("apr_jax.engine.plan.for_decoding", lambda *_: tiled)
     engine = make_engine()
     assert engine._pages.keys[0].shape == (1, 97, 1, 8, 128)
     assert_agree(engine.run(keyed(programs()), seed=4, temperature=1.0), plainly[1])
+
+
+@pytest.mark.slow
+def test_the_tpus_kernels_equal_xla(monkeypatch):
+    """In interpret mode: prompts of several units and pages, one of which two threads share, then some steps."""
+    sizes = {"page_size": 32, "lanes": 2, "pages": 9, "steps_per_visit": 3, "max_steps": 5}
+
+    def run():
+        threads = [plain(4, length=70, stop_tokens=()), plain(4, length=70, stop_tokens=()), plain(5, length=1)]
+        return make_engine(**sizes).run(keyed(threads), seed=4, temperature=1.0)
+
+    expected, tile = run(), HeadTile(heads=2, padding=96)
+    prefill = InPlacePrefill(tpu.TpuUnitAttention(tile), unit=tpu.UNIT, block=2 * tpu.UNIT)
+    chosen = DecodeKernels(XLA, tpu.TpuPagedAttention(tile), prefill, own_head=False)
+    monkeypatch.setattr("apr_jax.engine.plan.for_decoding", lambda *_: chosen)
+    with pltpu.force_tpu_interpret_mode():
+        assert_agree(run(), expected)
 
 
 def test_a_mesh_changes_nothing(plainly):
@@ -156,7 +175,7 @@ def test_idle_lanes_write_to_the_trash_page_only(kernel_engine):
 def test_pages_are_never_copied(model):
     kernel_engine = make_engine(model=model, decode_attention="auto", pages=333)
     compiled, names = programs_of(kernel_engine), ["decode"]
-    if isinstance(kernel_engine._steps.prefill, PositionsInPlace):
+    if isinstance(kernel_engine._steps.prefill, InPlace):
         names.append("prefill")
     arrays = len(jax.tree.leaves(kernel_engine._pages))
     for name in names:

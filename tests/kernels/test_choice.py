@@ -70,13 +70,14 @@ def test_what_cannot_be_is_refused_by_name():
 
 def test_what_auto_means_in_decoding():
     on_tpu = for_decoding(HALF, "auto", 16, Devices("tpu"))
-    assert on_tpu.attention == KernelPagedAttention(kernel=tpu.attend, tile=HeadTile(2, 96))
+    assert on_tpu.attention == tpu.TpuPagedAttention(HeadTile(2, 96))
+    assert on_tpu.prefill.attention == tpu.TpuUnitAttention(HeadTile(2, 96))
     for platform in ("gpu", "cuda"):
         assert for_decoding(HALF, "auto", 16, Devices(platform)).attention == KernelPagedAttention(kernel=gpu.attend)
     for config, requested, platform in ((MODEL, "auto", "tpu"), (MODEL, "auto", "gpu"), (HALF, "xla", "tpu")):
         chosen = for_decoding(config, requested, 16, Devices(platform))
         assert (chosen.attention, chosen.ops) == (PagedAttention(), XLA)
-        assert not chosen.writes_first
+        assert chosen.prefill is None
     for config in (MODEL, HALF):
         assert (for_decoding(config, "auto", 16, make_mesh()).attention != PagedAttention()) == HAS_CPU_KERNELS
         assert for_decoding(config, "xla", 16, make_mesh()).attention == PagedAttention()
@@ -85,13 +86,13 @@ def test_what_auto_means_in_decoding():
 def test_heads_that_a_mesh_splits_are_multiplied_by_xla():
     chosen = for_decoding(MODEL, "auto", 16, make_mesh(data=2, tensor=2))
     assert chosen.ops is XLA
-    assert chosen.writes_first == HAS_CPU_KERNELS
+    assert (chosen.prefill is not None) == HAS_CPU_KERNELS
 
 
 def test_pages_that_a_kernel_cannot_take_are_refused():
-    for platform, page_size in (("tpu", 24), ("gpu", 32)):
+    for platform, page_size in (("tpu", 48), ("gpu", 32)):
         for_decoding(HALF, "auto", page_size, Devices(platform))
-    for platform, page_size in (("tpu", 12), ("gpu", 48), ("gpu", 8)):
+    for platform, page_size in (("tpu", 24), ("gpu", 48), ("gpu", 8)):
         for_decoding(MODEL, "auto", page_size, Devices(platform))
         with pytest.raises(ConfigError, match=f"engine.page_size={page_size}"):
             for_decoding(HALF, "auto", page_size, Devices(platform))

@@ -1,9 +1,10 @@
 """Every `PagedAttention` equals plain softmax attention over the row that its table names.
 
 The kernels of TPUs and GPUs run on a CPU: Triton's in Pallas' plain interpret mode, the TPU's in
-`pltpu.force_tpu_interpret_mode`, which simulates its copies from HBM.
+`pltpu.force_tpu_interpret_mode`, which simulates its copies from HBM (and `tests/kernels/test_tpu_pages.py`).
 """
 
+import contextlib
 import functools
 
 import jax
@@ -83,15 +84,6 @@ def test_the_triton_kernel_equals_plain_attention(N, K, dtype, atol):
     np.testing.assert_allclose(ours, theirs, atol=atol)
 
 
-@pytest.mark.parametrize(("N", "K", "tile"), [(8, 2, "pairs"), (3, 3, "padded")])
-def test_the_tpu_kernel_equals_plain_attention(N, K, tile, monkeypatch):
-    """Its keys and values are bfloat16 inside, which these are exactly. Two calls: four lanes' tables, then two's."""
-    monkeypatch.setattr(tpu, "_TABLE_BYTES", 4 * 4 * (K // TILES[tile].heads) * ROW)
-    with pltpu.force_tpu_interpret_mode():
-        ours, theirs = attend(tpu.attend, TILES[tile], N, K)
-    np.testing.assert_allclose(ours, theirs, atol=2e-6)
-
-
 def test_tiles_come_back_as_they_were():
     x_KCH = jax.random.normal(jax.random.key(0), (4, 5, 16))
     for tile in (HeadTile(), HeadTile(2, 96), HeadTile(4, 64), HeadTile(1, 112)):
@@ -101,18 +93,17 @@ def test_tiles_come_back_as_they_were():
 
 
 def test_a_tpu_tile_fills_whole_rows_without_crossing_shards():
-    assert tpu.tile_of(64, 16) == HeadTile(2, 0)
-    assert tpu.tile_of(64, 3) == HeadTile(1, 64)
-    assert tpu.tile_of(32, 2) == HeadTile(2, 64)
-    assert tpu.tile_of(128, 8) == HeadTile(1, 0)
-    assert tpu.tile_of(256, 8) == HeadTile(1, 0)
-    assert tpu.tile_of(80, 8) == HeadTile(1, 48)
+    assert tpu.tile_of(64, 16) == HeadTile(16, 0)
+    assert tpu.tile_of(64, 3) == HeadTile(3, 64)
+    assert tpu.tile_of(128, 8) == HeadTile(8, 0)
+    assert tpu.tile_of(80, 8) == HeadTile(8, 0)
 
 
 WAYS: dict[str, PagedAttention] = {
     "plain": PagedAttention(TILES["plain"]),
     "plain, pairs": PagedAttention(TILES["pairs"]),
     "triton": KernelPagedAttention(kernel=functools.partial(gpu.attend, interpret=True)),
+    "tpu": tpu.TpuPagedAttention(TILES["pairs"]),
 }
 
 
@@ -127,7 +118,8 @@ def test_a_step_writes_one_place_a_live_lane_and_sees_it(way):
     k_LKH, v_LKH = (draw[:, :, 0] + 1 for draw in (k_LKSH, v_LKSH))
     places = Places(lengths_L, live_L, tables_LR)
     view = PagedLanes((q_LNH,) * 2, PagedKVCache((k_pages,), (v_pages,)), places, attention)
-    out_LNH, successor = jax.jit(lambda view, *qkv: view.attend(0, *qkv))(view, q_LNH, k_LKH, v_LKH)
+    with pltpu.force_tpu_interpret_mode() if way == "tpu" else contextlib.nullcontext():
+        out_LNH, successor = jax.jit(lambda view, *qkv: view.attend(0, *qkv))(view, q_LNH, k_LKH, v_LKH)
     lanes = jnp.arange(len(LENGTHS))
     k_LKSH, v_LKSH = (old.at[lanes, :, lengths_L].set(new) for old, new in ((k_LKSH, k_LKH), (v_LKSH, v_LKH)))
     expected = plain_attention(q_LNH, k_LKSH, v_LKSH, np.where(live_L, lengths_L + 1, 0))

@@ -1,56 +1,63 @@
-"""Decode attention on TPUs by the Pallas kernel that JAX ships.
+"""Decode and prefill attention on TPUs, on pages in place, by a kernel of our own (`write_then_attend.py`).
 
-Its blocks are a head wide and must be whole rows of 128 lanes, so a head dim of 64 does not compile (and a TPU would
-pad it to 128 in memory). `tile_of` therefore lays 128 / H neighbouring heads side by side, and a query is zero in its
-neighbours' place: neither memory nor bandwidth is lost. The kernel computes with bfloat16 keys and values whatever it
-is given.
+A page holds all heads of a position side by side. One head's 64 elements would be padded to 128 in a TPU's memory, and
+copies of one head each are too small for its bandwidth.
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import paged_attention as kernel
 
 from apr_jax.config import ConfigError
+from apr_jax.kernels.tpu.write_then_attend import LANES, UNIT, write_then_attend
 from apr_jax.model.head_tile import HeadTile
-from apr_jax.model.paged_attention import pairs_of
-
-_LANES = 128
-_BLOCK = 512  # positions that the kernel holds at once
-_TABLE_BYTES = 256 * 1024  # of a call's page table: it lies in scalar memory (1 MiB on v5e)
+from apr_jax.model.online_softmax import Block
+from apr_jax.model.paged_attention import Attended, PagedAttention, Places
 
 
 def tile_of(head_dim: int, heads_per_shard: int) -> HeadTile:
-    """Return the tile that fills rows of whole 128 lanes without crossing shards."""
-    heads = math.gcd(max(1, _LANES // head_dim), heads_per_shard)
-    return HeadTile(heads, -heads * head_dim % _LANES)
+    """Return the tile that lays a shard's heads side by side, in rows of whole vector registers."""
+    return HeadTile(heads_per_shard, -heads_per_shard * head_dim % LANES)
 
 
 def check_page_size(page_size: int) -> None:
-    """Raise ConfigError for a page that the kernel's loads cannot take."""
-    if page_size % 8:
-        raise ConfigError(f"engine.page_size={page_size} must be a multiple of 8 on a TPU (engine.decode_attention)")
-
-
-def attend(
-    q_LJMW: jax.Array, k_PJCW: jax.Array, v_PJCW: jax.Array, lengths_L: jax.Array, tables_LR: jax.Array
-) -> jax.Array:
-    """Attend to pages; a `PagesKernel`."""
-    (L, J, M, W), (P, _, C, _), R = q_LJMW.shape, k_PJCW.shape, tables_LR.shape[1]
-    block = max(pages for pages in range(1, R + 1) if R % pages == 0 and (pages * C <= _BLOCK or pages == 1))
-    pairs_LJR = pairs_of(tables_LR, J)
-    lanes = max(1, _TABLE_BYTES // (4 * J * R))  # of a call
-    outs = []
-    for first in range(0, L, lanes):
-        part = slice(first, first + lanes)
-        out = kernel.paged_attention(
-            q_LJMW[part].reshape(-1, M, W),
-            k_PJCW.reshape(1, P * J, C, W),
-            v_PJCW.reshape(1, P * J, C, W),
-            jnp.repeat(lengths_L[part], J),
-            pairs_LJR[part].reshape(-1, R),
-            pages_per_compute_block=block,
+    """Raise ConfigError for a page that the kernel's copies cannot take."""
+    if page_size % UNIT:
+        raise ConfigError(
+            f"engine.page_size={page_size} must be a multiple of {UNIT} on a TPU (engine.decode_attention)"
         )
-        outs.append(out.reshape(-1, J, M, W))
-    return jnp.concatenate(outs)
+
+
+class TpuPagedAttention(PagedAttention):
+    """The `PagedAttention` of decode steps, whose lanes are one position each, of different rows."""
+
+    def step(self, q_LNH: jax.Array, k_LKH: jax.Array, v_LKH: jax.Array, pages: Block, places: Places) -> Attended:
+        """See `PagedAttention`."""
+        q_L1NH, k_L1KH, v_L1KH = (x[:, None] for x in (_scaled(q_LNH), k_LKH, v_LKH))
+        counts_L = places.live_L.astype(jnp.int32)
+        out_L1NH, pages = write_then_attend(
+            q_L1NH, k_L1KH, v_L1KH, pages, places.positions_L, counts_L, places.tables_LR
+        )
+        return out_L1NH[:, 0], pages
+
+
+class TpuUnitAttention(PagedAttention):
+    """The `PagedAttention` of prefill, whose lanes come in units: UNIT neighbouring positions of one row.
+
+    A unit begins at a multiple of UNIT, those of its positions that are live are neighbours, and it has one table. All
+    are written before any attends.
+    """
+
+    def step(self, q_LNH: jax.Array, k_LKH: jax.Array, v_LKH: jax.Array, pages: Block, places: Places) -> Attended:
+        """See `PagedAttention`. There is a table for each unit."""
+        units = [x.reshape(-1, UNIT, *x.shape[1:]) for x in (_scaled(q_LNH), k_LKH, v_LKH)]
+        live = places.live_L.reshape(-1, UNIT)
+        starts = places.positions_L[::UNIT] + jnp.argmax(live, axis=1).astype(jnp.int32)
+        counts = jnp.sum(live.astype(jnp.int32), axis=1)
+        out, pages = write_then_attend(units[0], units[1], units[2], pages, starts, counts, places.tables_LR)
+        return out.reshape(q_LNH.shape), pages
+
+
+def _scaled(q_LNH: jax.Array) -> jax.Array:
+    return (q_LNH / math.sqrt(q_LNH.shape[-1])).astype(q_LNH.dtype)
