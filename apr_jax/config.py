@@ -242,6 +242,7 @@ class EngineConfig(Section, path="engine"):
     steps_per_visit: Count  # tokens decoded on device between two visits of the host
     prefill_lanes: Count  # threads prefilled together; each advances up to one page a call
     decode_attention: Literal["auto", "xla"]  # the platform's kernel where there is one, or XLA
+    page_dtype: Literal["compute", "int8"]  # of pages: the model's compute dtype, or 8 bits with a scale a head
     prefix_reuse: bool  # threads whose prompts begin alike share those pages
 
 

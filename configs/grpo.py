@@ -3,6 +3,7 @@
     python launch/train.py --config=configs/grpo.py            # :laptop, two CPU cores, under half an hour
     python launch/train.py --config=configs/grpo.py:smoke      # under a minute: does everything run?
     python launch/train.py --config=configs/grpo.py:paper      # the 228M model, the paper's numbers
+    python launch/train.py --config=configs/grpo.py:paper_gqa  # the same with four key/value heads
     python launch/train.py --config=configs/grpo.py:7b         # Llama-2 7B on eight H100s (docs/scale.md)
     python launch/train.py --config=configs/grpo.py --config.grpo.num_steps=40 --config.seed=1
 
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 
 
 def get_config(variant: str = "laptop") -> ConfigDict:
-    variants = {"laptop": laptop, "smoke": smoke, "paper": paper, "7b": llama_7b}
+    variants = {"laptop": laptop, "smoke": smoke, "paper": paper, "paper_gqa": paper_gqa, "7b": llama_7b}
     if variant not in variants:
         raise ValueError(f"configs/grpo.py:{variant}: no such variant; choose one of {', '.join(variants)}")
     return variants[variant]()
@@ -114,6 +115,7 @@ def laptop() -> ConfigDict:
         steps_per_visit=16,
         prefill_lanes=8,
         decode_attention="auto",
+        page_dtype="compute",
         prefix_reuse=True,
     )
     config.rollout = dict(
@@ -254,6 +256,14 @@ def paper() -> ConfigDict:
         validation_problems=300,
     )
     config.grpo.optimizer.update(learning_rate=1e-5, schedule="constant", b2=0.999, weight_decay=0.01)
+    return config
+
+
+def paper_gqa() -> ConfigDict:
+    """Group the heads of `paper` by four (Ainslie et al. 2023), so that a decode step reads a quarter of the caches."""
+    config = paper()
+    config.name = "paper_gqa"
+    config.model.num_kv_heads = 4
     return config
 
 

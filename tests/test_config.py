@@ -23,6 +23,7 @@ VARIANTS = [
     for name in ("grpo", "sft", "benchmark_decode", "benchmark_train")
     for variant in ("laptop", "smoke", "paper", "7b")
 ]
+VARIANTS += [("grpo", "paper_gqa")]
 VARIANTS_OF_METHODS = ("adaptive", "serial", "direct", "tree_of_thoughts", "pasta", "nested", "hogwild")
 VARIANTS += [("methods", method) for method in VARIANTS_OF_METHODS]
 TREE = {"search": "breadth_first", "breadth": 5, "value_samples": 1, "threshold": 0.5}

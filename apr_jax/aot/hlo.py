@@ -33,6 +33,7 @@ _COLLECTIVE = re.compile(
 )
 _BITS = re.compile(r"\d+")
 _LIBRARY = re.compile(r'custom_call_target="__(cublas|cudnn)')
+_ALIASED = re.compile(r"\{(\d*)\}: \(\d+, \{\}\)")  # an output of a kernel in an operand's place
 
 _FREE = frozenset(
     {
@@ -173,6 +174,11 @@ class Program:
             return 2 * _bytes_of(operands[1].shape) if result else read[1]
         if opcode == "fusion":
             return self._fusion_bytes(self.computations[instruction.called("calls")[0]], result, read)
+        if opcode == "custom-call":  # a kernel writes only a part of an operand that it takes for its output
+            written = _parts(instruction.shape)
+            result -= sum(
+                _bytes_of(written[int(output or 0)], in_hbm=True) for output in _ALIASED.findall(instruction.line)
+            )
         return result + sum(read)
 
     def _fusion_bytes(self, fused: Computation, result: int, read: list[int]) -> int:

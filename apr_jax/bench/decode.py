@@ -163,7 +163,7 @@ def _measure(engine: Engine, config: Config, lanes: int, lengths: Lengths, repea
 
 
 def _share(config: Config, lanes: int, row: dict[str, float], limits: Limits) -> dict[str, float]:
-    cost = StepCost.of(config.model, lanes, row["context"])
+    cost = StepCost.of(config.model, lanes, row["context"], config.engine.page_dtype)
     least = cost.seconds(limits) * 1e3
     return {
         "bytes_per_step": cost.bytes,

@@ -17,9 +17,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ModelConfig
 from apr_jax.kernels import cpu_kernels
+from apr_jax.model.head_tile import PLAIN
 from apr_jax.model.held_weights import HeldWeights
 from apr_jax.model.ops import XLA, Ops
 from apr_jax.model.params import num_params
+from apr_jax.model.quantised_tile import QuantisedTile
 from apr_jax.parallel.mesh import AXES, partition_spec
 
 _BYTES = 256 << 20  # that each device reads
@@ -99,10 +101,11 @@ class StepCost:
     flops: float
 
     @classmethod
-    def of(cls, model: ModelConfig, lanes: int, context: float) -> "StepCost":
+    def of(cls, model: ModelConfig, lanes: int, context: float, page_dtype: str = "compute") -> "StepCost":
         """Count for new tokens that attend to `context` positions on average. Weights are read once for all."""
-        size = jnp.dtype(model.compute_dtype).itemsize
-        kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * size
+        tile = QuantisedTile(dtype=model.compute_dtype) if page_dtype == "int8" else PLAIN
+        head = (model.head_dim + tile.padding) * jnp.dtype(tile.page_dtype(model.compute_dtype)).itemsize
+        kv_bytes = 2 * model.num_layers * model.num_kv_heads * head
         read = HeldWeights.of(model, XLA, own_head=True).num_bytes() + lanes * context * kv_bytes
         matrices = num_params(model).non_embedding + model.embed_dim * model.vocab_size
         attention = 4 * model.num_layers * model.num_heads * model.head_dim * context

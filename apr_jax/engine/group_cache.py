@@ -44,7 +44,7 @@ class GroupCache:
 
         rows = tuple((gather(k), gather(v)) for k, v in zip(pages.keys, pages.values, strict=True))
         _, L, K, _, H = rows[0][0].shape
-        zeros = jnp.zeros((L, K, steps, H), pages.keys[0].dtype)
+        zeros = jnp.zeros((L, K, steps, H), config.compute_dtype)
         first = SharedWorkers(
             rope=rope_angles(lengths_L, frequencies),
             rows=rows,

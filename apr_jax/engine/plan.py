@@ -56,7 +56,7 @@ class EnginePlan:
             raise ConfigError(
                 f"model.num_kv_heads={model.num_kv_heads} must be a multiple of mesh.tensor={mesh.shape['tensor']}"
             )
-        kernels = for_decoding(model, sizes.decode_attention, sizes.page_size, mesh)
+        kernels = for_decoding(model, sizes, mesh)
         weights = HeldWeights.of(model, kernels.ops, kernels.own_head)
 
         def limits(sizes: EngineConfig) -> Limits:

@@ -13,15 +13,17 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from apr_jax.config import ConfigError, ModelConfig
+from apr_jax.config import ConfigError, EngineConfig, ModelConfig
 from apr_jax.kernels.gpu import cudnn
 from apr_jax.kernels.gpu import paged_attention as gpu
 from apr_jax.kernels.pairs import KernelPagedAttention
 from apr_jax.kernels.tpu import paged_attention as tpu
 from apr_jax.kernels.tpu import splash
 from apr_jax.model.attention import xla_attention
+from apr_jax.model.head_tile import PLAIN
 from apr_jax.model.ops import XLA, Ops, rms_norm
 from apr_jax.model.paged_attention import PagedAttention
+from apr_jax.model.quantised_tile import QuantisedTile
 from apr_jax.model.views.training import TrainingAttention
 from apr_jax.parallel.mesh import TENSOR_AXIS, split_rows
 
@@ -96,26 +98,34 @@ def for_training(config: ModelConfig, platform: str) -> TrainingKernels:
     return TrainingKernels(ops, kernel.load(), kernel.takes_branches)
 
 
-def for_decoding(config: ModelConfig, requested: str, page_size: int, mesh: Mesh) -> DecodeKernels:
-    """Choose for `engine.decode_attention` and the mesh. Raises ConfigError for a page that a kernel cannot take.
+def for_decoding(config: ModelConfig, sizes: EngineConfig, mesh: Mesh) -> DecodeKernels:
+    """Choose for `engine.decode_attention` and the mesh. Raises ConfigError for pages that a kernel cannot take.
 
     Accelerators' kernels compute in bfloat16, the CPU's also in float32. Where there is none, XLA does the work.
     """
     platform, whole = mesh.devices.flat[0].platform, mesh.shape[TENSOR_AXIS] == 1
     on_cpu, plain = platform == "cpu", DecodeKernels(XLA, PagedAttention(), None, platform == "cpu")
     cpu = cpu_kernels(platform)
-    if requested == "xla" or (on_cpu and cpu is None) or not (on_cpu or config.compute_dtype == "bfloat16"):
-        return plain
+    xla = sizes.decode_attention == "xla" or not (on_cpu or config.compute_dtype == "bfloat16")
+    if xla or (on_cpu and cpu is None):
+        quantised = sizes.page_dtype == "int8"
+        tile = QuantisedTile(dtype=config.compute_dtype) if quantised else PLAIN
+        return dataclasses.replace(plain, attention=PagedAttention(tile))
+    if sizes.page_dtype != "compute":
+        raise ConfigError(
+            f"engine.page_dtype={sizes.page_dtype!r}: the kernel of this platform reads no 8-bit pages; set "
+            "engine.decode_attention='xla'"
+        )
     if cpu is not None:
         ops = cpu.DECODING[config.compute_dtype] if whole else XLA  # the partitioner cannot split a kernel
         attention = cpu.CpuPagedAttention()
         return DecodeKernels(ops, attention, InPlacePrefill(attention, unit=1, block=32), True)
     if platform == "tpu":
-        tpu.check_page_size(page_size)
+        tpu.check_page_size(sizes.page_size)
         tile = tpu.tile_of(config.head_dim, config.num_kv_heads // mesh.shape[TENSOR_AXIS])
         prefill = InPlacePrefill(tpu.TpuUnitAttention(tile), unit=tpu.UNIT, block=_TPU_PREFILL_BLOCK)
         return dataclasses.replace(plain, attention=tpu.TpuPagedAttention(tile), prefill=prefill)
-    gpu.check_page_size(page_size)
+    gpu.check_page_size(sizes.page_size)
     return dataclasses.replace(plain, attention=KernelPagedAttention(kernel=gpu.attend))
 
 

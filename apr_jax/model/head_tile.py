@@ -20,6 +20,14 @@ class HeadTile:
         """Return H for groups of `width` elements."""
         return (width - self.padding) // self.heads
 
+    def page_dtype(self, compute_dtype: str) -> str:
+        """Return the dtype of pages."""
+        return compute_dtype
+
+    def rounded(self, x: jax.Array) -> jax.Array:
+        """Return heads `[..., K, C, H]` as they come back from pages."""
+        return x
+
     def pack(self, x: jax.Array) -> jax.Array:
         """Lay heads `[..., K, C, H]` out as groups `[..., J, C, W]`."""
         *lead, K, C, H = x.shape

@@ -34,8 +34,8 @@ class PagedKVCache:
     """All pages, one array per layer and kind. Immutable; the engine donates it to each step.
 
     Attributes:
-        keys, values: per layer `[shards, P, J, C, W]` in the compute dtype, heads laid out by a `HeadTile`. Where that
-            is plain, this is `[shards, P, K, C, H]`.
+        keys, values: per layer `[shards, P, J, C, W]`, in the layout and dtype of a `HeadTile`. Where that is plain,
+            this is `[shards, P, K, C, H]` in the compute dtype.
     """
 
     keys: tuple[jax.Array, ...]
@@ -49,7 +49,8 @@ class PagedKVCache:
         groups, width = config.num_kv_heads // tile.heads, tile.heads * config.head_dim + tile.padding
         shape = (num_shards, pages_per_shard, groups, page_size, width)
         keys, values = (
-            tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.num_layers)) for _ in range(2)
+            tuple(jnp.zeros(shape, tile.page_dtype(config.compute_dtype)) for _ in range(config.num_layers))
+            for _ in range(2)
         )
         return cls(keys, values)
 

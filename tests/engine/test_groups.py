@@ -91,7 +91,7 @@ def counts(rollout):
 
 def limits(**changes):
     sizes = {"lanes": 6, "pages": 28, "page_size": 4, "steps_per_visit": 5, "prefill_lanes": 2, "prefix_reuse": True}
-    rest = {"decode_attention": "xla", "num_shards": 1, "max_seq_len": 64, "max_workers": 3}
+    rest = {"decode_attention": "xla", "page_dtype": "compute", "num_shards": 1, "max_seq_len": 64, "max_workers": 3}
     return Limits(**sizes | rest | changes)
 
 

@@ -38,6 +38,7 @@ WIDE = Limits(
     steps_per_visit=4,
     prefill_lanes=8,
     decode_attention="xla",
+    page_dtype="compute",
     prefix_reuse=True,
 )
 

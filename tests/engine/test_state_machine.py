@@ -60,6 +60,7 @@ class CacheMachine(RuleBasedStateMachine):
             steps_per_visit=steps,
             prefill_lanes=prefill_lanes,
             decode_attention="xla",
+            page_dtype="compute",
             prefix_reuse=reuse,
         )
         self.scheduler = Scheduler(limits)

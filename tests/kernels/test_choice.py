@@ -17,7 +17,8 @@ from apr_jax.model.attention import xla_attention
 from apr_jax.model.head_tile import HeadTile
 from apr_jax.model.ops import XLA
 from apr_jax.model.paged_attention import PagedAttention
-from tests.engine.helpers import MODEL, make_mesh
+from apr_jax.model.quantised_tile import QuantisedTile
+from tests.engine.helpers import MODEL, SIZES, make_mesh
 
 HAS_CPU_KERNELS = cpu_kernels("cpu") is not None
 HALF = dataclasses.replace(MODEL, compute_dtype="bfloat16")
@@ -27,6 +28,11 @@ def training(platform, dtype="float32", head_dim=64, attention="auto"):
     return for_training(
         dataclasses.replace(MODEL, compute_dtype=dtype, head_dim=head_dim, attention=attention), platform
     )
+
+
+def decoding(config, platform="tpu", mesh=None, **sizes):
+    changes = {"decode_attention": "auto", "page_size": 16} | sizes
+    return for_decoding(config, dataclasses.replace(SIZES, **changes), mesh or Devices(platform))
 
 
 class Devices:
@@ -69,40 +75,49 @@ def test_what_cannot_be_is_refused_by_name():
 
 
 def test_what_auto_means_in_decoding():
-    on_tpu = for_decoding(HALF, "auto", 16, Devices("tpu"))
+    on_tpu = decoding(HALF)
     assert on_tpu.attention == tpu.TpuPagedAttention(HeadTile(2, 96))
     assert on_tpu.prefill.attention == tpu.TpuUnitAttention(HeadTile(2, 96))
     for platform in ("gpu", "cuda"):
-        assert for_decoding(HALF, "auto", 16, Devices(platform)).attention == KernelPagedAttention(kernel=gpu.attend)
+        assert decoding(HALF, platform=platform).attention == KernelPagedAttention(kernel=gpu.attend)
     for config, requested, platform in ((MODEL, "auto", "tpu"), (MODEL, "auto", "gpu"), (HALF, "xla", "tpu")):
-        chosen = for_decoding(config, requested, 16, Devices(platform))
+        chosen = decoding(config, platform=platform, decode_attention=requested)
         assert (chosen.attention, chosen.ops) == (PagedAttention(), XLA)
         assert chosen.prefill is None
     for config in (MODEL, HALF):
-        assert (for_decoding(config, "auto", 16, make_mesh()).attention != PagedAttention()) == HAS_CPU_KERNELS
-        assert for_decoding(config, "xla", 16, make_mesh()).attention == PagedAttention()
+        assert (decoding(config, mesh=make_mesh()).attention != PagedAttention()) == HAS_CPU_KERNELS
+        assert decoding(config, mesh=make_mesh(), decode_attention="xla").attention == PagedAttention()
 
 
 def test_heads_that_a_mesh_splits_are_multiplied_by_xla():
-    chosen = for_decoding(MODEL, "auto", 16, make_mesh(data=2, tensor=2))
+    chosen = decoding(MODEL, mesh=make_mesh(data=2, tensor=2))
     assert chosen.ops is XLA
     assert (chosen.prefill is not None) == HAS_CPU_KERNELS
 
 
 def test_pages_that_a_kernel_cannot_take_are_refused():
     for platform, page_size in (("tpu", 48), ("gpu", 32)):
-        for_decoding(HALF, "auto", page_size, Devices(platform))
+        decoding(HALF, platform=platform, page_size=page_size)
     for platform, page_size in (("tpu", 24), ("gpu", 48), ("gpu", 8)):
-        for_decoding(MODEL, "auto", page_size, Devices(platform))
+        decoding(MODEL, platform=platform, page_size=page_size)
         with pytest.raises(ConfigError, match=f"engine.page_size={page_size}"):
-            for_decoding(HALF, "auto", page_size, Devices(platform))
+            decoding(HALF, platform=platform, page_size=page_size)
+
+
+def test_pages_of_8_bits_are_xlas_alone():
+    for config, platform, requested in ((HALF, "tpu", "xla"), (HALF, "gpu", "xla"), (MODEL, "gpu", "auto")):
+        chosen = decoding(config, platform, page_dtype="int8", decode_attention=requested)
+        assert chosen.attention == PagedAttention(QuantisedTile(dtype=config.compute_dtype))
+    for platform in ("tpu", "gpu"):
+        with pytest.raises(ConfigError, match=r"page_dtype='int8'.*set engine\.decode_attention='xla'"):
+            decoding(HALF, platform, page_dtype="int8")
 
 
 def test_without_the_cpus_folder_there_is_plain_xla(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cpu_kernels("cpu") is None
     assert training("cpu").attention is xla_attention
-    assert for_decoding(MODEL, "auto", 16, make_mesh()).attention == PagedAttention()
+    assert decoding(MODEL, mesh=make_mesh()).attention == PagedAttention()
 
 
 def test_a_program_for_other_devices_has_no_kernel_of_the_cpus():

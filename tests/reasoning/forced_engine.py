@@ -40,6 +40,7 @@ class ForcedEngine:
             steps_per_visit=16,
             prefill_lanes=2,
             decode_attention="xla",
+            page_dtype="compute",
             prefix_reuse=prefix_reuse,
             max_workers=max_workers,
         )

@@ -25,7 +25,7 @@ div, rem = jax.lax.div, jax.lax.rem  # of numbers that are not negative
 
 LANES = 128  # columns of a vector register
 UNIT = 16  # rows of a tile of bfloat16; pages are whole units
-_BLOCK_BYTES = 1 << 20  # of keys that are attended to at once
+_BLOCK, _BLOCK_BYTES = 512, 1 << 20  # positions, and bytes of their keys, that are attended to at once
 _SLOTS = 4  # blocks in flight or at hand
 _STAGES = 16  # units in flight as positions are written
 _TABLE_BYTES = 256 * 1024  # of a call's page table: it lies in scalar memory (1 MiB on v5e)
@@ -83,7 +83,8 @@ def write_then_attend(
     """
     (L, Q, N, H), K, (P, _, C, W) = q_LQNH.shape, k_LQKH.shape[2], pages[0].shape
     G, R, dtype = N // K, tables_LR.shape[1], pages[0].dtype
-    sizes = _Sizes(C, W, Q, G, H, R, C * min(max(1, _BLOCK_BYTES // (C * W * dtype.itemsize)), R))
+    block = max(1, min(_BLOCK_BYTES // (C * W * dtype.itemsize), _BLOCK // C, R))  # pages
+    sizes = _Sizes(C, W, Q, G, H, R, C * block)
     given = jnp.float32 if Q == 1 else dtype  # single rows of packed elements cannot be addressed
 
     def flat(x_LQGKH: jax.Array) -> jax.Array:
