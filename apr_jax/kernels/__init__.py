@@ -19,6 +19,7 @@ from apr_jax.kernels.gpu import paged_attention as gpu
 from apr_jax.kernels.pairs import KernelPagedAttention
 from apr_jax.kernels.tpu import paged_attention as tpu
 from apr_jax.kernels.tpu import splash
+from apr_jax.kernels.tpu.write_then_attend import UNIT
 from apr_jax.model.attention import xla_attention
 from apr_jax.model.head_tile import PLAIN
 from apr_jax.model.ops import XLA, Ops, rms_norm
@@ -123,7 +124,7 @@ def for_decoding(config: ModelConfig, sizes: EngineConfig, mesh: Mesh) -> Decode
     if platform == "tpu":
         tpu.check_page_size(sizes.page_size)
         tile = tpu.tile_of(config.head_dim, config.num_kv_heads // mesh.shape[TENSOR_AXIS])
-        prefill = InPlacePrefill(tpu.TpuUnitAttention(tile), unit=tpu.UNIT, block=_TPU_PREFILL_BLOCK)
+        prefill = InPlacePrefill(tpu.TpuUnitAttention(tile), unit=UNIT, block=_TPU_PREFILL_BLOCK)
         return dataclasses.replace(plain, attention=tpu.TpuPagedAttention(tile), prefill=prefill)
     gpu.check_page_size(sizes.page_size)
     return dataclasses.replace(plain, attention=KernelPagedAttention(kernel=gpu.attend))

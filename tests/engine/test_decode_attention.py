@@ -11,6 +11,7 @@ from apr_jax.bench.agreement import agreement, decode_greedily, sharp_params
 from apr_jax.engine.prefill import InPlace
 from apr_jax.kernels import DecodeKernels, InPlacePrefill, cpu_kernels
 from apr_jax.kernels.tpu import paged_attention as tpu
+from apr_jax.kernels.tpu.write_then_attend import UNIT
 from apr_jax.model.head_tile import HeadTile
 from apr_jax.model.ops import XLA
 from apr_jax.model.paged_attention import PagedAttention
@@ -88,7 +89,7 @@ def test_the_tpus_kernels_equal_xla(monkeypatch):
         return make_engine(**sizes).run(keyed(threads), seed=4, temperature=1.0)
 
     expected, tile = run(), HeadTile(heads=2, padding=96)
-    prefill = InPlacePrefill(tpu.TpuUnitAttention(tile), unit=tpu.UNIT, block=2 * tpu.UNIT)
+    prefill = InPlacePrefill(tpu.TpuUnitAttention(tile), unit=UNIT, block=2 * UNIT)
     chosen = DecodeKernels(XLA, tpu.TpuPagedAttention(tile), prefill, own_head=False)
     monkeypatch.setattr("apr_jax.engine.plan.for_decoding", lambda *_: chosen)
     with pltpu.force_tpu_interpret_mode():

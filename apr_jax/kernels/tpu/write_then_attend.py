@@ -12,7 +12,7 @@ S positions of a block.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +138,7 @@ def _call(
         pltpu.SemaphoreType.DMA((_SLOTS,)),
         pltpu.SemaphoreType.DMA((2, _STAGES)),
     )
-    n = len(scalars)
+    n, shape = len(scalars), cast(Callable[..., Any], jax.ShapeDtypeStruct)
     return list(
         pl.pallas_call(
             functools.partial(_kernel, sizes),
@@ -149,7 +149,7 @@ def _call(
                 out_specs=[whole, hbm, hbm],
                 scratch_shapes=scratch,
             ),
-            out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_GRW, k_pages, v_pages)],
+            out_shape=[shape(x.shape, x.dtype) for x in (q_GRW, k_pages, v_pages)],
             input_output_aliases={n + 3: 1, n + 4: 2},
             compiler_params=pltpu.CompilerParams(vmem_limit_bytes=48 << 20),
             name="write_then_attend",
@@ -275,8 +275,12 @@ class _Writer:
 
     def finish(self, written: Any) -> None:
         """Wait for the last units that `write_from` wrote."""
-        for slot in range(_STAGES):
-            pl.when(slot < written)(lambda slot=slot: self._each(1, 0, slot, lambda copy: copy.wait()))
+
+        def wait(slot: Any, carry: int) -> int:
+            self._each(1, 0, slot, lambda copy: copy.wait())
+            return carry
+
+        jax.lax.fori_loop(0, jnp.minimum(written, _STAGES), wait, 0)
 
     def _each(self, way: int, lane: Any, slot: Any, do: Callable[[Any], None]) -> None:
         """Do it to the copies of a lane's unit: way 0 from the pages, 1 to them."""
