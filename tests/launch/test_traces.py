@@ -89,8 +89,8 @@ def test_decoding_of_a_model_is_measured(home):
     assert json.loads((home / "speed.json").read_text())["lanes"]["1"]["tokens_per_second"] > 0
 
 
-def test_what_takes_a_models_shape_needs_a_model(home, tmp_path):
-    refused = launched("evaluate.py", tmp_path, f"--config={home / 'small.py'}:{home / 'mine.jsonl'}", check=2)
+def test_what_takes_a_models_shape_needs_a_model(home):
+    refused = launched("benchmark_decode.py", home, SMALL, check=2)
     assert "='auto' takes a policy's: name it with" in refused.stderr
     refused = launched("generate_data.py", home, SMALL, check=2)
     assert "model.family='auto' takes a policy's, and none is read here" in refused.stderr
