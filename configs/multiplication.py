@@ -41,7 +41,7 @@ def adaptive() -> ConfigDict:
     config.task = dict(name="multiplication", min_factors=5, max_factors=8, round_share=0.05)
     config.model.update(num_layers=3, embed_dim=160, mlp_dim=384, num_heads=2, num_kv_heads=2)
     config.model.update(vocab_size=592, max_seq_len=256, tie_embeddings=False)
-    config.data.update(tokenizer=str(TOKENIZER), replay_weight=1.0)
+    config.data.update(tokenizer=str(TOKENIZER), replay_weight=1.0, facts_share=0.3)
     config.data.update(num_train=10_000, num_validation=1_000, num_test=1_000, num_test_unseen_targets=100)
     config.sft.update(num_steps=4_000, rows_per_step=4, row_len=512, number_waves=0.5)
     config.sft.update(checkpoint_every=100, validate_every=200)
@@ -58,7 +58,7 @@ def serial() -> ConfigDict:
     """Configure SFT of the same model on one thread, of up to 1,030 tokens."""
     config = adaptive()
     config.name = "multiplication_serial"
-    config.data.method = "serial"
+    config.data.update(method="serial", facts_share=0.0)  # bare sums are written as adaptive's threads write them
     config.model.max_seq_len = 1_056
     config.sft.update(rows_per_step=2, row_len=1_056)
     config.rollout.max_steps = 1_056

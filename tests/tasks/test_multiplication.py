@@ -156,6 +156,14 @@ def test_a_step_is_judged_by_what_stands_before_it():
     assert MULTIPLICATION.count_operations("no product\n") == (0, 0)
 
 
+def test_bare_sums_are_written_as_in_threads():
+    rng = random.Random(0)
+    for _ in range(200):
+        asked, steps = MULTIPLICATION.draw_fact(rng, SECTION)
+        assert continuation(f"a2*a3=\n{asked}") == f"{steps}\n"
+        assert MULTIPLICATION.count_operations(f"{asked}{steps}\n") == (len(steps) // 5, len(steps) // 5)
+
+
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [

@@ -92,9 +92,7 @@ class Adaptive(SpawnDialect):
         if results[0].name[:1] in NAMES:
             return f"{JOIN_BEGIN}{'*'.join(result.path or '' for result in results)}=\n{JOIN_END}"
         rows = [(PLACES.find(result.name[:1]), read_number(result.path or "") or []) for result in results]
-        columns = zip(PLACES, numerals.columns(rows), strict=False)
-        written = [[DIGITS[digit] for digit in column[:-1]] + [place, DIGITS[column[-1]]] for place, column in columns]
-        return f"{JOIN_BEGIN}{''.join(map(''.join, written))}\n{JOIN_END}"
+        return write_columns(numerals.columns(rows))
 
     def demonstrate(
         self, problem: Problem, rng: random.Random, section: Any, count_tokens: CountTokens, *, budget: bool
@@ -123,6 +121,15 @@ class Adaptive(SpawnDialect):
             text += self.render_join([each for each in results if isinstance(each, ChildResult)], None)
         yield Call(text, written, depth, ends_in_spawn=False, replay_start=len(written))
         yield from below
+
+
+def write_columns(columns: Sequence[Sequence[int]]) -> str:
+    """Return the join of numbers that are to be added: the digits of each place, and the place before the last."""
+    written = [
+        "".join(DIGITS[digit] for digit in column[:-1]) + place + DIGITS[column[-1]]
+        for place, column in zip(PLACES, columns, strict=False)
+    ]
+    return f"{JOIN_BEGIN}{''.join(written)}\n{JOIN_END}"
 
 
 def continuation(text: str) -> str:

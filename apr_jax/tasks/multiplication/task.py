@@ -8,9 +8,17 @@ from typing import Any
 from apr_jax.config import Config
 from apr_jax.tasks.base import Split, Task, Verdict
 from apr_jax.tasks.multiplication import rules
-from apr_jax.tasks.multiplication.adaptive import ADAPTIVE, asked_sums
+from apr_jax.tasks.multiplication.adaptive import ADAPTIVE, asked_sums, write_columns
 from apr_jax.tasks.multiplication.config import MultiplicationConfig
-from apr_jax.tasks.multiplication.numerals import LARGEST_FACTOR, Step, count_right, read_steps
+from apr_jax.tasks.multiplication.numerals import (
+    LARGEST_FACTOR,
+    PLACES,
+    Step,
+    count_right,
+    read_steps,
+    take_steps,
+    write_steps,
+)
 from apr_jax.tasks.multiplication.rules import Problem
 from apr_jax.tasks.multiplication.serial import SERIAL, written_sums
 
@@ -60,6 +68,17 @@ class Multiplication(Task):
         """Count the steps of a thread's rows and sums; a step is right if it follows from what stands before it."""
         written = list(_written(text))
         return sum(len(steps) for _, steps in written), sum(count_right(sums, steps) for sums, steps in written)
+
+    def draw_fact(self, rng: random.Random, section: Any) -> tuple[str, str]:
+        """Draw a join of 2 to 4 numbers, and the steps of their sum.
+
+        A demonstration writes five rows for each sum, and its only sum of four numbers last. So bare sums are needed to
+        learn adding as fast as multiplying.
+        """
+        count, length = rng.randint(2, 4), rng.randint(2, len(PLACES))
+        columns = [[rng.randrange(10) * (rng.random() < 0.8) for _ in range(count)] for _ in range(length - 1)]
+        sums = [*map(sum, columns), 0]
+        return write_columns([*columns, [0] * count]), write_steps(take_steps(sums))
 
 
 def _written(text: str) -> Iterator[tuple[list[int], list[Step]]]:
