@@ -147,8 +147,8 @@ class Task(abc.ABC):
         """Tell whether the problem has an answer; None where that is not known quickly."""
         return None
 
-    def count_operations(self, text: str) -> tuple[int, int]:
-        """Count the steps that a text writes out, and those of them that are right."""
+    def count_operations(self, text: str, context: str = "") -> tuple[int, int]:
+        """Count the steps that a thread wrote out after its context, and those of them that are right."""
         return 0, 0
 
     def path_solves(self, path: str, problem: Any) -> bool:

@@ -89,7 +89,7 @@ def test_demonstrations_are_right_and_each_of_their_steps_is(method):
         assert demo.correct, problem
         assert demo.answer == str(math.prod(problem))
         for call in demo.calls:
-            written, right = MULTIPLICATION.count_operations(call.context + call.completion)
+            written, right = MULTIPLICATION.count_operations(call.completion, call.context)
             assert written == right
             steps += written
             if not call.ends_in_spawn and method == "adaptive":
@@ -152,7 +152,7 @@ def test_a_step_is_judged_by_what_stands_before_it():
     wrong_digit, wrong_carry = [(0, 7), *steps[1:]], [steps[0], (2, 4), *steps[2:]]
     assert numerals.count_right(sums, wrong_digit) == 3
     assert numerals.count_right(sums, wrong_carry) == 3
-    assert MULTIPLICATION.count_operations("8*a2b4c7=\na^0a6b^1b3c^3c9d^5d4\n") == (4, 3)
+    assert MULTIPLICATION.count_operations("a^0a6b^1b3c^3c9d^5d4\n", "8*a2b4c7=\n") == (4, 3)
     assert MULTIPLICATION.count_operations("no product\n") == (0, 0)
 
 
@@ -161,7 +161,7 @@ def test_bare_sums_are_written_as_in_threads():
     for _ in range(200):
         asked, steps = MULTIPLICATION.draw_fact(rng, SECTION)
         assert continuation(f"a2*a3=\n{asked}") == f"{steps}\n"
-        assert MULTIPLICATION.count_operations(f"{asked}{steps}\n") == (len(steps) // 5, len(steps) // 5)
+        assert MULTIPLICATION.count_operations(f"{steps}\n", asked) == (len(steps) // 5, len(steps) // 5)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,6 @@ class Countdown(Task):
     claims_answer = staticmethod(rules.claims_goal)
     departures = staticmethod(rules.departures)
     draw_fact = staticmethod(facts.draw_fact)
-    count_operations = staticmethod(judging.count_operations)
     path_solves = staticmethod(judging.path_solves)
 
     def sampler(self, config: Config, split: Split | None) -> Callable[[random.Random], Problem]:
@@ -72,6 +71,9 @@ class Countdown(Task):
         if not isinstance(numbers, list):
             raise ValueError(f"numbers={numbers!r} is not a list")
         return Problem(tuple(numbers), value["target"])
+
+    def count_operations(self, text: str, context: str = "") -> tuple[int, int]:
+        return judging.count_operations(text)
 
     def read_words(self, words: Sequence[str]) -> Problem:
         for word in words:

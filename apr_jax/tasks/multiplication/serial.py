@@ -59,13 +59,12 @@ class Serial(ThreadDialect):
 
 
 def written_sums(text: str) -> Iterator[tuple[list[int], list[Step]]]:
-    """Yield, for each row and each sum that whole lines have, the sums by place that it should be of, and its steps.
+    """Yield the sums by place that each row and each sum of a thread's lines should be of, and its steps.
 
     Rows multiply what the line before came to, and sums add what the rows have, whether or not these are right.
     """
-    _, _, rest = text.partition("\n")
-    number = read_number(rest.partition("\n")[0])
-    for *factor, groups in _LINE.findall(rest):
+    number = read_number(text.partition("\n")[0])
+    for *factor, groups in _LINE.findall(text):
         if number is None:
             return
         steps = [

@@ -1,7 +1,7 @@
 """Multiplication: the product of 5 to 8 integers of 0..1,000, ThreadWeaver's reproduction task (arXiv 2512.07843)."""
 
 import random
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from types import MappingProxyType
 from typing import Any
 
@@ -13,7 +13,6 @@ from apr_jax.tasks.multiplication.config import MultiplicationConfig
 from apr_jax.tasks.multiplication.numerals import (
     LARGEST_FACTOR,
     PLACES,
-    Step,
     count_right,
     read_steps,
     take_steps,
@@ -64,9 +63,10 @@ class Multiplication(Task):
         low, high = section.min_factors, section.max_factors
         return [] if low <= len(problem) <= high else [f"{len(problem)} factors, not {low} to {high}"]
 
-    def count_operations(self, text: str) -> tuple[int, int]:
-        """Count the steps of a thread's rows and sums; a step is right if it follows from what stands before it."""
-        written = list(_written(text))
+    def count_operations(self, text: str, context: str = "") -> tuple[int, int]:
+        """Count the steps of rows and sums; a step is right if it follows from what stands before it."""
+        sums = asked_sums(context)
+        written = list(written_sums(text)) if sums is None else [(sums, read_steps(text))]
         return sum(len(steps) for _, steps in written), sum(count_right(sums, steps) for sums, steps in written)
 
     def draw_fact(self, rng: random.Random, section: Any) -> tuple[str, str]:
@@ -79,14 +79,6 @@ class Multiplication(Task):
         columns = [[rng.randrange(10) * (rng.random() < 0.8) for _ in range(count)] for _ in range(length - 1)]
         sums = [*map(sum, columns), 0]
         return write_columns([*columns, [0] * count]), write_steps(take_steps(sums))
-
-
-def _written(text: str) -> Iterator[tuple[list[int], list[Step]]]:
-    sums = asked_sums(text)
-    if sums is None:
-        yield from written_sums(text)
-    elif steps := read_steps(text):
-        yield sums, steps
 
 
 MULTIPLICATION = Multiplication()
