@@ -6,16 +6,20 @@
     python launch/benchmark_decode.py --checkpoint=FILE.gguf --config.mesh.data=1 --lanes=1,8,16,64 \\
       --peers=hf,llama_cpp --peer_lanes=1,8,16,64 --prompt=16 --new=64 --quick      # under three minutes
 
+On a CPU the lanes are 1 to 128, with short contexts. On accelerators they are 64 to 1,024 for each data shard, with
+contexts of 400 and 2,048 tokens, as many lanes as fit; --config.mesh.data= splits them over devices.
 Weights are random, because speed depends on shapes only, or those of a policy, dequantised. `make peers` makes the
 peers' environments first.
 Exit codes: 0 done, 1 failed, 2 bad arguments or config.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
@@ -28,12 +32,18 @@ from apr_jax.evaluation.rollout_sources import check_policy_folder
 
 _CONFIG = entry.define_config("benchmark_decode.py")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Measure this policy: a run, a Hugging Face folder, FILE.gguf.")
-_LANES = flags.DEFINE_list("lanes", ["1", "8", "16", "64", "128"], "Lane counts to measure; empty: none.")
-_PROMPT = entry.define_number("prompt", 64, "Tokens of a lane's prompt.", low=2)
-_NEW = entry.define_number("new", 96, "Tokens that a lane decodes.", low=2)
+_LANES = flags.DEFINE_list("lanes", None, "Lane counts to measure; empty: none [1 to 128; accelerators: 64 to 1,024].")
+_CONTEXTS = flags.DEFINE_list(
+    "contexts", None, "Tokens that a lane holds on average [those of --prompt and --new; accelerators: 400,2048]."
+)
+_PROMPT = entry.define_number("prompt", None, "Tokens of a lane's prompt [64].", low=2)
+_NEW = entry.define_number("new", None, "Tokens that a lane decodes [96; accelerators: 640, or what fits].", low=2)
+_SECONDS = entry.define_number("seconds", None, "Decode each row for so long [3 passes; accelerators: 2 s].", low=0.0)
 _PROBLEMS = entry.define_number("problems", None, "Problems of the APR workload, 0: none [up to 256].", low=0)
 _PEERS = flags.DEFINE_list("peers", [], "Other systems to measure: hf, tunix, vllm, llama_cpp.")
-_PEER_LANES = flags.DEFINE_list("peer_lanes", ["1", "16", "64"], "Lane counts to measure peers at (of --lanes).")
+_PEER_LANES = flags.DEFINE_list(
+    "peer_lanes", None, "Lane counts to measure peers at, of --lanes [1,16,64; accelerators: 64,256]."
+)
 _PEER_SECONDS = entry.define_number("peer_seconds", 900.0, "Time limit of one peer.", low=1.0)
 _QUICK = flags.DEFINE_bool(
     "quick", False, "Time one pass of each lane count, ours before the peers alone, a peer in one mode."
@@ -47,17 +57,21 @@ def main() -> None:
     if checkpoint is not None:
         check_policy_folder(checkpoint)
     config = from_config_dict(with_auto(_CONFIG.values(), checkpoint))
-    lanes = entry.positive_numbers("lanes", _LANES.value)
-    peer_lanes = entry.positive_numbers("peer_lanes", _PEER_LANES.value)
-    if _PEERS.value and not set(peer_lanes) <= set(lanes):
-        raise ConfigError(f"--peer_lanes={','.join(map(str, peer_lanes))} must be among --lanes")
-    if _PLOT.value and not lanes:
+    lanes, contexts, peer_lanes = (
+        None if flag.value is None else entry.positive_numbers(flag.name, flag.value)
+        for flag in (_LANES, _CONTEXTS, _PEER_LANES)
+    )
+    if contexts is not None and (_PROMPT.value is not None or not contexts):
+        raise ConfigError("--contexts takes lengths, and --prompt follows from each; give one of the two")
+    if _PLOT.value and lanes == ():
         raise ConfigError("--plot draws the figures of --lanes, and there are none")
-    from apr_jax.bench.peers import PEERS
+    from apr_jax.bench.peers import PEERS, leave_memory_to_peers
 
     if unknown := [name for name in _PEERS.value if name not in PEERS]:
         raise ConfigError(f"--peers: there is no peer {unknown[0]!r}; choose of {', '.join(PEERS)}")
-    figures = _measure(config, lanes, peer_lanes)
+    if _PEERS.value:
+        leave_memory_to_peers()
+    figures = _measure(config, lanes, contexts, peer_lanes)
     if _PLOT.value:
         from apr_jax.bench.decode_report import write_plot
 
@@ -65,31 +79,51 @@ def main() -> None:
     _JSON.write(figures)
 
 
-def _measure(config: Config, lanes: tuple[int, ...], peer_lanes: tuple[int, ...]) -> dict[str, Any]:
+def _measure(
+    config: Config,
+    lanes: tuple[int, ...] | None,
+    contexts: tuple[int, ...] | None,
+    peer_lanes: tuple[int, ...] | None,
+) -> dict[str, Any]:
     """Measure everything that was asked for, and print each part when it is done."""
     from apr_jax.bench import decode
     from apr_jax.bench.agreement import sharp_params
     from apr_jax.parallel.fit import fit_to
     from apr_jax.parallel.mesh import make_mesh
 
-    # Before the weights start JAX: a CPU is split into as many devices as the mesh needs.
-    config = fit_to(config, make_mesh(config.mesh))
-    lengths = decode.Lengths(prompt=_PROMPT.value, new=_NEW.value)
-    repeats = 1 if _QUICK.value else decode.REPEATS
+    mesh = make_mesh(config.mesh)  # before the weights start JAX: a CPU is split into as many devices as it needs
+    if _PEERS.value and mesh.devices.flat[0].platform == "tpu":
+        raise ConfigError("--peers: a TPU serves one process at a time; compare with peers on a GPU or a CPU")
+    config = fit_to(config, mesh)
+    effort = decode.Effort.on(mesh, config)
+    if _QUICK.value:
+        effort = dataclasses.replace(effort, passes=1, seconds=0.0)
+    if _SECONDS.value is not None:
+        effort = dataclasses.replace(effort, passes=1, seconds=_SECONDS.value)
+    if _NEW.value is not None:
+        effort = dataclasses.replace(effort, new=_NEW.value)
+    lengths = decode.lengths_to_measure(config.model, mesh, effort, contexts, _PROMPT.value)
     if _CHECKPOINT.value:
-        config, params = decode.policy_to_measure(pathlib.Path(_CHECKPOINT.value), config, lengths)
+        config, params = decode.policy_to_measure(pathlib.Path(_CHECKPOINT.value), config, lengths[-1])
     else:
         params = sharp_params(config.model, config.seed)
-    figures = decode.about(config)
-    if lanes:
-        figures = decode.benchmark_decode(config, params, lanes, lengths, _say, repeats)
-        print(decode.table(figures), flush=True)
-    if _PROBLEMS.value != 0 and not _CHECKPOINT.value:
-        figures["workload_of_problems"] = _replays(config, params)
+    counts = [decode.lanes_to_measure(config, mesh, lanes, each, effort, _say) for each in lengths]
     if _PEERS.value:
-        figures |= _peers(config, params, peer_lanes, lengths)
+        peer_lanes = _check_peer_lanes(peer_lanes, effort.peer_lanes, counts[0])
+    parts = []
+    for each, of_each in zip(lengths, counts, strict=True):
+        if of_each:
+            parts.append(decode.benchmark_decode(config, params, of_each, each, effort, _say))
+            print(decode.table(parts[-1]), flush=True)
+    figures = parts[0] if parts else decode.about(config, mesh)
+    if parts[1:]:
+        figures["other_contexts"] = parts[1:]
+    if _PROBLEMS.value != 0 and not _CHECKPOINT.value:
+        figures["workload_of_problems"] = _replays(config, mesh, params)
+    if _PEERS.value and peer_lanes:
+        figures |= _peers(config, params, peer_lanes, lengths[0])
         if not _QUICK.value and any(report.get("lanes") for report in figures["peers"].values()):
-            again = decode.benchmark_decode(config, params, peer_lanes, lengths, _say, repeats)
+            again = decode.benchmark_decode(config, params, peer_lanes, lengths[0], effort, _say)
             figures["lanes_after_peers"] = again["lanes"]
         from apr_jax.bench.decode_report import peers_table
 
@@ -97,15 +131,23 @@ def _measure(config: Config, lanes: tuple[int, ...], peer_lanes: tuple[int, ...]
     return figures
 
 
-def _replays(config: Config, params: Any) -> dict[str, Any]:
+def _check_peer_lanes(asked: tuple[int, ...] | None, default: tuple[int, ...], lanes: Sequence[int]) -> tuple[int, ...]:
+    """Return the lane counts to measure peers at, which ours are measured at too. Raise ConfigError for others."""
+    if asked is not None and not set(asked) <= set(lanes):
+        raise ConfigError(f"--peer_lanes={','.join(map(str, asked))} must be among --lanes")
+    chosen = tuple(count for count in default if count in lanes) if asked is None else asked
+    if not chosen:
+        raise ConfigError("--peers need --peer_lanes, which are among --lanes")
+    return chosen
+
+
+def _replays(config: Config, mesh: Any, params: Any) -> dict[str, Any]:
     from apr_jax.bench.replay import benchmark_replays, make_replays, show
     from apr_jax.data.tokenizer import config_tokenizer
     from apr_jax.engine.engine import Engine
     from apr_jax.evaluation.run import ShownProgress
-    from apr_jax.parallel.mesh import make_mesh
 
     replays = make_replays(config, config_tokenizer(config), _PROBLEMS.value)
-    mesh = make_mesh(config.mesh)
     engine = Engine(config.model, config.engine, config.rollout, mesh, params=params, banned_tokens=())
     print(f"engine memory: {engine.memory}", flush=True)
     engine.warm_up()
@@ -116,6 +158,8 @@ def _replays(config: Config, params: Any) -> dict[str, Any]:
 
 
 def _peers(config: Config, params: Any, lanes: tuple[int, ...], lengths: Any) -> dict[str, Any]:
+    import jax
+
     from apr_jax.bench import agreement, decode
     from apr_jax.bench.peers import Workload, run_peers
     from apr_jax.model.weights.hf import save_hf
@@ -132,17 +176,18 @@ def _peers(config: Config, params: Any, lanes: tuple[int, ...], lengths: Any) ->
             precision=config.model.compute_dtype,
             threads=os.cpu_count() or 1,
             seconds_limit=_PEER_SECONDS.value,
+            device=jax.devices()[0].platform,
             quick=_QUICK.value,
         )
         reports: dict[str, Any] = {}
         for name in _PEERS.value:
-            _say(name)
+            _say(f"measuring {name}")
             reports |= run_peers([name], workload, regret)
     return {"peers": reports, "workload": {"lanes": lanes, "precision": config.model.compute_dtype}}
 
 
 def _say(what: int | str) -> None:
-    print(f"measuring {what} lanes" if isinstance(what, int) else f"measuring {what}", file=sys.stderr, flush=True)
+    print(f"measuring {what} lanes" if isinstance(what, int) else what, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

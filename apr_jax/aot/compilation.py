@@ -17,7 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apr_jax.aot.flops import count_flops
 from apr_jax.aot.hlo import Collective, Program
-from apr_jax.aot.peaks import Cost, Estimate, Peaks
+from apr_jax.aot.peaks import Cost, Estimate
+from apr_jax.bench.datasheets import Peaks
 from apr_jax.bench.roofline import StepCost
 from apr_jax.config import Config, MeshConfig, ModelConfig
 from apr_jax.data.packing import pack

@@ -8,7 +8,8 @@ import functools
 import math
 import re
 
-from apr_jax.aot.peaks import Cost, Estimate, Peaks
+from apr_jax.aot.peaks import Cost, Estimate
+from apr_jax.bench.datasheets import Peaks
 from apr_jax.config import Config, ConfigError, MeshConfig
 from apr_jax.config_fields import BY_DEVICES
 from apr_jax.model.params import num_params

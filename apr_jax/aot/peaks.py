@@ -1,48 +1,13 @@
-"""The peaks of accelerators, from their makers' pages, and the least time that a program can take on them.
+"""The least time that a program can take on an accelerator.
 
 The roofline model (Williams, Waterman and Patterson 2009) with a third limit, the links between devices: a program
 takes at least the longest of its time to compute, to move bytes to and from memory, and to send bytes to other devices.
-Real programs take longer: nothing reaches its peak, and the three don't overlap wholly. `bench/roofline.py` measures
-the limits of a machine that is there.
+Real programs take longer: nothing reaches its peak (`bench/datasheets.py`), and the three don't overlap wholly.
 """
 
 import dataclasses
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Peaks:
-    """One device."""
-
-    flops: float  # floating-point operations a second on dense bfloat16 matrices
-    memory: int  # bytes
-    memory_bandwidth: float  # bytes a second
-    link_bandwidth: float  # bytes a second that it can send to others: half of the published, both directions' figure
-    source: str
-
-
-PEAKS: dict[str, Peaks] = {
-    "v5e": Peaks(
-        flops=197e12,
-        memory=16 * 2**30,
-        memory_bandwidth=819e9,
-        link_bandwidth=400e9 / 2,
-        source="https://cloud.google.com/tpu/docs/v5e",
-    ),
-    "v5p": Peaks(
-        flops=459e12,
-        memory=95 * 2**30,
-        memory_bandwidth=2765e9,
-        link_bandwidth=1200e9 / 2,
-        source="https://cloud.google.com/tpu/docs/v5p",
-    ),
-    "h100": Peaks(  # SXM, 80 GB; the datasheet's 1,979 TFLOPS are with sparsity
-        flops=989.4e12,
-        memory=80 * 10**9,
-        memory_bandwidth=3.35e12,
-        link_bandwidth=900e9 / 2,
-        source="https://www.nvidia.com/en-us/data-center/h100/",
-    ),
-}
+from apr_jax.bench.datasheets import Peaks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,9 @@ from apr_jax.aot.compilation import (
     planned_programs,
 )
 from apr_jax.aot.mesh_search import Candidate, candidates, estimate, rows_per_shard
-from apr_jax.aot.peaks import Estimate, Peaks
+from apr_jax.aot.peaks import Estimate
 from apr_jax.aot.topology import Topology
+from apr_jax.bench.datasheets import Peaks
 from apr_jax.config import Config, ConfigError, MeshConfig
 from apr_jax.parallel.device_memory import memory_limit
 from apr_jax.parallel.fit import fit

@@ -20,7 +20,7 @@ import sys
 import sysconfig
 from typing import Any
 
-from apr_jax.aot.peaks import PEAKS, Peaks
+from apr_jax.bench.datasheets import PEAKS, Peaks
 from apr_jax.config import ConfigError
 
 EXAMPLES = ("tpu:v5e:4x4", "tpu:v5p:2x2x1", "gpu:h100:8")

@@ -22,6 +22,8 @@ Regret = Callable[[Sequence[int]], float]  # of tokens written after the first p
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _REASON_LINES = 3
+_GPU_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+_PEERS_GPU_SHARE = "0.5"  # peer_vllm.py asks for as much
 # What steers our own process must not steer a peer's: two CPU "devices", say, or our modules on its path.
 _OURS = ("PYTHONPATH", "PYTHONHOME", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_PLATFORMS", "VIRTUAL_ENV")
 
@@ -43,6 +45,15 @@ class Workload:
     threads: int
     seconds_limit: float
     quick: bool = False
+    device: str = "cpu"  # or "gpu"
+
+
+def leave_memory_to_peers() -> None:
+    """Let this process take less than half of a GPU's memory, because peers need the rest while its weights are there.
+
+    Call it before JAX starts; it does nothing to a CPU. A limit that the environment sets stays.
+    """
+    os.environ.setdefault(_GPU_SHARE, "0.4")
 
 
 def run_peers(
@@ -64,7 +75,7 @@ def run_peers(
             raise ConfigError(f"--peers: there is no peer {name!r}; choose of {', '.join(PEERS)}")
     reports = {}
     for name in names:
-        reason = why_not_installed(name, root)
+        reason = why_not_installed(name, root, workload.device)
         report: dict[str, Any] = {"error": reason} if reason else _run(name, workload, root)
         if report.get("greedy_tokens"):
             report |= judge(report["greedy_tokens"], regret)
@@ -108,22 +119,29 @@ def summary(name: str, report: Mapping[str, Any]) -> str:
 def peer_environment(threads: int) -> dict[str, str]:
     """Return the environment variables of a peer's process: ours, less what steers our own process."""
     environment = {key: value for key, value in os.environ.items() if key not in _OURS}
-    return environment | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    steering = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    return environment | steering | {_GPU_SHARE: _PEERS_GPU_SHARE}
 
 
-def peer_python(name: str, root: pathlib.Path) -> pathlib.Path:
-    """Return the interpreter of a peer's own environment."""
-    return root / ".venv-peers" / name / "bin" / "python"
+def peer_python(name: str, root: pathlib.Path, device: str = "cpu") -> pathlib.Path:
+    """Return the interpreter of a peer's own environment for a kind of device."""
+    return root / ".venv-peers" / _environment(name, device) / "bin" / "python"
 
 
-def why_not_installed(name: str, root: pathlib.Path) -> str | None:
-    """Report why a peer has no environment; None where it has one."""
-    failed = root / ".venv-peers" / f"{name}.failed"
+def why_not_installed(name: str, root: pathlib.Path, device: str = "cpu") -> str | None:
+    """Report why a peer has no environment for a kind of device; None where it has one."""
+    environment = _environment(name, device)
+    failed = root / ".venv-peers" / f"{environment}.failed"
     if failed.exists():
         return f"not installed: {last_lines(failed.read_text(errors='replace'))}"
-    if not (root / ".venv-peers" / name / ".installed").exists():
-        return "not installed: run `make peers`"
+    if not (root / ".venv-peers" / environment / ".installed").exists():
+        return f"not installed: run `make peers{' PLATFORM=cuda12' if device == 'gpu' else ''}`"
     return None
+
+
+def _environment(name: str, device: str) -> str:
+    """Return the name of the folder that `launch/peers/install.py` makes."""
+    return name if device == "cpu" else f"{name}-{device}"
 
 
 def _run(name: str, workload: Workload, root: pathlib.Path) -> dict[str, Any]:
@@ -131,7 +149,8 @@ def _run(name: str, workload: Workload, root: pathlib.Path) -> dict[str, Any]:
         given, out, log = (pathlib.Path(folder) / part for part in ("workload.json", "report.json", "log.txt"))
         given.write_text(json.dumps(dataclasses.asdict(workload)))
         script = root / "launch" / "peers" / f"peer_{name}.py"
-        command = [str(peer_python(name, root)), str(script), f"--workload={given}", f"--out={out}"]
+        python = peer_python(name, root, workload.device)
+        command = [str(python), str(script), f"--workload={given}", f"--out={out}"]
         with log.open("w") as stream:
             reason = _call(command, stream, workload)
         if reason == "" and not out.exists():

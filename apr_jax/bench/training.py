@@ -309,7 +309,7 @@ def _measure(
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="apr_jax-"))
             config, params = model
             save_hf(folder, config.model, params)
-            given = {**workload, "model": folder, "threads": os.cpu_count() or 1}
+            given = {**workload, "model": folder, "threads": os.cpu_count() or 1, "device": jax.devices()[0].platform}
             try:
                 running = stack.enter_context(Peer(peer, given, session.seconds_limit))
             except PeerError as error:

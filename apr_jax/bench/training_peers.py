@@ -35,7 +35,8 @@ class Peer:
         self, name: str, workload: Mapping[str, Any], seconds_limit: float, root: pathlib.Path = _ROOT
     ) -> None:
         """Start the peer. `seconds_limit` holds for all passes together, loading and compiling included."""
-        if reason := why_not_installed(name, root):
+        device = workload.get("device", "cpu")
+        if reason := why_not_installed(name, root, device):
             raise PeerError(reason)
         self._folder = tempfile.TemporaryDirectory(prefix=f"peer-{name}-")
         folder = pathlib.Path(self._folder.name)
@@ -43,7 +44,7 @@ class Peer:
         self._log = folder / "log.txt"
         self._left, self._name = seconds_limit, name
         command = [
-            str(peer_python(name, root)),
+            str(peer_python(name, root, device)),
             str(root / "launch" / "peers" / PEERS[name]),
             f"--workload={folder / 'workload.json'}",
         ]

@@ -20,7 +20,7 @@ def measure(config: Config, phases: Sequence[str], session: Session) -> dict[str
     mesh = make_mesh(config.mesh)
     config = fit_to(config, mesh)
     limits = measure_limits(mesh, config.model.compute_dtype)
-    figures: dict[str, Any] = about(config)
+    figures: dict[str, Any] = about(config, mesh)
     for phase in phases:
         benchmark = benchmark_sft if phase == "sft" else benchmark_grpo
         figures[phase] = benchmark(config, mesh, session)

@@ -1,4 +1,4 @@
-"""Hugging Face transformers on torch's CPU backend: `generate`, greedy, batched, with a KV cache.
+"""Hugging Face transformers: `generate`, greedy, batched, with a KV cache.
 
 Two modes are measured, and the faster one at each lane count is reported:
     dynamic   the default: a cache that grows, eager execution, sdpa attention
@@ -25,8 +25,10 @@ class Clock(transformers.StoppingCriteria):
         self.times: list[float] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        if input_ids.is_cuda:
+            torch.cuda.synchronize()
         self.times.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 def modes(workload: protocol.Workload) -> dict[str, Callable[[], protocol.Decode]]:
@@ -35,6 +37,7 @@ def modes(workload: protocol.Workload) -> dict[str, Callable[[], protocol.Decode
     model = transformers.AutoModelForCausalLM.from_pretrained(
         workload.model, dtype=getattr(torch, workload.precision), attn_implementation="sdpa", local_files_only=True
     ).eval()
+    model = model.to("cuda" if workload.device == "gpu" else "cpu")
 
     def dynamic() -> protocol.Decode:
         return _decode(model, workload.new_tokens)
@@ -60,6 +63,7 @@ def _decode(model: Any, new_tokens: int, **settings: Any) -> protocol.Decode:
         longest = max(len(prompt) for prompt in prompts)
         tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        tokens, mask = tokens.to(model.device), mask.to(model.device)
         clock = Clock()
         started = time.perf_counter()
         written = model.generate(

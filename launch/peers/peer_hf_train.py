@@ -1,4 +1,4 @@
-"""Supervised fine-tuning by Hugging Face transformers on torch's CPU backend: packed rows, SDPA attention, AdamW.
+"""Supervised fine-tuning by Hugging Face transformers: packed rows, SDPA attention, AdamW.
 
 The batches are ours: the same packed rows, loss weights and positions, and attention masked to the earlier tokens of a
 token's own segment. A step is forward, weighted cross-entropy, backward, clipping and AdamW (torch's fused one). Two
@@ -20,11 +20,17 @@ METHOD = "a step is forward, loss, backward, clipping and fused AdamW on our row
 
 def modes(workload: train_protocol.Workload) -> dict[str, Callable[[], train_protocol.Pass]]:
     torch.set_num_threads(workload["threads"])
-    batches = [_batch(rows) for rows in workload["batches"]]
+    batches = [
+        {name: value.to(_device(workload)) for name, value in _batch(rows).items()} for rows in workload["batches"]
+    ]
     return {
         "eager": lambda: _trainer(workload, batches, compiled=False),
         "compile": lambda: _trainer(workload, batches, compiled=True),
     }
+
+
+def _device(workload: train_protocol.Workload) -> str:
+    return "cuda" if workload["device"] == "gpu" else "cpu"
 
 
 def _batch(rows: dict[str, list[list[Any]]]) -> dict[str, torch.Tensor]:
@@ -46,6 +52,7 @@ def _trainer(
     model = transformers.AutoModelForCausalLM.from_pretrained(
         workload["model"], dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
     ).train()
+    model = model.to(_device(workload))
     start = {name: value.clone() for name, value in model.state_dict().items()}
     settings = workload["optimizer"]
     matrices = [p for p in model.parameters() if p.ndim >= 2]

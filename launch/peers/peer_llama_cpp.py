@@ -26,6 +26,7 @@ from safetensors import safe_open
 
 METHOD = "the calls of llama_decode are timed one by one, with the choice of tokens; the first one holds the prompts"
 _TYPES = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16}
+_ALL_LAYERS = 999
 _ERROR = 4  # GGML_LOG_LEVEL_ERROR
 _TENSORS = {
     "input_layernorm": "attn_norm",
@@ -55,6 +56,7 @@ def modes(workload: protocol.Workload) -> dict[str, Callable[[], protocol.Decode
         _convert(pathlib.Path(workload.model), path, workload.precision)
         settings = llama_cpp.llama_model_default_params()
         settings.use_mmap = False  # the file goes away
+        settings.n_gpu_layers = _ALL_LAYERS if workload.device == "gpu" else 0
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
     if not model:
         raise RuntimeError("llama.cpp could not load the converted model")

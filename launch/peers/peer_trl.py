@@ -114,7 +114,7 @@ def _trainer(workload: train_protocol.Workload, microbatches: int, cache: str | 
                 pad_to_multiple_of=None,
                 gradient_checkpointing=False,
                 bf16=False,
-                use_cpu=True,
+                use_cpu=workload["device"] == "cpu",
                 cache_implementation=cache,
                 save_strategy="no",
                 report_to="none",

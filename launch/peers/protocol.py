@@ -31,6 +31,7 @@ class Workload:
     precision: str
     threads: int
     seconds_limit: float  # for the whole script; whoever started it ends it then
+    device: str = "cpu"  # or "gpu"
     quick: bool = False  # one pass at each lane count, in the peer's first mode alone
 
 

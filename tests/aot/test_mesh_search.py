@@ -6,7 +6,7 @@ import math
 import pytest
 
 from apr_jax.aot.mesh_search import candidates, estimate, parse_mesh, rows_per_shard, shapes
-from apr_jax.aot.peaks import PEAKS
+from apr_jax.bench.datasheets import PEAKS
 from apr_jax.config import Config, ConfigError, MeshConfig
 from apr_jax.config_dict import from_config_dict
 from apr_jax.parallel.fit import fit

@@ -2,7 +2,8 @@
 
 import pytest
 
-from apr_jax.aot.peaks import PEAKS, Cost, Estimate, Peaks
+from apr_jax.aot.peaks import Cost, Estimate
+from apr_jax.bench.datasheets import PEAKS, Peaks
 
 ROUND = Peaks(flops=100.0, memory=1, memory_bandwidth=10.0, link_bandwidth=2.0, source="made up")
 

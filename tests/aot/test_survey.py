@@ -16,9 +16,10 @@ from apr_jax.aot.compilation import (
     planned_programs,
 )
 from apr_jax.aot.hlo import Collective
-from apr_jax.aot.peaks import Cost, Peaks
+from apr_jax.aot.peaks import Cost
 from apr_jax.aot.survey import Survey, tables
 from apr_jax.aot.topology import parse_topology
+from apr_jax.bench.datasheets import Peaks
 from apr_jax.config import MeshConfig
 from apr_jax.engine.plan import EnginePlan
 from apr_jax.parallel.device_memory import local_bytes

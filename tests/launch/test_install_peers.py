@@ -76,3 +76,25 @@ def test_torch_comes_first_and_without_cuda(installer: Any, monkeypatch: pytest.
 def test_unknown_names_are_refused(installer: Any):
     with pytest.raises(SystemExit, match="no peer 'sglang'; choose of bad, good"):
         installer.main(["sglang"])
+    with pytest.raises(SystemExit, match="--platform=tpu: peers are built for CPUs"):
+        installer.main(["--platform=tpu", "good"])
+
+
+def test_builds_for_gpus_are_resolved_and_lie_beside_those_for_cpus(installer: Any):
+    installer.main(["good"])
+    installer.main(["--platform=cuda12", "good"])
+    environments = installer.ENVIRONMENTS
+    assert (environments / "good" / ".installed").exists()
+    assert (environments / "good-gpu" / ".installed").exists()
+    assert ("good-gpu", "torch==2.13.0") in installer.calls
+    assert (environments / "good-gpu" / "requirements.txt").read_text() == "other==1\n"
+    lines = {
+        name: [line for line in (SOURCE.parent / f"requirements-{name}.txt").read_text().splitlines() if "==" in line]
+        for name in ("hf", "tunix", "vllm", "llama_cpp", "trl")
+    }
+    builds = {name: installer.gpu_builds(each, "cuda13") for name, each in lines.items()}
+    assert builds["hf"][0] == builds["trl"][0] == ["torch==2.13.0"]
+    assert builds["tunix"][0] == ["jax[cuda13]==0.10.2"]
+    assert builds["vllm"] == (["vllm==0.32.0"], [])
+    assert any("-DGGML_CUDA=on;-DLLAVA_BUILD=OFF" in line for line in builds["llama_cpp"][1])
+    assert not any("+cpu" in line for _, rest in builds.values() for line in rest)
