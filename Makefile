@@ -1,5 +1,5 @@
 # make train | make reproduce | make test | make test-fast | make test-slow | make test-browser | make test-peers | make test-pretrained | make peers | make test-aot | make soak |
-# make compile-aot | make gpu-check | make screenshots | make lint | make lock
+# make compile-aot | make accelerator-check | make screenshots | make lint | make lock
 # METHOD=serial trains another way of reasoning (configs/methods.py).
 # ROOM=engine tests one room of the package, tests/engine (test, test-fast, test-slow).
 # PYTHON=python3.13 picks another interpreter, PLATFORM=cuda12 or tpu a JAX for it; each has an environment of its own.
@@ -17,7 +17,7 @@ TOPOLOGY ?= tpu:v5e:4x4
 
 COMPARISON ?= docs/results/laptop
 
-.PHONY: train reproduce test test-without-cpu-kernels test-fast test-slow test-browser screenshots soak transformers test-peers test-pretrained peers test-aot compile-aot gpu-check lint format lock env clean
+.PHONY: train reproduce test test-without-cpu-kernels test-fast test-slow test-browser screenshots soak transformers test-peers test-pretrained peers test-aot compile-aot accelerator-check lint format lock env clean
 
 env: $(VENV)/.installed
 
@@ -92,9 +92,10 @@ test-pretrained: transformers
 test-peers: transformers
 	$(BIN)/python -m pytest -m peers
 
-# An environment for each system of launch/benchmark_{decode,train}.py --peers; PEERS="hf tunix" makes only those.
+# An environment for each system of launch/benchmark_{decode,train}.py --peers; PEERS="hf tunix" makes only those,
+# PLATFORM=cuda12 those for GPUs.
 peers:
-	$(PYTHON) launch/peers/install.py $(PEERS)
+	$(PYTHON) launch/peers/install.py $(if $(PLATFORM),--platform=$(PLATFORM)) $(PEERS)
 
 test-aot: .venv-aot/.installed
 	.venv-aot/bin/python -m pytest tests/aot
@@ -110,10 +111,9 @@ compile-aot: .venv-aot/.installed
 	.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-gpu-check:
-	@command -v nvidia-smi > /dev/null || { echo "gpu-check: no NVIDIA GPU here (there is no nvidia-smi)" >&2; exit 2; }
-	$(MAKE) env PLATFORM=cuda12
-	.venv-$(notdir $(PYTHON))-cuda12/bin/python launch/gpu_check.py
+# A TPU or GPU against the CPU, and its speed, in under eight minutes: PLATFORM=cuda12, cuda13 or tpu.
+accelerator-check: env
+	$(BIN)/python launch/accelerator_check.py --json=accelerator_check.json --page=accelerator_check.html $(FLAGS)
 
 lint: env
 	$(BIN)/ruff check .

@@ -107,7 +107,7 @@ def _measure(
         config, params = decode.policy_to_measure(pathlib.Path(_CHECKPOINT.value), config, lengths[-1])
     else:
         params = sharp_params(config.model, config.seed)
-    counts = [decode.lanes_to_measure(config, mesh, lanes, each, effort, _say) for each in lengths]
+    counts = [decode.lanes_to_measure(config, params, mesh, lanes, each, effort, _say) for each in lengths]
     if _PEERS.value:
         peer_lanes = _check_peer_lanes(peer_lanes, effort.peer_lanes, counts[0])
     parts = []
@@ -147,8 +147,9 @@ def _replays(config: Config, mesh: Any, params: Any) -> dict[str, Any]:
     from apr_jax.engine.engine import Engine
     from apr_jax.evaluation.run import ShownProgress
 
-    replays = make_replays(config, config_tokenizer(config), _PROBLEMS.value)
     engine = Engine(config.model, config.engine, config.rollout, mesh, params=params, banned_tokens=())
+    lanes = engine.limits.lanes * engine.limits.num_shards
+    replays = make_replays(config, config_tokenizer(config), _PROBLEMS.value, lanes)
     print(f"engine memory: {engine.memory}", flush=True)
     engine.warm_up()
     with ShownProgress(len(replays), "Problems") as on_progress:

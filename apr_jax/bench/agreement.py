@@ -1,4 +1,4 @@
-"""A comparison of what a device decodes with a plain forward pass on the CPU, for `launch/gpu_check.py`.
+"""A comparison of what a device decodes with a plain forward pass on the CPU, for `launch/accelerator_check.py`.
 
 The reference is the dense forward in float32, without cache, engine or kernel. It scores what the device wrote, so one
 difference does not hide the tokens after it.
@@ -6,7 +6,7 @@ difference does not hide the tokens after it.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from apr_jax.engine.threads import Append, Call, Decode, Open, Program, RolloutK
 from apr_jax.model.params import Params, graphdef, init_params
 from apr_jax.model.sampling import log_probs
 from apr_jax.model.views.training import training_rows
+
+Script = Callable[[ModelConfig, int, int, int], list[Program]]  # of a page's size, a thread's most tokens and a seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +66,17 @@ def sharp_params(config: ModelConfig, seed: int) -> Params:
 
 
 def decode_greedily(
-    model: ModelConfig, sizes: EngineConfig, rollout: RolloutConfig, mesh: Mesh, params: Params, seed: int
+    model: ModelConfig,
+    sizes: EngineConfig,
+    rollout: RolloutConfig,
+    mesh: Mesh,
+    params: Params,
+    seed: int,
+    script: Script | None = None,
 ) -> list[Call]:
-    """Return what the engine writes for scripted programs that start, stop and resume around borders of pages."""
+    """Return what the engine writes for scripted programs, by default those that stop and go on."""
     engine = Engine(model, sizes, rollout, mesh, params=params, banned_tokens=())
-    programs = _programs(model, sizes.page_size, rollout.max_steps, np.random.default_rng(seed))
+    programs = (script or resumed_threads)(model, sizes.page_size, rollout.max_steps, seed)
     keyed = [(RolloutKey(number, 0), program) for number, program in enumerate(programs)]
     return [call for rollout in engine.run(keyed, seed=seed, temperature=0.0) for call in rollout.calls]
 
@@ -94,9 +102,9 @@ def _own_and_regret(written_T: np.ndarray, reference_TV: np.ndarray) -> tuple[np
     return own_T, reference_TV.max(axis=1) - own_T
 
 
-def _programs(model: ModelConfig, page: int, max_steps: int, rng: np.random.Generator) -> list[Program]:
-    """Make prompts around the borders of pages; each thread is cut back, appended to and decoded on."""
-    longest = model.max_seq_len // 8
+def resumed_threads(model: ModelConfig, page: int, max_steps: int, seed: int) -> list[Program]:
+    """Make prompts around the borders of pages; each thread decodes, is cut back, appended to and decoded on."""
+    longest, rng = model.max_seq_len // 8, np.random.default_rng(seed)
     lengths = [length for length in (1, page - 1, page, page + 1, 2 * page + 3, longest) if length <= longest]
 
     def program(prompt: list[int], more: list[int]) -> Program:
@@ -106,10 +114,25 @@ def _programs(model: ModelConfig, page: int, max_steps: int, rng: np.random.Gene
         yield Append(thread, more)
         return (yield Decode(thread, ()))
 
-    def draw(count: int) -> list[int]:
-        return rng.integers(0, model.vocab_size, count).tolist()
+    return [program(_draw(rng, model, length), _draw(rng, model, 5)) for length in lengths]
 
-    return [program(draw(length), draw(5)) for length in lengths]
+
+def prefilled_threads(model: ModelConfig, page: int, max_steps: int, seed: int) -> list[Program]:
+    """Make prompts of up to a whole context, each with the few tokens that show what prefill computed."""
+    new, rng = min(4, max_steps), np.random.default_rng(seed)
+    longest = model.max_seq_len - new
+
+    def program(prompt: list[int]) -> Program:
+        thread = yield Open(prompt)
+        return (yield Decode(thread, (), max_tokens=new))
+
+    return [
+        program(_draw(rng, model, length)) for length in (page, page + 1, longest // 2, longest - page + 1, longest)
+    ]
+
+
+def _draw(rng: np.random.Generator, model: ModelConfig, count: int) -> list[int]:
+    return rng.integers(0, model.vocab_size, count).tolist()
 
 
 def _reference(model: ModelConfig, params: Params, texts: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:

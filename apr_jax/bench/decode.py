@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -22,6 +23,7 @@ from apr_jax.engine.threads import Decode, Open, Program, Progress, RolloutKey
 from apr_jax.kernels import for_decoding
 from apr_jax.kernels.pairs import KernelPagedAttention
 from apr_jax.model.params import Params, num_params
+from apr_jax.parallel.device_memory import local_bytes
 from apr_jax.parallel.machine import device_name
 from apr_jax.parallel.mesh import make_mesh
 
@@ -165,22 +167,24 @@ def lengths_to_measure(
 
 def lanes_to_measure(
     config: Config,
+    params: Any,
     mesh: Mesh,
     lanes: Sequence[int] | None,
     lengths: Lengths,
     effort: Effort,
     say: Callable[[str], None],
 ) -> Sequence[int]:
-    """Return the lane counts that are asked for, or else the platform's own that fit; `say` is told of the others.
+    """Return the lane counts that are asked for, or else the platform's own that fit beside the weights given.
 
-    Raises ConfigError where a count does not fit that is asked for, or none does.
+    `say` is told of the others. Raises ConfigError where a count does not fit that is asked for, or none does.
     """
     lengths.check(config.model, effort)
+    beside = local_bytes([leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)])
     fitting: list[int] = []
     for count in effort.lanes if lanes is None else lanes:
         used = mesh_for(mesh, count)
         try:
-            EnginePlan.of(config.model, _sizes(config, count, lengths, effort, used), used)
+            EnginePlan.of(config.model, _sizes(config, count, lengths, effort, used), used, beside=beside)
         except ConfigError as error:
             if lanes is not None or not fitting:
                 raise
@@ -206,8 +210,7 @@ def about(config: Config, mesh: Mesh) -> dict[str, Any]:
 
 def kernel_name(config: Config, mesh: Mesh) -> str:
     """Return the name of the decode attention within the package, such as "kernels.cpu.attention.CpuPagedAttention"."""
-    engine = config.engine
-    attention = for_decoding(config.model, engine.decode_attention, engine.page_size, mesh).attention
+    attention = for_decoding(config.model, config.engine, mesh).attention
     what: Any = attention.kernel if isinstance(attention, KernelPagedAttention) else type(attention)
     return f"{what.__module__}.{what.__qualname__}".removeprefix("apr_jax.")
 

@@ -64,13 +64,13 @@ def replay(calls: Sequence[ReplayedCall]) -> Program:
         yield Decode(thread, (), max_tokens=len(call.tokens))
 
 
-def make_replays(config: Config, tokenizer: Tokenizer, count: int | None) -> list[list[ReplayedCall]]:
+def make_replays(config: Config, tokenizer: Tokenizer, count: int | None, lanes: int = 0) -> list[list[ReplayedCall]]:
     """Return the parent's calls of the solver's search on the first `count` test problems that fit the limits.
 
-    With `count` None there are as many as the split has, up to MAX_PROBLEMS. Raises ConfigError when the test split has
-    fewer than asked for.
+    With `count` None there are as many as the split has, up to MAX_PROBLEMS, or two for each of `lanes`. Raises
+    ConfigError when the test split has fewer than asked for.
     """
-    wanted = MAX_PROBLEMS if count is None else count
+    wanted = max(MAX_PROBLEMS, 2 * lanes) if count is None else count
 
     def count_tokens(text: str) -> int:
         return len(tokenizer.encode(text))

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from apr_jax.bench.decode import about
+from apr_jax.bench.decode import about, datasheet
 from apr_jax.bench.roofline import measure_limits
 from apr_jax.bench.training import OURS, Session, benchmark_grpo, benchmark_sft
 from apr_jax.config import Config
@@ -25,20 +25,25 @@ def measure(config: Config, phases: Sequence[str], session: Session) -> dict[str
         benchmark = benchmark_sft if phase == "sft" else benchmark_grpo
         figures[phase] = benchmark(config, mesh, session)
         limits = limits.better(measure_limits(mesh, config.model.compute_dtype))
-    figures["limits"] = dataclasses.asdict(limits)
+    sheet = datasheet(mesh)
+    figures["limits"], figures["datasheet"] = dataclasses.asdict(limits), sheet and dataclasses.asdict(sheet)
     for row in figures.get("sft", {}).get("contestants", {}).values():
         if "median_seconds" in row:
-            row["flops_share"] = figures["sft"]["flops_per_step"] / row["median_seconds"] / limits.flops_per_second
+            rate = figures["sft"]["flops_per_step"] / row["median_seconds"]
+            row["flops_share"] = rate / limits.flops_per_second
+            if sheet is not None:
+                row["datasheet_share"] = rate / sheet.flops_per_second
     return figures
 
 
 def table(figures: dict[str, Any]) -> str:
     """Write the figures for people."""
-    limits = figures["limits"]
+    limits, sheet = figures["limits"], figures["datasheet"]
     lines = [
         f"{figures['device']}, {figures['model']['num_params']:,} parameters in {figures['model']['compute_dtype']}, "
         f"mesh {' x '.join(map(str, figures['mesh'].values()))}; limit measured in this run: "
-        f"{limits['flops_per_second'] / 1e9:.0f} GFLOP/s"
+        f"{limits['flops_per_second'] / 1e9:,.0f} GFLOP/s"
+        + (f"; by the datasheet: {sheet['flops_per_second'] / 1e9:,.0f} GFLOP/s" if sheet else "")
     ]
     for phase in [name for name in _TITLES if name in figures]:
         part = figures[phase]
@@ -78,7 +83,7 @@ def write_plot(path: str | pathlib.Path, figures: dict[str, Any]) -> None:
 def _line(name: str, row: dict[str, Any]) -> str:
     if "median_seconds" not in row:
         return f"{name:<24}{row.get('error', 'not measured')}"
-    share = f"{row['flops_share']:.0%}" if "flops_share" in row else ""
+    shares = [f"{row[name]:.0%}" for name in ("flops_share", "datasheet_share") if name in row]
     times = "".join(
         f"{'' if name == reference else f'{median:.2f}x ({low:.2f} to {high:.2f})':>36}"
         for reference, (median, low, high) in row["over"].items()
@@ -86,4 +91,4 @@ def _line(name: str, row: dict[str, Any]) -> str:
     doubt = "  ANOTHER MODEL: its losses are not ours" if row.get("same_model") is False else ""
     error = f"  {row['error']}" if "error" in row else ""
     rate, milliseconds = row["tokens_per_second"], row["median_seconds"] * 1e3
-    return f"{name:<24}{rate:>10,.0f}{milliseconds:>12,.0f}{share:>12}{times}{doubt}{error}"
+    return f"{name:<24}{rate:>10,.0f}{milliseconds:>12,.0f}{' / '.join(shares):>12}{times}{doubt}{error}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from apr_jax.bench.roofline import Limits, StepCost, apply_to_vector, measure_li
 from apr_jax.config import ConfigError
 from apr_jax.config_dict import from_config_dict
 from apr_jax.model.params import init_params, num_params
+from apr_jax.parallel.fit import fit
 from configs.grpo import get_config
 from tests.engine.helpers import MODEL, make_mesh
 
@@ -77,13 +79,10 @@ def test_every_turn_of_a_loop_is_taken():
         assert " while(" not in once, "one turn is no loop"
 
 
-def test_each_of_eight_data_shards_reads_weights_of_its_own(config, accelerator):
+def test_each_of_eight_data_shards_reads_weights_of_its_own(config, accelerator, monkeypatch):
+    monkeypatch.setattr(decode, "measure_limits", lambda mesh, dtype: Limits(1e9 * mesh.size, 1e12 * mesh.size))
     lengths = decode.Lengths(prompt=8, new=64)
-    on_eight = dataclasses.replace(
-        config,
-        mesh=dataclasses.replace(config.mesh, data=8),
-        sft=dataclasses.replace(config.sft, validation_rows=8),
-    )
+    on_eight = fit(config, dataclasses.replace(config.mesh, data=8))
     figures = decode.benchmark_decode(on_eight, init_params(config.model, 0), (4, 16), lengths, accelerator)
     whole, one = figures["lanes"]["16"], figures["lanes"]["4"]
     assert (whole["data_shards"], whole["devices"]) == (8, 8)
@@ -92,7 +91,7 @@ def test_each_of_eight_data_shards_reads_weights_of_its_own(config, accelerator)
         own = StepCost.of(config.model, lanes // shards, row["context"])
         assert (row["bytes_per_step"], row["flops_per_step"]) == (shards * own.bytes, shards * own.flops)
         assert row["tokens_per_second_per_device"] == row["tokens_per_second"] / shards
-        assert row["seconds"] > 0
+        assert row["roofline_ms"] == pytest.approx(max(shards * own.bytes / 8e9, shards * own.flops / 8e12) * 1e3)
     assert "/device" in decode.table(figures)
 
 
@@ -128,15 +127,31 @@ def test_a_lane_holds_its_context_on_average(config, accelerator, context, longe
         decode.Lengths.around(505, dataclasses.replace(model, max_seq_len=512), accelerator)
 
 
+@pytest.mark.parametrize(("longest", "contexts"), [(4_096, [400, 2_048]), (512, [400]), (300, [150])])
+def test_accelerators_are_measured_at_what_they_serve(config, longest, contexts):
+    gpu = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+    mesh = types.SimpleNamespace(devices=np.array([gpu] * 8, object), shape={"data": 8, "fsdp": 1, "tensor": 1}, size=8)
+    effort = decode.Effort.on(mesh, config)
+    assert (effort.lanes[0], effort.lanes[-1]) == (8 * 64, 8 * 1_024)
+    assert set(effort.peer_lanes) <= set(effort.lanes)
+    assert effort.seconds == 2.0
+    model = dataclasses.replace(config.model, max_seq_len=longest)
+    lengths = decode.lengths_to_measure(model, mesh, effort, None, None)
+    for each, context in zip(lengths, contexts, strict=True):
+        each.check(model, effort)
+        assert abs(each.prompt + (effort.steps_per_visit + each.new) / 2 - context) <= 1
+    assert decode.datasheet(mesh) == Limits(8 * 4.8e12, 8 * 989.4e12)
+
+
 def test_lanes_that_do_not_fit_are_left_out_or_refused(config, monkeypatch):
     monkeypatch.setattr("apr_jax.engine.memory.memory_limit", lambda mesh: 8_000_000)
     mesh, said = make_mesh(2), []
     effort, lengths = decode.Effort.on(mesh, config), decode.Lengths(prompt=400, new=96)
-    fitting = decode.lanes_to_measure(config, mesh, None, lengths, effort, said.append)
+    fitting = decode.lanes_to_measure(config, {}, mesh, None, lengths, effort, said.append)
     assert 0 < len(fitting) < len(effort.lanes)
     assert said[0].startswith(f"leaving out {effort.lanes[len(fitting)]} lanes of 496 tokens: the engine does not fit")
     with pytest.raises(ConfigError, match="does not fit"):
-        decode.lanes_to_measure(config, mesh, (1, 10_000), lengths, effort, said.append)
+        decode.lanes_to_measure(config, {}, mesh, (1, 10_000), lengths, effort, said.append)
 
 
 def test_figures(config, figures):
