@@ -1,8 +1,8 @@
-"""Pages as the paged attention kernels of TPUs and GPUs want them.
+"""Pages as the paged attention kernel of GPUs wants them.
 
-Both want pages heads first, `[heads, pages, ...]`. A pair (page, group) is as contiguous in `[P, J, C, W]`, so they are
-given `P * J` pages of a single head, lanes times groups as their batch, and tables of pairs: a reshape, no copy.
-Letters as in `model/paged_attention.py`.
+It wants pages heads first, `[heads, pages, ...]`. A pair (page, head) is as contiguous in `[P, J, C, W]`, so it is
+given `P * J` pages of a single head, lanes times heads as its batch, and tables of pairs: a reshape, no copy. Letters
+as in `model/paged_attention.py`.
 """
 
 import dataclasses
@@ -25,6 +25,6 @@ class KernelPagedAttention(PagedAttention):
     kernel: PagesKernel
 
     def attend(self, q_LNH: jax.Array, pages: Block, places: Places) -> jax.Array:
-        scaled_LNH = (q_LNH / math.sqrt(q_LNH.shape[-1])).astype(q_LNH.dtype)
-        q_LJMW = self.tile.pack_queries(scaled_LNH, pages[0].shape[1])
-        return self.tile.unpack_outputs(self.kernel(q_LJMW, *pages, places.seen_L, places.tables_LR))
+        (L, N, H), J = q_LNH.shape, pages[0].shape[1]
+        scaled_LJMH = (q_LNH / math.sqrt(H)).astype(q_LNH.dtype).reshape(L, J, N // J, H)
+        return self.kernel(scaled_LJMH, *pages, places.seen_L, places.tables_LR).reshape(q_LNH.shape)

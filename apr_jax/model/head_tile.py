@@ -10,7 +10,7 @@ import jax.numpy as jnp
 class HeadTile:
     """A layout of key/value heads in a page: `heads` neighbours side by side, then `padding` zeros.
 
-    Letters: J head groups of a page, W elements of a group in one position, M query heads of one group.
+    Letters: J head groups of a page, W elements of a group in one position.
     """
 
     heads: int = 1
@@ -40,24 +40,6 @@ class HeadTile:
         H = self.head_dim(W)
         grouped = x[..., : self.heads * H].reshape(*lead, J, C, self.heads, H)
         return jnp.swapaxes(grouped, -3, -2).reshape(*lead, J * self.heads, C, H)
-
-    def pack_queries(self, q_LNH: jax.Array, J: int) -> jax.Array:
-        """Widen queries `[L, N, H]` to their groups `[L, J, M, W]`, zero where their neighbours' keys lie."""
-        L, N, H = q_LNH.shape
-        q_LJPGH = q_LNH.reshape(L, J, self.heads, N // J // self.heads, H)
-        places = [(place * H, (self.heads - 1 - place) * H + self.padding) for place in range(self.heads)]
-        spread = [
-            jnp.pad(q_LJPGH[:, :, place], ((0, 0), (0, 0), (0, 0), widths)) for place, widths in enumerate(places)
-        ]
-        return jnp.concatenate(spread, axis=2)
-
-    def unpack_outputs(self, out_LJMW: jax.Array) -> jax.Array:
-        """Pick `[L, N, H]` from `[L, J, M, W]`: what each query head found in its own head's values."""
-        L, J, M, W = out_LJMW.shape
-        H = self.head_dim(W)
-        out_LJPGW = out_LJMW.reshape(L, J, self.heads, M // self.heads, W)
-        own = [out_LJPGW[:, :, place, :, place * H : (place + 1) * H] for place in range(self.heads)]
-        return jnp.concatenate(own, axis=2).reshape(L, J * M, H)
 
 
 PLAIN = HeadTile()

@@ -86,6 +86,7 @@ def describe(lowered: Any, config: Config, mesh: Any) -> dict[str, Any]:
         "bytes_accessed": costs.get("bytes accessed"),
         "kernels": sorted(set(KERNEL.findall(text))),
         "num_kernels": len(KERNEL.findall(text)),
+        "conditionals": text.count(" conditional("),
         "page_copies": len(copies_of(text, {pool // mesh.shape["tensor"]})),
         "collectives": len(collectives(text)),
         "collectives_over_data": len(collectives_over_data(text, mesh)),

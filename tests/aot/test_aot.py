@@ -62,6 +62,13 @@ def test_decode_calls_its_kernel_in_every_layer(target):
         assert programs["decode"]["num_kernels"] == LAYERS
 
 
+def test_a_tpu_prefills_without_branches_by_its_kernel(target):
+    kernel, _, meshes = target
+    if kernel == "tpu_custom_call":
+        for _, _, programs in meshes:
+            assert (programs["prefill"]["num_kernels"], programs["prefill"]["conditionals"]) == (LAYERS, 0)
+
+
 def test_training_attention_calls_its_kernels(target):
     kernel, _, meshes = target
     for _, _, programs in meshes:

@@ -64,7 +64,7 @@ def attend(kernel, tile, N, K, dtype=jnp.float32):
     q_LNH, k_LKSH, v_LKSH = rows(N, K)
     (k_pages, tables_LR), (v_pages, _) = paged(k_LKSH, tile), paged(v_LKSH, tile)
     lengths_L = jnp.asarray(LENGTHS, jnp.int32)
-    attention = PagedAttention(tile) if kernel is None else KernelPagedAttention(kernel=kernel, tile=tile)
+    attention = PagedAttention(tile) if kernel is None else KernelPagedAttention(kernel=kernel)
     typed_LNH, *pages = (x.astype(dtype) for x in (q_LNH, k_pages, v_pages))
     out = jax.jit(attention.attend)(typed_LNH, tuple(pages), Places(lengths_L - 1, lengths_L > 0, tables_LR))
     assert out.dtype == dtype
