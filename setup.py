@@ -29,6 +29,8 @@ setup(
         "tensorflow-datasets>=4.9.10,<5",
         "importlib_resources>=6",  # tensorflow-datasets imports it without naming it
         "array_record>=0.8,<1",
+        "etils>=1.15",
+        "fsspec>=2026.2",
         "grain>=0.2.18,<0.4",
         "numpy>=2,<3",
         "ml-collections>=1.1,<2",
@@ -45,6 +47,7 @@ setup(
     extras_require={
         "gpu": ["jax[cuda12]>=0.10,<1"],
         "tpu": ["jax[tpu]>=0.10,<1"],
+        "gcs": ["gcsfs>=2026.7"],  # runs in gs://BUCKET/FOLDER
         "peers": ["torch>=2.9", "transformers>=5"],
         "pretrained": ["gguf>=0.17,<1"],  # reads and writes GGUF files
         "gym": ["reasoning-gym>=0.1.20,<0.2"],  # datasets of config.task.name=gym:NAME

@@ -120,12 +120,17 @@ class CompiledPrograms:
                 doomed.unlink(missing_ok=True)
 
 
+@functools.cache
 def check_compiled_programs() -> None:
     """Let JAX keep its programs in a `CompiledPrograms`, in the folder and within the limit that its settings say."""
     import jax
     from jax._src import compilation_cache  # the only place where a cache can be put in
 
-    def open_cache(folder: str) -> tuple[Any, str]:
+    of_jax = compilation_cache.get_file_cache
+
+    def open_cache(folder: str) -> tuple[Any, str] | None:
+        if "://" in folder:  # an object store writes whole objects and checks them, and has no disk to fill
+            return of_jax(folder)
         given: int = jax.config.jax_compilation_cache_max_size  # type: ignore[attr-defined]
         return CompiledPrograms(pathlib.Path(folder), _LIMIT if given < 0 else given), folder
 

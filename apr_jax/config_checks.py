@@ -1,6 +1,7 @@
 """Checks of what several sections of the configuration must agree on. Each yields a message with what disagrees."""
 
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,8 @@ from apr_jax.config_fields import BY_DEVICES, LEAST_TEMPERATURE
 
 if TYPE_CHECKING:
     from apr_jax.config import Config
+
+_IN_STORE = re.compile("[A-Za-z][A-Za-z0-9+.-]*:/")
 
 
 def disagreements(config: "Config") -> Iterator[str]:
@@ -24,7 +27,8 @@ def disagreements(config: "Config") -> Iterator[str]:
 def futile(config: "Config") -> Iterator[str]:
     """Yield what a run would fail at, or do in vain, with a configuration in which nothing disagrees."""
     data, grpo, evaluation = config.data, config.grpo, config.evaluation
-    if data.tokenizer != "builtin" and not pathlib.Path(data.tokenizer).exists():
+    local = data.tokenizer != "builtin" and not _IN_STORE.match(data.tokenizer)
+    if local and not pathlib.Path(data.tokenizer).exists():
         yield f'data.tokenizer={data.tokenizer}: no such file; name a tokenizer.json, or "builtin"'
     if grpo.num_steps and grpo.prompts_per_step > data.num_train:
         yield f"grpo.prompts_per_step={grpo.prompts_per_step} is more than data.num_train={data.num_train}"
@@ -46,6 +50,11 @@ def _names(config: "Config") -> Iterator[str]:
     name, data = config.name, config.data
     if name in ("", ".", "..") or not name.isprintable() or {*name} & {*"/\\"} or len(name.encode()) > 200:
         yield f"name={name[:100]!r} must be a plain name, without separators: it names the run's folder"
+    if _IN_STORE.match(data.directory):
+        yield (
+            f"data.directory={data.directory}: the data set must lie on this machine, where its records are read by "
+            "their place; name a folder here (hosts may each have their own)"
+        )
     for field, path in (("directory", data.directory), ("tokenizer", data.tokenizer)):
         if not path or not path.isprintable():
             yield f"data.{field}={path[:100]!r} must be a path"

@@ -27,6 +27,7 @@ from apr_jax.config import Config, ConfigError
 from apr_jax.config_dict import from_config_dict
 from apr_jax.config_fields import LARGEST_INT, Range
 from apr_jax.files import FileError, explain, naming, write
+from apr_jax.paths import is_remote, local_path, path_of
 from apr_jax.stopping import StoppedAtOnceError, StoppedError, StopSignal
 
 FAILED, BAD_ARGUMENTS, STOPPED = 1, 2, 75  # exit codes
@@ -158,7 +159,7 @@ def define_output(name: str, help: str, endings: Sequence[str] = ()) -> flags.Fl
 
     def check(value: str | None) -> bool:
         if value is not None and (endings or value != _STANDARD_OUTPUT):
-            _check_output(pathlib.Path(value), endings)
+            _check_output(_flag_path(value), endings)
         return True
 
     holder = flags.DEFINE_string(name, None, help)
@@ -173,7 +174,7 @@ def define_folder(name: str, help: str, file_ending: str | None = None) -> flags
     """
 
     def check(value: str | None) -> bool:
-        path = pathlib.Path(value or ".")
+        path = _flag_path(value or ".", "what this program writes")
         if file_ending and path.suffix == file_ending:
             if path.is_dir():
                 raise flags.ValidationError("this is a folder; name a file in it")
@@ -189,11 +190,21 @@ def define_folder(name: str, help: str, file_ending: str | None = None) -> flags
     return holder
 
 
+def _flag_path(value: str, local: str | None = None) -> pathlib.Path:
+    """Return a flag's path; with `local`, what must lie on this machine, one of this machine. Raise ValidationError."""
+    try:
+        return path_of(value) if local is None else local_path(value, local)
+    except ConfigError as error:
+        raise flags.ValidationError(str(error)) from error
+
+
 def _check_output(path: pathlib.Path, endings: Sequence[str]) -> None:
     if endings and path.suffix not in endings:
         raise flags.ValidationError(f"the name must end in {' or '.join(endings)}")
     if path.is_dir():
         raise flags.ValidationError("this is a folder; name a file in it")
+    if is_remote(path):
+        return
     if not path.parent.is_dir():
         raise flags.ValidationError(f"there is no folder {path.parent}; make it first")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -216,7 +227,7 @@ class JsonFlag:
             with naming(pathlib.Path("standard output")):
                 print(text, end="", file=sys.__stdout__, flush=True)
         elif self._holder.value:
-            write(pathlib.Path(self._holder.value), text.encode())
+            write(path_of(self._holder.value), text.encode())
 
 
 def positive_numbers(flag: str, values: Sequence[str]) -> tuple[int, ...]:

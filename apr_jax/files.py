@@ -1,7 +1,8 @@
 """Files of a run's folder: JSON and JSON lines, each written as a whole and read with care.
 
 Whatever lies on a disk may be cut short, empty or another program's. The readers here raise a FileError then, whose
-message is one sentence with the path and what to do. `entry.run` prints it and exits with 1.
+message is one sentence with the path and what to do. `entry.run` prints it and exits with 1. A path may lie in an
+object store (`paths`), where a file is written in one go.
 """
 
 import contextlib
@@ -10,17 +11,24 @@ import json
 import math
 import os
 import pathlib
+import shutil
+import tempfile
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from apr_jax.config import ConfigError
+from apr_jax.paths import StoreError, is_remote, is_there
 
 REMOVE = "remove the file, or restore it"
 _MOST_DIGITS = 308  # of a whole number, so that it can become a float
 _SEAL = "crc32"
 _BOM = b"\xef\xbb\xbf"
 _GIT_LFS = b"version https://git-lfs"
+_PIECE = 1 << 24  # bytes read at a time
+_UPLOAD_SECONDS = 30.0
+_OF_STORE = "HTTP response code"  # in what TensorStore says of a store's refusal
 
 _ADVICE = {
     errno.ENOSPC: "free some space on this disk and start again",
@@ -49,9 +57,16 @@ def write(path: pathlib.Path, data: bytes) -> None:
 def writing(path: pathlib.Path) -> Iterator[BinaryIO]:
     """Write a file atomically, so that a reader sees the old one or the new one. Make its folder.
 
-    A pipe or a device is written to as it is, and a link stays one.
+    A pipe or a device is written to as it is, and a link stays one. An object of a store is sent when the block ends.
     """
     with naming(path):
+        if is_remote(path):
+            with tempfile.TemporaryFile() as file:
+                yield file
+                file.seek(0)
+                with path.open("wb") as target:
+                    shutil.copyfileobj(file, target, _PIECE)
+            return
         if path.exists() and (not path.is_file() or path.is_relative_to("/dev")):
             with path.open("wb") as file:
                 yield file
@@ -69,6 +84,41 @@ def writing(path: pathlib.Path) -> Iterator[BinaryIO]:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
+
+
+class GrowingFile:
+    """A file to whose end bytes are added.
+
+    An object of a store cannot grow. It is written anew at `sync`, and when half a minute has passed.
+    """
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._path = path
+        self._whole: bytearray | None = None  # of an object
+        self._sent, self._sent_at = 0, 0.0
+
+    def add(self, data: bytes) -> None:
+        """Add bytes to the end. Raises OSError."""
+        if not is_remote(self._path):
+            with naming(self._path), self._path.open("ab") as file:
+                file.write(data)
+            return
+        if self._whole is None:
+            self._whole = bytearray(self._path.read_bytes() if self._path.exists() else b"")
+            self._sent, self._sent_at = len(self._whole), time.monotonic()
+        self._whole += data
+        if time.monotonic() - self._sent_at > _UPLOAD_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Make what was added survive a crash of the machine. Raises OSError."""
+        if is_remote(self._path):
+            if self._whole is not None and self._sent < len(self._whole):
+                write(self._path, bytes(self._whole))
+                self._sent, self._sent_at = len(self._whole), time.monotonic()
+        elif self._path.exists():
+            with naming(self._path), self._path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any], *, sealed: bool = False) -> None:
@@ -144,8 +194,10 @@ def file_in(folder: pathlib.Path, name: str) -> pathlib.Path:
       FileError: it is a folder, a pipe, a link to elsewhere or a git-lfs pointer.
     """
     path, whole = folder / name, folder.resolve()
-    if not os.path.lexists(path):
+    if not is_there(path):
         raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+    if is_remote(path):
+        return path
     if not path.exists():
         raise FileError(f"{path}: a link that leads nowhere; put the file itself in its place")
     real, places = path.resolve(), [whole]
@@ -194,7 +246,7 @@ def explain(error: OSError) -> str:
 
 def is_refusal(error: BaseException) -> bool:
     """Return True if the system refused to read or write a file, which need not be damaged then."""
-    return isinstance(error, OSError) and error.errno in _ADVICE
+    return isinstance(error, StoreError) or (isinstance(error, OSError) and error.errno in _ADVICE)
 
 
 @contextlib.contextmanager
@@ -212,6 +264,8 @@ def naming(path: pathlib.Path) -> Iterator[None]:
     except (FileError, ConfigError):
         raise
     except Exception as error:
+        if is_remote(path) and _OF_STORE in str(error):
+            raise StoreError.of(path, error) from error
         quoted = [code for code in _ADVICE if os.strerror(code) in str(error)]
         if not quoted:
             raise

@@ -28,6 +28,7 @@ from apr_jax.evaluation.metrics import record_rollout
 from apr_jax.evaluation.policy import configure
 from apr_jax.model.params import Params
 from apr_jax.parallel.mesh import make_mesh, offer_cpu_devices
+from apr_jax.paths import local_path, path_of
 from apr_jax.policies import SHIPPED
 from apr_jax.reasoning import METHODS
 from apr_jax.reasoning.base import Outcome, Settings
@@ -182,7 +183,11 @@ class Policy:
 
     def export(self, out: str | pathlib.Path, weight_type: str = "F32") -> None:
         """Write the policy as a Hugging Face folder, or as FILE.gguf (`evaluation.export`). `load` reads it back."""
-        export(Exported(self.config.model, self.params, self.tokenizer, self.config), pathlib.Path(out), weight_type)
+        export(
+            Exported(self.config.model, self.params, self.tokenizer, self.config),
+            local_path(out, "an exported policy"),
+            weight_type,
+        )
 
     def _solution(self, problem: Any, rollout: Rollout, method: str) -> Solution:
         record = record_rollout(
@@ -232,7 +237,7 @@ def load(
       CheckpointError, HuggingFaceError: it is damaged.
       ConfigError: it has no configuration, or one that does not go with its weights.
     """
-    folder = pathlib.Path(checkpoint)
+    folder = path_of(checkpoint)
     offer_cpu_devices()  # before the weights start JAX; how many the mesh needs, they will tell
     model, params, saved = load_policy(folder)
     given = fallback if config is None and saved is None else config

@@ -2,7 +2,8 @@
 
 The system's own lock (flock) goes with its process, so a killed one leaves nothing to clean up. Some file systems have
 no such lock, and on some it does not reach other hosts. So the file also records its holder. A process of this host is
-looked up; one of another host renews the record while it lives.
+looked up; one of another host renews the record while it lives. In an object store there is the record alone, with the
+time of its last renewal by its holder's clock.
 """
 
 import contextlib
@@ -20,11 +21,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from apr_jax.config import ConfigError
-from apr_jax.files import naming, parse_json
+from apr_jax.files import naming, parse_json, write
+from apr_jax.paths import is_remote
 
 _RENEW_SECONDS = 10.0
 _LIFE_SECONDS = 60.0  # a record of another host that is older belongs to a dead process
 _POLL_SECONDS = 0.2
+_SETTLE_SECONDS = 1.0  # after which of two records that were written to a store at once the later one is there
+_RENEWED = "renewed"  # the field of a record in a store
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 
@@ -45,16 +49,17 @@ def locked(path: pathlib.Path, advice: str, on_wait: Callable[[str], None] | Non
       LockedError: another process holds it, and there is no waiting.
     """
     is_new = not path.parent.exists()
-    file, holder = _try_to_lock(path)
-    if file is None and on_wait is not None:
+    take = _take_object if is_remote(path) else _try_to_lock
+    held, holder = take(path)
+    if held is None and on_wait is not None:
         on_wait(f"{path.parent}: waiting for {holder}, which works here")
-    while file is None:
+    while held is None:
         if on_wait is None:
             raise LockedError(f"{path.parent}: {holder} works here; {advice}")
         time.sleep(_POLL_SECONDS)
-        file, holder = _try_to_lock(path)
+        held, holder = take(path)
     released = threading.Event()
-    renewal = threading.Thread(target=_renew, args=(file, released), name=f"lock {path}", daemon=True)
+    renewal = threading.Thread(target=_renew, args=(held, released), name=f"lock {path}", daemon=True)
     renewal.start()
     try:
         yield
@@ -63,14 +68,76 @@ def locked(path: pathlib.Path, advice: str, on_wait: Callable[[str], None] | Non
         renewal.join()
         with contextlib.suppress(OSError):
             path.unlink()
-        file.close()
-        if is_new:
+        held.close()
+        if is_new and not is_remote(path):
             with contextlib.suppress(OSError):  # not empty: the usual case
                 path.parent.rmdir()
 
 
-def _try_to_lock(path: pathlib.Path) -> tuple[BinaryIO | None, str]:
-    """Return the open file of a lock that this process now holds, or None and the words for its holder."""
+class _HeldFile:
+    """The open file of a lock that this process holds."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def renew(self) -> None:
+        """Set the file's time to now."""
+        os.utime(self._file.fileno())
+
+    def close(self) -> None:
+        """Release the system's lock."""
+        self._file.close()
+
+
+class _HeldObject:
+    """The record of a lock that this process holds in an object store."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._path, self._record = path, _own_record()
+
+    def renew(self) -> None:
+        """Write the record with the present time. It differs from every other holder's."""
+        write(self._path, (json.dumps({**self._record, _RENEWED: time.time()}) + "\n").encode())
+
+    def is_ours(self) -> bool:
+        """Return True if the store has this process's record."""
+        return read_holder(self._path) == self._record
+
+    def close(self) -> None:
+        """Do nothing: the object is gone."""
+
+
+def _take_object(path: pathlib.Path) -> tuple[_HeldObject | None, str]:
+    """Do what `_try_to_lock` does, for a lock in an object store. Of two that write at once the later one has it."""
+    holder, held = _read_record(path), _HeldObject(path)
+    if holder.get("host") == socket.gethostname():
+        is_alive = holder.get("started") == _started(holder.get("pid"))
+    else:
+        renewed = holder.get(_RENEWED)
+        is_alive = isinstance(renewed, int | float) and time.time() - renewed < _LIFE_SECONDS
+    if not is_alive:
+        held.renew()
+        time.sleep(_SETTLE_SECONDS)
+        if held.is_ours():
+            return held, ""
+        holder = _read_record(path)
+    return None, _words(holder)
+
+
+def read_holder(path: pathlib.Path) -> dict[str, Any]:
+    """Return the record of the process that holds a lock, without the time of its renewal; {} where nobody does."""
+    return {name: value for name, value in _read_record(path).items() if name != _RENEWED}
+
+
+def _read_record(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return _parse(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+
+
+def _try_to_lock(path: pathlib.Path) -> tuple[_HeldFile | None, str]:
+    """Return the lock if this process now holds it, or None and the words for its holder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         file = path.open("a+b", buffering=0)
@@ -84,11 +151,14 @@ def _try_to_lock(path: pathlib.Path) -> tuple[BinaryIO | None, str]:
         except FileNotFoundError:
             pass
         file.close()  # its holder has just removed it
-    own = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()), "since": _now()}
     with naming(path):
         file.truncate(0)
-        file.write((json.dumps(own) + "\n").encode())
-    return file, ""
+        file.write((json.dumps(_own_record()) + "\n").encode())
+    return _HeldFile(file), ""
+
+
+def _own_record() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()), "since": _now()}
 
 
 def _flock(file: BinaryIO) -> bool | None:
@@ -118,8 +188,12 @@ def _is_alive(holder: dict[str, Any], unlocked: bool, path: pathlib.Path) -> boo
 def _read(file: BinaryIO) -> dict[str, Any]:
     """Return the holder's record, {} if there is none or it is damaged."""
     file.seek(0)
+    return _parse(file.read())
+
+
+def _parse(data: bytes) -> dict[str, Any]:
     try:
-        record = parse_json(file.read())
+        record = parse_json(data)
     except ValueError:
         return {}
     return record if isinstance(record, dict) else {}
@@ -144,10 +218,10 @@ def _started(pid: Any) -> int | None:
     return int(stat.rpartition(")")[2].split()[19])  # proc(5): starttime
 
 
-def _renew(file: BinaryIO, released: threading.Event) -> None:
+def _renew(held: _HeldFile | _HeldObject, released: threading.Event) -> None:
     while not released.wait(_RENEW_SECONDS):
         with contextlib.suppress(OSError):
-            os.utime(file.fileno())
+            held.renew()
 
 
 def _now() -> str:

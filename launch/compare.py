@@ -37,6 +37,7 @@ from apr_jax.evaluation.rollout_sources import (
     read_problems,
 )
 from apr_jax.lock import locked
+from apr_jax.paths import path_of
 from apr_jax.progress import busy
 from apr_jax.stopping import StoppedError
 from apr_jax.tasks import task_of
@@ -70,7 +71,7 @@ def main() -> int:
     # What can be refused is refused at once, before JAX and its friends have loaded.
     entry.positive_numbers("context_windows", _WINDOWS.value)
     _temperatures(0.0)
-    folders = {name: pathlib.Path(folder) for name, folder in read_policies(_POLICIES.value).items()}
+    folders = {name: path_of(folder) for name, folder in read_policies(_POLICIES.value).items()}
     for name, folder in folders.items():
         check_policy_folder(folder, f"policies={name}")
     if not folders:
@@ -86,7 +87,7 @@ def main() -> int:
 
     if _FIGURE.value:
         try:
-            draw_runs(folders, pathlib.Path(_FIGURE.value))
+            draw_runs(folders, path_of(_FIGURE.value))
         except ValueError as error:
             raise entry.FailedError(str(error)) from error
     try:
@@ -107,7 +108,7 @@ def _compare(folders: dict[str, pathlib.Path], own: list[Any] | None) -> None:
     cells = _cells(policies)
     asked = _asked(list(policies.values()), own)
     check_programs(cells, asked.task)
-    workdir = pathlib.Path(_WORKDIR.value)
+    workdir = path_of(_WORKDIR.value)
     with locked(workdir / "lock", "wait for it, or choose another --workdir"):
         rows = run_cells(
             cells,

@@ -13,7 +13,6 @@ Exit codes: 0 done, 1 failed, 2 bad arguments or config, 75 stopped by a signal.
 import contextlib
 import dataclasses
 import json
-import pathlib
 from collections.abc import Sequence
 
 from absl import flags
@@ -23,6 +22,7 @@ from apr_jax.config import Config
 from apr_jax.data.tokenizer import token_counter
 from apr_jax.files import writing
 from apr_jax.lock import locked
+from apr_jax.paths import path_of
 from apr_jax.progress import progress
 from apr_jax.tasks import generation, task_of
 from apr_jax.tasks.base import Demonstration
@@ -48,9 +48,9 @@ def _measure(config: Config) -> None:
     with contextlib.ExitStack() as stack:
         output = None
         if _OUTPUT.value:
-            lock = pathlib.Path(f"{_OUTPUT.value}.lock")
+            lock = path_of(f"{_OUTPUT.value}.lock")
             stack.enter_context(locked(lock, "choose another --output"))
-            output = stack.enter_context(writing(pathlib.Path(_OUTPUT.value)))
+            output = stack.enter_context(writing(path_of(_OUTPUT.value)))
         bar = stack.enter_context(progress(_NUM_PROBLEMS.value, "Searched", "problems"))
 
         def on_problem(searches: Sequence[Demonstration]) -> None:

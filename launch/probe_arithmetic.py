@@ -7,7 +7,6 @@ Exit codes: 0 done, 1 failed, 2 bad arguments.
 """
 
 import dataclasses
-import pathlib
 import random
 
 from absl import flags
@@ -15,6 +14,7 @@ from absl import flags
 from apr_jax import entry
 from apr_jax.config import ConfigError, MeshConfig
 from apr_jax.evaluation.rollout_sources import check_policy_folder
+from apr_jax.paths import path_of
 
 _CONFIG = entry.define_config("countdown4.py")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run (or RUN/best) or checkpoint folder.", required=True)
@@ -23,7 +23,7 @@ _JSON = entry.JsonFlag("the figures")
 
 
 def main() -> None:
-    checkpoint = pathlib.Path(_CHECKPOINT.value)
+    checkpoint = path_of(_CHECKPOINT.value)
     check_policy_folder(checkpoint)
     from apr_jax.bench.arithmetic import probe_arithmetic
     from apr_jax.checkpoints.policy import load_policy

@@ -17,6 +17,7 @@ from absl import flags
 
 from apr_jax import entry
 from apr_jax.config import ConfigError
+from apr_jax.paths import path_of
 from apr_jax.progress import busy
 
 _COMPARISON = flags.DEFINE_string("comparison", None, "Folder of launch/compare.py [runs/comparison without --run].")
@@ -30,7 +31,7 @@ _SCREENSHOTS = entry.define_folder("screenshots", "Folder for pictures of the pa
 
 
 def main() -> None:
-    run = pathlib.Path(_RUN.value) if _RUN.value else None
+    run = path_of(_RUN.value) if _RUN.value else None
     if run is not None and not run.is_dir():
         raise ConfigError(f"--run={run}: no such folder")
     from apr_jax.bench.browser import NoBrowserError, chromium, take_pictures
@@ -42,8 +43,8 @@ def main() -> None:
             if run is not None and _COMPARISON.value is None:
                 out = write_report(run, _OUT.value)
             else:
-                comparison = pathlib.Path(_COMPARISON.value or "runs/comparison")
-                out = pathlib.Path(_OUT.value) if _OUT.value else comparison / "report.html"
+                comparison = path_of(_COMPARISON.value or "runs/comparison")
+                out = path_of(_OUT.value) if _OUT.value else comparison / "report.html"
                 command = shlex.join(["python", "launch/report.py", *sys.argv[1:]])
                 write_comparison(comparison, out, command=command, run=run)
         print(out)

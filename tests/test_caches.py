@@ -10,6 +10,7 @@ import pytest
 
 from apr_jax import caches
 from apr_jax.caches import CompiledPrograms, cache_folder
+from tests.object_store.server import PACKAGES
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -129,6 +130,23 @@ def test_jax_compiles_again_what_is_damaged_and_says_nothing(tmp_path):
     assert compile_it() == "True False"
     assert {path.name for path in tmp_path.glob("*-cache")} == set(kept)
     assert compile_it() == "True True"
+
+
+@pytest.mark.heavy
+def test_compiled_programs_are_kept_in_an_object_store(tmp_path):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{PACKAGES}:{ROOT}",
+        "OBJECT_STORE": str(tmp_path / "objects"),
+        "JAX_COMPILATION_CACHE_DIR": "gs://bucket/compiled",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    for answer in ("True False", "True True"):
+        command = [sys.executable, "-c", COMPILES]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert (done.stdout.strip(), done.stderr) == (answer, "")
+    assert list((tmp_path / "objects" / "bucket" / "compiled").glob("*-cache"))
+    assert not (tmp_path / "gs:").exists()
 
 
 HOMELESS = """

@@ -138,6 +138,8 @@ def test_both_ends_are_taken_and_what_lies_just_outside_is_not(key):
         ("name", "x" * 300, r"must be a plain name"),
         ("data.directory", "", r"data\.directory='' must be a path"),
         ("data.directory", "a\0b", r"must be a path"),
+        ("data.directory", "gs://bucket/data", r"data\.directory=gs://bucket/data: the data set must lie on"),
+        ("data.directory", "s3://bucket/data", r"must lie on this machine"),
         ("sft.num_steps", -1, r"sft\.num_steps=-1 must be at least 0"),
         ("sft.optimizer.learning_rate", -0.01, r"sft\.optimizer\.learning_rate=-0\.01 must be at least 0"),
         ("grpo.optimizer.learning_rate", NAN, r"grpo\.optimizer\.learning_rate=nan must be a finite number"),

@@ -24,12 +24,14 @@ LAYERS = [
 ]
 # Leaves: what they may import of apr_jax themselves.
 LEAVES = {
-    "tasks": {"tasks", "config", "config_fields", "files"},
-    "data": {"data", "tasks", "config", "files", "lock", "progress", "gguf_file"},
+    "tasks": {"tasks", "config", "config_fields", "files", "paths"},
+    "data": {"data", "tasks", "config", "files", "paths", "lock", "progress", "gguf_file"},
     "policies": set(),
     "progress": set(),
-    "files": {"config"},
-    "lock": {"config", "files"},
+    "paths": {"config", "store"},
+    "store": {"config", "paths"},
+    "files": {"config", "paths"},
+    "lock": {"config", "files", "paths"},
     "gguf_file": {"config", "files"},
     "stopping": set(),
     "caches": set(),
@@ -38,7 +40,7 @@ LEAVES = {
     "config_checks": {"config", "config_fields"},  # config for its types alone
     # The door asks the registries TASKS, METHODS, FAMILIES.
     "config_dict": {"config", "config_fields", "config_checks", "tasks", "reasoning", "model"},
-    "entry": {"config", "config_fields", "config_dict", "files", "stopping", "caches"},
+    "entry": {"config", "config_fields", "config_dict", "files", "paths", "stopping", "caches"},
 }
 MAY_USE_LEAVES = {"reasoning", "evaluation", "reproduce", "checkpoints", "train", "library", "bench", "aot", "launch"}
 NO_JAX = ["apr_jax/tasks", "apr_jax/data", "apr_jax/engine/pages.py", "apr_jax/engine/threads.py"]

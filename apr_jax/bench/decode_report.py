@@ -4,6 +4,8 @@ import pathlib
 from typing import Any
 
 from apr_jax.bench.peers import doubt
+from apr_jax.files import writing
+from apr_jax.paths import path_of
 
 
 def peers_table(figures: dict[str, Any]) -> str:
@@ -55,4 +57,5 @@ def write_plot(path: str | pathlib.Path, figures: dict[str, Any]) -> None:
     axes.set_title(f"Decode, {figures['model']['num_params'] / 1e6:.0f}M parameters, {figures['device']}", fontsize=9)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    figure.savefig(path)
+    with writing(path_of(path)) as file:
+        figure.savefig(file, format=pathlib.PurePath(path).suffix[1:])

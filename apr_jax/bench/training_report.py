@@ -9,8 +9,10 @@ from apr_jax.bench.decode import about, datasheet
 from apr_jax.bench.roofline import measure_limits
 from apr_jax.bench.training import OURS, Session, benchmark_grpo, benchmark_sft
 from apr_jax.config import Config
+from apr_jax.files import writing
 from apr_jax.parallel.fit import fit_to
 from apr_jax.parallel.mesh import make_mesh
+from apr_jax.paths import path_of
 
 _TITLES = {"sft": "SFT", "grpo": "GRPO step"}
 
@@ -77,7 +79,8 @@ def write_plot(path: str | pathlib.Path, figures: dict[str, Any]) -> None:
         axes.set_title(f"{_TITLES[phase]}, tokens/s", fontsize=9)
         axes.margins(x=0.15)
         axes.tick_params(labelsize=8)
-    figure.savefig(path)
+    with writing(path_of(path)) as file:
+        figure.savefig(file, format=pathlib.PurePath(path).suffix[1:])
 
 
 def _line(name: str, row: dict[str, Any]) -> str:

@@ -12,7 +12,6 @@ Tokenizers are compared by their content. docs/architecture.md says which fields
 import dataclasses
 import functools
 import logging
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +24,7 @@ from apr_jax.data.tokenizer import AS_IS, Spelling, load_tokenizer, tokenizer_di
 from apr_jax.files import file_in, read_json
 from apr_jax.gguf_file import gguf_in, gguf_with_tokenizer, open_gguf, read_gguf_trained
 from apr_jax.model.weights.hf_config import TRAINED, read_config
+from apr_jax.paths import is_there, local_path, path_of
 from apr_jax.tasks import TASKS, named_section
 
 _LOG = logging.getLogger(__name__)
@@ -107,6 +107,8 @@ def find_policy(path: pathlib.Path) -> PolicyFolder:
     if checkpoint is not None:
         return PolicyFolder(checkpoint, True)
     is_run = (path / "checkpoints").is_dir()
+    if not is_run and path.exists():
+        local_path(path, "a Hugging Face folder or a GGUF file")
     if not is_run and any(any(path.glob(pattern)) for pattern in ("config.json", "*.safetensors*", "*.bin")):
         return PolicyFolder(path, False)
     if not is_run and (file := gguf_in(path)) is not None:
@@ -125,13 +127,13 @@ def own_tokenizer(path: pathlib.Path, config: Mapping[str, Any] | None) -> str |
     named = None if config is None else config["data"].get("tokenizer")
     checkpoint = _checkpoint_folder(path.absolute())
     own: pathlib.Path | None = (path if checkpoint is None else checkpoint / TOKENIZER) / "tokenizer.json"
-    if own is not None and not os.path.lexists(own):
+    if own is not None and not is_there(own):
         is_hugging_face = checkpoint is not None or any(path.glob("*.safetensors"))
         own = None if is_hugging_face else gguf_with_tokenizer(path)
     if own is not None:
         return "builtin" if named == "builtin" and same_tokenizer("builtin", str(own)) else str(own)
-    is_there = isinstance(named, str) and (named == "builtin" or pathlib.Path(named).is_file())
-    return named if is_there else None
+    is_known = isinstance(named, str) and (named == "builtin" or path_of(named).is_file())
+    return named if is_known else None
 
 
 def same_tokenizer(one: str, other: str, spelling: Spelling = AS_IS) -> bool:

@@ -1,7 +1,9 @@
 """Sizes and checksums of a checkpoint's files, so that damage on disk is noticed.
 
 Orbax notices most files that are cut short, but no flipped bit in an array, and its errors name the array and not the
-checkpoint. `SUMS` is written into the folder before the rename that makes it a checkpoint.
+checkpoint. `SUMS` is written into the folder before the rename that makes it a checkpoint. An object store keeps
+checksums itself, so that there only sizes are compared, and it cannot rename: a checkpoint is whole once it has the
+object COMMITTED, which Orbax writes last.
 """
 
 import pathlib
@@ -10,10 +12,12 @@ import sys
 import zlib
 from typing import Any
 
-from apr_jax.files import FileError, parse_json, write_json
+from apr_jax.checkpoints.phases import COMMITTED
+from apr_jax.files import FileError, parse_json, write, write_json
+from apr_jax.paths import is_remote
 
 SUMS = "sums.json"
-_LEFT_OUT = (SUMS, "_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax writes the last two later, and needs neither
+_LEFT_OUT = (SUMS, "_CHECKPOINT_METADATA", COMMITTED)  # Orbax writes the last two later, and needs neither
 _PIECE = 1 << 24  # bytes read at a time
 
 
@@ -22,7 +26,7 @@ class CheckpointError(FileError):
 
 
 def write_sums(folder: pathlib.Path) -> None:
-    """Write SUMS: {path in the folder: [bytes, CRC-32]} of every file that is there."""
+    """Write SUMS: {path in the folder: [bytes, CRC-32]} of every file that is there; in a store the sum is null."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in _LEFT_OUT)
     sums = {str(path.relative_to(folder)): [path.stat().st_size, _crc(path)] for path in files}
     write_json(folder / SUMS, sums)
@@ -42,7 +46,7 @@ def check_files(folder: pathlib.Path) -> None:
         if actual != size:
             raise CheckpointError(f"{name} " + ("is missing" if actual is None else f"has {actual} of {size} bytes"))
     for name, _, crc in pairs:
-        if _crc(folder / name) != crc:
+        if crc is not None and _crc(folder / name) != crc:
             raise CheckpointError(f"{name} has another checksum than when it was written")
 
 
@@ -54,12 +58,28 @@ def read_meta(folder: pathlib.Path) -> dict[str, Any]:
     return meta
 
 
+def remove(folder: pathlib.Path) -> None:
+    """Remove a checkpoint or reference policy. In a store it stops being one before the first of its arrays goes."""
+    if not is_remote(folder):
+        shutil.rmtree(folder)
+        return
+    for name in (COMMITTED, SUMS):
+        (folder / name).unlink(missing_ok=True)
+    for path in folder.rglob("*"):
+        path.unlink()
+
+
 def set_aside(source: pathlib.Path, target: pathlib.Path, problem: object) -> None:
     """Move a folder that cannot be used to `target`, in place of what was there before, and say why."""
     if target.exists():
-        shutil.rmtree(target)
-    target.parent.mkdir(exist_ok=True)
-    source.rename(target)
+        remove(target)
+    if is_remote(source):
+        for path in source.rglob("*"):
+            write(target / path.relative_to(source), path.read_bytes())
+        remove(source)
+    else:
+        target.parent.mkdir(exist_ok=True)
+        source.rename(target)
     print(f"{source} cannot be used and is now {target}: {problem}", file=sys.stderr)
 
 
@@ -79,7 +99,9 @@ def _size(path: pathlib.Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def _crc(path: pathlib.Path) -> int:
+def _crc(path: pathlib.Path) -> int | None:
+    if is_remote(path):
+        return None
     crc = 0
     with path.open("rb") as file:
         while piece := file.read(_PIECE):

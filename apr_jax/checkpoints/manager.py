@@ -29,6 +29,7 @@ from apr_jax.config_dict import to_dict
 from apr_jax.data.tokenizer import Spelling, config_tokenizer
 from apr_jax.files import is_refusal, naming
 from apr_jax.parallel import hosts
+from apr_jax.paths import is_remote
 from apr_jax.progress import busy
 
 
@@ -59,6 +60,7 @@ class Checkpoints:
         self.phase, self._config = phase, config
         self._tokenizer = config_tokenizer(config)
         self.directory = (workdir / "checkpoints" / phase).absolute()
+        self._saving = 0  # the step that is being saved, or was last
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
@@ -122,6 +124,8 @@ class Checkpoints:
         items = {name: ocp.args.StandardSave(flatten(tree)) for name, tree in trees.items()}
         args = ocp.args.Composite(**items, data=ocp.args.JsonSave(position), meta=ocp.args.JsonSave(meta))
         with naming(self.directory):
+            self._manager.wait_until_finished()
+            self._saving = step
             self._manager.save(step, args=args)
 
     def check(self) -> None:
@@ -217,8 +221,9 @@ class Checkpoints:
             set_aside(self.directory / str(step), target, problem)
 
     def _complete(self) -> None:
-        """Add tokenizer and checksums to the checkpoint whose files are all written, just before its last rename."""
+        """Add tokenizer and checksums to the checkpoint whose files are all written, just before it becomes one."""
         if hosts.is_first():
-            for folder in self.directory.glob("*.orbax-checkpoint-tmp*"):
+            at_work = [self.directory / str(self._saving)] if is_remote(self.directory) else None
+            for folder in at_work or self.directory.glob("*.orbax-checkpoint-tmp*"):
                 self._tokenizer.save(folder / TOKENIZER)
                 write_sums(folder)

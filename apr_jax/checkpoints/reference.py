@@ -7,15 +7,15 @@ Adapters of GRPO belong to the reference policy.
 """
 
 import pathlib
-import shutil
 from typing import Any, Literal
 
 import orbax.checkpoint as ocp
 
-from apr_jax.checkpoints.integrity import CheckpointError, check_files, set_aside, write_sums
+from apr_jax.checkpoints.integrity import SUMS, CheckpointError, check_files, remove, set_aside, write_sums
 from apr_jax.checkpoints.trees import flatten, unflatten
 from apr_jax.files import is_refusal, naming
 from apr_jax.parallel import hosts
+from apr_jax.paths import is_remote
 
 Name = Literal["reference", "base"]
 _SOURCES: dict[Name, str] = {"reference": "SFT's last checkpoint or --checkpoint", "base": "--start"}
@@ -24,22 +24,23 @@ _SOURCES: dict[Name, str] = {"reference": "SFT's last checkpoint or --checkpoint
 def save_reference(workdir: pathlib.Path, params: Any, name: Name = "reference") -> None:
     """Save a phase's first policy with the checksums of its files, unless there is one."""
     path = _folder(workdir, name)
-    if path.exists():
+    if _is_whole(path):
         return
-    new = path.with_name(f"{name}.new")
+    new = path if is_remote(path) else path.with_name(f"{name}.new")  # a store cannot rename
     with naming(path), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(new, flatten(params), force=True)
 
     def complete() -> None:
         write_sums(new)
-        new.rename(path)
+        if new != path:
+            new.rename(path)
 
     hosts.from_first(complete)
 
 
 def has_reference(workdir: pathlib.Path) -> bool:
     """Return True once the reference policy is saved: SFT is done, or a policy was given."""
-    return _folder(workdir).exists()
+    return _is_whole(_folder(workdir))
 
 
 def reference_damage(workdir: pathlib.Path) -> str:
@@ -72,7 +73,7 @@ def load_reference(workdir: pathlib.Path, abstract: Any, name: Name = "reference
       CheckpointError: it cannot be read.
     """
     path = _folder(workdir, name)
-    if not path.exists():
+    if not _is_whole(path):
         raise FileNotFoundError(f"no {name} policy at {path}")
     try:
         with naming(path), ocp.StandardCheckpointer() as checkpointer:
@@ -90,13 +91,17 @@ def forget_reference(workdir: pathlib.Path, name: Name = "reference") -> None:
     """Remove a phase's first policy, so that it is made anew. A crash never leaves half of one."""
     path = _folder(workdir, name)
 
-    def remove() -> None:
+    def forget() -> None:
         if path.exists():
-            doomed = path.with_name(f"{name}.removed")
-            path.rename(doomed)
-            shutil.rmtree(doomed)
+            doomed = path if is_remote(path) else path.rename(path.with_name(f"{name}.removed"))
+            remove(doomed)
 
-    hosts.from_first(remove)  # it is gone before another host looks
+    hosts.from_first(forget)  # it is gone before another host looks
+
+
+def _is_whole(folder: pathlib.Path) -> bool:
+    """Return True if a policy was saved to its end; its sums are the last of it."""
+    return (folder / SUMS).exists() if is_remote(folder) else folder.exists()
 
 
 def _folder(workdir: pathlib.Path, name: Name = "reference") -> pathlib.Path:

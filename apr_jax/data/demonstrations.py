@@ -24,6 +24,7 @@ from apr_jax.config import Config, DataConfig
 from apr_jax.data.tokenizer import token_counter
 from apr_jax.files import FileError, is_refusal, naming
 from apr_jax.lock import locked
+from apr_jax.paths import path_of
 from apr_jax.tasks import task_of
 from apr_jax.tasks.base import SPLITS, Call, Demonstration, OnProgress, Split, Task, split_size
 from apr_jax.tasks.dialect import Dialect
@@ -143,7 +144,7 @@ def fingerprint(config: Config) -> str:
     dialect = task_of(config).dialect(data.method, Dialect)
     if dialect.counts_tokens(config.task, budget=data.condition_on_budget):
         values["tokenizer"] = _tokenizer_fingerprint(data)  # what is counted is its tokens
-    values["files"] = [hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest() for file in config.task.files]
+    values["files"] = [hashlib.sha256(path_of(file).read_bytes()).hexdigest() for file in config.task.files]
     settings = {"task": dataclasses.asdict(config.task), "data": values, "seed": config.seed}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -233,7 +234,7 @@ def _from_example(task: Task, example: dict[str, Any]) -> Demonstration:
 def _tokenizer_fingerprint(data: DataConfig) -> Any:
     if data.tokenizer == "builtin":
         return data.tokenizer
-    content = hashlib.sha256(pathlib.Path(data.tokenizer).read_bytes()).hexdigest()
+    content = hashlib.sha256(path_of(data.tokenizer).read_bytes()).hexdigest()
     return [content, data.add_marker_tokens, data.encoding]
 
 

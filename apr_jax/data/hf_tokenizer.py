@@ -5,7 +5,6 @@ import contextlib
 import functools
 import itertools
 import json
-import os
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from apr_jax.data.special_tokens import Stated, read_special_tokens, stated_besi
 from apr_jax.data.tokenizer import AS_IS, Spelling, save_files
 from apr_jax.files import FileError, file_in
 from apr_jax.gguf_file import open_gguf
+from apr_jax.paths import is_there, path_of
 
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _CACHED_LINES = 1 << 16
@@ -48,8 +48,8 @@ class HuggingFaceTokenizer:
             FileError: it is damaged.
             ConfigError: as `read_special_tokens`, or for a wrong chat template that is to be used.
         """
-        path = pathlib.Path(path)
-        if not os.path.lexists(path):
+        path = path_of(path)
+        if not is_there(path):
             raise FileNotFoundError(f'{path}: no such file; a tokenizer is "builtin" or the path of a tokenizer.json')
         self._tokenizer, stated = _load_gguf(path) if path.suffix == ".gguf" else (_load(path), stated_beside(path))
         self._tokenizer.no_padding()

@@ -5,13 +5,13 @@ unless the former lists its `added_tokens_decoder`. The ids at which decoding st
 else in config.json, and may be several. The tokenizer's own EOS is what training appends, so it is a stop as well.
 """
 
-import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from apr_jax.config import ConfigError
 from apr_jax.files import file_in, read_json
+from apr_jax.paths import is_there
 
 _MOST_STOPS = 6
 # Usual names, for a tokenizer.json that nothing stands beside. They decide only where the vocabulary has one of them.
@@ -37,9 +37,7 @@ class SpecialTokens(NamedTuple):
 def stated_beside(path: pathlib.Path) -> Stated:
     """Read the files beside the tokenizer.json at `path`. Raises FileError where one is damaged."""
     advice = f"fetch the file again, or remove it to go by {path.name} alone"
-    stated = {
-        name: read_json(file_in(path.parent, name), advice) for name in _FILES if os.path.lexists(path.parent / name)
-    }
+    stated = {name: read_json(file_in(path.parent, name), advice) for name in _FILES if is_there(path.parent / name)}
     template = path.parent / "chat_template.jinja"
     if template.exists():
         config = stated.get("tokenizer_config.json", {})

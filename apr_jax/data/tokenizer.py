@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 from apr_jax.config import Config
 from apr_jax.files import write, write_json
+from apr_jax.paths import path_of
 from apr_jax.tasks import task_of
 from apr_jax.tasks.countdown.vocabulary import LATER_PHRASES, PHRASES
 from apr_jax.tasks.dialect import JOIN_BEGIN, SpawnDialect
@@ -276,7 +277,7 @@ def save_files(
 
     `chat_template` is that of tokenizer_config.json, None for none.
     """
-    folder = pathlib.Path(folder)
+    folder = path_of(folder)
     write(folder / "tokenizer.json", (json.dumps(tokenizer_json, indent=1, ensure_ascii=False) + "\n").encode())
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
     names = {f"{role}_token": name_of(index) for role, index in ids.items()}

@@ -11,6 +11,7 @@ from apr_jax.checkpoints.identity import find_policy, refuse_msgpack, with_auto
 from apr_jax.config import Config, ConfigError
 from apr_jax.config_dict import from_config_dict
 from apr_jax.files import FileError, parse_json
+from apr_jax.paths import local_path, path_of
 from apr_jax.policies import SHIPPED
 from apr_jax.reasoning.programs import check_method
 from apr_jax.tasks import TASKS, task_of
@@ -27,7 +28,7 @@ def read_problems(task: Task, path: str | pathlib.Path, limit: int | None = None
     Raises ProblemFileError, which names the line or the item, for anything else, and for a file that is missing or has
     no problem.
     """
-    path = pathlib.Path(path)
+    path = path_of(path)
     try:
         text = path.read_bytes()
         is_list = text.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
@@ -83,8 +84,8 @@ def policy_folder(given: str | None, runs: str) -> pathlib.Path:
     Raises: ConfigError as `check_policy_folder`.
     """
     if given:
-        check_policy_folder(pathlib.Path(given))
-        return pathlib.Path(given)
+        check_policy_folder(path_of(given))
+        return path_of(given)
     if (newest := newest_run(runs)) is not None:
         return newest
     print(f"No run in {runs}/: this is the policy {SHIPPED.name}, which comes with apr_jax.", file=sys.stderr)
@@ -98,6 +99,7 @@ def check_policy_folder(path: pathlib.Path, flag: str = "checkpoint") -> None:
     """
     refuse_msgpack(path)
     if path.suffix == ".gguf" and path.exists():
+        local_path(path, "a GGUF file")
         return
     if not path.is_dir() and not (path.name == "best" and path.parent.is_dir()):
         raise ConfigError(f"--{flag}={path}: no such folder" + (" or file" if path.suffix == ".gguf" else ""))

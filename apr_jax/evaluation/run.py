@@ -9,6 +9,7 @@ from apr_jax.config import Config, ConfigError, ModelConfig
 from apr_jax.engine.threads import Program, Progress, Rollout, RolloutKey
 from apr_jax.evaluation.metrics import record_rollout, summarize
 from apr_jax.files import write_jsonl
+from apr_jax.paths import path_of
 from apr_jax.progress import progress
 from apr_jax.reasoning.base import Settings
 from apr_jax.reasoning.programs import check_method, make_program
@@ -113,7 +114,7 @@ def save_rollouts(path: str | pathlib.Path, records: Mapping[str, Sequence[Recor
     kept = [
         {"label": label, **record} for label, labelled in records.items() for record in labelled if "calls" in record
     ]
-    write_jsonl(pathlib.Path(path), kept)
+    write_jsonl(path_of(path), kept)
 
 
 def show_summary(summary: Mapping[str, Any]) -> str:

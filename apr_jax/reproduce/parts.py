@@ -12,6 +12,7 @@ from typing import Any
 
 from apr_jax.config import ConfigError
 from apr_jax.files import read_json, write_json
+from apr_jax.paths import is_remote
 
 _SFT = ("adaptive", "adaptive_budget", "serial", "serial_budget", "direct")
 _RL = {"adaptive_rl": "adaptive.rl", "serial_rl": "serial.rl", "adaptive_budget_rl": "adaptive_budget.rl"}
@@ -46,8 +47,8 @@ def make_parts(workdir: pathlib.Path, config: str, *, quick: bool) -> list[Part]
 
     def train(name: str, variant: str, what: str, *flags: str, needs: tuple[str, ...] = ()) -> Part:
         variant += ".quick" if quick else ""
-        data = f"--config.data.directory={workdir / 'data'}"
-        chosen = (f"--config={config}:{variant}", f"--workdir={runs / name}", data, *flags)
+        data = () if is_remote(workdir) else (f"--config.data.directory={workdir / 'data'}",)
+        chosen = (f"--config={config}:{variant}", f"--workdir={runs / name}", *data, *flags)
         return Part(name, what, "train.py", chosen, needs)
 
     parts = [train("facts", "facts", "bare arithmetic")]
@@ -147,7 +148,6 @@ class Record:
         """Note a start of the part that has ended."""
         total = self.seconds(part) + seconds
         self._parts[part.name] = {"command": list(part.command), "seconds": round(total, 1), "done": done}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self._path, self._parts)
 
     def missing(self, part: Part, parts: Mapping[str, Part]) -> list[str]:

@@ -12,7 +12,6 @@ demonstration.
 import abc
 import dataclasses
 import functools
-import pathlib
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any, ClassVar
 
 from apr_jax.config import Config, ConfigError, TaskConfig, shown
 from apr_jax.files import parse_json
+from apr_jax.paths import path_of
 from apr_jax.tasks.base import Call, CountTokens, Split, Task, Verdict
 from apr_jax.tasks.dialect import ChildResult, Ending, Malformed
 from apr_jax.tasks.text_dialect import TAG, TextDialect, TextForm, Work
@@ -151,7 +151,7 @@ def read_traces(section: TracedConfig, dialect: TracedDialect) -> Mapping[Any, t
     if not path:
         return {}
     try:
-        lines = pathlib.Path(path).read_bytes().split(b"\n")
+        lines = path_of(path).read_bytes().split(b"\n")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"task.traces={shown(path)}: cannot be read ({reason}); {_ADVICE}") from error

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import masked_crc32c
 
+from apr_jax.files import GrowingFile
+
 _FLUSH_SECONDS = 10.0
 
 
@@ -17,7 +19,7 @@ class Board:
 
     def __init__(self, folder: pathlib.Path) -> None:
         self._path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
-        self._pending = bytearray()
+        self._file, self._pending = GrowingFile(self._path), bytearray()
         self._flushed = 0.0
         self._add(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
 
@@ -32,10 +34,13 @@ class Board:
     def flush(self) -> None:
         """Write what has come since the last time."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        pending, self._pending, self._flushed = self._pending, bytearray(), time.monotonic()
-        with self._path.open("ab", buffering=0) as file:
-            while pending:
-                del pending[: file.write(pending)]
+        pending, self._pending, self._flushed = bytes(self._pending), bytearray(), time.monotonic()
+        self._file.add(pending)
+
+    def close(self) -> None:
+        """Write all that has come."""
+        self.flush()
+        self._file.sync()
 
     def _add(self, event: event_pb2.Event) -> None:
         """Add an event as a TFRecord: its length, its bytes, and a checksum of each."""

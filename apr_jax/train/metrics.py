@@ -8,7 +8,6 @@ Where one of these cannot be written, a message says so and the run goes on with
 
 import json
 import math
-import os
 import pathlib
 import sys
 import zlib
@@ -46,13 +45,14 @@ class MetricsWriter:
     ) -> None:
         """Open the files of `workdir`, from (`phase`, `step`) on. Other arguments are those of `cut`."""
         self._workdir, self._writes, self._last, self.crc = workdir, writes, place(phase, step), 0
-        self._metrics, self._timings = workdir / "metrics.jsonl", workdir / "timings.jsonl"
+        metrics, self._timings_path = workdir / "metrics.jsonl", workdir / "timings.jsonl"
+        self._metrics, self._timings = files.GrowingFile(metrics), files.GrowingFile(self._timings_path)
         self._given_up: set[pathlib.Path] = set()
         self._board_folder = workdir / "tensorboard"
         self._board = Board(self._board_folder)
         if writes:
-            self.crc = cut(self._metrics, phase, step, done or {}, crc)
-            self._aside(self._timings, lambda: cut(self._timings, phase, step))
+            self.crc = cut(metrics, phase, step, done or {}, crc)
+            self._aside(self._timings_path, lambda: cut(self._timings_path, phase, step))
 
     def write(self, phase: PhaseName, step: int, metrics: Values) -> None:
         """Write a step's metrics. Values that are not finite become null where `skipped_rate` is above 0.
@@ -66,14 +66,14 @@ class MetricsWriter:
         if not self._writes or place(phase, step) <= self._last:
             return
         line = _line(phase, step, {**metrics, **dict.fromkeys(broken)})
-        _append(self._metrics, line)
+        self._metrics.add(line)
         self.crc = zlib.crc32(line, self.crc)
         self._draw(phase, step, finite)
 
     def write_timings(self, phase: PhaseName, step: int, timings: Values) -> None:
         """Write a step's times and rates."""
         if self._writes and place(phase, step) > self._last:
-            self._aside(self._timings, lambda: _append(self._timings, _line(phase, step, timings)))
+            self._aside(self._timings_path, lambda: self._timings.add(_line(phase, step, timings)))
             self._draw(f"{phase}/time", step, timings)
 
     def write_rollouts(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
@@ -84,9 +84,8 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """Make the lines so far survive a crash of the machine. A checkpoint that counts on them comes after it."""
-        if self._writes and self._metrics.exists():
-            with files.naming(self._metrics), self._metrics.open("rb") as file:
-                os.fsync(file.fileno())
+        if self._writes:
+            self._metrics.sync()
 
     def _draw(self, prefix: str, step: int, values: Values) -> None:
         self._aside(self._board_folder, lambda: self._board.add(step, _flat(prefix, values)))
@@ -106,7 +105,8 @@ class MetricsWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._writes:
-            self._aside(self._board_folder, self._board.flush)
+            self._aside(self._board_folder, self._board.close)
+            self._aside(self._timings_path, self._timings.sync)
         if kind is None:
             self.sync()
 
@@ -145,11 +145,6 @@ def cut(
 
 def _line(phase: str, step: int, values: Mapping[str, Any]) -> bytes:
     return (json.dumps({"step": step, "phase": phase, **values}) + "\n").encode()
-
-
-def _append(path: pathlib.Path, line: bytes) -> None:
-    with files.naming(path), path.open("ab") as file:
-        file.write(line)
 
 
 def _flat(prefix: str, values: Values) -> dict[str, float]:

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import itertools
 import json
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from apr_jax.evaluation.run import ShownProgress, evaluate
 from apr_jax.model.params import Params, weights_digest
 from apr_jax.parallel.machine import device_name
 from apr_jax.parallel.mesh import make_mesh
+from apr_jax.paths import path_of
 from apr_jax.reasoning import METHODS
 from apr_jax.reasoning.policy_engine import EngineHolder, policy_engine
 from apr_jax.reasoning.programs import check_method
@@ -87,7 +87,7 @@ def make_policy(
         shared = {f"engine.{field}": value for field, value in engine.items()}
         overrides = {**shared, **{f"mesh.{axis}": size for axis, size in mesh.items()}, **overrides}
     try:
-        config, tokenizer = configure(pathlib.Path(checkpoint), model, saved, given, overrides)
+        config, tokenizer = configure(path_of(checkpoint), model, saved, given, overrides)
     except ConfigError as error:
         raise ConfigError(f"--policies={name}: {error}") from error
     return Policy(name, checkpoint, params, config, tokenizer, weights_digest(params))

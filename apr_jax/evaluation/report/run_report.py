@@ -15,6 +15,7 @@ from apr_jax.evaluation.report.behaviour import behaviour_tables
 from apr_jax.evaluation.report.run_files import MADE_ANEW, METRICS_ADVICE, evaluations, read_metrics, read_object
 from apr_jax.evaluation.report.thread_view import ThreadViews
 from apr_jax.files import REMOVE, read_jsonl, reading, write
+from apr_jax.paths import path_of
 from apr_jax.tasks import TASKS
 
 Panel = tuple[str, str, Mapping[str, str]]  # phase, title, and the label of each metric's curve
@@ -75,8 +76,8 @@ def write_report(workdir: str | pathlib.Path, path: str | pathlib.Path | None = 
 
     Raises FileNotFoundError if there is no such run folder, or no folder for the page.
     """
-    workdir = pathlib.Path(workdir)
-    path = workdir / "report.html" if path is None else pathlib.Path(path)
+    workdir = path_of(workdir)
+    path = workdir / "report.html" if path is None else path_of(path)
     if not workdir.is_dir():
         raise FileNotFoundError(f"no run folder {workdir}")
     with reading(workdir / "config.json", MADE_ANEW):
@@ -113,7 +114,7 @@ def write_figure(workdir: str | pathlib.Path, path: str | pathlib.Path) -> None:
 
     Raises ValueError if the run has neither rollouts nor metrics, or `path` does not end in .svg.
     """
-    workdir, path = pathlib.Path(workdir), pathlib.Path(path)
+    workdir, path = path_of(workdir), path_of(path)
     width, y, parts = 1000, 10, []
     rollouts = _rollouts(workdir)
     if rollouts:

@@ -11,13 +11,13 @@ The third is of either and says nothing of how the problem is solved.
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from apr_jax.config import Config, ConfigError
 from apr_jax.files import FileError, parse_json
+from apr_jax.paths import path_of
 from apr_jax.tasks.base import Call
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.config import CountdownConfig
@@ -40,7 +40,7 @@ class ReferenceConfig(CountdownConfig):
 
     def check(self, config: Config) -> None:
         super().check(config)
-        if self.traces and not pathlib.Path(self.traces).is_file():
+        if self.traces and not path_of(self.traces).is_file():
             raise ConfigError(f"task.traces={self.traces!r}: no such file; {_ADVICE}")
 
 
@@ -51,7 +51,7 @@ def traces(path: str) -> Mapping[Problem, tuple[Call, ...]]:
     Of equal problems the last counts. Raises FileError, which names the item, for any other contents.
     """
     try:
-        items = parse_json(pathlib.Path(path).read_bytes())
+        items = parse_json(path_of(path).read_bytes())
     except ValueError as error:
         raise FileError(f"{path}: {error}; {_ADVICE}") from error
     if not isinstance(items, list) or not items:
