@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from apr_jax.config import ModelConfig
 from apr_jax.data.packing import pack, pad_rows
-from apr_jax.data.tokenized import LossWeights, tokenize_calls
+from apr_jax.data.tokenized import LossWeights, TokenizedCalls, tokenize_calls
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.model.params import Params
 from apr_jax.tasks.base import Demonstration
@@ -58,7 +58,7 @@ def probe_arithmetic(
 
     Returns: shares by "all", by operator ("+"), and by operator and size of the larger operand ("+ to 99").
     """
-    calls = tokenize_calls(demonstrations, tokenizer, row_len=model.max_seq_len)
+    calls = TokenizedCalls(tokenize_calls(demonstrations, tokenizer, row_len=model.max_seq_len))
     weights = LossWeights(1.0, False, tokenizer.join_ids)
     sequences = [calls.sequence(index, weights) for index in range(len(calls))]
     packing = pack(sequences, model.max_seq_len)

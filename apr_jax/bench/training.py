@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from apr_jax.bench.replay import make_replays, replay
 from apr_jax.bench.training_peers import Peer, PeerError
 from apr_jax.config import Config, OptimizerConfig
-from apr_jax.data.pipeline import train_iterator
+from apr_jax.data.pipeline import tokenize, train_iterator
 from apr_jax.data.tokenizer import Tokenizer, config_tokenizer
 from apr_jax.engine.engine import Engine
 from apr_jax.engine.threads import Decode, Open, Program, RolloutKey
@@ -116,7 +116,8 @@ def packed_rows(config: Config, tokenizer: Tokenizer, batches: int) -> list[Rows
     ]
     rows_per_batch = config.sft.rows_per_step
     options = sft_options(config)
-    rows = train_iterator(demonstrations, tokenizer, options, rows_per_batch=rows_per_batch, seed=config.seed)
+    calls = tokenize(demonstrations, tokenizer, options)
+    rows = train_iterator(calls, tokenizer, options, rows_per_batch=rows_per_batch, seed=config.seed)
     taken = [dict(next(rows)) for _ in range(batches)]
     return [{**batch, "weights": normalise(batch["weights"])} for batch in taken]
 

@@ -1,6 +1,7 @@
 """Batches of packed rows from demonstrations, with Grain: shuffled every epoch, resumable anywhere.
 
-    batches = train_iterator(load_split(config, "train"), tokenizer, options, rows_per_batch=8, seed=0)
+    calls = tokenize(load_split(config, "train"), tokenizer, options)
+    batches = train_iterator(calls, tokenizer, options, rows_per_batch=8, seed=0)
     batch = next(batches); state = batches.get_state()
 
 A batch is a dict of [B, T] arrays, B rows of T = row_len tokens: `tokens`, `targets`, `segment_ids` (0 = padding) and
@@ -9,6 +10,7 @@ A batch is a dict of [B, T] arrays, B rows of T = row_len tokens: `tokens`, `tar
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -19,9 +21,11 @@ from numpy.typing import NDArray
 
 from apr_jax.data.packing import Packing, pack, pad_rows
 from apr_jax.data.shared_sequences import SharedCalls, tokenize_shared
-from apr_jax.data.tokenized import LossWeights, Sequence1D, TokenizedCalls, tokenize_calls
+from apr_jax.data.tokenized import Arrays, Calls, LossWeights, Sequence1D, TokenizedCalls, tokenize_calls
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.tasks.base import Demonstration
+
+_logger = logging.getLogger(__name__)
 
 PackedBatch = dict[str, NDArray[np.generic]]
 
@@ -40,7 +44,7 @@ class SequenceOptions:
 
 
 def train_iterator(
-    source: Iterable[Demonstration],
+    calls: Calls,
     tokenizer: Tokenizer,
     options: SequenceOptions,
     *,
@@ -50,22 +54,16 @@ def train_iterator(
 ) -> grain.DatasetIterator[PackedBatch]:
     """Return batches for training, without end. `get_state` and `set_state` go on anywhere, bit for bit.
 
-    All demonstrations are tokenised at once (2 bytes a token in the built-in vocabulary).
-
     Args:
-      source: the split's demonstrations.
+      calls: the split's, tokenised (`tokenize`, or `token_store`).
       tokenizer: the model's.
       options: what becomes of them.
       rows_per_batch: rows of a batch.
       seed: the seed of the order, which differs in every epoch.
       make_facts: more sequences to mix in, given how many tokens the calls have.
-
-    Raises:
-      ValueError: nothing is left to train on.
     """
     seed %= 1 << 32  # what Grain and NumPy take
-    calls, weights = _tokenize(source, tokenizer, options)
-    num_tokens = int(calls.lengths.sum())
+    weights, num_tokens = _weights(tokenizer, options), int(calls.lengths.sum())
     facts = make_facts(num_tokens) if make_facts is not None else ()
     sequences: grain.MapDataset[Sequence1D] = (
         grain.MapDataset.range(len(calls) + len(facts))
@@ -85,10 +83,10 @@ def validation_batch(
 ) -> PackedBatch:
     """Return a fixed batch: as many of the first calls as `num_rows` rows hold.
 
-    If the data do not fill them, empty rows follow (segment 0, weight 0). Raises ValueError as `train_iterator` does.
+    If the data do not fill them, empty rows follow (segment 0, weight 0). Raises ValueError as `tokenize` does.
     """
-    calls, weights = _tokenize(source, tokenizer, options, max_tokens=num_rows * (options.row_len + 1))
-    num_calls = len(calls)
+    calls = tokenize(source, tokenizer, options, max_tokens=num_rows * (options.row_len + 1))
+    weights, num_calls = _weights(tokenizer, options), len(calls)
     packing = pack([calls.sequence(index, weights) for index in range(num_calls)], options.row_len)
     while packing.num_rows > num_rows:
         num_calls -= packing.num_rows - num_rows  # a row too many is at least a call too many
@@ -96,13 +94,35 @@ def validation_batch(
     return pad_rows(packing.rows, num_rows)
 
 
-def _tokenize(
+def tokenize(
     source: Iterable[Demonstration], tokenizer: Tokenizer, options: SequenceOptions, max_tokens: int | None = None
-) -> tuple[TokenizedCalls | SharedCalls, LossWeights]:
+) -> Calls:
+    """Tokenise demonstrations in memory, up to `max_tokens`. Raise ValueError if nothing is left to train on."""
+    return calls_of(tokenize_arrays(source, tokenizer, options, max_tokens), options)
+
+
+def tokenize_arrays(
+    source: Iterable[Demonstration], tokenizer: Tokenizer, options: SequenceOptions, max_tokens: int | None = None
+) -> Arrays:
     """Tokenise: each call of a thread is a sequence, but workers that see each other share one."""
-    tokenize: Callable[..., TokenizedCalls | SharedCalls] = tokenize_shared if options.shares_cache else tokenize_calls
-    calls = tokenize(source, tokenizer, row_len=options.row_len, max_tokens=max_tokens)
-    return calls, LossWeights(options.replay_weight, options.loss_on_context, tokenizer.join_ids)
+    of_kind: Callable[..., Arrays] = tokenize_shared if options.shares_cache else tokenize_calls
+    return of_kind(source, tokenizer, row_len=options.row_len, max_tokens=max_tokens)
+
+
+def calls_of(arrays: Arrays, options: SequenceOptions) -> Calls:
+    """Return what the arrays hold, and say how many were too long. Raise ValueError for nothing to train on."""
+    calls: Calls = (SharedCalls if options.shares_cache else TokenizedCalls)(arrays)
+    unit, dropped, kept = "demonstrations" if options.shares_cache else "calls", calls.num_dropped, len(calls)
+    if not kept:
+        raise ValueError(f"nothing to train on: {dropped} {unit} are longer than row_len={options.row_len} tokens")
+    if dropped:
+        text = "%d of %d %s need more than row_len=%d tokens and are dropped"
+        _logger.warning(text, dropped, dropped + kept, unit, options.row_len)
+    return calls
+
+
+def _weights(tokenizer: Tokenizer, options: SequenceOptions) -> LossWeights:
+    return LossWeights(options.replay_weight, options.loss_on_context, tokenizer.join_ids)
 
 
 class _PackedRows(grain.IterDataset[PackedBatch]):

@@ -7,17 +7,15 @@ The rules are the engine's (`engine/groups.py`): time 0 reads the last token of 
 the others what they have read at times up to t; earlier tokens see none of them.
 """
 
+import array
 import dataclasses
-import logging
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from apr_jax.data.tokenized import LossWeights, Sequence1D
+from apr_jax.data.tokenized import Arrays, LossWeights, Sequence1D, id_type, starts_of
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.tasks.base import Call, Demonstration
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,64 +71,78 @@ def shared_sequence(prompt: Sequence[int], segments: Sequence[Segment]) -> Seque
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tokenized:
-    """One worker's call, as ids."""
-
-    segment: Segment
-    replay: tuple[int, int]  # where in its header and text together the replay begins and ends
-
-
 class SharedCalls:
-    """Demonstrations of workers, each one training sequence. As `data.tokenized.TokenizedCalls`."""
+    """Demonstrations of workers, each one training sequence (`data.tokenized.Calls`).
 
-    def __init__(self, groups: Sequence[tuple[Sequence[int], Sequence[_Tokenized]]], num_dropped: int) -> None:
-        self._groups = groups
-        self.num_dropped = num_dropped
-        self.lengths = np.array([_length(*group) for group in groups], np.int64)
+    A group's ids are its prompt, then each worker's header and text. Its parts are the prompt's length, and for each
+    worker those of header and text, and where in the two together the replay begins and ends.
+    """
+
+    def __init__(self, arrays: Arrays) -> None:
+        """Take `tokens`, `sizes` [N], `parts`, `num_parts` [N], and `dropped`, whose sum counts groups too long."""
+        self._tokens, self._starts = arrays["tokens"], starts_of(arrays["sizes"])
+        self._parts, self._part_starts = arrays["parts"], starts_of(arrays["num_parts"])
+        self.num_dropped = int(arrays["dropped"].sum())
+        self.lengths = arrays["sizes"] - (arrays["num_parts"].astype(np.int64) - 1) // 4
 
     def __len__(self) -> int:
-        return len(self._groups)
+        return len(self.lengths)
 
     def sequence(self, index: int, weights: LossWeights) -> Sequence1D:
         """Return one demonstration as `shared_sequence` does, and `weights` float32 on what the workers wrote."""
-        prompt, workers = self._groups[index]
-        arrays = shared_sequence(prompt, [worker.segment for worker in workers])
-        written = arrays.pop("written")
-        weight = np.sign(arrays["workers"] if weights.loss_on_context else written).astype(np.float32)
-        begin = len(prompt)
-        for worker in workers:
-            first, last = worker.replay
+        ids = self._tokens[self._starts[index] : self._starts[index + 1]].tolist()
+        begin, *rest = self._parts[self._part_starts[index] : self._part_starts[index + 1]].tolist()
+        workers = [rest[place : place + 4] for place in range(0, len(rest), 4)]
+        place, segments = begin, []
+        for header, written, _, _ in workers:
+            middle, end = place + header, place + header + written
+            segments.append(Segment(ids[place:middle], ids[middle:end]))
+            place = end
+        arrays = shared_sequence(ids[:begin], segments)
+        written_T = arrays.pop("written")
+        weight = np.sign(arrays["workers"] if weights.loss_on_context else written_T).astype(np.float32)
+        for header, written, first, last in workers:
             weight[begin + first - 1 : begin + last - 1] = weights.replay_weight
-            begin += len(worker.segment.header) + len(worker.segment.written) - 1
+            begin += header + written - 1
         return {**arrays, "weights": weight}
 
 
 def tokenize_shared(
     demonstrations: Iterable[Demonstration], tokenizer: Tokenizer, *, row_len: int, max_tokens: int | None = None
-) -> SharedCalls:
-    """Tokenise demonstrations whose calls are workers on one cache. Arguments and errors as `tokenize_calls`.
+) -> Arrays:
+    """Tokenise demonstrations whose calls are workers on one cache. Return what `SharedCalls` takes.
 
-    What the calls' contexts have in common, up to the last line that is a worker's own, is the prompt.
+    Arguments and errors are those of `tokenize_calls`. What the calls' contexts have in common, up to the last line
+    that is a worker's own, is the prompt.
     """
-    groups: list[tuple[Sequence[int], Sequence[_Tokenized]]] = []
+    tokens, sizes, parts, num_parts = (array.array("i") for _ in range(4))
     num_dropped = total = 0
     for demonstration in demonstrations:
         prompt_text = common_prompt([call.context for call in demonstration.calls])
-        prompt = tokenizer.encode_prompt(prompt_text)
-        group = prompt, [_tokenize(call, len(prompt_text), prompt, tokenizer) for call in demonstration.calls]
-        if _length(*group) > row_len:
+        ids = list(tokenizer.encode_prompt(prompt_text))
+        places = [len(ids)]
+        for call in demonstration.calls:
+            own, of_worker = _tokenize(call, len(prompt_text), ids[: places[0]], tokenizer)
+            ids += own
+            places += of_worker
+        length = len(ids) - len(demonstration.calls)  # that a group takes in a row
+        if length > row_len:
             num_dropped += 1
             continue
-        groups.append(group)
-        total += _length(*group)
+        tokens.extend(ids)
+        sizes.append(len(ids))
+        parts.extend(places)
+        num_parts.append(len(places))
+        total += length
         if max_tokens is not None and total >= max_tokens:
             break
-    if num_dropped:
-        _logger.warning("%d demonstrations need more than row_len=%d tokens and are dropped", num_dropped, row_len)
-    if not groups:
-        raise ValueError(f"nothing to train on: {num_dropped} demonstrations are longer than row_len={row_len} tokens")
-    return SharedCalls(groups, num_dropped)
+    return {
+        "tokens": np.array(tokens, dtype=id_type(tokenizer)),
+        "sizes": np.array(sizes, np.int32),
+        "parts": np.array(parts, np.int32),
+        "num_parts": np.array(num_parts, np.int32),
+        "dropped": np.array([num_dropped], np.int64),
+    }
 
 
 def common_prompt(contexts: Sequence[str]) -> str:
@@ -144,15 +156,13 @@ def common_prompt(contexts: Sequence[str]) -> str:
     return shared
 
 
-def _tokenize(call: Call, prompt_chars: int, prompt: Sequence[int], tokenizer: Tokenizer) -> _Tokenized:
+def _tokenize(
+    call: Call, prompt_chars: int, prompt: Sequence[int], tokenizer: Tokenizer
+) -> tuple[list[int], tuple[int, int, int, int]]:
+    """Return a worker's header and text, their lengths, and where in both together the replay begins and ends."""
     header = tokenizer.encode_continuation(call.context[prompt_chars:], prompt)
     written = tokenizer.encode_continuation(call.completion[: call.replay_start], header)
     replay = tokenizer.encode_continuation(call.completion[call.replay_start :], [*header, *written])
     begin = len(header) + len(written)
-    whole = np.array([*written, *replay, tokenizer.eos_id], np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
-    return _Tokenized(Segment(header, whole), (begin, begin + len(replay)))  # type: ignore[arg-type]
-
-
-def _length(prompt: Sequence[int], workers: Sequence[_Tokenized]) -> int:
-    """Return the tokens that a group takes in a row."""
-    return len(prompt) + sum(len(w.segment.header) + len(w.segment.written) - 1 for w in workers)
+    ids = [*header, *written, *replay, tokenizer.eos_id]
+    return ids, (len(header), len(ids) - len(header), begin, begin + len(replay))

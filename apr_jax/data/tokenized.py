@@ -1,8 +1,9 @@
 """Demonstrations as token arrays: every call of a split, tokenised once and held in one flat array."""
 
+import array
 import dataclasses
-import logging
 from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,9 +11,8 @@ from numpy.typing import NDArray
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.tasks.base import Call, Demonstration
 
-_logger = logging.getLogger(__name__)
-
 Sequence1D = dict[str, NDArray[np.generic]]
+Arrays = dict[str, NDArray[Any]]  # of which a `Calls` is made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,25 +24,44 @@ class LossWeights:
     join_ids: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+class Calls(Protocol):
+    """Training sequences of N calls, or of N groups of workers, as flat arrays.
+
+    Arrays of several parts of a split, joined by their names, are those of the whole.
+    """
+
+    num_dropped: int  # those left out because they need more than a row
+
+    def __init__(self, arrays: Arrays) -> None: ...
+
+    def __len__(self) -> int: ...
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens that each takes in a row, int64 [N]."""
+
+    def sequence(self, index: int, weights: LossWeights) -> Sequence1D:
+        """Return one as a training sequence: int32 `tokens` and `targets`, float32 `weights`, .. of one length."""
+
+
 class TokenizedCalls:
     """N calls, each as s = BOS + context + completion + ([EOS] unless it ends in a spawn), one after the other.
 
     tokens: [sum of lengths], uint16 if the vocabulary allows it, else int32.
     starts: [N + 1] int64; call n is tokens[starts[n] : starts[n + 1]].
-    completions: [N] int64, the place in s at which the completion begins.
-    replays: [N, 2] int64, the places in s at which the replay of the winning path begins and ends; equal without one.
-    num_dropped: calls left out because they need more than a row.
+    parts: [N, 3] int32, places in s: the completion begins, and the replay of the winning path begins and ends; the
+      last two are equal without one.
     """
 
-    tokens: NDArray[np.generic]
-    starts: NDArray[np.int64]
-    completions: NDArray[np.int64]
-    replays: NDArray[np.int64]
-    num_dropped: int
+    def __init__(self, arrays: Arrays) -> None:
+        """Take `tokens`, `sizes` [N], `parts` [3 N] and `dropped`, whose sum counts calls that need more than a row."""
+        self.tokens = arrays["tokens"]
+        self.starts = starts_of(arrays["sizes"])
+        self.parts = arrays["parts"].reshape(-1, 3)
+        self.num_dropped = int(arrays["dropped"].sum())
 
     def __len__(self) -> int:
-        return len(self.completions)
+        return len(self.parts)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -52,10 +71,10 @@ class TokenizedCalls:
     def sequence(self, index: int, weights: LossWeights) -> Sequence1D:
         """Return one call as a training sequence: int32 `tokens` and `targets`, float32 `weights`, of one length."""
         s = self.tokens[self.starts[index] : self.starts[index + 1]].astype(np.int32)
+        completion, replay_start, replay_end = self.parts[index]
         weight = np.ones(len(s), dtype=np.float32)
         if not weights.loss_on_context:
-            weight[: self.completions[index]] = 0.0
-        replay_start, replay_end = self.replays[index]
+            weight[:completion] = 0.0
         weight[replay_start:replay_end] = weights.replay_weight
         weight[np.isin(s, weights.join_ids)] = 0.0
         return {"tokens": s[:-1], "targets": s[1:], "weights": weight[1:]}
@@ -63,50 +82,46 @@ class TokenizedCalls:
 
 def tokenize_calls(
     demonstrations: Iterable[Demonstration], tokenizer: Tokenizer, *, row_len: int, max_tokens: int | None = None
-) -> TokenizedCalls:
-    """Tokenise every call of the demonstrations, in order.
+) -> Arrays:
+    """Tokenise every call of the demonstrations, in order. Return what `TokenizedCalls` takes.
 
     Args:
       demonstrations: the demonstrations.
       tokenizer: the model's.
-      row_len: calls that need more tokens than this are dropped, counted and logged.
+      row_len: calls that need more tokens than this are dropped and counted.
       max_tokens: stop after the demonstration that brings the tokens kept to this number.
 
-    Raises:
-      ValueError: no call fits, or the tokenizer cannot write a call's text.
+    Raises ValueError if the tokenizer cannot write a call's text.
     """
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
-    kept: list[NDArray[np.generic]] = []
-    starts, completions, replays = [0], [], []
+    tokens, sizes, parts = array.array("i"), array.array("i"), array.array("i")
     num_dropped = 0
     for demonstration in demonstrations:
         for call, prompt in zip(demonstration.calls, prompts_of(demonstration.calls), strict=True):
-            ids, completion, replay = _tokenize(call, prompt, tokenizer)
+            ids, places = _tokenize(call, prompt, tokenizer)
             if len(ids) - 1 > row_len:
                 num_dropped += 1
                 continue
-            kept.append(np.asarray(ids, dtype=dtype))
-            starts.append(starts[-1] + len(ids))
-            completions.append(completion)
-            replays.append(replay)
-        if max_tokens is not None and starts[-1] >= max_tokens:
+            tokens.extend(ids)
+            sizes.append(len(ids))
+            parts.extend(places)
+        if max_tokens is not None and len(tokens) >= max_tokens:
             break
-    if num_dropped:
-        _logger.warning(
-            "%d of %d calls need more than row_len=%d tokens and are dropped",
-            num_dropped,
-            num_dropped + len(kept),
-            row_len,
-        )
-    if not kept:
-        raise ValueError(f"no call to train on: {num_dropped} calls are longer than row_len={row_len} tokens")
-    return TokenizedCalls(
-        tokens=np.concatenate(kept),
-        starts=np.asarray(starts, dtype=np.int64),
-        completions=np.asarray(completions, dtype=np.int64),
-        replays=np.asarray(replays, dtype=np.int64).reshape(-1, 2),
-        num_dropped=num_dropped,
-    )
+    return {
+        "tokens": np.array(tokens, dtype=id_type(tokenizer)),
+        "sizes": np.array(sizes, np.int32),
+        "parts": np.array(parts, np.int32),
+        "dropped": np.array([num_dropped], np.int64),
+    }
+
+
+def id_type(tokenizer: Tokenizer) -> type[np.generic]:
+    """Return the smallest of the types that hold a tokenizer's ids: uint16 or int32."""
+    return np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+
+
+def starts_of(sizes: NDArray[Any]) -> NDArray[np.int64]:
+    """Return where each of parts of these sizes begins, and the last one's end: int64 [N + 1]."""
+    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
 
 def prompts_of(calls: Sequence[Call]) -> list[str]:
@@ -129,8 +144,8 @@ def prompts_of(calls: Sequence[Call]) -> list[str]:
     return prompts
 
 
-def _tokenize(call: Call, prompt: str, tokenizer: Tokenizer) -> tuple[Sequence[int], int, tuple[int, int]]:
-    """Return the call's ids, the place where its completion begins, and where its replay begins and ends."""
+def _tokenize(call: Call, prompt: str, tokenizer: Tokenizer) -> tuple[Sequence[int], tuple[int, int, int]]:
+    """Return the call's ids, and the places where its completion begins and its replay begins and ends."""
     ids = tokenizer.encode_prompt(prompt)
     ids += tokenizer.encode_continuation(call.context[len(prompt) :], ids)
     completion = len(ids)
@@ -140,4 +155,4 @@ def _tokenize(call: Call, prompt: str, tokenizer: Tokenizer) -> tuple[Sequence[i
     replay_end = len(ids)
     if not call.ends_in_spawn:
         ids.append(tokenizer.eos_id)
-    return ids, completion, (replay_start, replay_end)
+    return ids, (completion, replay_start, replay_end)

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,14 +37,16 @@ from apr_jax.checkpoints.step_log import read_step_log
 from apr_jax.config import Config, ConfigError, check_run
 from apr_jax.config_dict import to_dict
 from apr_jax.data import demonstrations
+from apr_jax.data.demonstrations import DemonstrationSource
 from apr_jax.data.facts import Facts
-from apr_jax.data.pipeline import train_iterator, validation_batch
+from apr_jax.data.pipeline import SequenceOptions, train_iterator, validation_batch
+from apr_jax.data.token_store import TokenStore
+from apr_jax.data.tokenized import Calls
 from apr_jax.data.tokenizer import Tokenizer, config_tokenizer
 from apr_jax.evaluation.policy import check_spelling, check_vocabulary
 from apr_jax.evaluation.report.run_report import write_figure, write_report
 from apr_jax.evaluation.run import load_problems
 from apr_jax.files import naming, read_json, write_json
-from apr_jax.lock import LockedError, locked
 from apr_jax.model.params import Params, init_params, weights_digest
 from apr_jax.model.placement import abstract_params_on, place_params
 from apr_jax.parallel import hosts
@@ -64,6 +66,7 @@ from apr_jax.train.origins import Given, Origins, load_given
 from apr_jax.train.phase import METRICS_CRC, Phase
 from apr_jax.train.rl.objective import choose_objective
 from apr_jax.train.rl.sample import Sampler
+from apr_jax.train.run_folder import held
 from apr_jax.train.sft import sft_options, train_sft
 from apr_jax.train.signals import stop_signal
 from apr_jax.train.skipping import SkippedSteps
@@ -101,25 +104,8 @@ def train(
     with stop_signal(mesh).listening() as stop:
         run = _Run(config, workdir, mesh, stop)
         given = run.read_given({"sft": start, "grpo": checkpoint})  # may refuse: the folder is made later
-        with _locked(workdir), naming(workdir):
+        with held(workdir), naming(workdir):
             return run.run(given)
-
-
-@contextlib.contextmanager
-def _locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Hold a run's folder within the block. Host 0 does so for all. Raise LockedError if another run holds it."""
-    with contextlib.ExitStack() as stack:
-
-        def lock() -> str:
-            try:
-                stack.enter_context(locked(workdir / "lock", "wait for it, or choose another --workdir"))
-            except LockedError as error:
-                return str(error)
-            return ""
-
-        if refusal := hosts.from_first(lock):
-            raise LockedError(refusal)
-        yield
 
 
 class Problems(Sequence[Any]):
@@ -256,7 +242,7 @@ class _Run:
         skipped = SkippedSteps(self.workdir, self.config.faults.max_skipped_steps)
         return Phase(checkpoints, writer, self.stop, skipped)
 
-    def _build_data(self) -> Sequence[Demonstration]:
+    def _build_data(self) -> DemonstrationSource:
         """Return the train split. Builds all splits where they are absent, under a progress bar for each."""
         with contextlib.ExitStack() as bar:  # one after the other; the last one stays while the files are written
             bars: dict[str, Progress] = {}
@@ -280,7 +266,11 @@ class _Run:
         return split
 
     def _sft(
-        self, split: Sequence[Demonstration], given: Given | None, checkpoints: Checkpoints, writer: MetricsWriter
+        self,
+        split: DemonstrationSource,
+        given: Given | None,
+        checkpoints: Checkpoints,
+        writer: MetricsWriter,
     ) -> Params:
         """Return the policy after SFT, which starts from a policy that was given or from fresh weights."""
         config, has_begun = self.config, checkpoints.latest_step() is not None
@@ -289,11 +279,12 @@ class _Run:
             self.origins.note("sft", path, weights, has_begun=has_begun)
         sft, start = self.fitted.sft, self._start(given, has_begun)
         options = sft_options(config)
-        with self.stop.interrupting(), self._busy("Tokenising the demonstrations"):  # a large split takes minutes
+        calls = self._tokenise(split, options)
+        with self.stop.interrupting(), self._busy("Packing the first rows"):
             held_out = demonstrations.load_split(config, "validation")
             validation = validation_batch(held_out, self.tokenizer, options, sft.validation_rows)
             rows = train_iterator(
-                split,
+                calls,
                 self.tokenizer,
                 options,
                 rows_per_batch=sft.rows_per_step,
@@ -311,6 +302,22 @@ class _Run:
             params=start,
             lora=config.lora,
         )
+
+    def _tokenise(self, split: DemonstrationSource, options: SequenceOptions) -> Calls:
+        """Return the train split's token ids, which are made once for a data set and tokenizer."""
+        found: list[Calls] = []  # not what `work` returns, which hosts would send each other
+
+        def work() -> None:
+            with self._busy("Reading the token ids"):
+                store = TokenStore(self.config, "train", options, split.digest())
+                calls = store.read()
+            if calls is None:
+                with progress(len(split), "Tokenising the demonstrations", "problem", hosts.messages()) as bar:
+                    calls = store.make(bar.update)
+            found.append(calls)
+
+        self.stop.together(work)
+        return found[0]
 
     def _facts(self, num_tokens: int) -> Facts:
         """Make the bare facts that are mixed into `num_tokens` of demonstrations."""

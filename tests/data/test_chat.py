@@ -6,7 +6,7 @@ import pytest
 
 from apr_jax.config import ConfigError
 from apr_jax.data.chat import ChatTemplate
-from apr_jax.data.tokenized import prompts_of, tokenize_calls
+from apr_jax.data.tokenized import TokenizedCalls, prompts_of, tokenize_calls
 from apr_jax.data.tokenizer import Spelling, load_tokenizer
 from apr_jax.engine.threads import Thread
 from apr_jax.reasoning.base import Transcript
@@ -152,7 +152,7 @@ def test_calls_are_tokenised_with_their_threads_prompt_in_the_template(chatting)
     )
     assert prompts_of(calls) == ["q\n", "q\n", "c\n", "q\n"]
     demonstration = Demonstration(None, "adaptive", calls, None, False)
-    tokenized = tokenize_calls([demonstration], tokenizer, row_len=200)
+    tokenized = TokenizedCalls(tokenize_calls([demonstration], tokenizer, row_len=200))
     for index, rest in enumerate(["a<spawn>", "<join>b\n", "d\n", "a<spawn>e\nf\n"]):
         ids = tokenized.tokens[tokenized.starts[index] : tokenized.starts[index + 1]].tolist()
         given = tokenizer.encode_prompt(prompts_of(calls)[index])

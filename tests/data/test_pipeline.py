@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from apr_jax.data.facts import Facts
-from apr_jax.data.pipeline import SequenceOptions, train_iterator, validation_batch
-from apr_jax.data.tokenized import LossWeights, tokenize_calls
+from apr_jax.data.pipeline import SequenceOptions, tokenize, train_iterator, validation_batch
+from apr_jax.data.tokenized import LossWeights, TokenizedCalls, tokenize_calls
 from apr_jax.data.tokenizer import BuiltinTokenizer
 from apr_jax.tasks import TASKS
 from apr_jax.tasks.base import Call, Demonstration
@@ -32,7 +32,8 @@ OPTIONS = SequenceOptions(row_len=ROW_LEN, replay_weight=4.0, loss_on_context=Fa
 
 def make_iterator(source, seed=3, make_facts=None, **changes):
     options = dataclasses.replace(OPTIONS, **changes)
-    return train_iterator(source, TOKENIZER, options, rows_per_batch=4, seed=seed, make_facts=make_facts)
+    calls = tokenize(source, TOKENIZER, options)
+    return train_iterator(calls, TOKENIZER, options, rows_per_batch=4, seed=seed, make_facts=make_facts)
 
 
 def take(batches, count: int) -> list[dict[str, np.ndarray]]:
@@ -87,7 +88,7 @@ def test_batches_have_fixed_shapes_and_full_rows(train):
 def test_every_call_comes_once_an_epoch_and_each_epoch_has_its_order(train):
     batches = make_iterator(train)
     expected = collections.Counter(fitting(train))
-    calls = tokenize_calls(train, TOKENIZER, row_len=ROW_LEN)
+    calls = TokenizedCalls(tokenize_calls(train, TOKENIZER, row_len=ROW_LEN))
     assert len(calls) == expected.total()
     assert calls.lengths.sum() == sum((len(sequence) - 1) * count for sequence, count in expected.items())
     seen = collections.Counter(segments_of(take(batches, 120)))
@@ -144,7 +145,7 @@ def test_facts_come_beside_every_call_and_resume_with_them(train):
 def weights_of(call: Call, **changes) -> list[tuple[str, float]]:
     demonstration = Demonstration(None, "adaptive", (call,), None, False)
     settings = LossWeights(4.0, False, TOKENIZER.join_ids)
-    calls = tokenize_calls([demonstration], TOKENIZER, row_len=ROW_LEN)
+    calls = TokenizedCalls(tokenize_calls([demonstration], TOKENIZER, row_len=ROW_LEN))
     sequence = calls.sequence(0, dataclasses.replace(settings, **changes))
     return list(zip(TOKENIZER.token_texts(sequence["targets"].tolist()), sequence["weights"].tolist(), strict=True))
 
@@ -170,12 +171,12 @@ def test_calls_longer_than_a_row_are_counted_and_logged(train, caplog: pytest.Lo
     lengths = [len(sequence) - 1 for sequence in sequences_in(train)]
     with caplog.at_level(logging.WARNING):
         batches = make_iterator(train, row_len=row_len)
-    calls = tokenize_calls(train, TOKENIZER, row_len=row_len)
+    calls = TokenizedCalls(tokenize_calls(train, TOKENIZER, row_len=row_len))
     assert calls.num_dropped == sum(length > row_len for length in lengths) > 0
     assert len(calls) == len(lengths) - calls.num_dropped
     assert f"{calls.num_dropped} of {len(lengths)} calls" in caplog.text
     assert set(segments_of(take(batches, 200))) == {s for s in sequences_in(train) if len(s) - 1 <= row_len}
-    with pytest.raises(ValueError, match="no call to train on"):
+    with pytest.raises(ValueError, match="nothing to train on"):
         make_iterator(train, row_len=8)
 
 

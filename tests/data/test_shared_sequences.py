@@ -1,11 +1,13 @@
 """Training sequences of workers on a shared cache hold what each token saw, by the engine test's written-out views."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from apr_jax.data.packing import pack
-from apr_jax.data.pipeline import SequenceOptions, train_iterator, validation_batch
-from apr_jax.data.shared_sequences import Segment, common_prompt, shared_sequence, tokenize_shared
+from apr_jax.data.pipeline import SequenceOptions, tokenize, train_iterator, validation_batch
+from apr_jax.data.shared_sequences import Segment, SharedCalls, common_prompt, shared_sequence, tokenize_shared
 from apr_jax.data.tokenized import LossWeights
 from apr_jax.data.tokenizer import load_tokenizer
 from apr_jax.engine.threads import Call, Stop, StopReason
@@ -31,6 +33,9 @@ def as_calls(prompt, segments):
         )
         for number, segment in enumerate(segments)
     ]
+
+
+OPTIONS = SequenceOptions(row_len=800, replay_weight=4.0, loss_on_context=False, shares_cache=True)
 
 
 def test_each_token_sees_what_its_view_holds():
@@ -65,7 +70,7 @@ def test_packing_keeps_the_workers_positions():
 def test_demonstrations_become_one_sequence_each_with_the_replay_weighed():
     tokenizer = load_tokenizer("builtin")
     demos = list(demonstrations(SMALL, "hogwild", 6))
-    calls = tokenize_shared(demos, tokenizer, row_len=1000)
+    calls = SharedCalls(tokenize_shared(demos, tokenizer, row_len=1000))
     assert len(calls) == 6
     assert calls.num_dropped == 0
     for index, demo in enumerate(demos):
@@ -88,12 +93,11 @@ def test_demonstrations_become_one_sequence_each_with_the_replay_weighed():
 
 def test_batches_hold_whole_groups_and_go_on_where_they_stood():
     demos = list(demonstrations(SMALL, "hogwild", 12))
-    options = SequenceOptions(row_len=800, replay_weight=4.0, loss_on_context=False, shares_cache=True)
     tokenizer = load_tokenizer("builtin")
-    batch = validation_batch(demos[:2], tokenizer, options, 4)
+    batch = validation_batch(demos[:2], tokenizer, OPTIONS, 4)
     assert batch["seen"].shape == (4, 800, 2)
     assert (batch["segment_ids"][-1] == 0).all(), "rows that the data do not fill are empty"
-    batches = train_iterator(demos, tokenizer, options, rows_per_batch=2, seed=0)
+    batches = train_iterator(tokenize(demos, tokenizer, OPTIONS), tokenizer, OPTIONS, rows_per_batch=2, seed=0)
     assert next(batches)["seen"].shape == (2, 800, 2)
     state = batches.get_state()
     expected = next(batches)
@@ -105,11 +109,11 @@ def test_batches_hold_whole_groups_and_go_on_where_they_stood():
 def test_long_ones_are_dropped_and_counted_and_none_is_an_error():
     demos = list(demonstrations(SMALL, "hogwild", 6))
     tokenizer = load_tokenizer("builtin")
-    lengths = tokenize_shared(demos, tokenizer, row_len=1000).lengths
-    kept = tokenize_shared(demos, tokenizer, row_len=int(lengths.max()) - 1)
+    lengths = SharedCalls(tokenize_shared(demos, tokenizer, row_len=1000)).lengths
+    kept = SharedCalls(tokenize_shared(demos, tokenizer, row_len=int(lengths.max()) - 1))
     assert kept.num_dropped == int((lengths == lengths.max()).sum())
     with pytest.raises(ValueError, match="nothing to train on"):
-        tokenize_shared(demos, tokenizer, row_len=10)
+        tokenize(demos, tokenizer, dataclasses.replace(OPTIONS, row_len=10))
     with pytest.raises(ValueError, match="no line in common"):
         common_prompt(["a\nb\n", "c\nb\n"])
     with pytest.raises(ValueError, match="a header"):

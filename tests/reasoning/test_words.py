@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from apr_jax.data.tokenized import prompts_of, tokenize_calls
+from apr_jax.data.tokenized import TokenizedCalls, prompts_of, tokenize_calls
 from apr_jax.data.tokenizer import Spelling, load_tokenizer
 from apr_jax.engine.threads import RolloutKey, StopReason
 from apr_jax.reasoning.adaptive import adaptive
@@ -106,7 +106,7 @@ def test_training_sees_the_tokens_that_threads_hold(name, paths):
     for demo in demonstrations(name, 4):
         asked = settings(task=TASKS[name], tokenizer=tokenizer, max_depth=3, max_children=3, max_spawns=1)
         (rollout,) = ScriptedEngine(Script(tokenizer, demo)).run([(RolloutKey(0, 0), adaptive(demo.problem, asked))])
-        trained = tokenize_calls([demo], tokenizer, row_len=10_000)
+        trained = TokenizedCalls(tokenize_calls([demo], tokenizer, row_len=10_000))
         rows = {tuple(trained.tokens[trained.starts[i] : trained.starts[i + 1]].tolist()) for i in range(len(trained))}
         assert rows == {(*call.context.tolist(), *call.tokens.tolist()) for call in rollout.calls}
         assert len(prompts_of(demo.calls)) == len(demo.calls)
