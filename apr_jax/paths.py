@@ -52,7 +52,10 @@ def is_there(path: pathlib.Path) -> bool:
 
 
 def local_path(name: str | os.PathLike[str], what: str) -> pathlib.Path:
-    """Return a path of this machine for `what` must lie there ("a GGUF file"). Raise ConfigError for a store's."""
+    """Return the path that a user names for `what`, such as "a GGUF file", which no store can hold.
+
+    Raises ConfigError for a path in a store.
+    """
     text = os.fspath(name)
     if _SCHEME.match(text):
         raise ConfigError(

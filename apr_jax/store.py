@@ -6,6 +6,7 @@ whoever reads it gets the old one or the new one.
 
 import contextlib
 import dataclasses
+import errno
 import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +18,7 @@ from etils.epath.stat_utils import StatResult
 from apr_jax.config import ConfigError
 from apr_jax.paths import StoreError
 
-_ANSWERS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+_ANSWERS = (FileExistsError, IsADirectoryError, NotADirectoryError)
 
 
 class StorePath(PosixGPath):
@@ -98,6 +99,8 @@ class _Named:
 def _naming(path: Any) -> Iterator[None]:
     try:
         yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, "no such object", str(path)) from error
     except (*_ANSWERS, StoreError):
         raise
     except Exception as error:  # of the network, of credentials, of the store: each library has its own

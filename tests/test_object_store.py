@@ -60,8 +60,9 @@ def test_a_path_of_a_store_stays_one(store):
     assert path_of(path) == path
     assert path.stat().st_size == len(path.read_bytes())
     assert file_in(path.parent, "b.json") == path
-    with pytest.raises(FileNotFoundError):
-        file_in(path.parent, "c.json")
+    for read in (lambda: file_in(path.parent, "c.json"), (path.parent / "c.json").read_bytes):
+        with pytest.raises(FileNotFoundError, match=r"no such .*'gs://bucket/run/a/c.json'"):
+            read()
     assert list(run.glob("*.none")) == list((run / "none").rglob("*")) == read_jsonl(run / "none") == []
 
 

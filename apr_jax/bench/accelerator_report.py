@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import pathlib
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from apr_jax.config import Config
 from apr_jax.evaluation.report.page import render
 from apr_jax.files import write
 from apr_jax.parallel.device_memory import memory_limit
+from apr_jax.paths import path_of
 
 Row = dict[str, Any]
 
@@ -146,4 +146,4 @@ def write_page(path: str, figures: Mapping[str, Any]) -> None:
         for name, row in figures["speed"].items()
     ]
     html = render("accelerator.html", heading=heading(figures), checks=checks, speed=speed, failed=failures(figures))
-    write(pathlib.Path(path), html.encode())
+    write(path_of(path), html.encode())

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from apr_jax.caches import check_compiled_programs
@@ -66,7 +67,30 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"mesh.data={config.data} * mesh.fsdp={config.fsdp} * mesh.tensor={config.tensor} needs {needed} devices, "
             f"but the job's {hosts} hosts have {len(devices)}; use all of them (mesh.data=-1)"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=tuple(devices[:needed]))
+    types = (AxisType.Auto,) * len(AXES)
+    if num_slices(devices) > 1:
+        return Mesh(slices_along_data(shape, devices[:needed]), AXES, axis_types=types)
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=tuple(devices[:needed]))
+
+
+def num_slices(devices: Sequence[Any]) -> int:
+    """Return the number of TPU slices that devices belong to; 1 for anything else."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def slices_along_data(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
+    """Arrange the devices of several TPU slices in a grid, one slice after the other along `data`.
+
+    Between slices lies the data centre's network. So it carries the sum of gradients, once a step, and no weights.
+    Raises ConfigError where `data` does not divide into the slices.
+    """
+    slices = num_slices(devices)
+    if shape[0] % slices:
+        raise ConfigError(
+            f"mesh.data={shape[0]} must be a multiple of {slices}, the job's TPU slices: fsdp and tensor stay in one"
+        )
+    inside = (shape[0] // slices, *shape[1:])
+    return mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
 
 
 def _devices_for(config: MeshConfig) -> Sequence[jax.Device]:

@@ -6,6 +6,7 @@ people to look at. Times and rates go to `timings.jsonl`, and both to TensorBoar
 Where one of these cannot be written, a message says so and the run goes on without it.
 """
 
+import contextlib
 import json
 import math
 import pathlib
@@ -107,7 +108,7 @@ class MetricsWriter:
         if self._writes:
             self._aside(self._board_folder, self._board.close)
             self._aside(self._timings_path, self._timings.sync)
-        if kind is None:
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(OSError):
             self.sync()
 
 

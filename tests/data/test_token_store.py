@@ -28,8 +28,8 @@ def built(tmp_path_factory):
     configs = {}
     for method in ("adaptive", "hogwild"):
         values = small_config_dict(str(folder))
-        values.data.method, values.sft.row_len = method, 128 if method == "adaptive" else 600
-        values.model.max_seq_len, values.grpo.num_steps = 600, 0
+        values.data.method, values.grpo.num_steps = method, 0
+        values.sft.row_len = values.grpo.row_len = values.model.max_seq_len = 128 if method == "adaptive" else 600
         configs[method] = from_config_dict(values)
         load_split(configs[method], "train")
     return folder, configs
@@ -38,7 +38,7 @@ def built(tmp_path_factory):
 @pytest.fixture
 def config(built, tmp_path):
     """A configuration with data of its own."""
-    shutil.copytree(built[0], tmp_path / "data")
+    shutil.copytree(built[0], tmp_path / "data", ignore=shutil.ignore_patterns("tokens"))
     found = built[1]["adaptive"]
     return dataclasses.replace(found, data=dataclasses.replace(found.data, directory=str(tmp_path / "data")))
 
@@ -87,7 +87,7 @@ def test_several_workers_make_the_same(config, monkeypatch):
 
 
 def test_another_row_spelling_or_data_set_has_a_store_of_its_own(config):
-    rows = dataclasses.replace(config, sft=dataclasses.replace(config.sft, row_len=96))
+    rows = dataclasses.replace(config, sft=dataclasses.replace(config.sft, row_len=192))
     spelt = dataclasses.replace(config, data=dataclasses.replace(config.data, bos="none"))
     paths = {_store(each).path for each in (config, rows, spelt)}
     paths.add(TokenStore(config, "train", sft_options(config), "another").path)
@@ -115,8 +115,8 @@ def _change(path, how):
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_store_is_named_and_made_again(config, capsys, name):
     damage, said = DAMAGE[name]
-    store = _store(config)
-    expected = store.make()
+    store, expected = _store(config), _tokenized(config)
+    store.make()  # mapped, and so not kept: what follows changes the file
     damage(store.path)
     assert store.read() is None
     assert said in (text := capsys.readouterr().err)
@@ -153,9 +153,8 @@ def test_where_nothing_can_be_written_ids_are_held_in_memory(config, capsys, mon
     def full(*_):
         raise OSError(28, os.strerror(28), "tokens.bin")
 
+    store, expected = _store(config), _tokenized(config)
     monkeypatch.setattr(os, "fsync", full)
-    expected = _tokenized(config)
-    store = _store(config)
     _assert_same(store.make(), expected)
     assert "No space left on device" in (said := capsys.readouterr().err)
     assert "token ids are held in memory" in said

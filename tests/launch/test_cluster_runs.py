@@ -107,7 +107,7 @@ def test_the_pods_of_the_jobset_run_in_its_image(machine):
     (container,) = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
     named = {entry["name"]: entry.get("value") for entry in container["env"]}
     coordinator = f"127.0.0.1:{_free_port()}"  # in place of a pod's name
-    here = {"APR_HOSTS": "2", "APR_COORDINATOR": coordinator}
+    here = {"APR_HOSTS": "2", "APR_COORDINATOR": coordinator, "JAX_COMPILATION_CACHE_DIR": str(place / "compiled")}
     assert set(named) == {*here, "APR_HOST"}
     flags = [*SMALL, f"--workdir={workdir}"]
     _ends_well(

@@ -1,6 +1,7 @@
 """Sharded equals unsharded; what cannot be sharded is refused with both numbers."""
 
 import dataclasses
+import types
 from typing import Any
 
 import jax
@@ -18,8 +19,10 @@ from apr_jax.parallel.mesh import (
     Rules,
     make_mesh,
     num_row_shards,
+    num_slices,
     param_shardings,
     replicated,
+    slices_along_data,
     split_over_data,
     split_rows,
 )
@@ -157,3 +160,18 @@ def test_loss_and_gradients_are_the_same_under_an_ambient_mesh():
         found = jax.jit(loss_and_grads, static_argnums=0)(MODEL, placed, jax.device_put(batch, batch_sharding(mesh)))
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def _of_slice(index: int, number: int) -> types.SimpleNamespace:
+    return types.SimpleNamespace(id=number, slice_index=index, process_index=index, device_kind="none", platform="cpu")
+
+
+def test_slices_of_a_tpu_lie_one_after_the_other_along_data():
+    devices = [_of_slice(index, 4 * index + number) for index in range(2) for number in range(4)]
+    assert num_slices(devices) == 2
+    assert num_slices(jax.devices()) == 1
+    grid = slices_along_data((4, 2, 1), devices[::-1])
+    assert [[device.slice_index for device in row.flat] for row in grid] == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    assert len({device.id for device in grid.flat}) == 8
+    with pytest.raises(ConfigError, match=r"mesh\.data=1 must be a multiple of 2, the job's TPU slices"):
+        slices_along_data((1, 8, 1), devices)

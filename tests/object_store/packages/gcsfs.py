@@ -7,6 +7,7 @@ when its file is closed, and cannot grow.
 import io
 import os
 import pathlib
+import threading
 from typing import Any
 
 from fsspec.spec import AbstractFileSystem
@@ -75,7 +76,7 @@ class _Object(io.BytesIO):
     def close(self) -> None:
         if not self.closed:
             self._place.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._place.with_name(f".{self._place.name}")
+            temporary = self._place.with_name(f".{self._place.name}.{threading.get_ident()}")
             temporary.write_bytes(self.getvalue())
             temporary.replace(self._place)
         super().close()
