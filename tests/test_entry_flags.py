@@ -51,7 +51,7 @@ def test_what_is_no_config_file_is_told_in_a_line_with_its_name(tmp_path, name):
         ("/dev/null", "there is no such file"),
         ("a\0b", "there is no such file"),
         ("x" * 5000, "too long"),
-        (f"{ROOT}/configs/grpo.py:lap", "no such variant; choose one of laptop, smoke, paper, 7b"),
+        (f"{ROOT}/configs/grpo.py:lap", "no such variant; choose one of laptop, smoke, paper, paper_gqa, 7b"),
         (f"{ROOT}/configs/grpo.py:", "no such variant"),
         (f"{ROOT}/configs/nested_sums.py:smoke", "takes 0 positional arguments but 1 was given"),
     ],

@@ -1,4 +1,4 @@
-"""What a check of an accelerator measures besides (`accelerator.py`), and how all of it is shown."""
+"""Speed of an accelerator beside its checks (`accelerator.py`), and the page that shows all of it."""
 
 import dataclasses
 import importlib.metadata

@@ -53,7 +53,7 @@ class Sampling:
 
 
 class Drawn(NamedTuple):
-    """What a step draws for each lane."""
+    """The draws of a step, for each lane."""
 
     token_L: jax.Array
     logprob_L: jax.Array

@@ -79,7 +79,7 @@ def num_slices(devices: Sequence[Any]) -> int:
 
 
 def slices_along_data(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
-    """Arrange the devices of several TPU slices in a grid, one slice after the other along `data`.
+    """Lay out the devices of several TPU slices in a grid, one slice after the other along `data`.
 
     Between slices lies the data centre's network. So it carries the sum of gradients, once a step, and no weights.
     Raises ConfigError where `data` does not divide into the slices.

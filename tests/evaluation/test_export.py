@@ -122,7 +122,7 @@ def test_marks_that_are_no_tokens_are_stop_strings(tmp_path: pathlib.Path) -> No
     [
         ("there", "F32", "there is something already"),
         ("there/file", "F32", "there is something already"),
-        ("new", "Q8_0", "a Hugging Face folder holds F32; name a FILE.gguf"),
+        ("new", "Q8_0", "a Hugging Face folder holds F32 or BF16; name a FILE.gguf"),
         ("new.gguf", "Q2_K", "choose one of F32, F16"),
     ],
 )
