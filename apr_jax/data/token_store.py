@@ -45,7 +45,7 @@ _PIECE = 1 << 24
 
 @dataclasses.dataclass(frozen=True)
 class SplitTokenizer:
-    """The maker of the token ids of a range of a split's demonstrations. It pickles, and opens the split where it is."""
+    """A maker of token ids of a range of a split's demonstrations. It pickles, and opens the split where it is."""
 
     config: Config
     split: Split
