@@ -99,8 +99,9 @@ class ModelConfig(Section, path="model"):
     compute_dtype: Literal["float32", "bfloat16"]  # weights stay float32
     # The training kernel; auto = the best of the backend.
     attention: Literal["auto", "cpu", "xla", "splash", "cudnn"]
-    # What the backward pass of a layer recomputes: nothing, all but products and attention, or the whole layer.
-    remat: Literal["none", "dots", "full"]
+    # What the backward pass of a layer recomputes: nothing, all but products and attention, or the layer. auto: on an
+    # accelerator the least that fits its memory, on a CPU the layer.
+    remat: Literal["auto", "none", "dots", "full"]
 
     def __post_init__(self) -> None:
         super().__post_init__()

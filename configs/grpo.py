@@ -213,7 +213,7 @@ def paper() -> ConfigDict:
         max_seq_len=4_096,
         tie_embeddings=False,
         compute_dtype="bfloat16",
-        remat="full",
+        remat="auto",
     )
     config.task.update(
         num_numbers=4,

@@ -51,7 +51,7 @@ def get_config(variant: str = "laptop") -> ConfigDict:
 def any_task() -> ConfigDict:
     """Return the setting of a pretrained model on two cores. A task takes its place in it (configs/gym.py)."""
     config = grpo.get_config()
-    config.model.update(family="auto", max_seq_len=1_024, remat="full")
+    config.model.update(family="auto", max_seq_len=1_024, remat="auto")
     config.data.update(tokenizer="auto", encoding="whole", chat_template="auto", directory="runs/data_pretrained")
     config.mesh.data = 1
     for section in (config.sft, config.grpo):

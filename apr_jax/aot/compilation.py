@@ -36,8 +36,10 @@ from apr_jax.parallel.device_memory import local_bytes
 from apr_jax.parallel.mesh import BATCH_AXES, make_mesh, partition_spec
 from apr_jax.train.hosted_engine import plan_engine
 from apr_jax.train.optimizer import make_optimizer, schedule
-from apr_jax.train.rl.update import Updater
-from apr_jax.train.sft import make_sft_step
+from apr_jax.train.recomputation import Recomputation
+from apr_jax.train.rl.update import Updater, grpo_recomputation
+from apr_jax.train.scorer import as_placed
+from apr_jax.train.sft import make_sft_step, sft_recomputation
 from apr_jax.train.state import abstract_state
 
 _shape: Callable[..., Any] = jax.ShapeDtypeStruct
@@ -77,26 +79,35 @@ def engine_mesh(mesh: MeshConfig, devices_per_host: int) -> MeshConfig:
     return MeshConfig(data=devices_per_host // mesh.tensor, fsdp=1, tensor=mesh.tensor)
 
 
-def planned_programs(config: Config, devices: Sequence[Any]) -> dict[str, PlannedProgram]:
+def planned_programs(config: Config, devices: Sequence[Any], layers: int | None = None) -> dict[str, PlannedProgram]:
     """Return the run's programs on the config's mesh of `devices`, by name. Lowers and compiles nothing.
+
+    With `layers` the model has so many, and backward passes recompute what they do in all of the config's.
 
     Raises ConfigError for a mesh that the model, the batches or the engine cannot have.
     """
     mesh = make_mesh(config.mesh, devices)
     rollout_mesh = hosts.rollout_mesh(mesh)  # of host 0
+    recomputed = sft_recomputation(config.sft, config.model, mesh, config.lora), grpo_recomputation(config, mesh)
+    if layers is not None:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=layers))
     plan = plan_engine(config, mesh)
     engine = engine_programs(dataclasses.replace(config, engine=plan.sizes), rollout_mesh)
     engine_bytes = plan.memory.weights + plan.memory.pages
-    return _training_programs(config, mesh, engine_bytes, engine)
+    return _training_programs(config, mesh, recomputed, engine_bytes, engine)
 
 
 def _training_programs(
-    config: Config, mesh: Mesh, engine_bytes: int, engine: dict[str, PlannedProgram]
+    config: Config,
+    mesh: Mesh,
+    recomputed: tuple[Recomputation, Recomputation],  # in SFT and in GRPO
+    engine_bytes: int,
+    engine: dict[str, PlannedProgram],
 ) -> dict[str, PlannedProgram]:
     model, sft = config.model, config.sft
     sft_optimizer = make_optimizer(sft.optimizer, sft.num_steps)
     rate = schedule(sft.optimizer, sft.num_steps, sft.optimizer.learning_rate)
-    updater = Updater(config, mesh, config_tokenizer(config))
+    updater = Updater(config, mesh, config_tokenizer(config), recomputed[1])
     programs = updater.programs()
     gradients, update = programs["grpo_gradients"], programs["grpo_update"]
     state, params, _ = update[1]
@@ -111,7 +122,7 @@ def _training_programs(
     given = local_bytes(params) + local_bytes(base)  # to gradients, and so no memory beside theirs
     return {
         "sft_step": PlannedProgram(
-            make_sft_step(model, sft_optimizer, rate, mesh, config.lora),
+            make_sft_step(model, sft_optimizer, rate, mesh, config.lora, recomputed[0]),
             (abstract_state(mesh, model, sft_optimizer, config.lora), sft_batch(config, mesh), *base),
             mesh,
             shared,
@@ -129,7 +140,8 @@ def _training_programs(
 def sft_batch(config: Config, mesh: Mesh) -> dict[str, Any]:
     """Return the shapes of an SFT step's batch `[M, B / M, T]`, as the pipeline packs it."""
     sft = config.sft
-    row = pack([{"tokens": _INTS, "targets": _INTS, "weights": _FLOATS}], sft.row_len).rows
+    packed = pack([{"tokens": _INTS, "targets": _INTS, "weights": _FLOATS}], sft.row_len)
+    row = as_placed(packed.rows, mesh)
     shape, spec = (sft.microbatches, sft.rows_per_step // sft.microbatches), partition_spec(None, BATCH_AXES)
     return {name: _on(_shape((*shape, *x.shape[1:]), x.dtype), mesh, spec) for name, x in row.items()}
 

@@ -17,8 +17,8 @@ from apr_jax.parallel.fit import fit
 
 _MASTER, _COMPUTE = 4, 2  # bytes of a weight: float32, and bfloat16 where it is multiplied and gathered
 _MOMENTS = 2  # of Adam, float32
-# What a layer keeps for its backward pass, in widths of the model: its input, the results of its products too, or all.
-_KEPT = {"full": 1, "dots": 10, "none": 16}
+# What a layer keeps for its backward pass, in widths of the model: all, what its products give, or its input alone.
+_KEPT = {"none": 16, "dots": 10, "full": 1}
 
 _num_params = functools.cache(num_params)  # it takes a second for many layers
 
@@ -84,18 +84,24 @@ def rows_per_shard(config: Config) -> int:
 
 
 def estimate(config: Config, peaks: Peaks) -> Candidate:
-    """Estimate an SFT step on the config's mesh, by arithmetic.
+    """Estimate an SFT step on the config's mesh, by arithmetic; for `model.remat="auto"` with the least that fits.
 
     FLOPs are 6 a weight and token, 8 with full remat, and those of causal attention (Kaplan et al. 2020, section 2.1).
     Links are rings. Each microbatch gathers the layers' weights over "fsdp" twice and scatters their gradients once,
     reduces gradients over "data", and reduces two activations a layer over "tensor" in every pass, recomputation
     included.
     """
+    remats = tuple(_KEPT) if config.model.remat == "auto" else (config.model.remat,)
+    found = [_estimate(config, remat, peaks) for remat in remats]
+    return next((each for each in found if each.bytes_needed <= peaks.memory), found[-1])
+
+
+def _estimate(config: Config, remat: str, peaks: Peaks) -> Candidate:
     model, sft, mesh = config.model, config.sft, config.mesh
     devices = mesh.data * mesh.fsdp * mesh.tensor
     weights = _num_params(model).total - model.vocab_size * model.embed_dim * (not model.tie_embeddings)
     tokens = sft.rows_per_step * sft.row_len
-    passes = 4 if model.remat == "full" else 3
+    passes = 4 if remat == "full" else 3
     attention = 2 * model.num_layers * model.num_heads * model.head_dim * sft.row_len * tokens
     local_tokens = tokens // sft.microbatches // (mesh.data * mesh.fsdp)
     own_weights = _num_params(model).total / mesh.tensor
@@ -110,7 +116,7 @@ def estimate(config: Config, peaks: Peaks) -> Candidate:
     moved = read + sft.microbatches * passes * 16 * model.num_layers * activations
     cost = Cost(flops=(2 * passes * weights * tokens + passes * attention) / devices, bytes=moved, sent=sent)
     share = _num_params(model).total * _MASTER / (mesh.fsdp * mesh.tensor)
-    kept = model.num_layers * activations * _KEPT[model.remat]
+    kept = model.num_layers * activations * _KEPT[remat]
     layer = local_tokens * (8 * model.embed_dim + 6 * model.mlp_dim / mesh.tensor) * _MASTER
     state = 2 * share + _MOMENTS * share / mesh.data + share * (config.grpo.kl_coef > 0)
     return Candidate(

@@ -118,8 +118,7 @@ class Survey:
         depths = (1, 2) if quick else (config.model.num_layers,)
         at_depth: list[dict[str, Compiled]] = []
         for depth in depths:
-            model = dataclasses.replace(config.model, num_layers=depth)
-            todo = planned_programs(dataclasses.replace(config, model=model), self.devices)
+            todo = planned_programs(config, self.devices, depth)
             at_depth.append({})
             for name in todo if only is None else (only,):
                 label = f"{name} mesh {_mesh(config.mesh)}" + (f" {depth} layers" if quick else "")

@@ -32,7 +32,8 @@ _ACCELERATOR = {"v5e": "v5litepod-{chips}", "v5p": "v5p-{cores}"}
 _MAX_GPUS = 8  # in one machine, joined by NVLink
 # libtpu asks the machine about its TPU. These answer where there is none, and let it run beside another process.
 _LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-_CUDNN_VERSION = 91100  # what JAX would ask the GPU's machine for; cuDNN attention needs 9.10 or newer
+# What JAX would ask the GPU's machine for; cuDNN attention needs 9.10 or newer.
+_CUDNN_VERSION, _H100_CAPABILITY = 91100, 9.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +126,7 @@ def _offer_cudnn() -> None:
 
     ctypes.CDLL(str(_nvidia() / "cudnn" / "lib" / "libcudnn.so.9"), mode=ctypes.RTLD_GLOBAL)
     fused_attention_stablehlo.check_cudnn_version = lambda: _CUDNN_VERSION
+    fused_attention_stablehlo.check_compute_capability = lambda capability: float(capability) <= _H100_CAPABILITY
 
 
 def _nvidia() -> pathlib.Path:

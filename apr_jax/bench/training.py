@@ -35,7 +35,7 @@ from apr_jax.train.rl.advantage import normalised
 from apr_jax.train.rl.sample import Scored
 from apr_jax.train.rl.update import Updater
 from apr_jax.train.scorer import to_mesh
-from apr_jax.train.sft import make_sft_step, normalise, sft_options
+from apr_jax.train.sft import make_sft_step, normalise, sft_options, sft_recomputation
 from apr_jax.train.state import create_state
 
 Rows = dict[str, np.ndarray]
@@ -173,7 +173,8 @@ def _sft_pass(
 ) -> Contestant:
     optimizer = make_optimizer(settings, config.sft.num_steps)
     rate = schedule(settings, config.sft.num_steps, settings.learning_rate)
-    step = make_sft_step(config.model, optimizer, rate, mesh)
+    recomputation = sft_recomputation(config.sft, config.model, mesh)
+    step = make_sft_step(config.model, optimizer, rate, mesh, recomputation=recomputation)
 
     def run() -> Mapping[str, Any]:
         state = _wait(create_state(mesh, config.model, optimizer, params))

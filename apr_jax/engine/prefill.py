@@ -1,7 +1,7 @@
 """Prefill: computes keys and values of tokens that threads were given. Two strategies behind one interface.
 
 `PagePerLane` works everywhere: a lane computes up to a page of one thread's new positions, which a second program then
-writes. `InPlace` is for backends whose kernel writes to the pages itself: lanes are filled from any threads.
+writes. `InPlace` is for kernels that attend after all lanes are written: lanes are filled from any threads.
 """
 
 from collections.abc import Callable
@@ -47,12 +47,17 @@ class Prefill(Protocol):
         """Compute the lanes' new positions and write them to the pages, which are donated."""
 
 
-def choose_prefill(structure: Any, kernels: DecodeKernels, limits: Limits, mesh: Mesh) -> Prefill:
-    """Return the strategy for an engine with these kernels; `structure` is the model's graph."""
+def choose_prefill(
+    structure: Any, kernels: DecodeKernels, limits: Limits, mesh: Mesh, tracing: Callable[[], Any]
+) -> Prefill:
+    """Return the strategy for an engine with these kernels.
+
+    `structure` is the model's graph, `tracing` makes the context in which its programs are traced.
+    """
     return (
-        PagePerLane(structure, kernels.attention.tile, limits, mesh)
+        PagePerLane(structure, kernels.attention.tile, limits, mesh, tracing)
         if kernels.prefill is None
-        else InPlace(structure, kernels.prefill, limits, mesh)
+        else InPlace(structure, kernels.prefill, limits, mesh, tracing)
     )
 
 
@@ -61,7 +66,7 @@ class PagePerLane:
 
     aligned = False
 
-    def __init__(self, structure: Any, tile: HeadTile, limits: Limits, mesh: Mesh):
+    def __init__(self, structure: Any, tile: HeadTile, limits: Limits, mesh: Mesh, tracing: Callable[[], Any]):
         self.num_lanes, self.width = limits.prefill_lanes, limits.page_size
         self._fresh_sharding = NamedSharding(mesh, PAGES)
 
@@ -73,7 +78,7 @@ class PagePerLane:
             return write_rows(pages, each.tables, each.start, each.count, fresh, 1)
 
         whole, out = partition_spec(), self._fresh_sharding
-        self._compute = ShardedStep(compute, mesh, (SHARDED, whole, SHARDED), out, donated=())
+        self._compute = ShardedStep(compute, mesh, (SHARDED, whole, SHARDED), out, donated=(), tracing=tracing)
         self._write = ShardedStep(write, mesh, (SHARDED, SHARDED, SHARDED), out)
         self.steps = {"prefill": self._compute, "prefill_write": self._write}
 
@@ -99,7 +104,7 @@ class InPlace:
 
     aligned = True
 
-    def __init__(self, structure: Any, kernel: InPlacePrefill, limits: Limits, mesh: Mesh):
+    def __init__(self, structure: Any, kernel: InPlacePrefill, limits: Limits, mesh: Mesh, tracing: Callable[[], Any]):
         positions = -(-limits.prefill_lanes * limits.page_size // kernel.block) * kernel.block
         self.num_lanes, self.width = positions // kernel.unit, kernel.unit
 
@@ -107,7 +112,7 @@ class InPlace:
             return compute_in_place(nnx.merge(structure, params), kernel, pages, unpack_arrays(lanes))
 
         out = NamedSharding(mesh, PAGES)
-        self._prefill = ShardedStep(prefill, mesh, (SHARDED, partition_spec(), SHARDED), out)
+        self._prefill = ShardedStep(prefill, mesh, (SHARDED, partition_spec(), SHARDED), out, tracing=tracing)
         self.steps = {"prefill": self._prefill}
 
     def take(self, scheduler: Scheduler, shard: int) -> list[PrefillChunk]:

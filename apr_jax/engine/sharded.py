@@ -1,5 +1,6 @@
 """Functions of one data shard, compiled once and run on every data shard of a mesh."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -26,8 +27,12 @@ class ShardedStep:
         in_specs: tuple[PartitionSpec, ...],
         out_shardings: Any,
         donated: tuple[int, ...] = (0,),
+        tracing: Callable[[], Any] = contextlib.nullcontext,
     ):
-        """Take a `function` that sees no shard axis. Arguments whose spec is not SHARDED reach every shard whole."""
+        """Take a `function` that sees no shard axis, and make the context it is traced in.
+
+        Arguments whose spec is not SHARDED reach every shard whole.
+        """
 
         def local(*arguments: Any) -> Any:
             # A shard sees its slice of the leading axis, of size one.
@@ -35,7 +40,8 @@ class ShardedStep:
                 jax.tree.map(lambda x: x[0], argument) if spec == SHARDED else argument
                 for argument, spec in zip(arguments, in_specs, strict=True)
             ]
-            return jax.tree.map(lambda x: x[None], function(*squeezed))
+            with tracing():
+                return jax.tree.map(lambda x: x[None], function(*squeezed))
 
         mapped = jax.shard_map(
             local, mesh=mesh, in_specs=in_specs, out_specs=SHARDED, axis_names={DATA_AXIS}, check_vma=False

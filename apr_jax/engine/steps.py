@@ -27,7 +27,7 @@ from apr_jax.engine.limits import Limits
 from apr_jax.engine.pack_arrays import PackedArrays, unpack_arrays
 from apr_jax.engine.prefill import choose_prefill
 from apr_jax.engine.sharded import PAGES, SHARDED, ShardedStep
-from apr_jax.kernels import DecodeKernels
+from apr_jax.kernels import DecodeKernels, products
 from apr_jax.model.held_weights import HeldWeights
 from apr_jax.model.llama import Llama
 from apr_jax.model.ops import Ops, draw_from
@@ -168,14 +168,15 @@ class Steps:
             cache = GroupCache.open(config, attention.tile, pages, each, steps=steps, workers=workers)
             return decode_shard(model, steps, cache, each.lanes, sampling)
 
+        tracing = functools.partial(products, config, mesh.devices.flat[0].platform)
         whole = partition_spec()
         pages_out, written_out = NamedSharding(mesh, PAGES), NamedSharding(mesh, SHARDED)
         decode_specs, outs = (SHARDED, whole, SHARDED, whole), (pages_out, written_out)
-        self.decode = ShardedStep(decode, mesh, decode_specs, outs)
+        self.decode = ShardedStep(decode, mesh, decode_specs, outs, tracing=tracing)
         # Lowered when it is first needed: an engine without groups has no such program.
-        self.decode_groups = ShardedStep(decode_groups, mesh, decode_specs, outs)
+        self.decode_groups = ShardedStep(decode_groups, mesh, decode_specs, outs, tracing=tracing)
         self.copy_pages = ShardedStep(copy_pages, mesh, (SHARDED, SHARDED, SHARDED), pages_out)
-        self.prefill = choose_prefill(structure, kernels, limits, mesh)
+        self.prefill = choose_prefill(structure, kernels, limits, mesh, tracing)
         shape: Callable[..., Any] = jax.ShapeDtypeStruct
         self._copies_shape = shape((limits.num_shards, COPIES_PER_CALL), jnp.int32, sharding=written_out)
         self._all = (self.decode, self.decode_groups, self.copy_pages, *self.prefill.steps.values())

@@ -4,6 +4,7 @@ Everywhere the plain maths of `apr_jax.model` will do, and here is where somethi
 for CPUs alone is a folder that may be missing.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -25,10 +26,11 @@ from apr_jax.model.head_tile import PLAIN
 from apr_jax.model.ops import XLA, Ops, rms_norm
 from apr_jax.model.paged_attention import PagedAttention
 from apr_jax.model.quantised_tile import QuantisedTile
-from apr_jax.model.views.training import TrainingAttention
+from apr_jax.model.views.training import PackedAttention, TrainingAttention
 from apr_jax.parallel.mesh import TENSOR_AXIS, split_rows
 
 _TPU_PREFILL_BLOCK = 256  # positions whose products take a v5e as long as reading the weights for them
+GPUS = ("gpu", "cuda", "rocm")  # platforms, as JAX calls them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,7 @@ class TrainingKernels:
     ops: Ops
     attention: TrainingAttention
     takes_branches: bool  # segments may have branches (`data/prefixes.py`)
+    packed: PackedAttention | None  # computes within segments without branches alone, given their lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +72,7 @@ class AttentionKernel:
     Attributes:
         load: returns the function, once it is chosen.
         takes_branches: see `TrainingKernels`.
+        packed: returns what `TrainingKernels` holds under this name.
         suits: (model, platform) -> True where "auto" chooses it, unless a row above it suits too.
         lacks: (model, platform) -> what a configuration that names it lacks, for the message; None if nothing.
     """
@@ -77,6 +81,7 @@ class AttentionKernel:
     takes_branches: bool
     suits: Callable[[ModelConfig, str], bool]
     lacks: Callable[[ModelConfig, str], str | None] = lambda model, platform: None
+    packed: Callable[[], PackedAttention | None] = lambda: None
 
 
 def for_training(config: ModelConfig, platform: str) -> TrainingKernels:
@@ -96,7 +101,7 @@ def for_training(config: ModelConfig, platform: str) -> TrainingKernels:
             f"model.attention={chosen!r} takes {lack}; here are model.compute_dtype={config.compute_dtype!r} and "
             f"model.head_dim={config.head_dim}. Choose 'auto'"
         )
-    return TrainingKernels(ops, kernel.load(), kernel.takes_branches)
+    return TrainingKernels(ops, kernel.load(), kernel.takes_branches, kernel.packed())
 
 
 def for_decoding(config: ModelConfig, sizes: EngineConfig, mesh: Mesh) -> DecodeKernels:
@@ -127,7 +132,18 @@ def for_decoding(config: ModelConfig, sizes: EngineConfig, mesh: Mesh) -> Decode
         prefill = InPlacePrefill(tpu.TpuUnitAttention(tile), unit=UNIT, block=_TPU_PREFILL_BLOCK)
         return dataclasses.replace(plain, attention=tpu.TpuPagedAttention(tile), prefill=prefill)
     gpu.check_page_size(sizes.page_size)
-    return dataclasses.replace(plain, attention=KernelPagedAttention(kernel=gpu.attend))
+    on_pages = KernelPagedAttention(kernel=gpu.attend)
+    prefill = InPlacePrefill(on_pages, unit=1, block=gpu.PREFILL_BLOCK)
+    return dataclasses.replace(plain, attention=on_pages, prefill=prefill)
+
+
+def products(config: ModelConfig, platform: str) -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which a model's programs are traced: where float32 is asked for, products are of float32.
+
+    Accelerators would multiply float32 as TF32 or bfloat16.
+    """
+    exact = config.compute_dtype == "float32" and platform != "cpu"
+    return jax.default_matmul_precision("highest") if exact else contextlib.nullcontext()
 
 
 def cpu_kernels(platform: str) -> Any | None:
@@ -149,7 +165,7 @@ def _cpu_lacks(config: ModelConfig, platform: str) -> str | None:
 
 def _cudnn_suits(config: ModelConfig, platform: str) -> bool:
     takes = config.compute_dtype == "bfloat16" and config.head_dim % 8 == 0 and config.head_dim <= 128
-    return platform in ("gpu", "cuda", "rocm") and takes
+    return platform in GPUS and takes
 
 
 def _cudnn_lacks(config: ModelConfig, platform: str) -> str | None:
@@ -168,6 +184,12 @@ ATTENTIONS: dict[str, AttentionKernel] = {
         lambda: importlib.import_module(f"{__name__}.cpu").training_attention, True, _cpu_attends, _cpu_lacks
     ),
     "splash": AttentionKernel(lambda: splash.splash_attention, False, lambda _, platform: platform == "tpu"),
-    "cudnn": AttentionKernel(lambda: cudnn.cudnn_attention, True, _cudnn_suits, _cudnn_lacks),
+    "cudnn": AttentionKernel(
+        lambda: cudnn.cudnn_attention,
+        True,
+        _cudnn_suits,
+        _cudnn_lacks,
+        packed=lambda: cudnn.packed_attention if cudnn.takes_lengths() else None,
+    ),
     "xla": AttentionKernel(lambda: xla_attention, True, lambda *_: True),
 }

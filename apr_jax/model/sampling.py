@@ -36,13 +36,11 @@ def sample(logprobs_V: jax.Array, uniform: jax.Array, temperature: jax.Array | f
     """Draw one token id (int32 scalar): the argmax below LEAST_TEMPERATURE, else by inverse CDF at `uniform` in [0, 1).
 
     The CDF is summed in two levels of about sqrt(V), so that no long scan is needed. A token of probability 0 is
-    never drawn.
+    never drawn. Both are computed and one is chosen: a GPU would ask the host which branch of a condition to take, at
+    every step of decode.
     """
-    return jax.lax.cond(
-        jnp.asarray(temperature, jnp.float32) >= LEAST_TEMPERATURE,
-        lambda: _inverse_cdf(jnp.exp(logprobs_V), uniform),
-        lambda: _argmax(logprobs_V),
-    ).astype(jnp.int32)
+    drawn, best = _inverse_cdf(jnp.exp(logprobs_V), uniform), _argmax(logprobs_V)
+    return jnp.where(jnp.asarray(temperature, jnp.float32) >= LEAST_TEMPERATURE, drawn, best).astype(jnp.int32)
 
 
 def probability_of_others(logprobs_V: jax.Array, token: jax.Array) -> jax.Array:

@@ -14,14 +14,14 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from apr_jax.config import ModelConfig
-from apr_jax.kernels import TrainingKernels, for_training
+from apr_jax.data.segments import with_lengths
+from apr_jax.kernels import GPUS, TrainingKernels, for_training, products
 from apr_jax.model.params import Params, graphdef
 from apr_jax.model.views.shared_training import SharedRows, shared_training_rows
-from apr_jax.model.views.training import training_rows
+from apr_jax.model.views.training import packed_rows, training_rows
 from apr_jax.parallel import hosts
-from apr_jax.parallel.mesh import BATCH_AXES, num_row_shards, partition_spec
-
-MAX_LOGITS = 1 << 24  # logits held at a time, in elements: 64 MiB in float32
+from apr_jax.parallel.mesh import BATCH_AXES, DATA_AXIS, FSDP_AXIS, num_row_shards, partition_spec
+from apr_jax.train.recomputation import Recomputation
 
 Batch = dict[str, jax.Array]
 Logits = Callable[[jax.Array], jax.Array]
@@ -37,7 +37,7 @@ class TokenScores:
     top_BT: jax.Array  # bool: the target is the most probable token
 
 
-def num_chunks(batch: int, time: int, vocab: int, max_logits: int = MAX_LOGITS) -> int:
+def num_chunks(batch: int, time: int, vocab: int, max_logits: int) -> int:
     """Return the least divisor C of `time` with batch * (time / C) * vocab <= max_logits, or else `time`."""
     return next((c for c in range(1, time + 1) if time % c == 0 and batch * (time // c) * vocab <= max_logits), time)
 
@@ -48,7 +48,7 @@ def token_scores(
     logits: Logits,
     log_probs: LogProbs,
     vocab: int,
-    max_logits: int = MAX_LOGITS,
+    max_logits: int,
     given: tuple[jax.Array, ...] = (),
 ) -> TokenScores:
     """Score the targets in chunks of time, so that [B, T, V] logits never exist when they are many.
@@ -87,23 +87,34 @@ def token_scores(
 Scorer = Callable[[Params, Batch], TokenScores]
 
 
-def make_scorer(model: ModelConfig, mesh: Mesh, log_probs: LogProbs, given: Sequence[str] = ()) -> Scorer:
+def make_scorer(
+    model: ModelConfig,
+    mesh: Mesh,
+    log_probs: LogProbs,
+    given: Sequence[str] = (),
+    recomputation: Recomputation | None = None,
+) -> Scorer:
     """Make a function (params, batch of packed rows) -> scores of the batch's targets.
 
     The batch's arrays named in `given` go to `log_probs`, after the logits. Attention kernels are mapped over the mesh,
     activations keep their rows on it, and the loss counts its chunks per device. A batch with `reach` has
     segments with branches (`data/prefixes.py`), one with `seen` is of workers on shared caches
-    (`data/shared_sequences.py`).
+    (`data/shared_sequences.py`). `recomputation` is by default what the model's configuration says without a look at
+    memory.
     """
-    kernels = for_training(model, mesh.devices.flat[0].platform)
-    structure = graphdef(model, kernels.ops)
+    platform = mesh.devices.flat[0].platform
+    kernels = for_training(model, platform)
+    recomputed = recomputation or Recomputation.of(model, mesh)
+    structure = graphdef(dataclasses.replace(model, remat=recomputed.remat), kernels.ops)
 
     def score(params: Params, batch: Batch) -> TokenScores:
         llama = nnx.merge(structure, params)
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), products(model, platform):
             hidden_BTD, _ = llama(batch["tokens"], _view(model, kernels, batch))
             arrays = tuple(batch[name] for name in given)
-            return token_scores(hidden_BTD, batch["targets"], llama.logits, log_probs, model.vocab_size, given=arrays)
+            return token_scores(
+                hidden_BTD, batch["targets"], llama.logits, log_probs, model.vocab_size, recomputed.max_logits, arrays
+            )
 
     return score
 
@@ -114,7 +125,20 @@ def _view(model: ModelConfig, kernels: TrainingKernels, batch: Batch) -> Any:
     if "seen" in batch:
         rows = SharedRows(ids_BT, batch["workers"], batch["places"], batch["seen"])
         return shared_training_rows(model, positions_BT, rows)
+    if "lengths" in batch and kernels.packed is not None:
+        return packed_rows(model, positions_BT, batch["lengths"], kernels.packed)
     return training_rows(model, positions_BT, ids_BT, batch.get("reach"), kernels.attention)
+
+
+def as_placed(rows: Mapping[str, np.ndarray], mesh: Mesh, groups: int = 1) -> Mapping[str, np.ndarray]:
+    """Return rows `[B, T]` as a mesh's devices take them, `groups` parts of them in turn.
+
+    For GPUs rows whose segments have no branches are put in another order, and the lengths of segments stand beside
+    them (`data/segments.py`). cuDNN takes no rows of an odd length.
+    """
+    on_gpu, length = mesh.devices.flat[0].platform in GPUS, rows["segment_ids"].shape[1]
+    apart = on_gpu and length % 2 == 0 and not {"reach", "seen"} & rows.keys()
+    return with_lengths(rows, groups) if apart else rows
 
 
 def to_mesh(rows: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int | None = None) -> Batch:
@@ -122,6 +146,7 @@ def to_mesh(rows: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int | None
 
     In a job of several hosts each gives all rows; only its own devices' go to the mesh.
     """
+    rows = as_placed(rows, mesh, (microbatches or 1) * mesh.shape[DATA_AXIS] * mesh.shape[FSDP_AXIS])
     batch_axis = partition_spec(BATCH_AXES) if microbatches is None else partition_spec(None, BATCH_AXES)
     sharding = NamedSharding(mesh, batch_axis)
 

@@ -21,13 +21,16 @@ from apr_jax.data.packing import pad_rows
 from apr_jax.data.pipeline import SequenceOptions
 from apr_jax.model.lora import ALL_WEIGHTS, Trained, make_merge, merge
 from apr_jax.model.params import Params
+from apr_jax.model.placement import abstract_params_on
 from apr_jax.parallel import hosts
+from apr_jax.parallel.device_memory import local_bytes
 from apr_jax.progress import progress
 from apr_jax.reasoning import METHODS
 from apr_jax.train.optimizer import make_optimizer, schedule
 from apr_jax.train.phase import Phase
+from apr_jax.train.recomputation import Recomputation
 from apr_jax.train.scorer import Batch, Scorer, fetch, make_scorer, to_mesh
-from apr_jax.train.state import TrainState, apply_gradients, state_shardings
+from apr_jax.train.state import TrainState, abstract_state, apply_gradients, state_shardings
 
 Rows = Mapping[str, np.ndarray]
 Metrics = dict[str, jax.Array]
@@ -58,13 +61,14 @@ def make_sft_step(
     rate: optax.Schedule,
     mesh: Mesh,
     lora: LoraConfig = ALL_WEIGHTS,
+    recomputation: Recomputation | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Make the jitted update (state, batch [M, B / M, T], base) -> (state, metrics). The state given is donated.
 
     Gradients of the M microbatches are summed; `weights` sum to 1 over the whole batch, so the result does not depend
     on M. `rate` is only logged. `base` are the weights that adapters belong to; it is left out with rank 0.
     """
-    scorer = make_scorer(model, mesh, jax.nn.log_softmax)
+    scorer = make_scorer(model, mesh, jax.nn.log_softmax, recomputation=recomputation)
     loss_fn = jax.value_and_grad(functools.partial(_loss, scorer, lora), has_aux=True)
     shardings = state_shardings(mesh, model, optimizer, lora)
 
@@ -89,6 +93,20 @@ def make_sft_step(
         }
 
     return step
+
+
+def sft_recomputation(
+    config: SFTConfig, model: ModelConfig, mesh: Mesh, lora: LoraConfig = ALL_WEIGHTS
+) -> Recomputation:
+    """Return what SFT's backward pass recomputes: its device holds the state, two gradients, and what adapters need."""
+
+    def held() -> int:
+        state = abstract_state(mesh, model, make_optimizer(config.optimizer, config.num_steps), lora)
+        merged = 2 * local_bytes(abstract_params_on(mesh, model)) if lora.rank else 0  # the base, and with its adapters
+        return local_bytes(state) + 2 * local_bytes(state.params) + merged
+
+    tokens = config.rows_per_step // config.microbatches * config.row_len
+    return Recomputation.fitting(model, mesh, tokens, held)
 
 
 def make_validation(model: ModelConfig, mesh: Mesh, lora: LoraConfig = ALL_WEIGHTS) -> Callable[..., Metrics]:
@@ -133,7 +151,9 @@ def train_sft(
         rows.set_state(position)
     start = int(state.step)
     rate = schedule(config.optimizer, config.num_steps, config.optimizer.learning_rate)
-    step_fn, validate = make_sft_step(model, optimizer, rate, mesh, lora), make_validation(model, mesh, lora)
+    recomputation = sft_recomputation(config, model, mesh, lora)
+    step_fn = make_sft_step(model, optimizer, rate, mesh, lora, recomputation)
+    validate = make_validation(model, mesh, lora)
     held_out = _validation_batch(validation_rows, mesh, config.rows_per_step // config.microbatches)
     log = _Log(phase)
     with progress(config.num_steps - start, "SFT", "step", hosts.messages()) as bar:

@@ -48,13 +48,16 @@ def training_attention(config: Config, mesh: Any, platform: str) -> Any:
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
+    from apr_jax.data.segments import MIN_SLOTS
     from apr_jax.kernels import for_training
 
-    model, attend = config.model, for_training(config.model, platform).attention
+    model, kernels = config.model, for_training(config.model, platform)
     B, T = config.grpo.rows_per_microbatch, config.grpo.row_len
 
-    def loss(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
-        return jnp.sum(attend(q, k, v, ids, None).astype(jnp.float32))
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+        packed = kernels.packed
+        out = kernels.attention(q, k, v, segments, None) if packed is None else packed(q, k, v, segments)
+        return jnp.sum(out.astype(jnp.float32))
 
     def array(shape: tuple[int, ...], dtype: Any, *axes: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
@@ -62,8 +65,9 @@ def training_attention(config: Config, mesh: Any, platform: str) -> Any:
     heads = (("data", "fsdp"), None, "tensor", None)
     q = array((B, T, model.num_heads, model.head_dim), jnp.bfloat16, *heads)
     kv = array((B, T, model.num_kv_heads, model.head_dim), jnp.bfloat16, *heads)
+    segments = array((B, T if kernels.packed is None else MIN_SLOTS), jnp.int32, ("data", "fsdp"))
     with jax.set_mesh(mesh):
-        return jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, kv, kv, array((B, T), jnp.int32, ("data", "fsdp")))
+        return jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, kv, kv, segments)
 
 
 def describe(lowered: Any, config: Config, mesh: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ TARGETS = {  # compiler, decode kernel, memory, meshes (data, tensor)
 }
 TRAINING_KERNELS = {  # of one layer, forward and backward
     "tpu_custom_call": (["tpu_custom_call"], 3),
-    "__gpu$xla.gpu.triton": (["__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"], 2),
+    "__gpu$xla.gpu.triton": (["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"], 2),
 }
 pytestmark = pytest.mark.aot
 
@@ -101,6 +101,13 @@ def test_pages_are_updated_in_place(target):
             assert row["page_copies"] == 0, name
             assert row["temp_bytes"] < CACHE_BYTES // tensor / LAYERS, f"{name}: less than one layer's pages"
         assert programs["prefill"]["page_copies"] == 0
+
+
+def test_the_host_is_asked_for_no_branch(target):
+    *_, meshes = target
+    for _, _, programs in meshes:
+        assert programs["decode"]["conditionals"] == 0
+        assert programs["prefill"]["conditionals"] <= 8
 
 
 @pytest.mark.parametrize(

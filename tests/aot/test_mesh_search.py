@@ -94,6 +94,7 @@ def test_rows_are_halved_where_memory_is_short():
 
 def test_the_estimate_by_hand():
     paper = load("paper")
+    paper = dataclasses.replace(paper, model=dataclasses.replace(paper.model, remat="full"))
     found = estimate(fit(paper, MeshConfig(data=2, fsdp=2, tensor=1), 4), V5P)
     tokens, D, L = 256 * 4096, 1024, 18
     weights = L * (4 * D * D + 3 * D * 2752 + 2 * D) + D + 32_000 * D
@@ -103,3 +104,15 @@ def test_the_estimate_by_hand():
     sent = 16 * (3 * everything * 2 / 2 + 2 * everything / 2 * 4 / 2)
     assert found.estimate.links == pytest.approx(sent / V5P.link_bandwidth)
     assert math.isclose(found.estimate.seconds, found.estimate.compute)
+
+
+def test_auto_recomputes_the_least_that_fits():
+    paper = fit(load("paper"), MeshConfig(data=1, fsdp=1, tensor=1), 1, rows_per_shard=8)
+
+    def named(remat):
+        return dataclasses.replace(paper, model=dataclasses.replace(paper.model, remat=remat))
+
+    for gigabytes, remat in ((80, "none"), (24, "dots"), (12, "full")):
+        peaks = dataclasses.replace(H100, memory=gigabytes * 10**9)
+        found, expected = estimate(paper, peaks), estimate(named(remat), peaks)
+        assert (found.bytes_needed, found.estimate) == (expected.bytes_needed, expected.estimate)

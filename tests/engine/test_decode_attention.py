@@ -96,6 +96,16 @@ def test_the_tpus_kernels_equal_xla(monkeypatch):
         assert_agree(run(), expected)
 
 
+def test_positions_in_place_change_nothing(plainly, monkeypatch):
+    """As a GPU prefills: one position a lane, in blocks that do not divide a call's 32."""
+    prefill = InPlacePrefill(PagedAttention(), unit=1, block=20)
+    chosen = DecodeKernels(XLA, PagedAttention(), prefill, own_head=False)
+    monkeypatch.setattr("apr_jax.engine.plan.for_decoding", lambda *_: chosen)
+    engine = make_engine()
+    assert engine._steps.prefill.num_lanes == 40
+    assert_agree(engine.run(keyed(programs()), seed=4, temperature=1.0), plainly[1])
+
+
 def test_a_mesh_changes_nothing(plainly):
     mesh = make_mesh(data=4, tensor=2)
     engine = make_engine(mesh, decode_attention="auto", lanes=4, pages=97, prefill_lanes=2)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from apr_jax.config import ConfigError, MeshConfig
-from apr_jax.kernels.gpu.cudnn import cudnn_attention
+from apr_jax.data.segments import with_lengths
+from apr_jax.kernels.gpu.cudnn import cudnn_attention, offsets_of, packed_attention, takes_lengths
 from apr_jax.kernels.tpu.splash import splash_attention
 from apr_jax.model.attention import xla_attention
 from apr_jax.parallel.mesh import make_mesh
@@ -59,3 +60,34 @@ def test_cudnn_lowers_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     halves = [array.astype(jnp.bfloat16) for array in (q_BTNH, k_BTKH, v_BTKH)]
     traced = jax.jit(lambda *a: out_and_grads(cudnn_attention, *a)).trace(*halves, ids_BT)
     assert "cudnn" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_cudnn_gets_packed_segments_by_their_offsets_and_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    assert not takes_lengths(), "there is no GPU here"
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91100)  # as on a machine that has an H100
+    monkeypatch.setattr(fused, "check_compute_capability", lambda capability: True)
+    assert takes_lengths()
+    q_BTNH, k_BTKH, v_BTKH, ids_BT = random_inputs(3, 256, 4, 2, 64)
+    lengths_BM = jnp.asarray(with_lengths({"segment_ids": np.asarray(ids_BT)}, 1)["lengths"])
+    halves = [array.astype(jnp.bfloat16) for array in (q_BTNH, k_BTKH, v_BTKH)]
+    traced = jax.jit(lambda *a: out_and_grads(packed_attention, *a)).trace(*halves, lengths_BM)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "fmhaSoftmaxBackward" in text
+    assert "PADDING_CAUSAL" in text
+    assert "256x256" not in text
+
+
+def test_offsets_become_those_that_cudnn_takes() -> None:
+    """JAX's own arithmetic on them gives each segment's first element and its length, in order."""
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    ids_BT = np.asarray(random_inputs(5, 64, 2, 2, 8)[3])
+    packed = with_lengths({"segment_ids": ids_BT}, 1)
+    begins = np.flatnonzero(np.diff(packed["segment_ids"], axis=1, prepend=-1).reshape(-1))
+    offsets, lengths = offsets_of(jnp.asarray(packed["lengths"]), 64)
+    heads = jnp.zeros((5, 64, 2, 8))
+    found = fused._fix_seqlen_offsets(lengths, lengths, offsets, offsets, heads, heads)
+    for seqlen, offset in ((found[0], found[2]), (found[1], found[3])):
+        np.testing.assert_array_equal(seqlen.reshape(-1)[: len(begins)], np.diff(begins, append=5 * 64))
+        np.testing.assert_array_equal(offset.reshape(-1)[: len(begins)], begins * 2 * 8)
+        assert (offset.reshape(-1)[len(begins) :] == 5 * 64 * 2 * 8).all()

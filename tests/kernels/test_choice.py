@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from apr_jax.config import ConfigError
-from apr_jax.kernels import cpu_kernels, for_decoding, for_training
+from apr_jax.kernels import cpu_kernels, for_decoding, for_training, products
 from apr_jax.kernels.gpu import paged_attention as gpu
 from apr_jax.kernels.gpu.cudnn import cudnn_attention
 from apr_jax.kernels.pairs import KernelPagedAttention
@@ -79,7 +79,8 @@ def test_what_auto_means_in_decoding():
     assert on_tpu.attention == tpu.TpuPagedAttention(HeadTile(2, 96))
     assert on_tpu.prefill.attention == tpu.TpuUnitAttention(HeadTile(2, 96))
     for platform in ("gpu", "cuda"):
-        assert decoding(HALF, platform=platform).attention == KernelPagedAttention(kernel=gpu.attend)
+        on_gpu = decoding(HALF, platform=platform)
+        assert on_gpu.attention == on_gpu.prefill.attention == KernelPagedAttention(kernel=gpu.attend)
     for config, requested, platform in ((MODEL, "auto", "tpu"), (MODEL, "auto", "gpu"), (HALF, "xla", "tpu")):
         chosen = decoding(config, platform=platform, decode_attention=requested)
         assert (chosen.attention, chosen.ops) == (PagedAttention(), XLA)
@@ -128,3 +129,14 @@ def test_a_program_for_other_devices_has_no_kernel_of_the_cpus():
 
     assert ("apr_swiglu" in text("cpu")) == HAS_CPU_KERNELS
     assert "apr_" not in text("tpu")
+
+
+def test_where_float32_is_asked_for_an_accelerator_multiplies_float32():
+    def traced(config, platform):
+        with products(config, platform):
+            return str(jax.make_jaxpr(lambda x: XLA.matmul(x, [jnp.ones((4, 8))], [8]))(jnp.ones((2, 4))))
+
+    for platform in ("gpu", "cuda", "tpu"):
+        assert "HIGHEST" in traced(MODEL, platform)
+        assert "HIGHEST" not in traced(HALF, platform)
+    assert "HIGHEST" not in traced(MODEL, "cpu")

@@ -11,6 +11,7 @@ from jax.experimental.pallas.ops.gpu import paged_attention as kernel
 from apr_jax.config import ConfigError
 from apr_jax.model.paged_attention import pairs_of
 
+PREFILL_BLOCK = 256  # positions that prefill computes at a time: about as many FLOPs a byte of weights as an H100 has
 _BLOCK = 256  # positions that a Triton program holds at once
 _SPLIT = 1024  # positions that a Triton program goes through
 

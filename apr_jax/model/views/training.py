@@ -1,4 +1,4 @@
-"""The view of training: packed rows, whose tokens see the earlier tokens of their own segment."""
+"""The views of training: packed rows, whose tokens see the earlier tokens of their own segment."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,6 +14,8 @@ from apr_jax.model.rope import Frequencies, rope_angles_once
 
 # (queries, keys, values, segment ids, first later times that do not see each token) -> outputs
 TrainingAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+# (queries, keys, values, lengths of segments) -> outputs
+PackedAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -69,3 +71,27 @@ def training_rows(
         None if reach is None else times + reach,
         attention,
     )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedRows:
+    """A `View` of rows of segments that are told by their lengths (`data/segments.py`), each of them one sequence."""
+
+    rope: Angles
+    lengths: jax.Array  # int32 [B, M]
+    attention: PackedAttention = dataclasses.field(metadata={"static": True})
+
+    def angles(self) -> Angles:
+        return self.rope
+
+    def attend(self, layer: int, q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array) -> tuple[jax.Array, Self]:
+        """See `View`. The leading axes are B and T."""
+        return named(self.attention(q_TNH, k_TKH, v_TKH, self.lengths)), self
+
+
+def packed_rows(
+    config: ModelConfig, positions_BT: jax.Array, lengths_BM: jax.Array, attention: PackedAttention
+) -> PackedRows:
+    """Return the view of rows by the lengths of their segments."""
+    return PackedRows(rope_angles_once(positions_BT, Frequencies.of(config)), lengths_BM, attention)

@@ -64,7 +64,7 @@ def load_gguf(
     *,
     compute_dtype: Literal["float32", "bfloat16"] = "float32",
     attention: Literal["auto", "cpu", "xla", "splash", "cudnn"] = "auto",
-    remat: Literal["none", "dots", "full"] = "none",
+    remat: Literal["auto", "none", "dots", "full"] = "none",
 ) -> tuple[ModelConfig, Params]:
     """Load the model of a GGUF file; the keywords are those of `load_hf`.
 

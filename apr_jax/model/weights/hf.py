@@ -57,7 +57,7 @@ def load_hf(
     *,
     compute_dtype: Literal["float32", "bfloat16"] = "float32",
     attention: Literal["auto", "cpu", "windows", "xla", "splash", "cudnn"] = "auto",
-    remat: Literal["none", "dots", "full"] = "none",
+    remat: Literal["auto", "none", "dots", "full"] = "none",
 ) -> tuple[ModelConfig, Params]:
     """Load the model of a Hugging Face folder; the keywords are settings that Hugging Face has no word for.
 

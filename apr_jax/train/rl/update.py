@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from apr_jax.config import Config
+from apr_jax.config import Config, ModelConfig
 from apr_jax.data.packing import pack, pad_rows
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.engine import policy_masks
@@ -19,20 +19,24 @@ from apr_jax.engine.work_counters import Work
 from apr_jax.kernels import for_training
 from apr_jax.model import sampling
 from apr_jax.model.lora import Trained, merge
-from apr_jax.model.params import Params
+from apr_jax.model.params import Params, num_params
 from apr_jax.model.placement import abstract_params_on, with_sharding
 from apr_jax.model.truncation import keep_most, truncation_of
+from apr_jax.parallel.device_memory import local_bytes
 from apr_jax.parallel.mesh import BATCH_AXES, partition_spec, replicated
 from apr_jax.reasoning.settings import banned_tokens, spawn_gate
+from apr_jax.train.hosted_engine import plan_engine
 from apr_jax.train.optimizer import make_optimizer
+from apr_jax.train.recomputation import Recomputation
 from apr_jax.train.rl.objective import Terms, Tokens, choose_objective
 from apr_jax.train.rl.sample import Scored
 from apr_jax.train.rl.sequences import training_sequences
-from apr_jax.train.scorer import Batch, LogProbs, make_scorer, to_mesh
+from apr_jax.train.scorer import Batch, LogProbs, as_placed, make_scorer, to_mesh
 from apr_jax.train.state import TrainState, abstract_state, apply_gradients, state_shardings
 
 Sums = tuple[Trained, Terms]
 
+_num_params = functools.cache(num_params)  # it takes a second for many layers
 # k3 a token, in nats, between two compiled programs of one policy: its log-probabilities differ in their last bits.
 _ROUNDING_KL = {"float32": 1e-6, "bfloat16": 1e-3}
 
@@ -40,7 +44,10 @@ _ROUNDING_KL = {"float32": 1e-6, "bfloat16": 1e-3}
 class Updater:
     """The jitted parts of a GRPO update. Compiled once for each size of a microbatch, whatever their number."""
 
-    def __init__(self, config: Config, mesh: Mesh, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, config: Config, mesh: Mesh, tokenizer: Tokenizer, recomputation: Recomputation | None = None
+    ) -> None:
+        """Make the functions. `recomputation` is by default what fits the memory (`grpo_recomputation`)."""
         self._config, self._mesh = config, mesh
         self.optimizer = make_optimizer(config.grpo.optimizer, config.grpo.num_steps * config.grpo.inner_updates)
         self._objective = choose_objective(config.grpo)
@@ -48,7 +55,8 @@ class Updater:
         policy = _sampling_policy(config, tokenizer, self._gate)
         self._cuts = truncation_of(config.rollout).cuts
         given = ("bans", "allowed") if self._gate else ("kept", "targets") if self._cuts else ()
-        self._scorer = make_scorer(config.model, mesh, policy, given)
+        recomputation = recomputation or grpo_recomputation(config, mesh)
+        self._scorer = make_scorer(config.model, mesh, policy, given, recomputation)
         self._reference = jax.jit(lambda params, batch: self._scorer(params, batch).logprob_BT)
         self._accumulate = jax.jit(self._add_gradients, donate_argnums=0)
         shardings = state_shardings(mesh, config.model, self.optimizer, config.lora)
@@ -64,10 +72,16 @@ class Updater:
         )
 
     def sequences(self, scored: Sequence[Scored]) -> list[dict[str, np.ndarray]]:
-        """Return what the update learns from (`training_sequences`), with branches where the attention takes them."""
-        model, platform = self._config.model, self._mesh.devices.flat[0].platform
-        branches = for_training(model, platform).takes_branches
-        return training_sequences(self._config.grpo, scored, self._gate, branches=branches)
+        """Return what the update learns from (`training_sequences`), with branches where they save work."""
+        model, grpo = self._config.model, self._config.grpo
+        kernels = for_training(model, self._mesh.devices.flat[0].platform)
+        apart = functools.partial(training_sequences, grpo, scored, self._gate)
+        if not kernels.takes_branches or kernels.packed is None:
+            return apart(branches=kernels.takes_branches)
+        ways = [apart(branches=False), apart(branches=True)]
+        # Branches are told by a mask, with which attention sees whole rows.
+        flops = [forward_flops(model, ways[0], None), forward_flops(model, ways[1], grpo.row_len)]
+        return ways[flops[1] < flops[0]]
 
     def rows(self, sequences: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Pack sequences into rows `[B, row_len]`."""
@@ -146,7 +160,7 @@ class Updater:
         kept = ints[1:] if self._cuts else None
         call = Call((), ints[:1], ints[1:], floats, Stop(StopReason.LENGTH, None), 0, 0.0, 0.0, kept=kept)
         rollout = Rollout(RolloutKey(0, 0), None, (call,), 1, 0.0, Work())
-        row = self.rows(self.sequences([Scored(None, rollout, True, 1.0, 1.0, np.ones(1))]))
+        row = as_placed(self.rows(self.sequences([Scored(None, rollout, True, 1.0, 1.0, np.ones(1))])), self._mesh)
         size, place = self._config.grpo.rows_per_microbatch, NamedSharding(self._mesh, partition_spec(BATCH_AXES))
 
         def on_mesh(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -190,6 +204,25 @@ class Updater:
 
         (_, (terms, logprob_BT)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
         return jax.tree.map(jnp.add, sums, (grads, terms)), logprob_BT
+
+
+def grpo_recomputation(config: Config, mesh: Mesh) -> Recomputation:
+    """Return what GRPO's backward pass recomputes beside all that a run keeps on its device."""
+
+    def held() -> int:
+        plan = plan_engine(config, mesh).memory
+        # Beside the sum of gradients there are a microbatch's own, or the base merged with its adapters.
+        return plan.beside + plan.weights + plan.pages + local_bytes(abstract_params_on(mesh, config.model))
+
+    return Recomputation.fitting(config.model, mesh, config.grpo.rows_per_microbatch * config.grpo.row_len, held)
+
+
+def forward_flops(model: ModelConfig, sequences: Sequence[Mapping[str, np.ndarray]], row_len: int | None) -> float:
+    """Count FLOPs of a forward pass over sequences whose tokens attend in rows of `row_len`; None: in themselves."""
+    lengths = np.array([len(sequence["tokens"]) for sequence in sequences], np.float64)
+    products = 2 * (_num_params(model).non_embedding + model.embed_dim * model.vocab_size)
+    pairs = 4 * model.num_layers * model.num_heads * model.head_dim / 2
+    return float(np.sum(lengths * (products + pairs * (lengths if row_len is None else row_len))))
 
 
 def microbatch_sizes(rows: int, full: int, shards: int) -> list[int]:
