@@ -1,4 +1,4 @@
-"""What a backward pass recomputes to save memory: layers, and logits.
+"""Recomputation of layers and logits in backward passes, to save memory.
 
 `model.remat="auto"` chooses it: on accelerators the least that fits a device's memory. On a CPU layers are recomputed.
 """
@@ -24,7 +24,7 @@ _GB = 1e9
 
 @dataclasses.dataclass(frozen=True)
 class Recomputation:
-    """What is recomputed: of layers, as `model.remat` says it, and the logits that are held at a time."""
+    """The part of the layers that is recomputed, as `model.remat` says it, and the logits held at a time."""
 
     remat: Literal["none", "dots", "full"]
     max_logits: int
