@@ -66,6 +66,12 @@ class ShardedStep:
 
 
 def _compiler_options(mesh: Mesh) -> dict[str, Any]:
-    """Keep products on one core each where every core is a device of the mesh: sharing them out gets in the way."""
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return {"xla_cpu_multi_thread_eigen": False} if on_cpu and mesh.size >= (os.cpu_count() or 1) else {}
+    """Return the compiler's options for a mesh.
+
+    On a CPU products stay on one core each where every core is a device of the mesh: sharing them out gets in the way.
+    On a GPU products that share an operand stay apart: merged ones copy their weights side by side in every step.
+    """
+    platform = mesh.devices.flat[0].platform
+    if platform == "cpu" and mesh.size >= (os.cpu_count() or 1):
+        return {"xla_cpu_multi_thread_eigen": False}
+    return {"xla_gpu_dot_merger_threshold_mb": 0} if platform in ("cuda", "gpu") else {}
