@@ -64,6 +64,7 @@ def test_log_probabilities_are_near_a_float32_forwards():
     assert found.max_difference > 1e-4
 
 
+@pytest.mark.slow
 def test_heads_are_split_over_tensor():
     expected = make_engine(page_dtype="int8").run(keyed([plain(4)]), seed=4, temperature=1.0)[0]
     split = make_engine(make_mesh(data=1, tensor=2), page_dtype="int8").run(keyed([plain(4)]), seed=4, temperature=1.0)
