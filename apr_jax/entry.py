@@ -22,6 +22,7 @@ import absl.logging
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+import apr_jax.interrupts  # noqa: F401  # before what takes long to import
 from apr_jax.caches import cache_folder
 from apr_jax.config import Config, ConfigError
 from apr_jax.config_dict import from_config_dict

@@ -35,12 +35,13 @@ LEAVES = {
     "gguf_file": {"config", "files"},
     "stopping": set(),
     "caches": set(),
+    "interrupts": set(),
     "config": {"config_fields", "config_checks"},
     "config_fields": set(),
     "config_checks": {"config", "config_fields"},  # config for its types alone
     # The door asks the registries TASKS, METHODS, FAMILIES.
     "config_dict": {"config", "config_fields", "config_checks", "tasks", "reasoning", "model"},
-    "entry": {"config", "config_fields", "config_dict", "files", "paths", "stopping", "caches"},
+    "entry": {"interrupts", "config", "config_fields", "config_dict", "files", "paths", "stopping", "caches"},
 }
 MAY_USE_LEAVES = {"reasoning", "evaluation", "reproduce", "checkpoints", "train", "library", "bench", "aot", "launch"}
 NO_JAX = ["apr_jax/tasks", "apr_jax/data", "apr_jax/engine/pages.py", "apr_jax/engine/threads.py"]

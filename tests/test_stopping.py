@@ -170,3 +170,32 @@ def test_a_closed_terminal_stops_a_program_that_writes_to_it():
         seen += os.read(ours, 1000)
     os.close(ours)
     assert process.wait(timeout=20) == 75
+
+
+INTERRUPTED = """
+import sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {name!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["train.py"]
+import runpy; runpy.run_path("launch/train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ["apr_jax.config_dict", "apr_jax.reasoning.adaptive", "apr_jax.gguf_file"])
+def test_an_interrupt_while_a_program_imports_ends_it_without_a_traceback(name):
+    command = [sys.executable, "-c", INTERRUPTED.format(name=name)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_another_error_while_a_program_imports_keeps_its_traceback():
+    code = "import apr_jax.interrupts; 1 / 0"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert "ZeroDivisionError" in done.stderr
