@@ -212,7 +212,7 @@ class Checkpoints:
         return (
             f"no checkpoint under {self.directory} can be used:\n"
             + "\n".join(f"  {step}: {problem}" for step, problem in unusable.items())
-            + "\nMove the folder away to start this phase anew."
+            + f"\nMove {self.directory} away to start this phase anew."
         )
 
     def _set_aside(self, problems: Mapping[int, str]) -> None:
