@@ -1,4 +1,4 @@
-"""The policy that comes with the package: of today's configuration, and as good as its card says."""
+"""The policies that come with the package: of today's configuration, and as good as their cards say."""
 
 import json
 import pathlib
@@ -12,12 +12,15 @@ from apr_jax.config_dict import from_config_dict
 from apr_jax.policies import SHIPPED
 
 FILES = {"README.md", "apr_jax.json", "config.json", "dialect.json", "generation_config.json", "model.safetensors"}
+MULTIPLICATION = SHIPPED.parent / "multiplication"
+POLICIES = [SHIPPED, MULTIPLICATION]
 
 
-def test_it_is_a_small_folder_whose_configuration_is_of_this_version():
-    assert {path.name for path in SHIPPED.iterdir()} >= FILES
-    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= 20e6
-    saved = json.loads((SHIPPED / "apr_jax.json").read_text())  # a new field goes there, too, with the value that was
+@pytest.mark.parametrize("folder", POLICIES, ids=lambda folder: folder.name)
+def test_it_is_a_small_folder_whose_configuration_is_of_this_version(folder):
+    assert {path.name for path in folder.iterdir()} >= FILES
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 20e6
+    saved = json.loads((folder / "apr_jax.json").read_text())  # a new field goes there, too, with the value that was
     assert from_config_dict(saved).data.method == "adaptive"
 
 
@@ -26,19 +29,21 @@ def test_an_installed_package_has_it():
     patterns = re.findall(r'"(policies/[^"]*)"', setup)
     package = SHIPPED.parents[1]
     held = {path for pattern in patterns for path in package.glob(pattern)}
-    assert held >= {path for path in SHIPPED.iterdir() if path.is_file()}
+    assert held >= {path for folder in POLICIES for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.mark.heavy
-def test_it_solves_what_its_card_says():
-    """The card's figure is of 1,000 held-out problems; 200 others lie within five standard errors of it."""
-    card = re.search(r"solves ([0-9.]+) % of", (SHIPPED / "README.md").read_text())
+@pytest.mark.parametrize(("folder", "number"), [(SHIPPED, 200), (MULTIPLICATION, 60)], ids=["shipped", "products"])
+def test_it_solves_what_its_card_says(folder, number):
+    """The card's figure is of 1,000 held-out problems; some others lie within five standard errors of it."""
+    card = re.search(r"solves ([0-9.]+) % of", (folder / "README.md").read_text())
     assert card, "the card names no figure"
     expected = float(card[1]) / 100
-    policy = apr_jax.load(overrides={"mesh.data": 2})  # a test has eight devices, which take longer
+    folders = [] if folder == SHIPPED else [folder]  # without an argument it is the shipped one
+    policy = apr_jax.load(*folders, overrides={"mesh.data": 2})  # a test has eight devices, which take longer
     rng = random.Random(20)
     sample = policy.task.sampler(policy.config, "test")  # of targets that training has seen
-    problems = [sample(rng) for _ in range(200)]
+    problems = [sample(rng) for _ in range(number)]
     solved = sum(solution.solved for solution in policy.solve(problems)) / len(problems)
     error = (expected * (1 - expected) / len(problems)) ** 0.5
     assert abs(solved - expected) <= 5 * error
