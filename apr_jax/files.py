@@ -272,6 +272,15 @@ def naming(path: pathlib.Path) -> Iterator[None]:
         raise OSError(quoted[0], os.strerror(quoted[0]), str(path)) from error
 
 
+def crc_of(path: pathlib.Path) -> int:
+    """Return the CRC-32 of a file, read a piece at a time."""
+    crc = 0
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            crc = zlib.crc32(piece, crc)
+    return crc
+
+
 def _crc(value: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(value).encode())
 

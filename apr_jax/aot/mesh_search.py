@@ -4,7 +4,6 @@ The estimate is arithmetic on sizes and takes microseconds; promising meshes are
 """
 
 import dataclasses
-import functools
 import math
 import re
 
@@ -19,8 +18,6 @@ _MASTER, _COMPUTE = 4, 2  # bytes of a weight: float32, and bfloat16 where it is
 _MOMENTS = 2  # of Adam, float32
 # What a layer keeps for its backward pass, in widths of the model: all, what its products give, or its input alone.
 _KEPT = {"none": 16, "dots": 10, "full": 1}
-
-_num_params = functools.cache(num_params)  # it takes a second for many layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +96,12 @@ def estimate(config: Config, peaks: Peaks) -> Candidate:
 def _estimate(config: Config, remat: str, peaks: Peaks) -> Candidate:
     model, sft, mesh = config.model, config.sft, config.mesh
     devices = mesh.data * mesh.fsdp * mesh.tensor
-    weights = _num_params(model).total - model.vocab_size * model.embed_dim * (not model.tie_embeddings)
+    weights = num_params(model).total - model.vocab_size * model.embed_dim * (not model.tie_embeddings)
     tokens = sft.rows_per_step * sft.row_len
     passes = 4 if remat == "full" else 3
     attention = 2 * model.num_layers * model.num_heads * model.head_dim * sft.row_len * tokens
     local_tokens = tokens // sft.microbatches // (mesh.data * mesh.fsdp)
-    own_weights = _num_params(model).total / mesh.tensor
+    own_weights = num_params(model).total / mesh.tensor
     activations = local_tokens * model.embed_dim * _COMPUTE
     ring = {size: (size - 1) / size for size in (mesh.data, mesh.fsdp, mesh.tensor)}
     sent = sft.microbatches * (
@@ -115,7 +112,7 @@ def _estimate(config: Config, remat: str, peaks: Peaks) -> Candidate:
     read = passes * own_weights * _COMPUTE * sft.microbatches + 3 * _MASTER * own_weights / mesh.fsdp
     moved = read + sft.microbatches * passes * 16 * model.num_layers * activations
     cost = Cost(flops=(2 * passes * weights * tokens + passes * attention) / devices, bytes=moved, sent=sent)
-    share = _num_params(model).total * _MASTER / (mesh.fsdp * mesh.tensor)
+    share = num_params(model).total * _MASTER / (mesh.fsdp * mesh.tensor)
     kept = model.num_layers * activations * _KEPT[remat]
     layer = local_tokens * (8 * model.embed_dim + 6 * model.mlp_dim / mesh.tensor) * _MASTER
     state = 2 * share + _MOMENTS * share / mesh.data + share * (config.grpo.kl_coef > 0)
@@ -132,4 +129,4 @@ def _engine_bytes(config: Config) -> float:
     least = model.max_seq_len // engine.page_size + 1  # where the memory that is left decides
     positions = (least if engine.pages == BY_DEVICES else engine.pages) * engine.page_size
     cache = 2 * model.num_layers * model.num_kv_heads * model.head_dim * positions
-    return (_num_params(model).total + cache) * _COMPUTE / mesh.tensor
+    return (num_params(model).total + cache) * _COMPUTE / mesh.tensor

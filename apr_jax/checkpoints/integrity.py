@@ -9,16 +9,14 @@ object COMMITTED, which Orbax writes last.
 import pathlib
 import shutil
 import sys
-import zlib
 from typing import Any
 
 from apr_jax.checkpoints.phases import COMMITTED
-from apr_jax.files import FileError, parse_json, write, write_json
+from apr_jax.files import FileError, crc_of, parse_json, write, write_json
 from apr_jax.paths import is_remote
 
 SUMS = "sums.json"
 _LEFT_OUT = (SUMS, "_CHECKPOINT_METADATA", COMMITTED)  # Orbax writes the last two later, and needs neither
-_PIECE = 1 << 24  # bytes read at a time
 
 
 class CheckpointError(FileError):
@@ -100,10 +98,4 @@ def _size(path: pathlib.Path) -> int | None:
 
 
 def _crc(path: pathlib.Path) -> int | None:
-    if is_remote(path):
-        return None
-    crc = 0
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            crc = zlib.crc32(piece, crc)
-    return crc
+    return None if is_remote(path) else crc_of(path)

@@ -29,7 +29,7 @@ from apr_jax.data.demonstrations import DemonstrationSource, dataset_folder, loa
 from apr_jax.data.pipeline import SequenceOptions, calls_of, tokenize_arrays
 from apr_jax.data.tokenized import Arrays, Calls
 from apr_jax.data.tokenizer import Spelling, Tokenizer, config_tokenizer, tokenizer_digest
-from apr_jax.files import FileError, explain, naming, read_json, reading, write_json
+from apr_jax.files import FileError, crc_of, explain, naming, read_json, reading, write_json
 from apr_jax.lock import locked
 from apr_jax.tasks.base import Split, split_size
 from apr_jax.tasks.workers import map_in_processes
@@ -40,7 +40,6 @@ _MADE_AGAIN = "it is made again"
 _PROBED = 8  # demonstrations that are compared
 _CHUNK = 256  # demonstrations that are tokenised at a time
 _WORTH_A_WORKER = 5_000  # demonstrations for which another process is worth its start
-_PIECE = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +51,15 @@ class SplitTokenizer:
     options: SequenceOptions
 
     def __call__(self, chunk: range) -> Arrays:
-        return tokenize_arrays((self._source[index] for index in chunk), self._tokenizer, self.options)
+        return tokenize_arrays((self._source[index] for index in chunk), self.tokenizer, self.options)
 
     @functools.cached_property
     def _source(self) -> DemonstrationSource:
         return load_split(self.config, self.split)
 
     @functools.cached_property
-    def _tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer:
+        """The configuration's tokenizer."""
         return config_tokenizer(self.config)
 
     def __reduce__(self) -> Any:
@@ -74,12 +74,12 @@ class TokenStore:
         spelling = dataclasses.asdict(Spelling.of(config))
         made_from = {"format": _FORMAT, "data set": digest, "split": split, "row_len": options.row_len}
         made_from |= {"shared": options.shares_cache, "spelling": spelling}
-        made_from["tokenizer"] = tokenizer_digest(config_tokenizer(config))
+        self._tokenize = SplitTokenizer(config, split, options)
+        made_from["tokenizer"] = tokenizer_digest(self._tokenize.tokenizer)
         dataset, content = dataset_folder(config), json.dumps(made_from, sort_keys=True)
         key = hashlib.sha256(content.encode()).hexdigest()[:16]
         self.path = dataset.parents[2] / "tokens" / dataset.parent.name / key
         self._made_from, self._options = json.loads(content), options
-        self._tokenize = SplitTokenizer(config, split, options)
         self._size, self._workers = split_size(config.data, split), config.data.num_workers
 
     def read(self) -> Calls | None:
@@ -190,10 +190,6 @@ def _map(path: pathlib.Path, dtype: str, size: int, crc32: int) -> NDArray[Any]:
         raise FileError(f"{path}: has {there:,} of {wanted:,} bytes; {_MADE_AGAIN}")
     if not size:
         return np.zeros(0, dtype)
-    array = np.asarray(np.memmap(path, dtype, "r"))
-    view, crc = array.data.cast("B"), 0
-    for begin in range(0, wanted, _PIECE):
-        crc = zlib.crc32(view[begin : begin + _PIECE], crc)
-    if crc != crc32:
+    if crc_of(path) != crc32:
         raise FileError(f"{path}: has another checksum than when it was written; {_MADE_AGAIN}")
-    return array
+    return np.asarray(np.memmap(path, dtype, "r"))

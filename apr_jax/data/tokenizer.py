@@ -21,6 +21,7 @@ from apr_jax.paths import path_of
 from apr_jax.tasks import task_of
 from apr_jax.tasks.countdown.vocabulary import LATER_PHRASES, PHRASES
 from apr_jax.tasks.dialect import JOIN_BEGIN, SpawnDialect
+from apr_jax.tasks.word_level import word_level
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 LARGEST_NUMBER = 255  # the largest number that is one token; larger ones are spelt in digit tokens
@@ -216,25 +217,7 @@ class BuiltinTokenizer:
             for digit in range(10)
         ]
         split = "|".join([f"[{_RENAMED_DIGITS}]", "[0-9]+", *map(_guarded, self._by_length)])
-        return {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [
-                {"id": index, "content": name, "single_word": False, "lstrip": False, "rstrip": False}
-                | {"normalized": False, "special": True}
-                for index, name in enumerate((PAD, BOS, EOS))
-            ],
-            "normalizer": {"type": "Sequence", "normalizers": renames},
-            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False},
-            "post_processor": None,
-            "decoder": {"type": "Sequence", "decoders": [*undo, {"type": "Fuse"}]},
-            "model": {
-                "type": "WordLevel",
-                "vocab": {name: index for index, name in enumerate(names)},
-                "unk_token": "<unk>",
-            },
-        }
+        return word_level(names, len((PAD, BOS, EOS)), split, normalizers=renames, decoders=undo)
 
 
 def config_tokenizer(config: Config, spec: str | None = None) -> Tokenizer:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
+from apr_jax.kernels import GPUS
 from apr_jax.parallel.mesh import DATA_AXIS, TENSOR_AXIS, partition_spec
 
 SHARDED = partition_spec(DATA_AXIS)
@@ -74,4 +75,4 @@ def _compiler_options(mesh: Mesh) -> dict[str, Any]:
     platform = mesh.devices.flat[0].platform
     if platform == "cpu" and mesh.size >= (os.cpu_count() or 1):
         return {"xla_cpu_multi_thread_eigen": False}
-    return {"xla_gpu_dot_merger_threshold_mb": 0} if platform in ("cuda", "gpu") else {}
+    return {"xla_gpu_dot_merger_threshold_mb": 0} if platform in GPUS else {}

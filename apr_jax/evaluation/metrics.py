@@ -50,7 +50,7 @@ def record_rollout(
     outcome: Outcome = rollout.result
     verdict = task.verify(outcome.answer, problem)
     texts = [tokenizer.decode(_without_end(call.tokens.tolist(), tokenizer)) for call in rollout.calls]
-    contexts = [tokenizer.decode(call.context.tolist()) for call in rollout.calls]
+    contexts = [tokenizer.decode(call.context.tolist()) if task.counts_by_context else "" for call in rollout.calls]
     counts = [task.count_operations(text, context) for text, context in zip(texts, contexts, strict=True)]
     record: dict[str, Any] = {
         "problem": rollout.key.problem,

@@ -94,6 +94,7 @@ def logical_axes(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(lambda path, _: partition_spec(*_LOGICAL_AXES[name_of(path)]), params)
 
 
+@functools.cache
 def num_params(config: ModelConfig) -> ParamCount:
     """Count parameters without allocating them."""
     sizes = {"embedding": 0, "non_embedding": 0}

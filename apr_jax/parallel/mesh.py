@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from apr_jax.caches import check_compiled_programs
 from apr_jax.config import ConfigError, MeshConfig
@@ -218,7 +218,12 @@ def over_mesh(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Ca
 def num_row_shards() -> int:
     """Return the number of shards of a batch's rows on the ambient mesh (`use_abstract_mesh`); 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    return 1 if mesh.empty else row_shards(mesh)
+
+
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Return the number of shards of a batch's rows on a mesh."""
+    return mesh.shape[DATA_AXIS] * mesh.shape[FSDP_AXIS]
 
 
 def split_rows(x: jax.Array) -> jax.Array:

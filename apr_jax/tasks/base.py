@@ -91,6 +91,7 @@ class Task(abc.ABC):
     named_by: str | None = None  # the field of the section that a name NAME:VALUE sets
     problem_fields: tuple[str, ...]  # of the section: those that problems depend on, and not demonstrations alone
     example: str  # a problem as `read_words` takes it, for messages
+    counts_by_context: bool = False  # so that `count_operations` needs the context
     reads_leniently: bool = False  # so that `read_strictly` is to be asked, too
     dialects: Mapping[str, "Dialect"]  # by way of reasoning: how its threads write, and demonstrations of that
 
@@ -148,7 +149,10 @@ class Task(abc.ABC):
         return None
 
     def count_operations(self, text: str, context: str = "") -> tuple[int, int]:
-        """Count the steps that a thread wrote out after its context, and those of them that are right."""
+        """Count the steps that a thread wrote out after its context, and those of them that are right.
+
+        The context is empty for a task that does not count by it (`counts_by_context`).
+        """
         return 0, 0
 
     def path_solves(self, path: str, problem: Any) -> bool:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from apr_jax.config import ModelConfig
 from apr_jax.parallel import hosts
 from apr_jax.parallel.device_memory import memory_limit
-from apr_jax.parallel.mesh import DATA_AXIS, FSDP_AXIS, TENSOR_AXIS
+from apr_jax.parallel.mesh import TENSOR_AXIS, row_shards
 
 # Logits that a device holds at a time, in elements, where chunks are recomputed. A CPU's caches want small ones.
 # Elsewhere each one casts the head again and rewrites its gradient, so they are large: 512 MiB in float32.
@@ -48,7 +48,7 @@ class Recomputation:
         given = cls.of(model, mesh)
         if model.remat != "auto" or mesh.devices.flat[0].platform == "cpu":
             return given
-        tokens = -(-tokens // (mesh.shape[DATA_AXIS] * mesh.shape[FSDP_AXIS]))
+        tokens = -(-tokens // row_shards(mesh))
         logits, limit, tensor = tokens * model.vocab_size, memory_limit(mesh), mesh.shape[TENSOR_AXIS]
         every = [cls("none", max(CHUNK, logits)), cls("none", CHUNK), cls("dots", CHUNK), given]
         taken = held()

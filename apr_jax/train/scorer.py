@@ -20,7 +20,7 @@ from apr_jax.model.params import Params, graphdef
 from apr_jax.model.views.shared_training import SharedRows, shared_training_rows
 from apr_jax.model.views.training import packed_rows, training_rows
 from apr_jax.parallel import hosts
-from apr_jax.parallel.mesh import BATCH_AXES, DATA_AXIS, FSDP_AXIS, num_row_shards, partition_spec
+from apr_jax.parallel.mesh import BATCH_AXES, num_row_shards, partition_spec, row_shards
 from apr_jax.train.recomputation import Recomputation
 
 Batch = dict[str, jax.Array]
@@ -146,7 +146,7 @@ def to_mesh(rows: Mapping[str, np.ndarray], mesh: Mesh, microbatches: int | None
 
     In a job of several hosts each gives all rows; only its own devices' go to the mesh.
     """
-    rows = as_placed(rows, mesh, (microbatches or 1) * mesh.shape[DATA_AXIS] * mesh.shape[FSDP_AXIS])
+    rows = as_placed(rows, mesh, (microbatches or 1) * row_shards(mesh))
     batch_axis = partition_spec(BATCH_AXES) if microbatches is None else partition_spec(None, BATCH_AXES)
     sharding = NamedSharding(mesh, batch_axis)
 

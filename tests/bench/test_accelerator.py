@@ -1,4 +1,4 @@
-"""What a check of an accelerator calls equal, and that a failure is shown and stops nothing."""
+"""Checks of an accelerator: tolerances, and failures, which are shown and stop nothing."""
 
 import dataclasses
 import math

@@ -20,7 +20,7 @@ def test_heads_come_back_within_half_a_step_of_their_own_largest():
 
 
 def test_a_position_is_rounded_alone():
-    """What a page holds besides changes no bit of it: a token is written without a look at its neighbours."""
+    """A token's bits do not depend on what else a page holds: it is written without a look at its neighbours."""
     tile = QuantisedTile(dtype="float32")
     np.testing.assert_array_equal(tile.pack(X_LKCH[:, :, 2:3]), tile.pack(X_LKCH)[:, :, 2:3])
 

@@ -1,4 +1,4 @@
-"""What a backward pass recomputes, by a device's memory."""
+"""Recomputation in a backward pass, by a device's memory."""
 
 import dataclasses
 

@@ -238,8 +238,8 @@ class _Writer:
 
         Returns the number of units written so far, of which `written` were before.
         """
-        unit, slot = self.sizes.unit, rem(written, _STAGES)
-        at = pl.ds(pl.multiple_of(div(rem(self.starts[lane], self.sizes.block), unit) * unit, unit), unit)
+        slot = rem(written, _STAGES)
+        at = self._unit_in(self.sizes.block, lane)
 
         @pl.when(last)
         def _() -> None:
@@ -284,12 +284,17 @@ class _Writer:
 
     def _each(self, way: int, lane: Any, slot: Any, do: Callable[[Any], None]) -> None:
         """Do it to the copies of a lane's unit: way 0 from the pages, 1 to them."""
-        sizes, unit, start = self.sizes, self.sizes.unit, self.starts[lane]
-        page = self.tables[lane * sizes.row + div(start, sizes.page)]
-        at = pl.ds(pl.multiple_of(div(rem(start, sizes.page), unit) * unit, unit), unit)
+        sizes = self.sizes
+        page = self.tables[lane * sizes.row + div(self.starts[lane], sizes.page)]
+        at = self._unit_in(sizes.page, lane)
         for pages, stages in zip(self.pages, self.stages, strict=True):
             ends = pages.at[page, at], stages.at[slot]
             do(pltpu.make_async_copy(*(ends if way == 0 else ends[::-1]), self.sems.at[way, slot]))
+
+    def _unit_in(self, size: int, lane: Any) -> Any:
+        """Return the place of a lane's unit in a page or block of `size` positions."""
+        unit = self.sizes.unit
+        return pl.ds(pl.multiple_of(div(rem(self.starts[lane], size), unit) * unit, unit), unit)
 
     def _changed(self, part: int, lane: Any, old: jax.Array) -> jax.Array:
         """Return a unit of keys (part 0) or values with a lane's new positions in it."""

@@ -99,7 +99,7 @@ def save_hf(
     if trained is not None:
         write_json(folder / TRAINED, trained)
     tensors = hf_tensors(params)
-    save_tensors(folder, {name: array.astype(jnp.dtype(dtype)) for name, array in tensors.items()})
+    save_tensors(folder, {name: array.astype(jnp.dtype(dtype), copy=False) for name, array in tensors.items()})
     if tokenizer is not None:
         tokenizer.save(folder)
 

@@ -32,6 +32,7 @@ class Multiplication(Task):
     problem_fields = ("min_factors", "max_factors", "round_share")
     dialects = MappingProxyType({"adaptive": ADAPTIVE, "serial": SERIAL})
     example = "742*103*15*0*1000"
+    counts_by_context = True
 
     def sampler(self, config: Config, split: Split | None) -> Callable[[random.Random], Problem]:
         task = config.task

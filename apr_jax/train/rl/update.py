@@ -23,7 +23,7 @@ from apr_jax.model.params import Params, num_params
 from apr_jax.model.placement import abstract_params_on, with_sharding
 from apr_jax.model.truncation import keep_most, truncation_of
 from apr_jax.parallel.device_memory import local_bytes
-from apr_jax.parallel.mesh import BATCH_AXES, partition_spec, replicated
+from apr_jax.parallel.mesh import BATCH_AXES, partition_spec, replicated, row_shards
 from apr_jax.reasoning.settings import banned_tokens, spawn_gate
 from apr_jax.train.hosted_engine import plan_engine
 from apr_jax.train.optimizer import make_optimizer
@@ -36,7 +36,6 @@ from apr_jax.train.state import TrainState, abstract_state, apply_gradients, sta
 
 Sums = tuple[Trained, Terms]
 
-_num_params = functools.cache(num_params)  # it takes a second for many layers
 # k3 a token, in nats, between two compiled programs of one policy: its log-probabilities differ in their last bits.
 _ROUNDING_KL = {"float32": 1e-6, "bfloat16": 1e-3}
 
@@ -95,7 +94,7 @@ class Updater:
         """
         if not sequences:
             return []
-        shards = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        shards = row_shards(self._mesh)
         rows = pad_rows(self.rows(sequences), shards)
         sizes = microbatch_sizes(len(rows["tokens"]), self._config.grpo.rows_per_microbatch, shards)
         ends = np.cumsum(sizes)
@@ -220,7 +219,7 @@ def grpo_recomputation(config: Config, mesh: Mesh) -> Recomputation:
 def forward_flops(model: ModelConfig, sequences: Sequence[Mapping[str, np.ndarray]], row_len: int | None) -> float:
     """Count FLOPs of a forward pass over sequences whose tokens attend in rows of `row_len`; None: in themselves."""
     lengths = np.array([len(sequence["tokens"]) for sequence in sequences], np.float64)
-    products = 2 * (_num_params(model).non_embedding + model.embed_dim * model.vocab_size)
+    products = 2 * (num_params(model).non_embedding + model.embed_dim * model.vocab_size)
     pairs = 4 * model.num_layers * model.num_heads * model.head_dim / 2
     return float(np.sum(lengths * (products + pairs * (lengths if row_len is None else row_len))))
 
