@@ -11,6 +11,7 @@ A variant is a name, and words after it, with dots between:
     adaptive_budget             prompts name the number of children
     serial_budget               prompts name the number of tokens
     facts                       bare arithmetic, where the others start from
+    .wide                       of searches that leave nothing out (adaptive, serial): see below
     .rl                         GRPO of it, to be started from its SFT with --checkpoint
     .path                       (after .rl) with a price on the longest chain of tokens
     .quick                      minutes: does everything run? Learns nothing
@@ -24,6 +25,10 @@ operations with a result above 255 are left out (`task.max_result`), so that eve
 30 % of all training tokens are bare arithmetic (`data.facts_share`);
 number embeddings start as waves (`sft.number_waves`, in `:facts`);
 only generated tokens have loss, and the replay of the winning path counts twice.
+
+With `.wide` the searches try every operation in the order in which it is generated, so that what comes next follows from
+the text. A small model can't rank thirty operations by the distance of their numbers to the target's factors, which is
+what the reference's beams ask of it. A parent hands each of its operations to a child. SoS+ goes into every node in place.
 """
 
 from ml_collections import ConfigDict
@@ -35,11 +40,11 @@ _NAMES = ("adaptive", "adaptive_budget", "serial", "serial_budget", "direct", "f
 
 def get_config(variant: str = "adaptive") -> ConfigDict:
     name, *words = variant.split(".")
-    changes = {"rl": rl, "path": path, "quick": quick}
+    changes = {"wide": wide, "rl": rl, "path": path, "quick": quick}
     if name not in _NAMES or not set(words) <= set(changes) or ("path" in words and "rl" not in words):
         raise ValueError(
             f"configs/countdown4.py:{variant}: no such variant; choose one of {', '.join(_NAMES)}, and after it "
-            "with dots any of rl, path (after rl), quick"
+            "with dots any of wide, rl, path (after rl), quick"
         )
     config = facts() if name == "facts" else sft(name)
     for word in words:
@@ -94,6 +99,14 @@ def facts() -> ConfigDict:
     config.grpo.update(row_len=1_024, validation_problems=16)
     config.evaluation.num_problems = 1
     return config
+
+
+def wide(config: ConfigDict) -> None:
+    """Let searches try everything in a fixed order. Four numbers have at most 24 operations."""
+    config.name += "_wide"
+    config.task.update(parent_beams=(24,), child_beam_max=24, spawn_probability=1.0, heuristic="none")
+    config.task.update(serial_beam_min=24, serial_beam_max=24, serial_dfs_probability=1.0)
+    config.rollout.max_children = 24
 
 
 def rl(config: ConfigDict) -> None:
