@@ -28,8 +28,8 @@ from apr_jax.evaluation.metrics import record_rollout
 from apr_jax.evaluation.policy import configure
 from apr_jax.model.params import Params
 from apr_jax.parallel.mesh import make_mesh, offer_cpu_devices
-from apr_jax.paths import local_path, path_of
-from apr_jax.policies import SHIPPED
+from apr_jax.paths import local_path
+from apr_jax.policies import DEFAULT, policy_path
 from apr_jax.reasoning import METHODS
 from apr_jax.reasoning.base import Outcome, Settings
 from apr_jax.reasoning.policy_engine import EngineHolder, policy_engine
@@ -218,7 +218,7 @@ class Policy:
 
 
 def load(
-    checkpoint: str | pathlib.Path = SHIPPED,
+    checkpoint: str | pathlib.Path = DEFAULT,
     *,
     config: ConfigDict | None = None,
     fallback: ConfigDict | None = None,
@@ -228,7 +228,7 @@ def load(
 
     Args:
       checkpoint: a run folder (its newest checkpoint), RUN/best, a checkpoint folder, a Hugging Face folder, or a GGUF
-        file; by default the policy that comes with the package.
+        file, or the name of a policy that comes with the package ("multiplication"); by default its first.
       config: in place of the configuration that it was trained with.
       fallback: where it brings none, as from Hugging Face.
       overrides: single fields of the configuration: `{"engine.lanes": 8}`.
@@ -237,7 +237,7 @@ def load(
       CheckpointError, HuggingFaceError: it is damaged.
       ConfigError: it has no configuration, or one that does not go with its weights.
     """
-    folder = path_of(checkpoint)
+    folder = policy_path(checkpoint)
     offer_cpu_devices()  # before the weights start JAX; how many the mesh needs, they will tell
     model, params, saved = load_policy(folder)
     given = fallback if config is None and saved is None else config

@@ -7,6 +7,7 @@ from typing import cast
 
 from apr_jax.config import ConfigError
 
+RUNS = "runs"  # the folder of runs, where none is named
 _STORE = "gs"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/(/?)([^/]?)")
 

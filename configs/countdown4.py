@@ -26,9 +26,10 @@ operations with a result above 255 are left out (`task.max_result`), so that eve
 number embeddings start as waves (`sft.number_waves`, in `:facts`);
 only generated tokens have loss, and the replay of the winning path counts twice.
 
-With `.wide` the searches try every operation in the order in which it is generated, so that what comes next follows from
-the text. A small model can't rank thirty operations by the distance of their numbers to the target's factors, which is
-what the reference's beams ask of it. A parent hands each of its operations to a child. SoS+ goes into every node in place.
+With `.wide` the searches try every operation in the order in which it is generated, so that what comes next follows
+from the text. A small model can't rank thirty operations by the distance of their numbers to the target's factors,
+which is what the reference's beams ask of it. A parent hands each of its operations to a child. SoS+ goes into every
+node in place.
 """
 
 from ml_collections import ConfigDict

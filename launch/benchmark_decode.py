@@ -27,8 +27,7 @@ from apr_jax import entry
 from apr_jax.checkpoints.identity import with_auto
 from apr_jax.config import Config, ConfigError
 from apr_jax.config_dict import from_config_dict
-from apr_jax.evaluation.rollout_sources import check_policy_folder
-from apr_jax.paths import path_of
+from apr_jax.evaluation.rollout_sources import given_policy
 
 _CONFIG = entry.define_config("benchmark_decode.py")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Measure this policy: a run, a Hugging Face folder, FILE.gguf.")
@@ -53,9 +52,7 @@ _PLOT = entry.define_output("plot", "Draw tokens/s by lane count here.", (".svg"
 
 
 def main() -> None:
-    checkpoint = path_of(_CHECKPOINT.value) if _CHECKPOINT.value else None
-    if checkpoint is not None:
-        check_policy_folder(checkpoint)
+    checkpoint = given_policy(_CHECKPOINT.value) if _CHECKPOINT.value else None
     config = from_config_dict(with_auto(_CONFIG.values(), checkpoint))
     lanes, contexts, peer_lanes = (
         None if flag.value is None else entry.positive_numbers(flag.name, flag.value)
@@ -104,7 +101,7 @@ def _measure(
         effort = dataclasses.replace(effort, new=_NEW.value)
     lengths = decode.lengths_to_measure(config.model, mesh, effort, contexts, _PROMPT.value)
     if _CHECKPOINT.value:
-        config, params = decode.policy_to_measure(path_of(_CHECKPOINT.value), config, lengths[-1])
+        config, params = decode.policy_to_measure(given_policy(_CHECKPOINT.value), config, lengths[-1])
     else:
         params = sharp_params(config.model, config.seed)
     counts = [decode.lanes_to_measure(config, params, mesh, lanes, each, effort, _say) for each in lengths]

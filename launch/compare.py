@@ -30,14 +30,14 @@ from apr_jax.config import ConfigError
 from apr_jax.config_dict import from_config_dict
 from apr_jax.evaluation.compare.grid import Cell, make_cells, read_policies, read_rows
 from apr_jax.evaluation.rollout_sources import (
-    check_policy_folder,
     choose_split,
+    given_policy,
     policy_folder,
     policy_task,
     read_problems,
 )
 from apr_jax.lock import locked
-from apr_jax.paths import path_of
+from apr_jax.paths import RUNS, path_of
 from apr_jax.progress import busy
 from apr_jax.stopping import StoppedError
 from apr_jax.tasks import task_of
@@ -46,13 +46,12 @@ from apr_jax.tasks.base import SPLITS
 if TYPE_CHECKING:
     from apr_jax.evaluation.compare.cells import Asked, Policy
 
-_RUNS = "runs"
 _CONFIG = entry.define_config("grpo.py")
-_WORKDIR = flags.DEFINE_string("workdir", f"{_RUNS}/comparison", "Folder of results.jsonl and the records.")
+_WORKDIR = flags.DEFINE_string("workdir", f"{RUNS}/comparison", "Folder of results.jsonl and the records.")
 _POLICIES = flags.DEFINE_list(
     "policies",
     [],
-    f"NAME=FOLDER of each: run (RUN/best), checkpoint, Hugging Face folder [newest in {_RUNS}/, or the shipped one].",
+    f"NAME=FOLDER of each: run (RUN/best), checkpoint, Hugging Face folder [newest in {RUNS}/, or the shipped one].",
 )
 _METHODS = flags.DEFINE_list("methods", [], "Rows: PROGRAM or PROGRAM/POLICY, such as cons@8:adaptive [every policy].")
 _BUDGETS = flags.DEFINE_list("budgets", [], "Named in prompts: N or none for all rows, ROW=N for one.")
@@ -71,11 +70,9 @@ def main() -> int:
     # What can be refused is refused at once, before JAX and its friends have loaded.
     entry.positive_numbers("context_windows", _WINDOWS.value)
     _temperatures(0.0)
-    folders = {name: path_of(folder) for name, folder in read_policies(_POLICIES.value).items()}
-    for name, folder in folders.items():
-        check_policy_folder(folder, f"policies={name}")
+    folders = {name: given_policy(given, f"policies={name}") for name, given in read_policies(_POLICIES.value).items()}
     if not folders:
-        folders = {(chosen := policy_folder(None, _RUNS)).name: chosen}
+        folders = {(chosen := policy_folder(None)).name: chosen}
     first = next(iter(folders.values()))
     config = from_config_dict(with_auto(_CONFIG.values(), first))
     task = policy_task(first, config, is_given=_CONFIG.is_given)

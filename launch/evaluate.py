@@ -29,13 +29,8 @@ from apr_jax.evaluation.rollout_sources import (
 from apr_jax.progress import busy
 from apr_jax.tasks.base import SPLITS
 
-_RUNS = "runs"
 _CONFIG = entry.define_config("grpo.py")
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint",
-    None,
-    f"Run (or RUN/best), checkpoint or Hugging Face folder, or FILE.gguf [newest in {_RUNS}/, or the shipped one].",
-)
+_CHECKPOINT = entry.define_checkpoint()
 _SPLIT = flags.DEFINE_enum("split", None, list(SPLITS), "Split to take problems from [evaluation.split].")
 _NUM_PROBLEMS = entry.define_number("num_problems", None, "Their number [evaluation.num_problems].", low=1)
 _PROBLEMS = flags.DEFINE_string("problems", None, 'File: {"numbers": [3, 7, 12], "target": 40} a line, or a JSON list.')
@@ -51,7 +46,7 @@ _ROLLOUTS = entry.define_output("rollouts", "Write the first problems' threads h
 
 def main() -> None:
     # What can be refused is refused at once, before JAX and its friends have loaded.
-    checkpoint, config = choose_policy(_CHECKPOINT.value, _RUNS, _CONFIG.values())
+    checkpoint, config = choose_policy(_CHECKPOINT.value, _CONFIG.values())
     task = policy_task(checkpoint, config, is_given=_CONFIG.is_given)
     if _METHOD.value is not None:
         check_method_flag(_METHOD.value, task, _TEMPERATURE.value, _BUDGET.value)

@@ -22,12 +22,7 @@ from apr_jax import entry
 from apr_jax.config import ConfigError
 from apr_jax.evaluation.rollout_sources import policy_folder
 
-_RUNS = "runs"
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint",
-    None,
-    f"Run (or RUN/best), checkpoint or Hugging Face folder, or FILE.gguf [newest in {_RUNS}/, or the shipped one].",
-)
+_CHECKPOINT = entry.define_checkpoint()
 _OUT = entry.define_folder("out", "Folder to write, or FILE.gguf.", ".gguf")
 _FORMAT = flags.DEFINE_enum("format", None, ["hf", "gguf"], "Kind to write [gguf where --out ends in it, else hf].")
 _TYPE = flags.DEFINE_string(
@@ -47,7 +42,7 @@ def main() -> None:
         out = out.with_name(f"{out.name}.gguf")
     if _FORMAT.value == "hf" and out.suffix == ".gguf":
         raise ConfigError(f"--out={out}: --format=hf writes a folder; leave the ending out")
-    checkpoint = policy_folder(_CHECKPOINT.value, _RUNS)
+    checkpoint = policy_folder(_CHECKPOINT.value)
     from apr_jax.evaluation.export import Exported, check_target, export, export_adapters
 
     check_target(out, _TYPE.value)

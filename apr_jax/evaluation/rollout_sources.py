@@ -11,8 +11,8 @@ from apr_jax.checkpoints.identity import find_policy, refuse_msgpack, with_auto
 from apr_jax.config import Config, ConfigError
 from apr_jax.config_dict import from_config_dict
 from apr_jax.files import FileError, parse_json
-from apr_jax.paths import local_path, path_of
-from apr_jax.policies import SHIPPED
+from apr_jax.paths import RUNS, local_path, path_of
+from apr_jax.policies import DEFAULT, policy_path
 from apr_jax.reasoning.programs import check_method
 from apr_jax.tasks import TASKS, task_of
 from apr_jax.tasks.base import Split, Task, split_size
@@ -67,42 +67,42 @@ def policy_task(folder: pathlib.Path | None, config: Config, *, is_given: bool) 
     return task_of(config)
 
 
-def choose_policy(given: str | None, runs: str, values: Mapping[str, Any]) -> tuple[pathlib.Path, Config]:
+def choose_policy(given: str | None, values: Mapping[str, Any]) -> tuple[pathlib.Path, Config]:
     """Return a policy as `policy_folder` does, and a configuration whose auto fields are its own.
 
     Args:
       values: of the configuration.
     Raises: ConfigError for values that cannot work, and as `policy_folder`.
     """
-    folder = policy_folder(given, runs)
+    folder = policy_folder(given)
     return folder, from_config_dict(with_auto(dict(values), folder))
 
 
-def policy_folder(given: str | None, runs: str) -> pathlib.Path:
-    """Return the folder or file of the policy that was `given`, else the newest run in `runs`, else the shipped one.
+def policy_folder(given: str | None) -> pathlib.Path:
+    """Return the policy that was `given`, else the newest run, and before there is one, the first that is shipped.
 
-    Raises: ConfigError as `check_policy_folder`.
+    Raises: ConfigError as `given_policy`.
     """
     if given:
-        check_policy_folder(path_of(given))
-        return path_of(given)
-    if (newest := newest_run(runs)) is not None:
+        return given_policy(given)
+    if (newest := newest_run(RUNS)) is not None:
         return newest
-    print(f"No run in {runs}/: this is the policy {SHIPPED.name}, which comes with apr_jax.", file=sys.stderr)
-    return SHIPPED
+    print(f"No run in {RUNS}/: this is the policy {DEFAULT.name}, which comes with apr_jax.", file=sys.stderr)
+    return DEFAULT
 
 
-def check_policy_folder(path: pathlib.Path, flag: str = "checkpoint") -> None:
-    """Raise ConfigError unless there is a folder or GGUF file `path`, or `path` is "best" in one (`load_policy`).
+def given_policy(given: str, flag: str = "checkpoint") -> pathlib.Path:
+    """Return the policy that a flag names (`policies.policy_path`): a folder, a GGUF file, or "best" in a folder.
 
-    One whose weights are msgpack is refused as well.
+    Raises ConfigError where there is none, and for one whose weights are msgpack.
     """
+    path = policy_path(given)
     refuse_msgpack(path)
     if path.suffix == ".gguf" and path.exists():
-        local_path(path, "a GGUF file")
-        return
+        return local_path(path, "a GGUF file")
     if not path.is_dir() and not (path.name == "best" and path.parent.is_dir()):
         raise ConfigError(f"--{flag}={path}: no such folder" + (" or file" if path.suffix == ".gguf" else ""))
+    return path
 
 
 def newest_run(root: str | pathlib.Path) -> pathlib.Path | None:

@@ -4,6 +4,16 @@ laptop          three numbers of 1..20 to a target, after GRPO
 multiplication  products of 5 to 8 integers, after SFT
 """
 
+import os
 import pathlib
 
-SHIPPED = pathlib.Path(__file__).parent / "laptop"  # where no policy is named
+from apr_jax.paths import path_of
+
+SHIPPED = {name: pathlib.Path(__file__).parent / name for name in ("laptop", "multiplication")}
+DEFAULT = SHIPPED["laptop"]  # where no policy is named
+
+
+def policy_path(given: str | os.PathLike[str]) -> pathlib.Path:
+    """Return the path that a user names: a shipped policy's for its name, unless there is such a path."""
+    path = path_of(given)
+    return path if path.exists() else SHIPPED.get(os.fspath(given), path)

@@ -8,12 +8,14 @@ import re
 import pytest
 
 import apr_jax
+from apr_jax.config import ConfigError
 from apr_jax.config_dict import from_config_dict
-from apr_jax.policies import SHIPPED
+from apr_jax.evaluation.rollout_sources import policy_folder
+from apr_jax.policies import DEFAULT, SHIPPED
 
 FILES = {"README.md", "apr_jax.json", "config.json", "dialect.json", "generation_config.json", "model.safetensors"}
-MULTIPLICATION = SHIPPED.parent / "multiplication"
-POLICIES = [SHIPPED, MULTIPLICATION]
+
+POLICIES = list(SHIPPED.values())
 
 
 @pytest.mark.parametrize("folder", POLICIES, ids=lambda folder: folder.name)
@@ -27,23 +29,32 @@ def test_it_is_a_small_folder_whose_configuration_is_of_this_version(folder):
 def test_an_installed_package_has_it():
     setup = (pathlib.Path(__file__).parents[2] / "setup.py").read_text()
     patterns = re.findall(r'"(policies/[^"]*)"', setup)
-    package = SHIPPED.parents[1]
+    package = DEFAULT.parents[1]
     held = {path for pattern in patterns for path in package.glob(pattern)}
     assert held >= {path for folder in POLICIES for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(("folder", "number"), [(SHIPPED, 200), (MULTIPLICATION, 60)], ids=["shipped", "products"])
-def test_it_solves_what_its_card_says(folder, number):
+@pytest.mark.parametrize(("name", "number"), [("laptop", 200), ("multiplication", 60)])
+def test_it_solves_what_its_card_says(name, number):
     """The card's figure is of 1,000 held-out problems; some others lie within five standard errors of it."""
-    card = re.search(r"solves ([0-9.]+) % of", (folder / "README.md").read_text())
+    card = re.search(r"solves ([0-9.]+) % of", (SHIPPED[name] / "README.md").read_text())
     assert card, "the card names no figure"
     expected = float(card[1]) / 100
-    folders = [] if folder == SHIPPED else [folder]  # without an argument it is the shipped one
-    policy = apr_jax.load(*folders, overrides={"mesh.data": 2})  # a test has eight devices, which take longer
+    policy = apr_jax.load(name, overrides={"mesh.data": 2})  # a test has eight devices, which take longer
     rng = random.Random(20)
     sample = policy.task.sampler(policy.config, "test")  # of targets that training has seen
     problems = [sample(rng) for _ in range(number)]
     solved = sum(solution.solved for solution in policy.solve(problems)) / len(problems)
     error = (expected * (1 - expected) / len(problems)) ** 0.5
     assert abs(solved - expected) <= 5 * error
+
+
+def test_a_name_finds_a_policy_unless_there_is_such_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert policy_folder("multiplication") == SHIPPED["multiplication"]
+    assert policy_folder(None) == DEFAULT
+    (tmp_path / "multiplication").mkdir()
+    assert policy_folder("multiplication") == pathlib.Path("multiplication")
+    with pytest.raises(ConfigError, match="no such folder"):
+        policy_folder("multiply")
