@@ -79,6 +79,7 @@ def laptop() -> ConfigDict:
         num_workers=2,
         condition_on_budget=False,
         replay_weight=4.0,
+        children_share=1.0,
         loss_on_context=False,
         facts_share=0.0,
     )

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from apr_jax.config import Config, ConfigError, TaskConfig
 from apr_jax.tasks import TASKS, task_of
-from apr_jax.tasks.base import HELD_OUT_SPLITS, CountTokens, Demonstration, Split, Task, split_size
+from apr_jax.tasks.base import HELD_OUT_SPLITS, Call, CountTokens, Demonstration, Split, Task, split_size
 from apr_jax.tasks.dialect import Dialect
 from apr_jax.tasks.workers import map_in_processes
 
@@ -180,10 +180,27 @@ def _demonstrate_chunk(
     for index in indices:
         rng = random.Random(f"{config.seed}/{split}/{index}/search")
         problem = splits.problem(split, index)
-        demonstrations.append(
-            demonstrate(problem, rng, config.task, data.method, data.condition_on_budget, count_tokens)
-        )
+        whole = demonstrate(problem, rng, config.task, data.method, data.condition_on_budget, count_tokens)
+        rng = random.Random(f"{config.seed}/{split}/{index}/children")
+        demonstrations.append(dataclasses.replace(whole, calls=_thinned(whole.calls, data.children_share, rng)))
     return demonstrations
+
+
+def _thinned(calls: tuple[Call, ...], share: float, rng: random.Random) -> tuple[Call, ...]:
+    """Return the calls of the root and of a share of the child threads, each with or without all that is below it."""
+    kept: list[Call] = []
+    going_on: dict[int, bool] = {}  # by depth, whether the latest thread goes on after a spawn
+    dropped_at = None  # the depth of the thread that is left out with all below it
+    for call in calls:
+        begins = call.depth > 0 and not going_on.get(call.depth, False)
+        going_on[call.depth] = call.ends_in_spawn
+        if dropped_at is not None and (call.depth < dropped_at or (begins and call.depth == dropped_at)):
+            dropped_at = None
+        if dropped_at is None and begins and rng.random() >= share:
+            dropped_at = call.depth
+        if dropped_at is None:
+            kept.append(call)
+    return tuple(kept)
 
 
 def _measure_chunk(

@@ -5,7 +5,7 @@ import pytest
 
 from apr_jax.config import Config, ConfigError
 from apr_jax.tasks import generation
-from apr_jax.tasks.base import SPLITS, Split
+from apr_jax.tasks.base import SPLITS, Call, Demonstration, Split
 from apr_jax.tasks.countdown.rules import Problem
 from apr_jax.tasks.generation import generate_problems, generate_split
 from tests import configs
@@ -41,6 +41,41 @@ def test_workers_count_tokens_too() -> None:
     assert all(demonstration.calls[0].context.startswith("Token Budget: ") for demonstration in demonstrations)
     alone = dataclasses.replace(serial, num_workers=1)
     assert demonstrations == list(generate_split(config(LAPTOP, alone, 7), "train", count_tokens=len))
+
+
+def _threads(demonstration: Demonstration) -> list[tuple[Call, ...]]:
+    """Return the calls of each thread. Those of a thread are the one that begins it, and those that go on with it."""
+    threads: list[tuple[Call, ...]] = []
+    for call in demonstration.calls:
+        before = [thread for thread in threads if thread[-1].depth == call.depth]
+        if before and before[-1][-1].ends_in_spawn:
+            threads[threads.index(before[-1])] += (call,)
+        else:
+            threads.append((call,))
+    return threads
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_a_share_of_the_children_is_kept_and_the_parents_stay(levels: int) -> None:
+    task = dataclasses.replace(LAPTOP, num_numbers=4, spawn_depth=levels)
+    rollout = dataclasses.replace(configs.LAPTOP.rollout, max_depth=levels)
+    shares = [dataclasses.replace(SMALL_DATA, children_share=share) for share in (1.0, 0.3, 0.0)]
+    settings = [dataclasses.replace(configs.LAPTOP, task=task, data=data, rollout=rollout) for data in shares]
+    whole, thin, none = (list(generate_split(setting, "train")) for setting in settings)
+    children = kept = 0
+    for all_of_it, some_of_it, parent in zip(whole, thin, none, strict=True):
+        assert parent.calls == tuple(call for call in all_of_it.calls if call.depth == 0)
+        (root, *threads), (same_root, *fewer) = _threads(all_of_it), _threads(some_of_it)
+        assert root == same_root
+        assert all(thread in threads for thread in fewer)
+        for thread in fewer:
+            if thread[0].depth == 2:  # what lies below a thread that is left out is left out with it
+                assert any(other[0].depth == 1 and other[0].ends_in_spawn for other in fewer)
+        children += sum(thread[0].depth == 1 for thread in threads)
+        kept += sum(thread[0].depth == 1 for thread in fewer)
+        assert (some_of_it.answer, some_of_it.correct) == (all_of_it.answer, all_of_it.correct)
+    assert children > 400
+    assert abs(kept / children - 0.3) < 0.08
 
 
 def test_a_reader_may_stop_early() -> None:
