@@ -22,6 +22,9 @@ from apr_jax.reasoning.settings import spelled_spawns
 from apr_jax.tasks import TASKS, named_section, task_of
 from apr_jax.tasks.base import HELD_OUT_SPLITS, TaskLacksError
 
+# Fields that are younger than some saved policies, each with the value that has the effect of before it was there.
+_ADDED = {"engine.page_dtype": "compute", "data.children_share": 1.0}
+
 
 def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
     """Convert a ConfigDict (or nested dict) to a Config. Raise ConfigError; never fill in a default."""
@@ -34,6 +37,16 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
     check_choice("model.family", converted.model.family, FAMILIES)
     _check_method(converted)
     return converted
+
+
+def with_added_fields(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a policy's saved configuration with the fields that were added after it was written."""
+    completed = dict(saved)
+    for field, value in _ADDED.items():
+        section, _, name = field.partition(".")
+        if isinstance(completed.get(section), Mapping):
+            completed[section] = {name: value, **completed[section]}
+    return completed
 
 
 def read_model(values: Any) -> ModelConfig:

@@ -19,7 +19,7 @@ from typing import Any
 from apr_jax.checkpoints.integrity import CheckpointError, read_meta
 from apr_jax.checkpoints.phases import PHASES, PhaseName, steps_in
 from apr_jax.config import ConfigError, ModelConfig
-from apr_jax.config_dict import read_model
+from apr_jax.config_dict import read_model, with_added_fields
 from apr_jax.data.tokenizer import AS_IS, Spelling, load_tokenizer, tokenizer_digest
 from apr_jax.files import file_in, read_json
 from apr_jax.gguf_file import gguf_in, gguf_with_tokenizer, open_gguf, read_gguf_trained
@@ -81,7 +81,7 @@ class PolicyFolder:
             isinstance(config.get(key), dict) for key in ("model", "data", "task")
         ):
             raise CheckpointError(f"{self.path}: its configuration lacks a section; name another checkpoint of the run")
-        return config
+        return with_added_fields(config)
 
 
 def refuse_msgpack(path: pathlib.Path) -> None:
