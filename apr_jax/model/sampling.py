@@ -14,6 +14,7 @@ from apr_jax.config_fields import LEAST_TEMPERATURE
 
 MASKED_LOGIT = -1e30  # finite, so that differences of masked logits are no NaN
 KEY_IMPL = "threefry2x32"
+_TILE = 128  # the last axis of a TPU's tiles; a reshape to another width moves every element
 
 
 def log_probs(logits: jax.Array, temperature: jax.Array | float, banned_mask: jax.Array) -> jax.Array:
@@ -35,8 +36,8 @@ def log_probs(logits: jax.Array, temperature: jax.Array | float, banned_mask: ja
 def sample(logprobs_V: jax.Array, uniform: jax.Array, temperature: jax.Array | float) -> jax.Array:
     """Draw one token id (int32 scalar): the argmax below LEAST_TEMPERATURE, else by inverse CDF at `uniform` in [0, 1).
 
-    The CDF is summed in two levels of about sqrt(V), so that no long scan is needed. A token of probability 0 is
-    never drawn. Both are computed and one is chosen: a GPU would ask the host which branch of a condition to take, at
+    The CDF is summed in two levels (`group_width`), so that no long scan is needed. A token of probability 0 is never
+    drawn. Both are computed and one is chosen: a GPU would ask the host which branch of a condition to take, at
     every step of decode.
     """
     drawn, best = _inverse_cdf(jnp.exp(logprobs_V), uniform), _argmax(logprobs_V)
@@ -54,7 +55,7 @@ def probability_of_others(logprobs_V: jax.Array, token: jax.Array) -> jax.Array:
 def _argmax(x_V: jax.Array) -> jax.Array:
     """Return the first index of the maximum, found in columns, so that a CPU takes many elements at once."""
     size = x_V.shape[0]
-    width = math.isqrt(size - 1) + 1
+    width = group_width(size)
     x_GW = jnp.pad(x_V, (0, -size % width), constant_values=-jnp.inf).reshape(-1, width)
     top = jnp.max(jnp.max(x_GW, axis=0))
     groups = jnp.arange(x_GW.shape[0])[:, None]
@@ -63,11 +64,18 @@ def _argmax(x_V: jax.Array) -> jax.Array:
 
 
 def _grouped(probs_V: jax.Array) -> jax.Array:
-    """Reshape to `[groups, width]`, both about sqrt(V), filled up with zeros."""
-    size = probs_V.shape[0]
-    width = math.isqrt(size - 1) + 1
-    groups = -(-size // width)
-    return jnp.pad(probs_V, (0, groups * width - size)).reshape(groups, width)
+    """Reshape to `[groups, width]`, filled up with zeros."""
+    width = group_width(probs_V.shape[0])
+    return jnp.pad(probs_V, (0, -probs_V.shape[0] % width)).reshape(-1, width)
+
+
+def group_width(size: int) -> int:
+    """Return the tokens of a group: about sqrt(size), and in large vocabularies one row of a TPU's tile.
+
+    It follows from the vocabulary alone, so that every platform adds up the same groups.
+    """
+    root = math.isqrt(size - 1) + 1
+    return root if root < _TILE // 2 else _TILE
 
 
 def _inverse_cdf(probs_V: jax.Array, uniform: jax.Array) -> jax.Array:

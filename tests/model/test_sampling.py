@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from apr_jax.engine.threads import RolloutKey, thread_key
-from apr_jax.model.sampling import log_probs, probability_of_others, sample, uniforms
+from apr_jax.model.sampling import group_width, log_probs, probability_of_others, sample, uniforms
 
 
 def test_log_probs_are_the_tempered_softmax_without_banned_tokens():
@@ -41,6 +41,29 @@ def test_ends_of_the_cdf_never_give_a_banned_token():
 def test_temperature_zero_is_the_argmax():
     logprobs = jax.nn.log_softmax(jnp.asarray([0.0, 3.0, 1.0]))
     assert int(sample(logprobs, jnp.float32(0.999), 0.0)) == 1
+
+
+def test_groups_are_of_the_square_root_and_in_large_vocabularies_of_a_tile():
+    widths = {1: 1, 2: 2, 53: 8, 336: 19, 600: 25, 3_969: 63, 3_970: 128, 32_000: 128, 151_936: 128}
+    assert {size: group_width(size) for size in widths} == widths
+
+
+def test_draws_from_a_large_vocabulary_are_those_of_its_cdf():
+    """The last group is not full; the likeliest tokens are two, and banned ones lie at both ends."""
+    size = 5_000
+    logits = np.random.default_rng(2).normal(size=size).astype(np.float32)
+    logits[[1_234, 4_321]] = 7.0
+    banned = np.arange(size) % 7 == 0
+    banned[-3:] = True
+    logprobs = log_probs(jnp.asarray(logits), 1.0, jnp.asarray(banned))
+    grid = np.append((np.arange(2_000) + 0.5) / 2_000, [0.0, 1.0 - 2**-24]).astype(np.float32)
+    drawn = np.asarray(jax.vmap(lambda u: sample(logprobs, u, 1.0))(jnp.asarray(grid)))
+    cdf = np.cumsum(np.exp(np.asarray(logprobs, np.float64)))
+    assert not banned[drawn].any()
+    assert (cdf[drawn] > grid - 1e-5).all()
+    assert (np.append(0.0, cdf)[drawn] <= grid + 1e-5).all()
+    assert int(sample(logprobs, jnp.float32(0.5), 0.0)) == 1_234
+    np.testing.assert_allclose(probability_of_others(logprobs, 4_321), 1 - np.exp(logprobs[4_321]), rtol=1e-5)
 
 
 def test_keys_are_independent_and_counted():
