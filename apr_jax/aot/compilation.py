@@ -230,7 +230,7 @@ def compile_program(planned: PlannedProgram, on_text: Callable[[str], None] | No
 
 
 def extrapolate(one: Compiled, two: Compiled, layers: int) -> Compiled:
-    """Estimate a program of `layers` layers from those of one and of two: layers are unrolled and alike."""
+    """Estimate a program of `layers` layers from those of one and of two, for layers are alike."""
 
     def grow(first: Any, second: Any) -> Any:
         if isinstance(first, tuple):

@@ -91,7 +91,8 @@ def for_training(config: ModelConfig, platform: str) -> TrainingKernels:
         ConfigError: the attention that is asked for cannot compute this model here.
     """
     cpu = cpu_kernels(platform)
-    ops: Ops = cpu.TRAINING if cpu is not None and config.compute_dtype == "float32" else _SPLIT_XLA
+    ops = cpu.TRAINING if cpu is not None and config.compute_dtype == "float32" else _SPLIT_XLA
+    ops = dataclasses.replace(ops, loops=platform == "tpu")  # whose compiler takes long (docs/scale.md)
     chosen: str = config.attention
     if chosen == "auto":
         chosen = next(name for name, kernel in ATTENTIONS.items() if kernel.suits(config, platform))

@@ -10,7 +10,9 @@ where they are used. `params.py` makes them, counts them and says how a mesh spl
 `model/__init__.py`.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,7 +23,7 @@ from apr_jax.config import ModelConfig
 from apr_jax.model.attention import ATTENTION_NAME
 from apr_jax.model.families import FAMILIES
 from apr_jax.model.ops import XLA, Ops
-from apr_jax.model.views.base import V
+from apr_jax.model.views.base import V, View
 
 INIT_STDDEV = 0.02
 _POLICIES = jax.checkpoint_policies
@@ -131,8 +133,11 @@ class Llama(nnx.Module):
         """
         config = self.config
         x = self.embedding[...].astype(config.compute_dtype)[tokens]
-        for block in self.blocks:
-            x, view = _recomputed(block, x, view) if config.remat in _KEPT else block(x, view)
+        if config.remat == "full" and self.ops.loops:
+            x = _looped(self.blocks, x, view)
+        else:
+            for block in self.blocks:
+                x, view = _recomputed(block, x, view) if config.remat in _KEPT else block(x, view)
         return self.final_norm(x)[1], view
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -151,6 +156,25 @@ def _recomputed(block: Block, x: jax.Array, view: V) -> tuple[jax.Array, V]:
         lambda weights, x, view: nnx.merge(graphdef, weights)(x, view), policy=_KEPT[block.attention.config.remat]
     )
     out: tuple[jax.Array, V] = run(weights, x, view)
+    return out
+
+
+def _looped(blocks: Sequence[Block], x: jax.Array, view: View) -> jax.Array:
+    """Run layers as one loop whose backward pass recomputes all but their inputs. They must leave the view as it is.
+
+    The weights are stacked in the compute dtype, so the copies are those of the casts that each layer would do.
+    """
+    graphdef, _ = nnx.split(blocks[0])
+
+    def stack(*layers: jax.Array) -> jax.Array:
+        return jnp.stack([weight.astype(x.dtype) if weight.ndim > 1 else weight for weight in layers])
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # forward and backward are two loops, so nothing can merge
+    def run(x: jax.Array, weights: Any) -> jax.Array:
+        return nnx.merge(graphdef, weights)(x, view)[0]
+
+    stacked = jax.tree.map(stack, *(nnx.state(block) for block in blocks))
+    out, _ = jax.lax.scan(lambda x, weights: (run(x, weights), None), x, stacked)
     return out
 
 

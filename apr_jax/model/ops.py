@@ -33,6 +33,8 @@ class Ops:
     draw: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
     # a matrix [D, F] in the compute dtype -> the array that `matmul` reads
     hold: Callable[[jax.Array], jax.Array]
+    # layers that keep their input alone for the backward pass run as one loop, so that a compiler sees one of them
+    loops: bool = False
 
 
 def matmul(x: jax.Array, matrices_DF: Sequence[jax.Array], widths: Sequence[int]) -> list[jax.Array]:

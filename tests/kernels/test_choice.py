@@ -65,6 +65,12 @@ def test_only_a_cpu_in_float32_trains_with_ops_of_its_own():
         assert other.ops.matmul is XLA.matmul
 
 
+def test_only_a_tpu_loops_over_layers_and_only_in_training():
+    assert training("tpu").ops.loops
+    assert not any(training(platform).ops.loops for platform in ("cpu", "gpu", "cuda"))
+    assert not decoding(HALF).ops.loops
+
+
 def test_what_cannot_be_is_refused_by_name():
     with pytest.raises(ConfigError, match=r"model\.head_dim=8\. Choose 'auto'"):
         training("cpu", head_dim=8, attention="cpu")

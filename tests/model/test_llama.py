@@ -13,6 +13,7 @@ from flax import nnx
 from apr_jax.config import ModelConfig
 from apr_jax.model import llama
 from apr_jax.model import params as params_of
+from apr_jax.model.ops import XLA, Ops
 from apr_jax.model.rope import Frequencies, rope_angles
 from apr_jax.model.views.training import training_rows
 from apr_jax.model.weights.hf import load_hf
@@ -236,3 +237,28 @@ def test_layers_that_are_recomputed_run_under_a_map_that_closes_over_the_weights
 
     recomputed = mapped(dataclasses.replace(TINY, remat=remat))
     np.testing.assert_allclose(recomputed, mapped(TINY), atol=1e-6)
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), ("qwen2", "float32")])
+def test_a_loop_over_layers_computes_what_unrolled_ones_do_and_is_one_layer_to_a_compiler(family, dtype) -> None:
+    tokens, looping = random_tokens((2, 9)), dataclasses.replace(XLA, loops=True)
+
+    def gradients(layers: int, ops: Ops) -> tuple[Any, Any]:
+        config = dataclasses.replace(TINY, family=family, num_layers=layers, compute_dtype=dtype, remat="full")
+        params = jax.tree.map(lambda x: 3 * x + 0.01, params_of.init_params(config, 0))
+
+        def loss(params: Any) -> jax.Array:
+            model = nnx.merge(params_of.graphdef(config, ops), params)
+            hidden, _ = model(tokens, training_rows(config, positions_like(tokens)))
+            return jnp.mean(jax.nn.logsumexp(model.logits(hidden), axis=-1))
+
+        return jax.jit(jax.value_and_grad(loss)), params
+
+    programs = gradients(2, looping), gradients(3, looping), gradients(3, XLA)
+    products = [str(step.trace(params).jaxpr).count("dot_general") for step, params in programs]
+    assert products[0] == products[1] < products[2]
+    (loss, grads), (expected_loss, expected) = (step(params) for step, params in programs[1:])
+    error = 1e-5 if dtype == "float32" else 5e-2
+    np.testing.assert_allclose(loss, expected_loss, rtol=error)
+    for got, wanted in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(got - wanted) < error * np.linalg.norm(wanted)
