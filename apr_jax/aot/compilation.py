@@ -161,7 +161,7 @@ def engine_programs(config: Config, mesh: Mesh) -> dict[str, PlannedProgram]:
         lambda x, at: _shape(x.shape, x.dtype, sharding=at), weights.abstract(), weights.shardings(mesh)
     )
     pages = jax.tree.map(lambda x: _on(x, mesh, PAGES), jax.eval_shape(plan.pages))
-    L, R = (limits.num_shards, limits.lanes), steps.pages_per_row
+    L, R = (limits.num_shards, limits.lanes_in_turn), steps.pages_per_row
     lanes = DecodeLanes(
         token=array(L),
         length=array(L),
@@ -181,7 +181,7 @@ def engine_programs(config: Config, mesh: Mesh) -> dict[str, PlannedProgram]:
     flops = {
         "prefill": _prefill_flops(model, steps.prefill.num_lanes * width),
         "decode": StepCost.of(
-            model, limits.lanes, full_context(model, limits.lanes, limits.pages, limits.page_size)
+            model, limits.lanes_in_turn, full_context(model, limits.lanes, limits.pages, limits.page_size)
         ).flops,
     }
 
@@ -256,9 +256,7 @@ def _grow_collectives(
     return tuple(grown)
 
 
-def grpo_step_seconds(
-    config: Config, programs: dict[str, Compiled], peaks: Peaks, num_hosts: int, shards: int
-) -> float:
+def grpo_step_seconds(config: Config, programs: dict[str, Compiled], peaks: Peaks, lanes: int) -> float:
     """Return the least time of a GRPO step whose rollouts each generate a full context of `model.max_seq_len` tokens.
 
     The step decodes with every lane busy, and then computes gradients of full rows and an update, `inner_updates`
@@ -266,12 +264,10 @@ def grpo_step_seconds(
 
     Args:
         programs: at least "decode", "grpo_gradients" and "grpo_update".
-        num_hosts: engines.
-        shards: data shards of each engine.
+        lanes: that decode together in all engines.
     """
     grpo = config.grpo
     tokens = grpo.prompts_per_step * grpo.group_size * config.model.max_seq_len
-    lanes = config.engine.lanes * shards * num_hosts
     microbatches = -(-tokens // (grpo.rows_per_microbatch * grpo.row_len))
     least = {name: Estimate.of(program.cost, peaks).seconds for name, program in programs.items()}
     update = microbatches * least["grpo_gradients"] + least["grpo_update"]

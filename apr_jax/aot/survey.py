@@ -65,14 +65,14 @@ class Survey:
         else:
             ranked, rows = self._rank(peaks)
         config = ranked[0].config
-        engine = plan_engine(config, make_mesh(config.mesh, self.devices)).sizes
-        config = dataclasses.replace(config, engine=engine)
+        engine = plan_engine(config, make_mesh(config.mesh, self.devices))
+        config = dataclasses.replace(config, engine=engine.sizes)
         programs = self._compile(config, quick=self.quick)
         hosts = len({device.process_index for device in self.devices})
-        shards = engine_mesh(config.mesh, self.devices_per_host).data
         step = None
         if {"decode", "grpo_gradients", "grpo_update"} <= programs.keys():
-            step = grpo_step_seconds(config, programs, peaks, hosts, shards)
+            lanes = hosts * engine.limits.num_shards * engine.limits.lanes_in_turn
+            step = grpo_step_seconds(config, programs, peaks, lanes)
         return {
             "topology": self.topology.name,
             "device": self.devices[0].device_kind,

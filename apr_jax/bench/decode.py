@@ -272,8 +272,8 @@ def _pass(engine: Engine, config: Config, prompts: Sequence[list[int]], lengths:
     programs = [(RolloutKey(lane, 0), _decode(prompt, lengths.new)) for lane, prompt in enumerate(prompts)]
     begin = time.perf_counter()
     engine.run(programs, seed=config.seed, temperature=1.0, on_progress=note)
-    # The first visit holds the prefill; from its end on the lanes only decode.
-    (before, start), (tokens, end) = times[0], times[-1]
+    # The first visit of each half holds the prefill; from its end on the lanes only decode.
+    (before, start), (tokens, end) = times[engine.limits.halves - 1], times[-1]
     lanes, seconds = len(prompts), end - start
     return {
         "tokens_per_second": (tokens - before) / seconds,

@@ -1,11 +1,13 @@
 """The engine: runs programs over threads, thousands at a time, on the lanes of a mesh.
 
 One *visit*: the scheduler fills lanes and reserves pages, new tokens are prefilled page by page, the device decodes a
-chunk for all lanes, and the programs whose Decode ended go on.
+chunk for all lanes, and the programs whose Decode ended go on. With two halves (`Limits.halves`) a visit is of one of
+them: when it has been sent to the device, the host waits for the other half's tokens and deals with them meanwhile.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -39,14 +41,16 @@ class EngineStats:
 
     visits: int = 0
     decode_steps: int = 0  # of the longest shard, summed over visits
-    lane_steps: int = 0  # decode_steps x lanes
+    lane_steps: int = 0  # decode_steps x lanes that decode together
     generated: int = 0  # tokens, those of cancelled threads included
     prefilled: int = 0  # tokens computed by prefill
     reused: int = 0  # tokens whose pages were shared instead
     prefill_calls: int = 0
     preemptions: int = 0  # times that a thread's pages were taken
     seconds: float = 0.0
-    host_seconds: float = 0.0  # in which the device had nothing to do: from its results to the next step's launch
+    # In which the device had nothing to do: from its results to the next step's launch. Of two halves, those of the
+    # second count as come with those of the first where they are there at the launch.
+    host_seconds: float = 0.0
     page_places: int = 0  # token places in held pages, summed over each visit's beginning and end
     wasted_places: int = 0  # of them, without a token
     compilations: int = 0  # programs compiled during the run
@@ -112,6 +116,7 @@ class Engine:
         self._max_steps, self._max_total_tokens = rollout.max_steps, rollout.max_total_tokens
         self._mesh = mesh
         self._idle_since: float | None = None  # when the device's last results came
+        self._in_flight: list[list[tuple[Written, list[Place]]]] = []  # of each half: what will be written, for whom
         self._banned_mask = np.zeros((model.vocab_size,), bool)
         self._banned_mask[list(banned_tokens)] = True
         self._gate, self._expects_groups = gate, expects_groups and max_workers > 0
@@ -147,9 +152,9 @@ class Engine:
         self._steps.compile(self._pages, self._params, lanes, sampling, prefill, groups)
         self._copy([[] for _ in range(self.limits.num_shards)], force=True)
         self._pages = self._steps.prefill(self._pages, self._params, prefill)
-        self._decode(self._steps.decode, lanes, sampling)
+        jax.device_get(self._decode(self._steps.decode, lanes, sampling))
         if groups is not None:
-            self._decode(self._steps.decode_groups, groups, sampling)
+            jax.device_get(self._decode(self._steps.decode_groups, groups, sampling))
 
     def run(
         self,
@@ -176,6 +181,7 @@ class Engine:
             begin, compiled = time.perf_counter(), self._steps.num_compilations
             preempted, reused = self._scheduler.preemptions, self._scheduler.cache.reused_tokens
             self.stats, self._idle_since = EngineStats(), begin
+            self._in_flight = [[] for _ in range(self.limits.halves)]
             driver = Driver(
                 programs,
                 self._scheduler,
@@ -188,12 +194,12 @@ class Engine:
             )
             sampling = self._sampling(temperature)
             with contextlib.closing(driver):
-                while True:
-                    self._scheduler.admit(driver.start_next)
-                    if not self._scheduler.num_running:
+                for half in itertools.cycle(range(self.limits.halves)):
+                    self._scheduler.admit(driver.start_next, half)
+                    if half == 0 and not self._scheduler.num_running:
                         break
-                    self._visit(driver, sampling)
-                    if on_progress is not None:
+                    self._in_flight[half] = self._launch(half, sampling)
+                    if self._land(driver, (half + 1) % self.limits.halves) and on_progress is not None:
                         elapsed = time.perf_counter() - begin
                         on_progress(Progress(driver.finished, len(programs), self.stats.generated, elapsed))
             self.stats.seconds = time.perf_counter() - begin
@@ -226,24 +232,36 @@ class Engine:
         self._pages = self._make_pages()
         self._unfinished = False
 
-    def _visit(self, driver: Driver, sampling: Sampling) -> None:
-        stats, cache = self.stats, self._scheduler.cache
-        self._copy(cache.take_copies())
+    def _launch(self, half: int, sampling: Sampling) -> list[tuple[Written, list[Place]]]:
+        """Send a half's visit to the device. Return what it will write, and for whom; nothing where no thread runs."""
+        self._copy(self._scheduler.cache.take_copies())
         while self._prefill_next():
             pass
-        held = [cache.waste()]  # when the chunk's pages are reserved, and when its tokens are there
-        lanes, placed = self._filler.decode()
-        packed = self._pack(lanes)
+        self._count_places()  # when the chunk's pages are reserved, and when its tokens are there
+        lanes, placed = self._filler.decode(half)
         groups, workers = self._filler.groups() if self.limits.max_workers else (None, [])
-        if placed or not workers:
-            self._take(driver, self._decode(self._steps.decode, packed, sampling), placed)
+        launched = []
+        if placed:
+            launched.append((self._decode(self._steps.decode, self._pack(lanes), sampling), placed))
         if workers:
-            self._take(driver, self._decode(self._steps.decode_groups, self._pack(groups), sampling), workers)
-        held.append(cache.waste())
-        driver.drain()
-        stats.visits += 1
-        stats.wasted_places += sum(waste for waste, _ in held)
-        stats.page_places += sum(places for _, places in held)
+            launched.append((self._decode(self._steps.decode_groups, self._pack(groups), sampling), workers))
+        return launched
+
+    def _land(self, driver: Driver, half: int) -> bool:
+        """Wait for what the device writes for a half, and let its programs go on. False: nothing is in flight."""
+        landed, self._in_flight[half] = self._in_flight[half], []
+        for written, placed in landed:
+            self._take(driver, jax.device_get(written), placed, half)
+        if landed:
+            self._count_places()
+            driver.drain()
+            self.stats.visits += 1
+        return bool(landed)
+
+    def _count_places(self) -> None:
+        waste, places = self._scheduler.cache.waste()
+        self.stats.wasted_places += waste
+        self.stats.page_places += places
 
     def _prefill_next(self) -> bool:
         """Launch the next prefill call; False where there is nothing to prefill."""
@@ -257,13 +275,16 @@ class Engine:
         self.stats.prefilled += sum(chunk.count for chunk in chunks)
         return bool(chunks)
 
-    def _take(self, driver: Driver, written: Written, placed: Sequence[Place]) -> None:
-        """Hand what a decode call wrote to the threads at `placed`."""
+    def _take(self, driver: Driver, written: Written, placed: Sequence[Place], half: int) -> None:
+        """Hand what a decode call wrote to those of the threads at `placed` that have not lost their lanes since."""
         stats, self._idle_since = self.stats, time.perf_counter()
         counts = written.counts.tolist()
         streams = [_by_lane(x) for x in (written.tokens, written.logprobs, written.shut_logprobs, written.kept)]
         for shard, lane, thread in placed:
             count = counts[shard][lane]
+            if not self._scheduler.keeps(thread, half):
+                self._scheduler.cache.dropped(thread, count)
+                continue
             stats.generated += count
             driver.decoded(thread, *(stream[shard][lane][:count] if stream else [] for stream in streams))
         steps = int(written.steps.max())
@@ -272,15 +293,16 @@ class Engine:
 
     def _launched(self) -> None:
         """Note that the device is about to get work: until now it may have waited for the host."""
-        if self._idle_since is not None:
-            self.stats.host_seconds += time.perf_counter() - self._idle_since
-            self._idle_since = None
+        since, self._idle_since = self._idle_since, None
+        awaited: list[Any] = [written.steps for flight in self._in_flight for written, _ in flight]
+        if since is not None and all(steps.is_ready() for steps in awaited):
+            self.stats.host_seconds += time.perf_counter() - since
 
     def _decode(self, step: ShardedStep, lanes: PackedArrays, sampling: Sampling) -> Written:
-        """Run a decode step, and wait for what it wrote."""
+        """Launch a decode step, and return what it will write."""
         self._launched()
         self._pages, written = step(self._pages, self._params, lanes, sampling)
-        return jax.device_get(written)
+        return written
 
     def _copy(self, copies: list[list[Any]], *, force: bool = False) -> None:
         """Make the page copies in order; `force` calls the device even without any."""

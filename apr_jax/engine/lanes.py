@@ -71,14 +71,14 @@ class LaneFiller:
     pages_per_row: int
     gate: Gate | None
 
-    def decode(self) -> tuple[DecodeLanes, list[Place]]:
-        """Return the lanes of the threads that can decode now, each on its own cache, and where each stands."""
+    def decode(self, half: int = 0) -> tuple[DecodeLanes, list[Place]]:
+        """Return the lanes of a half's threads that can decode now, each on its own cache, and where each stands."""
         limits, scheduler = self.scheduler.limits, self.scheduler
-        shape = (limits.num_shards, limits.lanes)
+        shape = (limits.num_shards, limits.lanes_in_turn)
         placed = [
-            (shard, thread.turn.lane, thread)
+            (shard, thread.turn.lane % limits.lanes_in_turn, thread)
             for shard in range(limits.num_shards)
-            for thread in scheduler.running(shard)
+            for thread in scheduler.running(shard, half)
             if thread.group is None and scheduler.can_decode(thread)
         ]
         lanes = self._decode_lanes(shape, placed)

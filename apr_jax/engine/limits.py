@@ -13,6 +13,7 @@ class Limits(EngineConfig):
     num_shards: int
     max_seq_len: int
     max_workers: int = 0  # of a group on a shared cache; 0: there are none
+    halves: int = 1  # 2: two parts of a shard's lanes decode in turn; not with groups
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -27,6 +28,11 @@ class Limits(EngineConfig):
                 f"{self.max_workers} workers on a shared cache need as many lanes in a data shard, which has "
                 f"{self.lanes}; raise engine.lanes"
             )
+
+    @property
+    def lanes_in_turn(self) -> int:
+        """Lanes of a data shard that decode together."""
+        return -(-self.lanes // self.halves)
 
     @property
     def max_groups(self) -> int:

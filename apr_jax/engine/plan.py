@@ -17,6 +17,24 @@ from apr_jax.kernels import DecodeKernels, for_decoding
 from apr_jax.model.held_weights import HeldWeights
 from apr_jax.model.paged_cache import PagedKVCache, pages_per_row
 
+_HOST_SECONDS = 38e-6  # of a visit, for each lane of all shards
+# A step takes at least, however few its lanes: seconds for each layer, and its weights' bytes at so many a second.
+_LEAST_STEP = {"cpu": (1.5e-5, 6e10)}
+_LEAST_STEP_ELSEWHERE = (2e-5, 1e12)
+
+
+def choose_halves(platform: str, num_layers: int, limits: Limits, weights: int) -> int:
+    """Return 2 where halves in turn hide more of the host's work than they cost; `weights` are a device's bytes.
+
+    Each half takes steps of its own, and reads the weights in them.
+    """
+    if limits.max_workers:
+        return 1
+    layer_seconds, bytes_a_second = _LEAST_STEP.get(platform, _LEAST_STEP_ELSEWHERE)
+    hidden = _HOST_SECONDS * limits.num_shards * limits.lanes
+    cost = limits.steps_per_visit * (num_layers * layer_seconds + weights / bytes_a_second)
+    return 2 if hidden > cost else 1
+
 
 @dataclasses.dataclass(frozen=True)
 class EnginePlan:
@@ -74,6 +92,8 @@ class EnginePlan:
             room = cls(model, smallest, kernels, weights, mesh, expects_groups, beside)._room(share)
             sizes = room.fill(sizes, thread_pages, group_pages, least)
         plan = cls(model, limits(sizes), kernels, weights, mesh, expects_groups, beside)
+        halves = choose_halves(mesh.devices.flat[0].platform, model.num_layers, plan.limits, plan.memory.weights)
+        plan = dataclasses.replace(plan, limits=dataclasses.replace(plan.limits, halves=halves))
         if expects_groups:
             plan.limits.check_group(max_workers, max_workers * thread_pages)
         plan.memory.check()

@@ -5,6 +5,11 @@ only from threads that come after it, and gives up its own when there are none. 
 can therefore always run (one full thread fits in a shard, which `Limits` checks), so every thread ends. A thread whose
 pages were taken keeps its tokens and is recomputed by prefill when it runs again.
 
+Where `Limits.halves` is 2, a visit is of one half of the lanes, and the threads of the other half are meanwhile *in
+flight*: the device decodes them. They may lose their pages or be released like all others. What the device wrote for
+them is then dropped (`keeps`), and whoever has their pages writes to them after that, as the device takes its work in
+order.
+
 Workers on a shared cache (`groups.py`) come and go together and are never preempted: the pages they hold from their
 start suffice to their end, so threads that wait for them wait no longer than a Decode takes.
 """
@@ -30,9 +35,14 @@ class Scheduler:
         self._ready: list[tuple[tuple[int, int, Path], int, Thread]] = []
         self._tickets = 0
 
-    def running(self, shard: int) -> list[Thread]:
-        """Return the threads that have a lane, by lane."""
-        return [thread for thread in self.lanes[shard] if thread is not None]
+    def running(self, shard: int, half: int | None = None) -> list[Thread]:
+        """Return the threads that have a lane, or one in a half, by lane."""
+        lanes = self.lanes[shard] if half is None else self._half(shard, half)
+        return [thread for thread in lanes if thread is not None]
+
+    def keeps(self, thread: Thread, half: int) -> bool:
+        """Return True where a thread that had a lane in a half when that was visited has it still."""
+        return thread.turn.status is Status.RUNNING and thread.turn.lane // self.limits.lanes_in_turn == half
 
     def groups(self, shard: int) -> list[Group]:
         """Return the groups that have lanes, in the order of their priority."""
@@ -90,24 +100,26 @@ class Scheduler:
         thread.turn.status = Status.DONE
         self.cache.free(thread)
 
-    def admit(self, next_root: Callable[[], bool]) -> None:
-        """Reserve the next chunk's pages for every running thread, then fill free lanes. Called before a visit.
+    def admit(self, next_root: Callable[[], bool], half: int = 0) -> None:
+        """Reserve the next chunk's pages for every running thread of a half, then fill its free lanes, before a visit.
+
+        The second half of a shard gets threads while its first half is full: few threads then decode together.
 
         Args:
             next_root: starts one more root program, which may `submit` a thread; False when there is none left. It is
                 called only while a lane is free and nobody waits for one.
         """
         for shard in range(self.limits.num_shards):
-            for thread in sorted(self.running(shard), key=lambda t: t.priority):
+            for thread in sorted(self.running(shard, half), key=lambda t: t.priority):
                 # A group has all that it needs since it was admitted.
                 if thread.group is None and thread.turn.status is Status.RUNNING and not self._reserve(thread):
                     self._preempt(thread)
-        while self._free_shard() is not None:
+        while self._free_shard(half) is not None:
             waiting = self._pop()
             if waiting is None:
                 if not next_root():
                     return
-            elif not (self._admit_one(waiting) if waiting.group is None else self._admit_group(waiting.group)):
+            elif not (self._admit_one(waiting, half) if waiting.group is None else self._admit_group(waiting.group)):
                 self._push(waiting)
                 return
 
@@ -159,15 +171,23 @@ class Scheduler:
                 return thread
         return None
 
-    def _free_shard(self) -> int | None:
-        """Return the shard with most free lanes (then most pages available), or None."""
-        free = [lanes.count(None) for lanes in self.lanes]
+    def _half(self, shard: int, half: int) -> list[Thread | None]:
+        size = self.limits.lanes_in_turn
+        return self.lanes[shard][half * size : (half + 1) * size]
+
+    def _free(self, shard: int, half: int) -> int:
+        """Count the lanes of a half that a thread may take."""
+        return 0 if half and self._free(shard, half - 1) else self._half(shard, half).count(None)
+
+    def _free_shard(self, half: int = 0) -> int | None:
+        """Return the shard with most free lanes in a half (then most pages available), or None."""
+        free = [self._free(shard, half) for shard in range(self.limits.num_shards)]
         best = max(range(len(free)), key=lambda s: (free[s], self.cache.allocators[s].num_available, -s))
         return best if free[best] else None
 
-    def _admit_one(self, thread: Thread) -> bool:
+    def _admit_one(self, thread: Thread, half: int) -> bool:
         if thread.cached.table is None:
-            shard = self._free_shard()
+            shard = self._free_shard(half)
             assert shard is not None
             self.cache.open(thread, shard)
             if not self._reserve(thread):
@@ -176,10 +196,10 @@ class Scheduler:
         elif None not in self.lanes[thread.cached.shard]:
             # Its pages are on a shard without a free lane: it moves, and is computed anew.
             self.cache.free(thread)
-            return self._admit_one(thread)
-        elif not self._reserve(thread):
-            return False
-        self._take_lane(thread)
+            return self._admit_one(thread, half)
+        elif not self._free(thread.cached.shard, half) or not self._reserve(thread):
+            return False  # where the free lanes are of the other half, its visit is the next
+        self._take_lane(thread, half)
         return True
 
     def _admit_group(self, group: Group) -> bool:
@@ -200,7 +220,7 @@ class Scheduler:
                     self.cache.free(opened)
                 return False
         for worker in group.workers:
-            self._take_lane(worker)
+            self._take_lane(worker, 0)
         return True
 
     def _stop_worker(self, worker: Thread) -> None:
@@ -213,9 +233,10 @@ class Scheduler:
                 self.cache.free(each)
                 each.turn.status = Status.DONE
 
-    def _take_lane(self, thread: Thread) -> None:
+    def _take_lane(self, thread: Thread, half: int) -> None:
         lanes = self.lanes[thread.cached.shard]
-        thread.turn.status, thread.turn.lane = Status.RUNNING, lanes.index(None)
+        thread.turn.status = Status.RUNNING
+        thread.turn.lane = lanes.index(None, half * self.limits.lanes_in_turn)
         lanes[thread.turn.lane] = thread
 
     def _clear_lane(self, thread: Thread) -> None:

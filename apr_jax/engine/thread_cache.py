@@ -135,6 +135,10 @@ class ThreadCache:
         cached.work = cached.work.with_decode(before, drawn)
         cached.computed = before + kept
 
+    def dropped(self, thread: Thread, drawn: int) -> None:
+        """Note that decode drew tokens after the thread's last one, none of which stands."""
+        thread.cached.work = thread.cached.work.with_decode(len(thread.tokens) - 1, drawn)
+
     def take_copies(self) -> list[list[PageCopy]]:
         """Return the copies that the device must make before its next step, per shard, and forget them."""
         copies, self._copies = self._copies, [[] for _ in self._copies]

@@ -69,7 +69,7 @@ def test_a_grpo_step_by_hand():
     tokens = 2 * 2 * 128
     decode, microbatches = tokens / (8 * 2 * 3) * 2, tokens / (4 * 128)
     updates = config.grpo.inner_updates * (microbatches * 3 + 0.5)
-    assert grpo_step_seconds(config, programs, ROUND, num_hosts=3, shards=2) == pytest.approx(decode + updates)
+    assert grpo_step_seconds(config, programs, ROUND, lanes=8 * 2 * 3) == pytest.approx(decode + updates)
 
 
 def test_memory_is_all_that_is_on_the_device():

@@ -87,15 +87,15 @@ class SimulatedDevice:
                     told = tuple(chunk.thread.tokens[: chunk.start + chunk.count])
                     assert self.published.setdefault(chunk.publish_as, (self.version, told)) == (self.version, told)
 
-    def decode(self, draw: Callable[[Thread, Place], list[int]]) -> list[tuple[Thread, list[int]]]:
-        """A decode chunk of every lane; what each thread wrote. Rows are read before anything is written.
+    def decode(self, draw: Callable[[Thread, Place], list[int]], half: int = 0) -> list[tuple[Thread, list[int]]]:
+        """A decode chunk of every lane of a half; what each thread wrote. Rows are read before anything is written.
 
         `draw(thread, place)` gives the tokens that a thread writes after its last one, which computes to `place`.
         """
         written, writes = [], []
         limits = self.scheduler.limits
         for shard in range(limits.num_shards):
-            for thread in self.scheduler.running(shard):
+            for thread in self.scheduler.running(shard, half):
                 assert self.scheduler.can_decode(thread), "a thread with a lane was not prefilled"
                 if thread.group is not None and thread in thread.group.stopped:
                     continue

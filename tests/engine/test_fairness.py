@@ -47,9 +47,9 @@ class Watched(StandIn):
     def call(self, thread):
         return self.run._node_of[thread].call
 
-    def visit(self):
+    def visit(self, half=0):
         ready, running = self.ready(), self.running()
-        assert running, "threads want to decode and none may"
+        assert running or half, "threads want to decode and none may"
         first = min((thread.priority for thread in ready), default=None)
         for thread in running:
             admitted = self.call(thread) not in self.running_before
@@ -61,12 +61,15 @@ class Watched(StandIn):
             wait.visits += 1
             wait.before |= {self.call(other) for other in ahead}
             wait.foreign += sum(other.rollout != thread.rollout for other in ahead)
-        super().visit()
+        super().visit(half)
 
     def check_bound(self):
-        """A Decode takes at most V visits; one that waits is passed over by no more than V for each that goes first."""
+        """A Decode takes at most V visits; one that waits is passed over by no more than V for each that goes first.
+
+        Visits of the other half count as well.
+        """
         limits = self.scheduler.limits
-        longest = -(-min(self.max_steps, limits.max_seq_len - 1) // limits.steps_per_visit)
+        longest = limits.halves * -(-min(self.max_steps, limits.max_seq_len - 1) // limits.steps_per_visit)
         for wait in self.waits.values():
             assert wait.visits <= longest * (1 + len(wait.before)), wait
         return max((wait.visits for wait in self.waits.values()), default=0)

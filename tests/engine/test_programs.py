@@ -5,6 +5,7 @@ checked after every visit, and so is that a thread's pages hold its own tokens.
 """
 
 import dataclasses
+import itertools
 import zlib
 
 import hypothesis.strategies as st
@@ -59,15 +60,16 @@ class StandIn:
             observer=observer,
         )
         self.max_steps = max_steps
-        self.visits = 0
+        self.in_flight = [[] for _ in range(limits.halves)]
+        self.visits = self.dropped = 0
 
     def finish(self):
-        while True:
-            self.scheduler.admit(self.run.start_next)
+        for half in itertools.cycle(range(self.scheduler.limits.halves)):
+            self.scheduler.admit(self.run.start_next, half)
             self.scheduler.check()
-            if not self.scheduler.num_running:
+            if half == 0 and not self.scheduler.num_running:
                 break
-            self.visit()
+            self.visit(half)
             self.visits += 1
             assert self.visits < 5000, "no progress"
         assert all(allocator.num_held == 0 for allocator in self.scheduler.cache.allocators), (
@@ -80,7 +82,11 @@ class StandIn:
         for position, token in enumerate(tokens, start=start):
             self.memory[thread.cached.shard][pages[position // PAGE], position % PAGE] = token
 
-    def visit(self):
+    def visit(self, half=0):
+        self.in_flight[half] = self.launch(half)
+        self.land((half + 1) % len(self.in_flight))
+
+    def launch(self, half):
         limits = self.scheduler.limits
         for shard, copies in enumerate(self.scheduler.cache.take_copies()):
             for copy in copies:
@@ -95,7 +101,7 @@ class StandIn:
                     self.scheduler.cache.prefilled(chunk)
         written = []
         for shard in range(limits.num_shards):
-            for thread in self.scheduler.running(shard):
+            for thread in self.scheduler.running(shard, half):
                 assert self.scheduler.can_decode(thread)
                 pages = self.scheduler.cache.allocators[shard].pages(thread.cached.table)
                 held = self.memory[shard][pages].reshape(-1)[: thread.cached.computed]
@@ -105,8 +111,15 @@ class StandIn:
                 tokens = self.draw(thread, limits.steps_per_visit)
                 self.write(thread, thread.cached.computed, [thread.tokens[-1], *tokens[:-1]])
                 written.append((thread, tokens))
-        for thread, tokens in written:
-            self.run.decoded(thread, tokens, [float(token) for token in tokens])
+        return written
+
+    def land(self, half):
+        landed, self.in_flight[half] = self.in_flight[half], []
+        for thread, tokens in landed:
+            if self.scheduler.keeps(thread, half):
+                self.run.decoded(thread, tokens, [float(token) for token in tokens])
+            else:
+                self.dropped += 1
         self.run.drain()
         self.run.check()
         self.scheduler.check()
@@ -157,6 +170,7 @@ schedules = st.builds(
     steps_per_visit=st.integers(1, 9),
     prefill_lanes=st.integers(1, 3),
     prefix_reuse=st.booleans(),
+    halves=st.integers(1, 2),
 )
 
 

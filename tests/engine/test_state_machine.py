@@ -49,8 +49,9 @@ class CacheMachine(RuleBasedStateMachine):
         steps=st.integers(1, 6),
         prefill_lanes=st.integers(1, 3),
         reuse=st.sampled_from([True, True, True, False]),
+        halves=st.integers(1, 2),
     )
-    def build(self, shards, lanes, pages, steps, prefill_lanes, reuse):
+    def build(self, shards, lanes, pages, steps, prefill_lanes, reuse, halves):
         limits = Limits(
             num_shards=shards,
             lanes=lanes,
@@ -62,7 +63,10 @@ class CacheMachine(RuleBasedStateMachine):
             decode_attention="xla",
             page_dtype="compute",
             prefix_reuse=reuse,
+            halves=halves,
         )
+        self.half = 0  # that is visited next
+        self.in_flight: list[list[tuple[Thread, list[int]]]] = [[] for _ in range(halves)]
         self.scheduler = Scheduler(limits)
         self.device = SimulatedDevice(self.scheduler)
         self.model: dict[Thread, list[int]] = {}
@@ -200,18 +204,26 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.threads(Status.READY, Status.RUNNING))
     @rule()
     def visit(self):
-        """Admission, copies, prefill and a decode chunk; threads that stopped are idle again."""
+        """Admission, copies, prefill and a decode chunk; threads that stopped are idle again.
+
+        With two halves the tokens of one come when the other one's chunk is on its way, whatever happened meanwhile.
+        """
         counts["visit"] += 1
         preempted = self.scheduler.preemptions
-        self.scheduler.admit(lambda: False)
+        half, self.half = self.half, (self.half + 1) % len(self.in_flight)
+        self.scheduler.admit(lambda: False, half)
         counts["preempt"] += self.scheduler.preemptions - preempted
-        if not self.scheduler.num_running:
+        if half == 0 and not self.scheduler.num_running:
             self.waits_for_idle_threads()
-            return
         self.scheduler.check()
         self.device.copy()
         self.device.prefill()
-        for thread, tokens in self.device.decode(self.draw):
+        self.in_flight[half] = self.device.decode(self.draw, half)
+        landed, self.in_flight[self.half] = self.in_flight[self.half], []
+        for thread, tokens in landed:
+            if not self.scheduler.keeps(thread, self.half):
+                counts["dropped"] += 1
+                continue
             assert tokens == self.predict(thread, len(tokens))
             self.scheduler.cache.decoded(thread, len(tokens), len(tokens))
             thread.tokens.extend(tokens)
@@ -311,7 +323,7 @@ def test_ten_thousand_operations():
     counts.clear()
     run_state_machine_as_test(CacheMachine, settings=profile(160))
     assert sum(counts[name] for name in OPERATIONS) >= 10_000
-    for name in (*OPERATIONS, "visit", "new policy", "preempt", "copies", "reused"):
+    for name in (*OPERATIONS, "visit", "new policy", "preempt", "copies", "reused", "dropped"):
         assert counts[name] >= 50, f"{name}: {counts[name]}"
 
 
@@ -342,6 +354,11 @@ def keep_published(allocator, page, unpublish=PageAllocator._unpublish):
         unpublish(allocator, page)
 
 
+def keep_all(scheduler, thread, half):
+    """Hands out what was decoded for a thread that has lost its lane since."""
+    return True
+
+
 def lose_preempted(scheduler, thread):
     """Takes a thread's pages and lane and does not put it back in the queue."""
     scheduler.preemptions += 1
@@ -360,6 +377,7 @@ def lose_preempted(scheduler, thread):
         (ThreadCache, "new_policy", no_new_keys),
         (ThreadCache, "take_copies", no_copies),
         (Scheduler, "_preempt", lose_preempted),
+        (Scheduler, "keeps", keep_all),
     ],
 )
 def test_the_machine_finds_seeded_faults(monkeypatch, owner, name, fault):
