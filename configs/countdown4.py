@@ -29,8 +29,8 @@ only generated tokens have loss, and the replay of the winning path counts twice
 With `.wide` the searches try every operation in the order in which it is generated, so that what comes next follows
 from the text. A small model can't rank thirty operations by the distance of their numbers to the target's factors,
 which is what the reference's beams ask of it. A parent hands each of its operations to a child. SoS+ goes into every
-node in place. A parent has fourteen children and few words of its own, so a quarter of the children are learnt from
-(`data.children_share`).
+node in place. A parent has fourteen children and few words of its own, and most children find nothing. So a tenth of
+those are learnt from, and all that find something (`data.children_share`).
 """
 
 from ml_collections import ConfigDict
@@ -108,7 +108,7 @@ def wide(config: ConfigDict) -> None:
     config.name += "_wide"
     config.task.update(parent_beams=(24,), child_beam_max=24, spawn_probability=1.0, heuristic="none")
     config.task.update(serial_beam_min=24, serial_beam_max=24, serial_dfs_probability=1.0)
-    config.data.children_share = 0.25
+    config.data.children_share = 0.1
     config.rollout.max_children = 24
 
 

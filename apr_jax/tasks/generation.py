@@ -187,20 +187,29 @@ def _demonstrate_chunk(
 
 
 def _thinned(calls: tuple[Call, ...], share: float, rng: random.Random) -> tuple[Call, ...]:
-    """Return the calls of the root and of a share of the child threads, each with or without all that is below it."""
+    """Return the calls of the root, of children that replay an answer, which are few, and of a share of the others.
+
+    A child is left out with all that is below it.
+    """
     kept: list[Call] = []
     going_on: dict[int, bool] = {}  # by depth, whether the latest thread goes on after a spawn
     dropped_at = None  # the depth of the thread that is left out with all below it
-    for call in calls:
+    for index, call in enumerate(calls):
         begins = call.depth > 0 and not going_on.get(call.depth, False)
         going_on[call.depth] = call.ends_in_spawn
         if dropped_at is not None and (call.depth < dropped_at or (begins and call.depth == dropped_at)):
             dropped_at = None
-        if dropped_at is None and begins and rng.random() >= share:
+        if dropped_at is None and begins and rng.random() >= share and not _has_replay(calls[index:]):
             dropped_at = call.depth
         if dropped_at is None:
             kept.append(call)
     return tuple(kept)
+
+
+def _has_replay(calls: Sequence[Call]) -> bool:
+    """Tell whether the thread that the first call begins ends in the replay of a winning path."""
+    last = next(call for call in calls if call.depth == calls[0].depth and not call.ends_in_spawn)
+    return last.replay_start < len(last.completion)
 
 
 def _measure_chunk(

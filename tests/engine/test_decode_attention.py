@@ -138,14 +138,16 @@ def test_with_the_cpus_kernels_bits_do_not_depend_on_lanes_and_shards(model):
 
 
 @needs_kernels
-def test_a_prefill_call_is_filled_from_one_thread_or_many(kernel_engine):
+def test_a_prefill_call_is_filled_from_one_thread_or_many(monkeypatch):
     """One of 80 tokens takes three calls of 32, and eight of ten take as many: pages end no call."""
-    assert kernel_engine._steps.prefill.num_lanes == 32
+    monkeypatch.setattr("apr_jax.engine.plan.choose_halves", lambda *_: 1)  # a call is of one half's threads
+    engine = make_engine(decode_attention="auto", pages=333)
+    assert engine._steps.prefill.num_lanes == 32
     for lengths in ([81], [11] * 8):
         programs = [plain(seed, length=length) for seed, length in enumerate(lengths)]
-        kernel_engine.set_params(make_params())
-        kernel_engine.run(keyed(programs), seed=0, temperature=1.0)
-        assert (kernel_engine.stats.prefilled, kernel_engine.stats.prefill_calls) == (80, 3)
+        engine.set_params(make_params())
+        engine.run(keyed(programs), seed=0, temperature=1.0)
+        assert (engine.stats.prefilled, engine.stats.prefill_calls) == (80, 3)
 
 
 def test_pages_of_one_position_are_prefilled_one_a_call(plainly):
