@@ -224,6 +224,7 @@ class CacheMachine(RuleBasedStateMachine):
             if not self.scheduler.keeps(thread, self.half):
                 counts["dropped"] += 1
                 continue
+            assert thread in self.model, "a thread that has ended got tokens"
             assert tokens == self.predict(thread, len(tokens))
             self.scheduler.cache.decoded(thread, len(tokens), len(tokens))
             thread.tokens.extend(tokens)

@@ -97,6 +97,7 @@ def test_groups_are_read_in_all_notations():
 
 def test_weights_meet_all_lanes_in_one_matmul(one_device):
     """Lifted over lanes, the MLP's products are [L, D] x [D, F]."""
-    decode = one_device[1]["decode"]
-    assert re.search(r"f32\[8,48\]\S* (dot|fusion)\(", decode)
-    assert not re.search(r"f32\[8,1,48\]\S* dot\(", decode)
+    engine, decode = one_device[0], one_device[1]["decode"]
+    lanes = engine.limits.lanes_in_turn
+    assert re.search(rf"f32\[{lanes},48\]\S* (dot|fusion)\(", decode)
+    assert not re.search(rf"f32\[{lanes},1,48\]\S* dot\(", decode)
