@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import re
 
 import numpy as np
 import pytest
@@ -30,20 +31,29 @@ def test_facts_are_right_and_within_the_bound(task):
     rng = random.Random(0)
     seen = set()
     for _ in range(3_000):
-        asked, result = draw_fact(rng, task)
-        operator = next(char for char in asked if char in "+-*/")
-        left, right = map(int, asked[:-1].split(operator))
-        assert (result, f"{asked}{result}") in operations(left, right)
+        asked, rest = draw_fact(rng, task)
+        operator = next(char for char in asked if char in "+-*/,")
+        left, right = map(int, asked.removesuffix("=").split(operator))
+        if operator == ",":
+            assert rest == (" equal: Goal Reached" if left == right else " unequal: No Solution")
+            assert task.min_target <= right <= task.max_target
+            result = left
+            seen.add(rest)
+        else:
+            result = int(rest)
+            assert (result, f"{asked}{result}") in operations(left, right)
         assert 0 <= result <= (task.max_result or task.max_number**2)
         seen.add(operator)
-    assert seen == {*"+-*/"}
+    assert seen == {*"+-*/,", " equal: Goal Reached", " unequal: No Solution"}
 
 
 def test_only_results_have_loss():
     sequence = make_facts(REFERENCE, num_sequences=4)[3]
     text = TOKENIZER.decode([*sequence["tokens"], sequence["targets"][-1]])
     learnt = TOKENIZER.decode(sequence["targets"][sequence["weights"] > 0])
-    assert learnt.split("\n") == [line.rpartition("=")[2] for line in text.split("\n")]
+    given = re.compile(r"^(\d+[-+*/]\d+=|\d+,\d+)", re.M)
+    assert learnt == given.sub("", text)
+    assert "equal" in learnt
     assert text.count("\n") == FACTS_A_SEQUENCE
 
 
@@ -58,7 +68,9 @@ def test_facts_are_a_function_of_seed_and_index():
 
 def test_a_short_row_holds_whole_facts():
     sequence = make_facts(BOUNDED, row_len=40)[0]
-    assert len(sequence["tokens"]) == 36  # six facts of six tokens; BOS is the first input
+    text = TOKENIZER.decode(sequence["targets"])
+    tokens = sum(4 if "," in line else 6 for line in text.splitlines())  # BOS is the first input
+    assert len(sequence["tokens"]) == tokens > 40 - 6
     assert TOKENIZER.decode(sequence["targets"]).endswith("\n")
 
 

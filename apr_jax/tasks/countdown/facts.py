@@ -1,37 +1,49 @@
-"""Bare arithmetic: operations as they are written in a trace, with no target that gives the result away."""
+"""Bare arithmetic: operations as they are written in a trace, with no target that gives the result away.
+
+Comparisons of a result with the target come, too: in a search hardly any is true."""
 
 import functools
 import random
 
 from apr_jax.config import ConfigError
+from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.config import CountdownConfig
 
 _MAX_DRAWS = 100_000
 _LARGEST_BOUND = 100_000
 
 
-def draw_fact(rng: random.Random, section: CountdownConfig) -> tuple[str, int]:
-    """Draw a random operation. Returns its text up to `=`, and its result, which is at most `largest_result(section)`.
+def draw_fact(rng: random.Random, section: CountdownConfig) -> tuple[str, str]:
+    """Draw a random operation or, in one of seven cases, the comparison of a result with a target.
 
     Sums and differences, of which there are more, come twice as often as products and quotients. One number of a sum or
     difference is like those of a problem; the other is, too, in half of the cases, and any number up to the bound in
-    the rest. All products are equally likely, and so are all quotients. Raises ConfigError where there are no sums.
+    the rest. All products are equally likely, and so are all quotients. In half of the comparisons the two are equal.
+
+    Return what is given of the line, up to `=` or to the target, and the rest. No result is above
+    `largest_result(section)`. Raises ConfigError where there are no sums.
     """
     bound = largest_result(section)
-    operator = rng.choice("++--*/")
+    operator = rng.choice("++--*/?")
+    if operator == "?":
+        target = rng.randint(section.min_target, section.max_target)
+        result = target if rng.random() < 0.5 else rng.randint(0, bound)
+        outcome = trace.outcome_line(target, result)
+        given = f"{result},{target}"
+        return given, outcome[len(given) : -1]
     if operator in "*/":
         left, right = rng.choice(_factors(bound))
         if operator == "/":
-            return f"{left * right}/{left}=", right
-        return f"{left}*{right}=", left * right
+            return f"{left * right}/{left}=", str(right)
+        return f"{left}*{right}=", str(left * right)
     for _ in range(_MAX_DRAWS):
         left = rng.randint(section.min_number, section.max_number)
         right = rng.randint(section.min_number, section.max_number) if rng.random() < 0.5 else rng.randint(0, bound)
         left, right = (left, right) if rng.random() < 0.5 else (right, left)
         if operator == "-":
-            return f"{max(left, right)}-{min(left, right)}=", abs(left - right)
+            return f"{max(left, right)}-{min(left, right)}=", str(abs(left - right))
         if left + right <= bound:
-            return f"{left}+{right}=", left + right
+            return f"{left}+{right}=", str(left + right)
     raise ConfigError(
         f"none of {_MAX_DRAWS} draws of a number in {section.min_number}..{section.max_number} gives a sum up to "
         f"{bound}: raise task.max_result, or set data.facts_share=0"

@@ -55,8 +55,12 @@ def generated_lines(node_id: str, target: int, numbers: list[int], operation: st
 
 def final_lines(target: int, result: int, operation: str) -> str:
     """Return the lines of an operation that leaves one number."""
-    outcome = goal_line(target) if result == target else f"{result},{target} unequal: No Solution\n"
-    return f"Exploring Operation: {operation}, Resulting Numbers: [{result}]\n{outcome}"
+    return f"Exploring Operation: {operation}, Resulting Numbers: [{result}]\n{outcome_line(target, result)}"
+
+
+def outcome_line(target: int, result: int) -> str:
+    """Return the line that compares the last number with the target."""
+    return goal_line(target) if result == target else f"{result},{target} unequal: No Solution\n"
 
 
 def goal_line(target: int) -> str:
