@@ -28,7 +28,7 @@ from apr_jax.config import Config, ConfigError
 from apr_jax.config_dict import from_config_dict
 from apr_jax.config_fields import LARGEST_INT, Range
 from apr_jax.files import FileError, explain, naming, write
-from apr_jax.paths import RUNS, is_remote, local_path, path_of
+from apr_jax.paths import is_remote, local_path, path_of
 from apr_jax.stopping import StoppedAtOnceError, StoppedError, StopSignal
 
 FAILED, BAD_ARGUMENTS, STOPPED = 1, 2, 75  # exit codes
@@ -150,16 +150,6 @@ def define_number(
     holder: flags.FlagHolder[Any] = define(name, default, help)
     flags.register_validator(name, check)  # type: ignore[no-untyped-call]
     return holder
-
-
-def define_checkpoint() -> flags.FlagHolder[str | None]:
-    """Define --checkpoint of the programs that use a policy, which `evaluation.rollout_sources.policy_folder` finds."""
-    return flags.DEFINE_string(
-        "checkpoint",
-        None,
-        "Run (or RUN/best), checkpoint or Hugging Face folder, FILE.gguf, or the name of a policy that comes along "
-        f"[newest in {RUNS}/, or the one that comes along].",
-    )
 
 
 def define_output(name: str, help: str, endings: Sequence[str] = ()) -> flags.FlagHolder[str | None]:

@@ -16,6 +16,7 @@ Exit codes: 0 done, 1 failed, 2 bad arguments or config.
 import dataclasses
 import functools
 import os
+import pathlib
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ def main() -> None:
         raise ConfigError(f"--peers: there is no peer {unknown[0]!r}; choose of {', '.join(PEERS)}")
     if _PEERS.value:
         leave_memory_to_peers()
-    figures = _measure(config, lanes, contexts, peer_lanes)
+    figures = _measure(config, checkpoint, lanes, contexts, peer_lanes)
     if _PLOT.value:
         from apr_jax.bench.decode_report import write_plot
 
@@ -78,6 +79,7 @@ def main() -> None:
 
 def _measure(
     config: Config,
+    checkpoint: pathlib.Path | None,
     lanes: tuple[int, ...] | None,
     contexts: tuple[int, ...] | None,
     peer_lanes: tuple[int, ...] | None,
@@ -100,8 +102,8 @@ def _measure(
     if _NEW.value is not None:
         effort = dataclasses.replace(effort, new=_NEW.value)
     lengths = decode.lengths_to_measure(config.model, mesh, effort, contexts, _PROMPT.value)
-    if _CHECKPOINT.value:
-        config, params = decode.policy_to_measure(given_policy(_CHECKPOINT.value), config, lengths[-1])
+    if checkpoint is not None:
+        config, params = decode.policy_to_measure(checkpoint, config, lengths[-1])
     else:
         params = sharp_params(config.model, config.seed)
     counts = [decode.lanes_to_measure(config, params, mesh, lanes, each, effort, _say) for each in lengths]

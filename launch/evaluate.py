@@ -23,6 +23,7 @@ from apr_jax.evaluation.rollout_sources import (
     check_method_flag,
     choose_policy,
     choose_split,
+    define_checkpoint,
     policy_task,
     read_problems,
 )
@@ -30,7 +31,7 @@ from apr_jax.progress import busy
 from apr_jax.tasks.base import SPLITS
 
 _CONFIG = entry.define_config("grpo.py")
-_CHECKPOINT = entry.define_checkpoint()
+_CHECKPOINT = define_checkpoint()
 _SPLIT = flags.DEFINE_enum("split", None, list(SPLITS), "Split to take problems from [evaluation.split].")
 _NUM_PROBLEMS = entry.define_number("num_problems", None, "Their number [evaluation.num_problems].", low=1)
 _PROBLEMS = flags.DEFINE_string("problems", None, 'File: {"numbers": [3, 7, 12], "target": 40} a line, or a JSON list.')

@@ -20,9 +20,9 @@ from absl import flags
 
 from apr_jax import entry
 from apr_jax.config import ConfigError
-from apr_jax.evaluation.rollout_sources import policy_folder
+from apr_jax.evaluation.rollout_sources import define_checkpoint, policy_folder
 
-_CHECKPOINT = entry.define_checkpoint()
+_CHECKPOINT = define_checkpoint()
 _OUT = entry.define_folder("out", "Folder to write, or FILE.gguf.", ".gguf")
 _FORMAT = flags.DEFINE_enum("format", None, ["hf", "gguf"], "Kind to write [gguf where --out ends in it, else hf].")
 _TYPE = flags.DEFINE_string(

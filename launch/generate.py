@@ -22,13 +22,13 @@ from absl import flags
 
 from apr_jax import entry
 from apr_jax.config import ConfigError
-from apr_jax.evaluation.rollout_sources import policy_folder
+from apr_jax.evaluation.rollout_sources import define_checkpoint, policy_folder
 
 if TYPE_CHECKING:
     from apr_jax.library import Policy, Text
 
 _CONFIG = entry.define_config("grpo.py")
-_CHECKPOINT = entry.define_checkpoint()
+_CHECKPOINT = define_checkpoint()
 _CHAT = flags.DEFINE_bool("chat", False, "Put the prompt into the policy's chat template, as a user's message.")
 _SPAWNS = flags.DEFINE_bool("spawns", None, "Run spawns as threads [where the policy was trained to write them].")
 _SAMPLES = entry.define_number("samples", 1, "Texts to write.", 1)

@@ -24,6 +24,7 @@ from apr_jax.config import ConfigError
 from apr_jax.evaluation.rollout_sources import (
     check_method_flag,
     choose_policy,
+    define_checkpoint,
     policy_task,
     read_problem_words,
 )
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from apr_jax.library import Policy, Solution
 
 _CONFIG = entry.define_config("grpo.py")
-_CHECKPOINT = entry.define_checkpoint()
+_CHECKPOINT = define_checkpoint()
 _METHOD = flags.DEFINE_string("method", None, "Way of reasoning [the one that the policy was trained for].")
 _TEMPERATURE = entry.define_number("temperature", 0.0, "0 is greedy.", low=0.0)
 _SEED = entry.define_number("seed", 0, "Seed of the sampling; unused at temperature 0.", low=0)

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from absl import flags
+
 from apr_jax.checkpoints.identity import find_policy, refuse_msgpack, with_auto
 from apr_jax.config import Config, ConfigError
 from apr_jax.config_dict import from_config_dict
@@ -65,6 +67,16 @@ def policy_task(folder: pathlib.Path | None, config: Config, *, is_given: bool) 
             if saved is not None:
                 return TASKS[saved["task"]["name"]]
     return task_of(config)
+
+
+def define_checkpoint() -> flags.FlagHolder[str | None]:
+    """Define --checkpoint of the programs that use a policy, which `policy_folder` finds."""
+    return flags.DEFINE_string(
+        "checkpoint",
+        None,
+        "Run (or RUN/best), checkpoint or Hugging Face folder, FILE.gguf, or the name of a policy that comes along "
+        f"[newest in {RUNS}/, or {DEFAULT.name}].",
+    )
 
 
 def choose_policy(given: str | None, values: Mapping[str, Any]) -> tuple[pathlib.Path, Config]:

@@ -24,7 +24,7 @@ def programs():
 
 @pytest.fixture(scope="module")
 def expected():
-    """What an engine writes whose lanes are as many as a half's."""
+    """Return what an engine writes whose lanes are as many as a half's."""
     return make_engine(lanes=4).run(programs(), seed=3, temperature=1.0)
 
 
