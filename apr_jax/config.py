@@ -296,6 +296,7 @@ class GRPOConfig(Section, path="grpo"):
     num_steps: Natural
     prompts_per_step: Count
     group_size: GroupSize  # rollouts a prompt; advantages are relative to their mean
+    overlap: Natural  # next steps whose rollouts are drawn along with a step's: they fill its last lanes, off-policy
     max_resamples: Natural  # how often a step may replace groups without signal by new problems (DAPO); 0 = keep them
     inner_updates: Count  # optimiser steps on one set of rollouts
     clip_ratio: Weight  # how far a ratio may fall below 1

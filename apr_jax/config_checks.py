@@ -20,6 +20,7 @@ def disagreements(config: "Config") -> Iterator[str]:
     yield from _lengths(config)
     yield from _windows(config)
     yield from _problems(config)
+    yield from _overlap(config)
     yield from _sampling(config)
     yield from _adapters(config)
 
@@ -121,6 +122,23 @@ def _problems(config: "Config") -> Iterator[str]:
             f"grpo.max_resamples={grpo.max_resamples} may ask for {most_prompts} problems in a step, and "
             f"data.num_train={data.num_train}"
         )
+
+
+def _overlap(config: "Config") -> Iterator[str]:
+    grpo, together = config.grpo, 1 + config.grpo.overlap
+    if not grpo.overlap:
+        return
+    if grpo.importance_cap == 0:
+        yield (
+            f"grpo.overlap={grpo.overlap} learns from rollouts of an earlier policy, which importance weights correct: "
+            "set grpo.importance_cap (2.0, say)"
+        )
+    for field in ("num_steps", "checkpoint_every", "validate_every"):
+        if getattr(grpo, field) % together:
+            yield (
+                f"grpo.{field}={getattr(grpo, field)} must be a multiple of grpo.overlap + 1 = {together}, the steps "
+                "whose rollouts are drawn together"
+            )
 
 
 def _sampling(config: "Config") -> Iterator[str]:

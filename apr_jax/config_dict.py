@@ -23,7 +23,7 @@ from apr_jax.tasks import TASKS, named_section, task_of
 from apr_jax.tasks.base import HELD_OUT_SPLITS, TaskLacksError
 
 # Fields that are younger than some saved policies, each with the value that has the effect of before it was there.
-_ADDED = {"engine.page_dtype": "compute", "data.children_share": 1.0}
+_ADDED = {"engine.page_dtype": "compute", "data.children_share": 1.0, "grpo.overlap": 0}
 
 
 def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:

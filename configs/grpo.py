@@ -141,6 +141,7 @@ def laptop() -> ConfigDict:
         num_steps=12,
         prompts_per_step=32,
         group_size=8,
+        overlap=0,  # off CPUs 1 fills the lanes of a batch's tail: docs/objectives.md
         max_resamples=0,
         inner_updates=1,
         clip_ratio=0.2,

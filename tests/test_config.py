@@ -94,6 +94,15 @@ def test_every_method_has_a_variant():
         ({"grpo__clip_ratio_high": -0.1}, r"grpo\.clip_ratio_high=-0\.1 must be at least 0"),
         ({"grpo__length_normaliser": 0}, r"grpo\.length_normaliser=0 must be at least 1"),
         ({"grpo__max_resamples": 400}, r"max_resamples=400 may ask for 12832 problems .*num_train=10000"),
+        ({"grpo__overlap": 1}, r"overlap=1 learns from rollouts of an earlier policy.*set grpo\.importance_cap"),
+        (
+            {"grpo__overlap": 1, "grpo__importance_cap": 2.0, "grpo__num_steps": 7},
+            r"grpo\.num_steps=7 must be a multiple of grpo\.overlap \+ 1 = 2",
+        ),
+        (
+            {"grpo__overlap": 1, "grpo__importance_cap": 2.0, "grpo__checkpoint_every": 1},
+            r"grpo\.checkpoint_every=1 must be a multiple of grpo\.overlap \+ 1 = 2",
+        ),
         ({"grpo__credit": "child"}, r"grpo\.credit='child': choose one of 'rollout', 'used'"),
         ({"grpo__reward": dict(REWARD, thread_price=-1.0)}, r"grpo\.reward\.thread_price=-1\.0 must be a number >= 0"),
         ({"grpo__reward": dict(REWARD, price=1.0)}, r"grpo\.reward\.price: no such field"),

@@ -4,6 +4,7 @@ from typing import Any
 
 from apr_jax.checkpoints.phases import PhaseName
 from apr_jax.config import ConfigError
+from apr_jax.config_dict import with_added_fields
 
 # The sections that a checkpoint's numbers depend on. The rest (mesh, evaluation, ..) may change between two starts.
 _SECTIONS = {
@@ -27,7 +28,8 @@ def check_same(meta: dict[str, Any], current: dict[str, Any], phase: PhaseName, 
     """
     if meta["phase"] != phase:
         raise ConfigError(f"{where} is a checkpoint of phase {meta['phase']}, not {phase}")
-    then, now = fields_that_matter(meta["config"], phase), fields_that_matter(current, phase)
+    then = fields_that_matter(with_added_fields(meta["config"]), phase)
+    now = fields_that_matter(current, phase)
     different = {field for field in {*now, *then} if then.get(field) != now.get(field)}
     fixed = _why_length_is_fixed(then, now, phase, meta["step"])
     if fixed is None:

@@ -3,10 +3,14 @@
 One step, from top to bottom: sample rollouts with the policy as it is, reward them, compare each with its group, update
 the policy on every call of every rollout that did better or worse, write what happened, save. Now and then the policy
 is validated on held-out problems.
+
+With `grpo.overlap` above 0 the rollouts of that many next steps are sampled along with a step's. They fill the lanes
+that its last long rollouts leave empty, and are learnt from after the policy has moved on.
 """
 
 import functools
 import time
+from collections import deque
 
 from jax.sharding import Mesh
 
@@ -17,8 +21,8 @@ from apr_jax.parallel import hosts
 from apr_jax.progress import progress
 from apr_jax.train.phase import Phase
 from apr_jax.train.rl.kept_rollouts import kept_records
-from apr_jax.train.rl.sample import Sampler
-from apr_jax.train.rl.step_metrics import gap_metrics, packing, sample_metrics, timings
+from apr_jax.train.rl.sample import Sample, Sampler
+from apr_jax.train.rl.step_metrics import gap_metrics, packing, sample_metrics, timings, tokens_per_second
 from apr_jax.train.rl.update import Updater
 from apr_jax.train.scorer import fetch
 
@@ -41,15 +45,20 @@ def train_grpo(config: Config, mesh: Mesh, phase: Phase, sampler: Sampler, refer
     base = reference if config.lora.rank else None
     merged = functools.partial(make_merge(mesh, config.model, config.lora), base)
     done = int(state.step) // grpo.inner_updates
+    samples: deque[Sample] = deque()  # drawn and not yet learnt from; none at a checkpoint
     with progress(grpo.num_steps - done, "GRPO", "step", hosts.messages()) as bar:
         for step in range(done + 1, grpo.num_steps + 1):
             # Sample groups of rollouts from the policy that the step before left, with rewards and advantages. A signal
             # ends this at once, for a restart draws the same rollouts again.
-            engine.set_params(merged(state.params))
-            with phase.interruptible(step - 1, state, _NO_POSITION):
-                validation = _validate(sampler, phase, step - 1)
-                began = time.perf_counter()
-                sample = sampler.sample(step)
+            validation = {}
+            if not samples:
+                engine.set_params(merged(state.params))
+                with phase.interruptible(step - 1, state, _NO_POSITION):
+                    validation = _validate(sampler, phase, step - 1)
+                    began = time.perf_counter()
+                    samples.extend(sampler.samples(range(step, step + 1 + grpo.overlap)))
+                rate = tokens_per_second(samples, time.perf_counter() - began)
+            sample = samples.popleft()
             rolled_out = time.perf_counter()
 
             # Update. Every call of every thread is a sequence, and the objective says what each of its tokens weighs.
@@ -61,14 +70,15 @@ def train_grpo(config: Config, mesh: Mesh, phase: Phase, sampler: Sampler, refer
             metrics = validation | sample_metrics(sample, config, sampler.tokenizer) | fetch(terms)
             metrics |= gap_metrics(microbatches, old, grpo.importance_cap)
             metrics["packing"] = packing(sequences, microbatches)
-            ended = time.perf_counter()
+            seconds = time.perf_counter() - rolled_out
             writer.write("grpo", step, metrics)
-            writer.write_timings("grpo", step, timings(sample.drawn, began, rolled_out, ended))
+            writer.write_timings("grpo", step, timings(sample, rate, seconds))
             bar.update(1, accuracy=metrics["accuracy"], children=metrics["children_per_rollout"])
             phase.skipped.note("grpo", step, metrics["skipped_rate"], functools.partial(updater.rows, sequences))
 
             # Save, now and then, at the end, and when all hosts agree that a signal came.
-            regular, stopping = step % grpo.checkpoint_every == 0 or step == grpo.num_steps, phase.stopping()
+            regular = step % grpo.checkpoint_every == 0 or step == grpo.num_steps
+            stopping = not samples and phase.stopping()
             if regular:
                 writer.write_rollouts(step, kept_records(sample, config, sampler.tokenizer))
             if regular or stopping:

@@ -293,7 +293,7 @@ PROBLEMS = [Problem((1, 2), target) for target in range(2, 10)]
 @pytest.fixture
 def bandit(monkeypatch):
     """GRPO on a task of one-token programs, rewarded for even tokens: (workdir, signal, program) -> final policy."""
-    config = small_config(
+    base = small_config(
         **{
             "rollout.max_steps": 1,
             "grpo.num_steps": 10,
@@ -304,16 +304,17 @@ def bandit(monkeypatch):
             "grpo.checkpoint_every": 4,
         }
     )
-    mesh = make_mesh(config.mesh)
-    params = init_params(config.model, 0)
-    engine = Engine(config.model, config.engine, config.rollout, mesh, params=params, banned_tokens=BANNED)
+    mesh = make_mesh(base.mesh)
+    params = init_params(base.model, 0)
+    engine = Engine(base.model, base.engine, base.rollout, mesh, params=params, banned_tokens=BANNED)
 
-    def train(workdir, stop=None, program=_guess):
+    def train(workdir, stop=None, program=_guess, **grpo):
         class Bandit(Countdown):
             verify = staticmethod(_is_even)
 
         monkeypatch.setitem(TASKS, "countdown", Bandit())
         monkeypatch.setitem(METHODS, "adaptive", dataclasses.replace(METHODS["adaptive"], program=program))
+        config = dataclasses.replace(base, grpo=dataclasses.replace(base.grpo, **grpo))
         with open_phase(workdir, "grpo", config, stop) as phase:
             sampler = Sampler(config, engine, PROBLEMS, PROBLEMS[:2], TOKENIZER)
             return train_grpo(config, mesh, phase, sampler, params)
@@ -332,6 +333,19 @@ class StopInRollouts(StopSignal):
         self._left -= 1
         self.requested = self._left == 0
         return super().interrupting()
+
+
+class StopWhenAsked(StopSignal):
+    """As if a signal came before the loop asked for the n-th time, between steps, whether to stop."""
+
+    def __init__(self, count):
+        super().__init__()
+        self._left = count
+
+    def agreed(self):
+        self._left -= 1
+        self.requested = self._left == 0
+        return super().agreed()
 
 
 def test_reward_rises_and_resumed_equals_uninterrupted(bandit, tmp_path):
@@ -354,6 +368,33 @@ def test_reward_rises_and_resumed_equals_uninterrupted(bandit, tmp_path):
         again = read_jsonl(tmp_path / "parts" / "grpo_rollouts" / f"{step}.jsonl")
         tokens = [[[call["tokens"] for call in record["calls"]] for record in of] for of in (records, again)]
         assert tokens[0] == tokens[1]
+
+
+def test_with_overlap_every_other_step_learns_from_the_policy_of_the_step_before(bandit, tmp_path):
+    overlap = {"overlap": 1, "importance_cap": 2.0}
+    expected = bandit(tmp_path / "whole", **overlap)
+    records = read_jsonl(tmp_path / "whole" / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 11))
+    assert [record["step"] for record in records if "validation_accuracy" in record] == [1, 3, 5, 7, 9]
+    assert np.mean([r["accuracy"] for r in records[-2:]]) > 0.9
+    # The trainer's policy has moved on from the engine's by one step, in every other step.
+    assert all(record["logp_diff_max"] < 1e-4 for record in records[::2])
+    assert all(record["logp_diff_max"] > 1e-3 for record in records[1::2])
+    times = read_jsonl(tmp_path / "whole" / "timings.jsonl")
+    assert all(record["rollout_seconds"] > 0 for record in times)
+    assert [r["rollout_tokens_per_second"] for r in times[::2]] == [r["rollout_tokens_per_second"] for r in times[1::2]]
+
+    for signals in (
+        StopInRollouts(3),
+        StopWhenAsked(3),
+    ):  # in the third run of the engine; after step 6, in the third pair
+        parts = tmp_path / type(signals).__name__
+        with pytest.raises(StoppedError):
+            bandit(parts, signals, **overlap)
+        assert len(read_jsonl(parts / "metrics.jsonl")) in (4, 6)
+        actual = bandit(parts, **overlap)
+        assert (parts / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+        jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def test_a_bug_in_a_program_stops_the_run(bandit, tmp_path):

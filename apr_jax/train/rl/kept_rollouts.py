@@ -26,5 +26,5 @@ def kept_records(sample: Sample, config: Config, tokenizer: Tokenizer) -> list[d
         )
         for call, share in zip(record["calls"], scored.shares.tolist(), strict=True):
             call["advantage"] = scored.advantage * share
-        records.append({**record, "sample": rollout.key.sample, "reward": scored.reward})
+        records.append({**record, "sample": rollout.key.sample % size, "reward": scored.reward})
     return records

@@ -1,4 +1,4 @@
-"""Sampling a step's rollouts, until enough groups have a signal."""
+"""Sampling the rollouts of a step, or of several at once, until enough groups have a signal."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -51,28 +51,39 @@ class Sampler:
     held_out: Sequence[Any]  # problems to validate on
     tokenizer: Tokenizer
 
-    def sample(self, step: int) -> Sample:
-        """Draw and score a step's groups; up to `grpo.max_resamples` times replace those without signal.
+    def samples(self, steps: Sequence[int]) -> list[Sample]:
+        """Draw and score the groups of these steps in one run of the engine; replace up to `grpo.max_resamples` times
+        those without signal.
 
         A group has no signal where all its advantages are 0 (DAPO's dynamic sampling, arXiv 2503.14476, section 3.2).
-        With `max_resamples` 0 every group is kept. Otherwise the step learns only from groups with a signal, of which
+        With `max_resamples` 0 every group is kept. Otherwise a step learns only from groups with a signal, of which
         there may be fewer than `grpo.prompts_per_step`, or none, when the cap is reached.
 
-        The result is a function of (seed, step), the problems and the engine's policy. A step asks no problem twice.
+        The result is a function of (seed, steps), the problems and the engine's policy. A step asks no problem twice.
         """
-        grpo, seed = self.config.grpo, self.config.seed
-        asked = choose_problems(len(self.problems), grpo.prompts_per_step, seed, step)
-        drawn = self._draw(asked, step)
+        grpo, seed, size = self.config.grpo, self.config.seed, self.config.grpo.group_size
+        asked = [choose_problems(len(self.problems), grpo.prompts_per_step, seed, step) for step in steps]
+        drawn = self._draw(asked, steps[0])
         if not grpo.max_resamples:
-            return Sample(drawn, drawn, rounds=1, dropped=0)
-        learnt, rounds = with_signal(drawn, grpo.group_size), 1
-        while rounds <= grpo.max_resamples and (missing := grpo.prompts_per_step - len(learnt) // grpo.group_size):
-            left = np.setdiff1d(np.arange(len(self.problems)), asked)
-            new = np.random.default_rng((seed, step, rounds)).choice(left, missing, replace=False).tolist()
-            more = self._draw(new, step)
-            asked, drawn, rounds = asked + new, drawn + more, rounds + 1
-            learnt = learnt + with_signal(more, grpo.group_size)
-        return Sample(drawn, learnt, rounds=rounds, dropped=(len(drawn) - len(learnt)) // grpo.group_size)
+            return [Sample(each, each, rounds=1, dropped=0) for each in drawn]
+        rounds = [1] * len(steps)
+        for round_ in range(1, grpo.max_resamples + 1):
+            missing = [grpo.prompts_per_step - len(with_signal(each, size)) // size for each in drawn]
+            if not any(missing):
+                break
+            new = []
+            for step, before, count in zip(steps, asked, missing, strict=True):
+                left = np.setdiff1d(np.arange(len(self.problems)), before)
+                new.append(np.random.default_rng((seed, step, round_)).choice(left, count, replace=False).tolist())
+            more = self._draw(new, steps[0])
+            asked = [before + added for before, added in zip(asked, new, strict=True)]
+            drawn = [before + added for before, added in zip(drawn, more, strict=True)]
+            rounds = [before + (count > 0) for before, count in zip(rounds, missing, strict=True)]
+        learnt = [with_signal(each, size) for each in drawn]
+        return [
+            Sample(all_, some, rounds=number, dropped=(len(all_) - len(some)) // size)
+            for all_, some, number in zip(drawn, learnt, rounds, strict=True)
+        ]
 
     def accuracy(self) -> float:
         """Return the share of the held-out problems that the engine's policy solves, decoded greedily."""
@@ -87,19 +98,32 @@ class Sampler:
         )
         return float(summary["accuracy"])
 
-    def _draw(self, asked: Sequence[int], step: int) -> list[Scored]:
-        """Roll out and score a group for each problem, by index."""
-        config = self.config
+    def _draw(self, asked: Sequence[Sequence[int]], first_step: int) -> list[list[Scored]]:
+        """Roll out and score a group for each problem, given by index, of each of the steps from `first_step` on.
+
+        The engine begins the groups of a step when lanes fall free of the one before.
+        """
+        config, size = self.config, self.config.grpo.group_size
         settings = make_settings(config, self.tokenizer)
-        keys = [RolloutKey(index, number) for index in asked for number in range(config.grpo.group_size)]
+        # Two steps may ask the same problem: each has sample numbers of its own.
+        keys = [
+            RolloutKey(index, ahead * size + number)
+            for ahead, indices in enumerate(asked)
+            for index in indices
+            for number in range(size)
+        ]
         problems = [self.problems[key.problem] for key in keys]
         programs = [
             (key, make_program(config.data.method, problem, settings))
             for key, problem in zip(keys, problems, strict=True)
         ]
         temperature = config.rollout.temperature
-        rollouts = self.engine.run(programs, seed=rollout_seed(config.seed, step), temperature=temperature)
-        return score(config.grpo, rollouts, problems, self.tokenizer, settings.task)
+        rollouts = self.engine.run(programs, seed=rollout_seed(config.seed, first_step), temperature=temperature)
+        ends = np.cumsum([len(indices) * size for indices in asked]).tolist()
+        return [
+            score(config.grpo, rollouts[begin:end], problems[begin:end], self.tokenizer, settings.task)
+            for begin, end in zip([0, *ends], ends, strict=False)
+        ]
 
 
 def score(

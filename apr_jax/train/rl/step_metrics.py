@@ -1,6 +1,6 @@
 """The figures of one GRPO step, for metrics.jsonl and timings.jsonl."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from apr_jax.evaluation.metrics import record_rollout, summarize
 from apr_jax.parallel import hosts
 from apr_jax.tasks import task_of
 from apr_jax.train.rl.advantage import has_signal
-from apr_jax.train.rl.sample import Sample, Scored
+from apr_jax.train.rl.sample import Sample
 from apr_jax.train.scorer import Batch
 
 _LOGGED = (
@@ -101,13 +101,23 @@ def packing(sequences: Sequence[Mapping[str, np.ndarray]], microbatches: Sequenc
     return tokens / sum(batch["tokens"].size for batch in microbatches) if microbatches else 1.0
 
 
-def timings(drawn: Sequence[Scored], began: float, rolled_out: float, ended: float) -> dict[str, float]:
-    """Return a step's times and rates from three readings of the clock, in seconds."""
-    generated = sum(len(call.tokens) for each in drawn for call in each.rollout.calls)
+def tokens_per_second(samples: Iterable[Sample], seconds: float) -> float:
+    """Return the rate at which samples were drawn together."""
+    return sum(_generated(sample) for sample in samples) / seconds
+
+
+def timings(sample: Sample, rate: float, update_seconds: float) -> dict[str, float]:
+    """Return a step's times, in seconds, and rates. `rate` is that of `tokens_per_second`: a sample that was drawn
+    along with others counts with its share of the time."""
+    rollout_seconds = _generated(sample) / max(rate, 1e-9)
     return {
-        "seconds": ended - began,
-        "rollout_seconds": rolled_out - began,
-        "update_seconds": ended - rolled_out,
-        "rollout_tokens_per_second": generated / (rolled_out - began),
-        "latency_ms": sum(each.rollout.latency_ms for each in drawn) / len(drawn),
+        "seconds": rollout_seconds + update_seconds,
+        "rollout_seconds": rollout_seconds,
+        "update_seconds": update_seconds,
+        "rollout_tokens_per_second": rate,
+        "latency_ms": sum(each.rollout.latency_ms for each in sample.drawn) / len(sample.drawn),
     }
+
+
+def _generated(sample: Sample) -> int:
+    return sum(len(call.tokens) for each in sample.drawn for call in each.rollout.calls)

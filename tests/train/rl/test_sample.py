@@ -26,12 +26,12 @@ class Engine:
     def run(self, programs, *, seed, temperature, on_progress=None):
         keys = [key for key, _ in programs]
         self.asked.append(list(dict.fromkeys(key.problem for key in keys)))
-        outcomes = [Outcome(answer=str(key.sample), status="answered", reason="") for key in keys]
+        outcomes = [Outcome(answer=str(key.sample % GROUP), status="answered", reason="") for key in keys]
         return [Rollout(key, outcome, (), 0, 0.0, Work()) for key, outcome in zip(keys, outcomes, strict=True)]
 
 
-def _sample(has_signal, max_resamples, step=1):
-    """Groups of two whose first rollout alone solves the problem, where there is to be a signal."""
+def _samples(has_signal, max_resamples, steps=(1,)):
+    """A sample of each step. Of a group of two the first alone solves the problem, where there is to be a signal."""
 
     class Scripted(Countdown):
         def verify(self, answer, problem):
@@ -43,7 +43,12 @@ def _sample(has_signal, max_resamples, step=1):
     sampler = Sampler(config, engine, PROBLEMS, [], load_tokenizer("builtin"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TASKS, "countdown", Scripted())
-        return sampler.sample(step), engine.asked
+        return sampler.samples(steps), engine.asked
+
+
+def _sample(has_signal, max_resamples):
+    (sample,), asked = _samples(has_signal, max_resamples)
+    return sample, asked
 
 
 def test_without_resampling_all_groups_are_kept():
@@ -70,6 +75,24 @@ def test_groups_without_signal_are_replaced_until_the_step_is_full():
     assert [scored.correct for scored in sample.learnt] == [True, False] * 6
     again, _ = _sample(lambda problem: problem % 3 == 0, 20)
     assert [scored.rollout.key for scored in again.drawn] == [scored.rollout.key for scored in sample.drawn]
+
+
+@pytest.mark.parametrize("max_resamples", [0, 20])
+def test_steps_drawn_together_have_the_problems_of_steps_drawn_alone(max_resamples):
+    def has_signal(problem):
+        return problem % 3 == 0
+
+    together, asked = _samples(has_signal, max_resamples, (5, 6))
+    for sample, step in zip(together, (5, 6), strict=True):
+        ((alone,), _) = _samples(has_signal, max_resamples, (step,))
+        for drawn, drawn_alone in ((sample.drawn, alone.drawn), (sample.learnt, alone.learnt)):
+            assert [each.problem for each in drawn] == [each.problem for each in drawn_alone]
+            assert [each.reward for each in drawn[::GROUP]] == [each.reward for each in drawn_alone[::GROUP]]
+        assert (sample.rounds, sample.dropped) == (alone.rounds, alone.dropped)
+    assert len(asked) == max(sample.rounds for sample in together)  # runs of the engine
+    keys = [each.rollout.key for sample in together for each in sample.drawn]
+    assert len(set(keys)) == len(keys)  # a problem of both steps has other rollouts in each
+    assert {each.rollout.key.sample for each in together[1].drawn} == {GROUP, GROUP + 1}
 
 
 @pytest.mark.parametrize("cap", [1, 3])
