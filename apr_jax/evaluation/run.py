@@ -1,5 +1,6 @@
 """Evaluating a policy on a set of problems."""
 
+import itertools
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,8 @@ from apr_jax.paths import path_of
 from apr_jax.progress import progress
 from apr_jax.reasoning.base import Settings
 from apr_jax.reasoning.programs import check_method, make_program
-from apr_jax.tasks.base import OnProgress, Split, split_size
+from apr_jax.tasks.base import Split, split_size
+from apr_jax.tasks.generation import generate_problems
 
 Record = dict[str, Any]
 
@@ -92,18 +94,15 @@ class ShownProgress:
         self._bar.__exit__(kind, *rest)
 
 
-def load_problems(config: Config, split: Split, limit: int, on_progress: OnProgress | None = None) -> list[Any]:
-    """Return the first `limit` problems of a split of the configuration's data set, which is built where it is absent.
+def load_problems(config: Config, split: Split, limit: int) -> list[Any]:
+    """Draw the first `limit` problems of a split, which are those of its demonstrations.
 
-    Raises: ConfigError where the split has fewer, DatasetError where it cannot be read.
+    Raises ConfigError where the split has fewer, and as `draw_splits`.
     """
-    from apr_jax.data.demonstrations import load_split  # slow to import, and most callers bring their problems
-
     size = split_size(config.data, split)
     if limit > size:
         raise ConfigError(f"evaluation.num_problems={limit} is more than the {size} problems of {split}")
-    source = load_split(config, split, on_progress)
-    return [source[index].problem for index in range(limit)]
+    return list(itertools.islice(generate_problems(config, split), limit))
 
 
 def save_rollouts(path: str | pathlib.Path, records: Mapping[str, Sequence[Record]]) -> None:

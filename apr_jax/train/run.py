@@ -13,6 +13,8 @@ WORKDIR/summary.json, rollouts.jsonl, report.html, figure.svg
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -56,7 +58,8 @@ from apr_jax.progress import Progress, busy, progress
 from apr_jax.reasoning import METHODS
 from apr_jax.stopping import StopSignal
 from apr_jax.tasks import task_of
-from apr_jax.tasks.base import Demonstration
+from apr_jax.tasks.base import split_size
+from apr_jax.tasks.generation import draw_splits
 from apr_jax.train.evaluations import Evaluations
 from apr_jax.train.grpo import train_grpo
 from apr_jax.train.hosted_engine import RunEngine, plan_engine
@@ -70,6 +73,8 @@ from apr_jax.train.run_folder import held
 from apr_jax.train.sft import sft_options, train_sft
 from apr_jax.train.signals import stop_signal
 from apr_jax.train.skipping import SkippedSteps
+
+_COMPARED_PROBLEMS = 64  # of the train split, by the hosts of a job
 
 
 def train(
@@ -109,18 +114,18 @@ def train(
 
 
 class Problems(Sequence[Any]):
-    """The problems of a split, read when they are asked for."""
+    """The problems of the train split, drawn when they are asked for."""
 
-    def __init__(self, demonstrations: Sequence[Demonstration]) -> None:
-        self._demonstrations = demonstrations
+    def __init__(self, config: Config) -> None:
+        self._splits, self._size = draw_splits(config), split_size(config.data, "train")
 
     def __len__(self) -> int:
-        return len(self._demonstrations)
+        return self._size
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return self._demonstrations[index].problem
+        return self._splits.problem("train", range(len(self))[index])
 
 
 class _Run:
@@ -165,19 +170,18 @@ class _Run:
             with self._busy("Checking the checkpoints"):
                 done, writer = self._settle(sft, grpo, given)
             started = has_reference(self.workdir)
-            split = self._build_data()
             with writer:
                 if not started and checkpoint:
                     save_reference(self.workdir, given["grpo"].placed(self.mesh, config))
                 elif not started:
-                    save_reference(self.workdir, self._sft(split, given.get("sft"), sft, writer))
+                    save_reference(self.workdir, self._sft(self._build_data(), given.get("sft"), sft, writer))
                 given.clear()  # whole weights on one device
                 with self._busy("Reading the reference policy"):
                     reference = load_reference(self.workdir, abstract_params_on(self.mesh, config.model))
                     check_finite(reference, self.workdir / "checkpoints" / "reference")
                     self.origins.note("grpo", checkpoint, weights_digest(reference), has_begun=bool(done["grpo"]))
                 summary = self.evaluations.run("before", reference)
-                policy = self._grpo(split, reference, self._phase(grpo, writer))
+                policy = self._grpo(reference, self._phase(grpo, writer))
                 summary |= self.evaluations.run("after", policy)
         if hosts.is_first():
             with self._busy("Writing the report"):
@@ -353,7 +357,7 @@ class _Run:
         params = with_number_waves(init_params(config.model, config.seed), self.tokenizer, config.sft.number_waves)
         return place_params(params, self.mesh, config.model)
 
-    def _grpo(self, split: Sequence[Demonstration], reference: Params, phase: Phase) -> Params:
+    def _grpo(self, reference: Params, phase: Phase) -> Params:
         config, grpo = self.fitted, self.fitted.grpo
         if grpo.num_steps == 0:
             return reference
@@ -361,5 +365,9 @@ class _Run:
         held_out: list[Any] = []
         if grpo.validate_every:
             held_out = load_problems(config, "validation", grpo.validation_problems)
-        sampler = Sampler(config, engine, Problems(split), held_out, self.tokenizer)
+        problems = Problems(config)
+        if jax.process_count() > 1:  # those of a file may differ
+            first = [task_of(config).describe(problem) for problem in problems[:_COMPARED_PROBLEMS]]
+            hosts.check_same("the problems", hashlib.sha256(json.dumps(first).encode()).hexdigest()[:16])
+        sampler = Sampler(config, engine, problems, held_out, self.tokenizer)
         return train_grpo(config, self.mesh, phase, sampler, reference)

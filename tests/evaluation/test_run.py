@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from apr_jax.config import ConfigError
 from apr_jax.config_dict import from_config_dict, to_dict
+from apr_jax.data.demonstrations import load_split
 from apr_jax.evaluation.policy import check_vocabulary, choose_config
 from apr_jax.evaluation.rollout_sources import ProblemFileError, newest_run, read_problems
 from apr_jax.evaluation.run import (
@@ -133,6 +134,8 @@ def test_problems_of_a_split(tmp_path):
     assert load_problems(config, "validation", 3) != load_problems(config, "test", 3)
     with pytest.raises(ConfigError, match="num_problems=6 is more than the 5 problems of test"):
         load_problems(config, "test", 6)
+    assert not list(tmp_path.iterdir())  # problems need no demonstrations
+    assert load_problems(config, "test", 5) == [demonstration.problem for demonstration in load_split(config, "test")]
 
 
 def test_saved_rollouts_are_those_with_calls(tmp_path):

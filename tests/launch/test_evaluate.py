@@ -93,7 +93,8 @@ def test_without_arguments_it_takes_the_newest_run_and_its_own_configuration(new
     assert all(record["calls"] for record in threads)
     assert "solved " in done.stdout
     assert done.stderr.splitlines()[-1].startswith("Evaluate: 4/4 rollout")
-    assert len(done.stderr.splitlines()) < 10, done.stderr  # libraries keep quiet
+    said = [line for line in done.stderr.splitlines() if not line.startswith("Compiling ")]  # that may take long
+    assert len(said) < 10, done.stderr  # libraries keep quiet
 
 
 def test_a_hugging_face_folder_is_the_same_policy(home, newest):
