@@ -11,7 +11,7 @@ A variant is a name, and words after it, with dots between:
     adaptive_budget             prompts name the number of children
     serial_budget               prompts name the number of tokens
     facts                       bare arithmetic, where the others start from
-    .wide                       of searches that leave nothing out (adaptive, serial): see below
+    .beams                      the reference's beams: see below
     .rl                         GRPO of it, to be started from its SFT with --checkpoint
     .path                       (after .rl) with a price on the longest chain of tokens
     .quick                      minutes: does everything run? Learns nothing
@@ -19,18 +19,19 @@ A variant is a name, and words after it, with dots between:
 The facts come first: if they are only mixed in, they are learnt after the search. They stay in every batch afterwards,
 so that they are not forgotten.
 
-Beams and spawns are the reference's. Departures from it:
-operations come in the order in which they are generated (`task.shuffle=False`);
+Departures from the reference:
+the searches try every operation in the order in which it is generated (`task.heuristic="none"`, beams of 24), so
+that what comes next follows from the text: a small model can't rank thirty operations by the distance of their numbers
+to the target's factors, which is what the reference's beams ask of it;
+a parent hands each of its operations to a child, where the reference's explores some of them itself, and SoS+ goes into
+every node in place;
 operations with a result above 255 are left out (`task.max_result`), so that every number is one token;
-30 % of all training tokens are bare arithmetic (`data.facts_share`);
+15 % of all training tokens are bare arithmetic and comparisons with targets (`data.facts_share`);
 number embeddings start as waves (`sft.number_waves`, in `:facts`);
+of the children that find nothing, which are most, a quarter is learnt from (`data.children_share`);
 only generated tokens have loss, and the replay of the winning path counts twice.
 
-With `.wide` the searches try every operation in the order in which it is generated, so that what comes next follows
-from the text. A small model can't rank thirty operations by the distance of their numbers to the target's factors,
-which is what the reference's beams ask of it. A parent hands each of its operations to a child. SoS+ goes into every
-node in place. A parent has fourteen children and few words of its own, and most children find nothing. So a tenth of
-those are learnt from, and all that find something (`data.children_share`).
+With `.beams` beams and spawns are the reference's (docs/recipe.md has what came of it).
 """
 
 from ml_collections import ConfigDict
@@ -42,11 +43,11 @@ _NAMES = ("adaptive", "adaptive_budget", "serial", "serial_budget", "direct", "f
 
 def get_config(variant: str = "adaptive") -> ConfigDict:
     name, *words = variant.split(".")
-    changes = {"wide": wide, "rl": rl, "path": path, "quick": quick}
+    changes = {"beams": beams, "rl": rl, "path": path, "quick": quick}
     if name not in _NAMES or not set(words) <= set(changes) or ("path" in words and "rl" not in words):
         raise ValueError(
             f"configs/countdown4.py:{variant}: no such variant; choose one of {', '.join(_NAMES)}, and after it "
-            "with dots any of wide, rl, path (after rl), quick"
+            "with dots any of beams, rl, path (after rl), quick"
         )
     config = facts() if name == "facts" else sft(name)
     for word in words:
@@ -55,32 +56,35 @@ def get_config(variant: str = "adaptive") -> ConfigDict:
 
 
 def sft(name: str = "adaptive") -> ConfigDict:
-    """Configure SFT of a 3.3M-parameter Llama. Its schedule can be extended until it falls."""
+    """Configure SFT of a 2.1M-parameter Llama on searches that leave nothing out."""
     config = grpo.get_config("laptop")
     method, _, budget = name.partition("_")
     config.name = "countdown4" if name == "adaptive" else f"countdown4_{name}"
     config.data.update(method=method, condition_on_budget=bool(budget))
-    config.model.update(num_layers=4, embed_dim=256, mlp_dim=688, num_heads=4, num_kv_heads=4, max_seq_len=2_048)
+    config.model.update(num_layers=4, embed_dim=192, mlp_dim=512, num_heads=4, num_kv_heads=4, max_seq_len=2_048)
     config.model.tie_embeddings = False
     config.task.update(
         num_numbers=4,
         max_number=99,
         max_target=100,
-        parent_beams=tuple(range(1, 11)),
-        child_beam_max=15,
-        spawn_probability=0.9,
+        parent_beams=tuple(range(1, 25)) if budget else (24,),  # four numbers have at most 24 operations
+        child_beam_max=24,
+        spawn_probability=1.0,
         retry_probability=0.0,
-        heuristic="mult",
+        serial_beam_min=24,
+        serial_beam_max=24,
+        serial_dfs_probability=1.0,
+        heuristic="none",
         max_result=255,
     )
     config.task.num_unseen_targets = 9
     config.data.update(num_train=20_000, num_validation=1_000, num_test=10_000, num_test_unseen_targets=1_000)
-    config.data.update(replay_weight=2.0, facts_share=0.3)
-    config.sft.update(num_steps=40_000, rows_per_step=2, row_len=2_048)
+    config.data.update(replay_weight=2.0, facts_share=0.15, children_share=0.25)
+    config.sft.update(num_steps=4_000, rows_per_step=2, row_len=2_048)
     config.sft.update(checkpoint_every=50, validate_every=500, validation_rows=16)
-    config.sft.optimizer.update(schedule="trapezoid", learning_rate=1e-3, warmup_steps=100, decay_steps=4_000)
+    config.sft.optimizer.update(schedule="trapezoid", learning_rate=1e-3, warmup_steps=100, decay_steps=3_000)
     config.engine.update(lanes=16, pages=2_560, prefill_lanes=8)
-    config.rollout.update(max_steps=2_048, max_spawns=4, max_total_tokens=65_536)
+    config.rollout.update(max_steps=2_048, max_spawns=4, max_children=24, max_total_tokens=65_536)
     config.grpo.update(num_steps=0, row_len=2_048)
     config.faults.keep_checkpoints = 3
     config.evaluation.update(num_problems=256, also_temperature=1.0)
@@ -103,13 +107,13 @@ def facts() -> ConfigDict:
     return config
 
 
-def wide(config: ConfigDict) -> None:
-    """Let searches try everything in a fixed order. Four numbers have at most 24 operations."""
-    config.name += "_wide"
-    config.task.update(parent_beams=(24,), child_beam_max=24, spawn_probability=1.0, heuristic="none")
-    config.task.update(serial_beam_min=24, serial_beam_max=24, serial_dfs_probability=1.0)
-    config.data.children_share = 0.1
-    config.rollout.max_children = 24
+def beams(config: ConfigDict) -> None:
+    """Take the reference's beams, spawns and order of operations."""
+    config.name += "_beams"
+    config.task.update(parent_beams=tuple(range(1, 11)), child_beam_max=15, spawn_probability=0.9, heuristic="mult")
+    config.task.update(serial_beam_min=1, serial_beam_max=5, serial_dfs_probability=0.5)
+    config.data.children_share = 1.0
+    config.rollout.max_children = 16
 
 
 def rl(config: ConfigDict) -> None:

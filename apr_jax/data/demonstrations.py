@@ -8,6 +8,7 @@ settings never share a folder, and the data of a seed are the same whatever the 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -110,7 +111,11 @@ class DemonstrationSource(Sequence[Demonstration]):
         self._task, self._records, self._folder, self._split = task, records, folder, split
 
     def digest(self) -> str:
-        """Return a digest of the data set's files, all splits included."""
+        """Return a digest of the data set's files, all splits included. Reads them once."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         digest = hashlib.sha256()
         for path in sorted(self._folder.glob("*.array_record*")):
             digest.update(path.name.encode())
