@@ -52,7 +52,9 @@ def test_every_training_has_a_configuration_and_the_same_rollouts_of_rl(quick):
     assert len({config.name for config in configs}) == len(configs)
 
 
-@pytest.mark.parametrize("variant", ["", "adaptive.path", "adaptive.fast", "rl", "adaptive_rl", "adaptive..rl", "adaptive.wide"])
+@pytest.mark.parametrize(
+    "variant", ["", "adaptive.path", "adaptive.fast", "rl", "adaptive_rl", "adaptive..rl", "adaptive.wide"]
+)
 def test_other_variants_are_refused(variant):
     with pytest.raises(ValueError, match="no such variant; choose one of adaptive"):
         countdown4.get_config(variant)
