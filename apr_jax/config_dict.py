@@ -23,7 +23,12 @@ from apr_jax.tasks import TASKS, named_section, task_of
 from apr_jax.tasks.base import HELD_OUT_SPLITS, TaskLacksError
 
 # Fields that are younger than some saved policies, each with the value that has the effect of before it was there.
-_ADDED = {"engine.page_dtype": "compute", "data.children_share": 1.0, "grpo.overlap": 0}
+_ADDED = {
+    "engine.page_dtype": "compute",
+    "data.children_share": 1.0,
+    "task.search_order": "breadth_first",
+    "grpo.overlap": 0,
+}
 
 
 def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
@@ -44,9 +49,16 @@ def with_added_fields(saved: Mapping[str, Any]) -> dict[str, Any]:
     completed = dict(saved)
     for field, value in _ADDED.items():
         section, _, name = field.partition(".")
-        if isinstance(completed.get(section), Mapping):
-            completed[section] = {name: value, **completed[section]}
+        there = completed.get(section)
+        if isinstance(there, Mapping) and (section != "task" or name in _task_fields(there)):
+            completed[section] = {name: value, **there}
     return completed
+
+
+def _task_fields(section: Mapping[str, Any]) -> set[str]:
+    """Return the names of the fields that a saved task's section has today; none for a task that there is not."""
+    task = TASKS.get(str(section.get("name")).partition(":")[0])
+    return {field.name for field in dataclasses.fields(task.section)} if task else set()
 
 
 def read_model(values: Any) -> ModelConfig:

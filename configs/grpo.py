@@ -61,6 +61,7 @@ def laptop() -> ConfigDict:
         context_windows=(),
         retry_probability=0.4,
         heuristic="none",
+        search_order="breadth_first",
         shuffle=False,
         max_result=0,
     )

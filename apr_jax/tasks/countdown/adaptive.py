@@ -214,8 +214,11 @@ class _Thread:
 
     def search_below(self, beam: int) -> None:
         """Run the search to its end."""
-        search, root = self._search, self._root
-        self.goal = search.breadth_first(root, beam, self._lines, self._delegate, self._task.retry_probability)
+        search, root, task = self._search, self._root, self._task
+        if self._depth >= task.spawn_depth and task.search_order == "depth_first":
+            self.goal = search.depth_first(root, beam, self._lines)
+        else:
+            self.goal = search.breadth_first(root, beam, self._lines, self._delegate, task.retry_probability)
         context = search.header(root) + self._context
         self._own.append(last_call(search, root, context, self._lines, self.goal, self._depth))
 

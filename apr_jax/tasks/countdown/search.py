@@ -3,7 +3,8 @@
 All expand a state into all pairs x operations, keep the `beam` best by heuristic, write them, and put those that are
 not final on a heap, from which `beam` states are popped at a time. SoS+ may search an expansion's states depth-first in
 place; a parent may hand them to children, each of which searches on its own. The heuristic is the reference's
-`mult`: over the state's numbers, the summed distance to the nearest factor of the target.
+`mult`: over the state's numbers, the summed distance to the nearest factor of the target. With `task.search_order`
+"depth_first" SoS+ and children write an operation, search below it, and then write the next.
 """
 
 import functools
@@ -109,6 +110,21 @@ class Search:
                     if trying:
                         tried += beam
                         lines.append(self.header(node))
+        return None
+
+    def depth_first(self, root: Node, beam: int, lines: list[str]) -> Goal | None:
+        """Search below `root`, writing to `lines` as `breadth_first` does, but below each operation before the next.
+
+        So whatever a line copies stands close before it, and a search that finds the goal early writes less.
+        """
+        if len(root.numbers) == 2:
+            return self._expand_final(root, beam, lines)
+        nodes, _ = self._expand(root, beam, [])
+        for node in nodes:
+            lines += [node.generated, self.header(node)]
+            goal = self.depth_first(node, beam, lines)
+            if goal is not None:
+                return goal
         return None
 
     def order(self, nodes: list[Node]) -> list[Node]:

@@ -51,7 +51,10 @@ class Serial(SearchDialect):
 
             return search.breadth_first(root, beam, lines, delegate)
 
-        goal = search_below(search.root, 0)
+        if section.search_order == "depth_first":
+            goal = search.depth_first(search.root, beam, lines)
+        else:
+            goal = search_below(search.root, 0)
         call = last_call(search, search.root, self.prompt(problem), lines, goal, depth=0, exits="".join(exits))
         if budget:
             length = count_tokens(call.context + call.completion)
