@@ -34,7 +34,7 @@ class CountdownConfig(TaskConfig):
     context_windows: tuple[Count, ...]
     retry_probability: Share  # APR: chance that the next best operations follow when all children failed; reference: 0
     heuristic: Literal["mult", "none"]  # what ranks operations; none: the order in which they were generated
-    # SoS+ and APR's children: all operations of a state, then below each (the reference), or below each before the next.
+    # SoS+ and APR's children write all operations of a state, then search below each (the reference); or one by one.
     search_order: Literal["breadth_first", "depth_first"]
     shuffle: bool  # kept operations: in random order (the reference) or the order in which they were generated (fixed)
     max_result: Natural  # SoS+ and APR leave out operations whose result is larger; reference: 0, which leaves out none

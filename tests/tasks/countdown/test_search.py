@@ -45,6 +45,7 @@ tasks = st.sampled_from(
         BROADENING,
         dataclasses.replace(REFERENCE, retry_probability=0.5),
         dataclasses.replace(REFERENCE, max_result=100),
+        dataclasses.replace(REFERENCE, search_order="depth_first"),
     ]
 )
 BOUNDED = dataclasses.replace(REFERENCE, max_result=120)
@@ -249,6 +250,52 @@ def test_a_parent_that_always_tries_again_ends_by_trying_everything() -> None:
     assert rounds >= {1, 2, 3}
 
 
+EXHAUSTIVE = dataclasses.replace(
+    REFERENCE,
+    parent_beams=(24,),
+    child_beam_max=24,
+    serial_beam_min=24,
+    serial_beam_max=24,
+    serial_dfs_probability=0.0,
+    spawn_probability=1.0,
+    heuristic="none",
+    shuffle=False,
+    max_result=255,
+)
+
+
+@pytest.mark.parametrize("method", ["serial", "adaptive"])
+def test_depth_first_tries_the_same_and_stops_earlier(method: Method) -> None:
+    order = dataclasses.replace(EXHAUSTIVE, search_order="depth_first")
+    shorter = 0
+    for seed in range(12):
+        breadth, depth = (_demonstrate(seed, task, method) for task in (EXHAUSTIVE, order))
+        assert depth.correct == breadth.correct
+        for text, other in zip(_threads(depth), _threads(breadth), strict=True):
+            if trace.read_answer(text) is None:
+                assert Counter(text.splitlines()) == Counter(other.splitlines())
+            else:
+                shorter += len(text) < len(other)
+    assert shorter >= 10
+
+
+def test_depth_first_searches_below_an_operation_before_it_writes_the_next() -> None:
+    order = dataclasses.replace(EXHAUSTIVE, search_order="depth_first")
+    serial, adaptive = _demonstrate(3, order, "serial"), _demonstrate(3, order, "adaptive")
+    children = [call.completion[: call.replay_start] for call in adaptive.calls if call.depth]
+    assert len(children) > 5
+    for text in [serial.calls[0].completion[: serial.calls[0].replay_start], *children]:
+        lines = text.splitlines()
+        moves = [index for index, line in enumerate(lines) if line.startswith("Generated Node #")]
+        assert moves
+        for index in moves:
+            node = lines[index].removeprefix("Generated Node #").partition(":")[0]
+            assert lines[index + 1] == f"Moving to Node #{node}"
+            assert lines[index + 3].startswith("Exploring Operation: ")
+    parent = adaptive.calls[0].completion  # writes all that it hands over
+    assert parent.index("<Calling") > parent.rindex("Generated Node")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -268,6 +315,7 @@ def test_a_parent_that_always_tries_again_ends_by_trying_everything() -> None:
         ("spawn_depth", 2),
         ("context_windows", (512, 1024)),
         ("heuristic", "none"),
+        ("search_order", "depth_first"),
         ("shuffle", False),
         ("max_result", 100),
     ],
