@@ -55,14 +55,14 @@ def adaptive() -> ConfigDict:
 
 
 def serial() -> ConfigDict:
-    """Configure SFT of the same model on one thread, of up to 1,030 tokens."""
+    """Configure SFT of the same model on one thread, of up to 1,060 tokens."""
     config = adaptive()
     config.name = "multiplication_serial"
     config.data.update(method="serial", facts_share=0.0)  # bare sums are written as adaptive's threads write them
-    config.model.max_seq_len = 1_056
-    config.sft.update(rows_per_step=2, row_len=1_056)
-    config.rollout.max_steps = 1_056
-    config.grpo.update(row_len=1_056, rows_per_microbatch=2)
+    config.model.max_seq_len = 1_088
+    config.sft.update(rows_per_step=2, row_len=1_088)
+    config.rollout.max_steps = 1_088
+    config.grpo.update(row_len=1_088, rows_per_microbatch=2)
     return config
 
 

@@ -1,14 +1,15 @@
 """One long multiplication after the other, in one thread.
 
 The first line is the first factor. Each later line multiplies what the line before came to by the next factor, whose
-name and digits stand in front, the ones first. It goes from place to place, as far as the result has places: the digit
-of the number that is multiplied, a carry and a digit in each of the three rows, and a carry and a digit of their sum.
+digits stand in front, the ones first. It goes from place to place, as far as the result has places: the digit of the
+number that is multiplied, a carry and a digit in each of the three rows, and a carry and a digit of their sum.
 
-    prompt      A742B103C015=\\n
+    prompt      Aa2Ab4Ac7Ba3Bb0Bc1Ca5Cb1Cc0=\\n
     completion  a2b4c7\\n
-                Ba*3b*0c*1:2a^06b^00c^000a64a^02b^00c^000b2 ..\\n
-                Ca*5b*1c*0: ..\\n
+                Ba*3Bb*0Bc*1:2a^06b^00c^000a64a^02b^00c^000b2 ..\\n
+                Ca*5Cb*1Cc*0: ..\\n
 
+Each digit of a factor names its factor and its place, so that it is found by what it is called and not by counting.
 Carries of rows name their row (a: of the ones), the digit of the sum its place. `numerals.py` has the rest.
 """
 
@@ -29,27 +30,27 @@ from apr_jax.tasks.multiplication.numerals import (
     read_number,
     row_sums,
     take_steps,
-    write_factors,
     write_number,
 )
 from apr_jax.tasks.multiplication.rules import Problem, read_answer
 
-_MULTIPLIERS = "".join(f"{place}\\*([{DIGITS}])" for place in PLACES[:FACTOR_DIGITS])
+_MULTIPLIERS = f"(?=([{NAMES}]))" + "".join(f"\\1{place}\\*([{DIGITS}])" for place in PLACES[:FACTOR_DIGITS])
 _ROWS = "".join(f"{place}\\^[{DIGITS}]{{2}}" for place in PLACES[:FACTOR_DIGITS])
 _GROUP = re.compile(f"[{DIGITS}]{_ROWS}[{DIGITS}][a-x][{DIGITS}]")
-_LINE = re.compile(f"^[{NAMES}]{_MULTIPLIERS}:((?:{_GROUP.pattern})+)\n", re.M)
+_LINE = re.compile(f"^{_MULTIPLIERS}:((?:{_GROUP.pattern})+)\n", re.M)
 
 
 class Serial(ThreadDialect):
     """A chain of long multiplications."""
 
     def prompt(self, problem: Problem, budget: int | None = None, window: int | None = None) -> str:
-        return write_factors([digits_of(factor, FACTOR_DIGITS) for factor in problem])
+        factors = [digits_of(factor, FACTOR_DIGITS) for factor in problem]
+        return "".join(_named(name, "", factor) for name, factor in zip(NAMES, factors, strict=False)) + "=\n"
 
     def read_ending(self, text: str) -> Ending:
         begin = text.rfind("\n", 0, -1) + 1
         line = _LINE.fullmatch(text, begin)
-        return read_answer(f"\n{_total(line[FACTOR_DIGITS + 1])}\n" if line else "")
+        return read_answer(f"\n{_total(line[FACTOR_DIGITS + 2])}\n" if line else "")
 
     def demonstrate(
         self, problem: Problem, rng: random.Random, section: Any, count_tokens: CountTokens, *, budget: bool
@@ -64,7 +65,7 @@ def written_sums(text: str) -> Iterator[tuple[list[int], list[Step]]]:
     Rows multiply what the line before came to, and sums add what the rows have, whether or not these are right.
     """
     number = read_number(text.partition("\n")[0])
-    for *factor, groups in _LINE.findall(text):
+    for _, *factor, groups in _LINE.findall(text):
         if number is None:
             return
         steps = [
@@ -92,9 +93,13 @@ def _lines(factors: Sequence[Sequence[int]]) -> Iterator[str]:
             DIGITS[digit] + "".join(map(_row_step, PLACES, column)) + f"{DIGITS[total[0]]}{place}{DIGITS[total[1]]}"
             for digit, column, total, place in zip(copied, zip(*rows, strict=True), totals, PLACES, strict=False)
         ]
-        multipliers = "".join(f"{place}*{DIGITS[digit]}" for place, digit in zip(PLACES, factor, strict=False))
-        yield f"{name}{multipliers}:{''.join(groups)}\n"
+        yield f"{_named(name, '*', factor)}:{''.join(groups)}\n"
         number = [digit for _, digit in totals]
+
+
+def _named(factor: str, sign: str, digits: Sequence[int]) -> str:
+    """Return the digits of a factor, each with the factor's name and its place."""
+    return "".join(f"{factor}{place}{sign}{DIGITS[digit]}" for place, digit in zip(PLACES, digits, strict=False))
 
 
 def _row_step(row: str, step: Step) -> str:
