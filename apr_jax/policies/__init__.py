@@ -2,6 +2,7 @@
 
 laptop          three numbers of 1..20 to a target, after GRPO
 multiplication  products of 5 to 8 integers, after SFT
+countdown4      four numbers of 1..99 to a target: unfinished, to go on with
 """
 
 import os
@@ -9,7 +10,7 @@ import pathlib
 
 from apr_jax.paths import path_of
 
-SHIPPED = {name: pathlib.Path(__file__).parent / name for name in ("laptop", "multiplication")}
+SHIPPED = {name: pathlib.Path(__file__).parent / name for name in ("laptop", "multiplication", "countdown4")}
 DEFAULT = SHIPPED["laptop"]  # where no policy is named
 
 
