@@ -57,7 +57,7 @@ def with_added_fields(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 def _task_fields(section: Mapping[str, Any]) -> set[str]:
     """Return the names of the fields that a saved task's section has today; none for a task that there is not."""
-    task = TASKS.get(str(section.get("name")).partition(":")[0])
+    task = TASKS.get(str(section.get("name")))
     return {field.name for field in dataclasses.fields(task.section)} if task else set()
 
 

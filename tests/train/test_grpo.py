@@ -322,29 +322,31 @@ def bandit(monkeypatch):
     return train
 
 
-class StopInRollouts(StopSignal):
-    """As if a signal came while the rollouts of the n-th step were decoded."""
+class _StopAtCall(StopSignal):
+    """As if a signal came at the n-th call of `_count`."""
 
-    def __init__(self, count):
+    def __init__(self, number):
         super().__init__()
-        self._left = count
+        self._left = number
 
-    def interrupting(self):
+    def _count(self):
         self._left -= 1
         self.requested = self._left == 0
+
+
+class StopInRollouts(_StopAtCall):
+    """As if a signal came while the rollouts of the n-th run of the engine were decoded."""
+
+    def interrupting(self):
+        self._count()
         return super().interrupting()
 
 
-class StopWhenAsked(StopSignal):
+class StopWhenAsked(_StopAtCall):
     """As if a signal came before the loop asked for the n-th time, between steps, whether to stop."""
 
-    def __init__(self, count):
-        super().__init__()
-        self._left = count
-
     def agreed(self):
-        self._left -= 1
-        self.requested = self._left == 0
+        self._count()
         return super().agreed()
 
 
@@ -384,10 +386,7 @@ def test_with_overlap_every_other_step_learns_from_the_policy_of_the_step_before
     assert all(record["rollout_seconds"] > 0 for record in times)
     assert [r["rollout_tokens_per_second"] for r in times[::2]] == [r["rollout_tokens_per_second"] for r in times[1::2]]
 
-    for signals in (
-        StopInRollouts(3),
-        StopWhenAsked(3),
-    ):  # in the third run of the engine; after step 6, in the third pair
+    for signals in (StopInRollouts(3), StopWhenAsked(3)):  # in and after the rollouts of the third pair
         parts = tmp_path / type(signals).__name__
         with pytest.raises(StoppedError):
             bandit(parts, signals, **overlap)
