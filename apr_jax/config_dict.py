@@ -27,6 +27,8 @@ _ADDED = {
     "engine.page_dtype": "compute",
     "data.children_share": 1.0,
     "task.search_order": "breadth_first",
+    "task.restate": False,
+    "task.parent_replay": "root",
     "grpo.overlap": 0,
 }
 

@@ -23,8 +23,10 @@ Departures from the reference:
 the searches try every operation in the order in which it is generated (`task.heuristic="none"`, beams of 24), so
 that what comes next follows from the text: a small model can't rank thirty operations by the distance of their numbers
 to the target's factors, which is what the reference's beams ask of it;
-SoS+ and children search below each operation before they write the next (`task.search_order`), so that what a line
-copies stands close before it;
+SoS+ and children search below each operation before they write the next (`task.search_order`), and write a state again
+when they come back to it (`task.restate`), so that what a line copies stands close before it;
+a parent whose child won repeats what that child handed back, where the reference's writes the path from its own root
+(`task.parent_replay`): the state that it begins with lists the operation before it;
 a parent hands each of its operations to a child, where the reference's explores some of them itself;
 operations with a result above 255 are left out (`task.max_result`), so that every number is one token;
 15 % of all training tokens are bare arithmetic and comparisons with targets (`data.facts_share`);
@@ -77,6 +79,8 @@ def sft(name: str = "adaptive") -> ConfigDict:
         serial_dfs_probability=1.0,
         heuristic="none",
         search_order="depth_first",
+        restate=True,
+        parent_replay="child",
         max_result=255,
     )
     config.task.num_unseen_targets = 9
@@ -113,7 +117,7 @@ def beams(config: ConfigDict) -> None:
     """Take the reference's beams, spawns and order of operations."""
     config.name += "_beams"
     config.task.update(parent_beams=tuple(range(1, 11)), child_beam_max=15, spawn_probability=0.9, heuristic="mult")
-    config.task.search_order = "breadth_first"
+    config.task.update(search_order="breadth_first", restate=False, parent_replay="root")
     config.task.update(serial_beam_min=1, serial_beam_max=5, serial_dfs_probability=0.5)
     config.data.children_share = 1.0
     config.rollout.max_children = 16

@@ -62,6 +62,8 @@ def laptop() -> ConfigDict:
         retry_probability=0.4,
         heuristic="none",
         search_order="breadth_first",
+        restate=False,
+        parent_replay="root",
         shuffle=False,
         max_result=0,
     )

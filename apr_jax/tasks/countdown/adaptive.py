@@ -210,6 +210,7 @@ class _Thread:
         self._lines: list[str] = []  # what it has written since
         self._own: list[Call] = []  # contexts without what a prompt names before the node
         self._children: list[_Thread] = []
+        self._replayed_from = root
         self.goal: Goal | None = None
 
     def search_below(self, beam: int) -> None:
@@ -220,7 +221,7 @@ class _Thread:
         else:
             self.goal = search.breadth_first(root, beam, self._lines, self._delegate, task.retry_probability)
         context = search.header(root) + self._context
-        self._own.append(last_call(search, root, context, self._lines, self.goal, self._depth))
+        self._own.append(last_call(search, self._replayed_from, context, self._lines, self.goal, self._depth))
 
     def calls(self, count_tokens: CountTokens, *, budget: bool) -> list[Call]:
         """Return its own calls, then those of the threads below it."""
@@ -246,19 +247,21 @@ class _Thread:
         context, written = search.header(self._root) + self._context, "".join(self._lines)
         written_spawn = written + render_spawn([node.node_id for node in nodes], level)
         self._own.append(Call(context, written_spawn, self._depth, True, len(written_spawn)))
-        results, goals = [], []
+        results, winners = [], []
         for node in nodes:
             child = _Thread(search, task, node, self._child_beam, level)
             child.search_below(self._child_beam)
             self._children.append(child)
             results.append(search.result(node, child.goal))
-            goals += [child.goal] if child.goal else []
+            winners += [child] if child.goal else []
         self._context += written + ADAPTIVE.render_join(results, level)
         self._lines.clear()
-        if not goals:
+        if not winners:
             return Delegated(None)
         self._lines.append(trace.goal_line(search.problem.target))
-        return Delegated(goals[0])
+        if self._depth == 0 and task.parent_replay == "child":
+            self._replayed_from = winners[0]._root
+        return Delegated(winners[0].goal)
 
 
 ADAPTIVE = Adaptive()

@@ -36,6 +36,9 @@ class CountdownConfig(TaskConfig):
     heuristic: Literal["mult", "none"]  # what ranks operations; none: the order in which they were generated
     # SoS+ and APR's children write all operations of a state, then search below each (the reference); or one by one.
     search_order: Literal["breadth_first", "depth_first"]
+    restate: bool  # depth-first searches write a state again whenever they come back to it
+    # APR: a parent whose child won replays the path from its own root (the reference), or from the child's, as joined.
+    parent_replay: Literal["root", "child"]
     shuffle: bool  # kept operations: in random order (the reference) or the order in which they were generated (fixed)
     max_result: Natural  # SoS+ and APR leave out operations whose result is larger; reference: 0, which leaves out none
 
@@ -57,6 +60,8 @@ class CountdownConfig(TaskConfig):
                 f"task.parent_beams={self.parent_beams} holds {max(self.parent_beams)}, which is above "
                 f"task.child_beam_max={self.child_beam_max}"
             )
+        if self.restate and self.search_order != "depth_first":
+            raise ConfigError("task.restate=True: only task.search_order='depth_first' comes back to states")
         if self.max_result and self.max_result < self.min_number:
             raise ConfigError(f"task.max_result={self.max_result} is below task.min_number={self.min_number}")
 

@@ -6,6 +6,7 @@ a*b, larger-smaller, and larger/smaller where it divides exactly; nothing negati
 
 import dataclasses
 import functools
+import itertools
 import random
 import re
 from collections import Counter
@@ -19,6 +20,11 @@ NUMBER = r"(?:0|[1-9][0-9]{0,17})"  # bounded, so that int() stays cheap on any 
 _OPERATION_LINE = re.compile(
     rf"Exploring Operation: ({NUMBER})([-+*/])({NUMBER})=({NUMBER}), Resulting Numbers: \[.*\]"
 )
+# An answer that begins at a state below the root, and the operations that led to it.
+_BEGINS_BELOW = re.compile(
+    rf"Moving to Node #0(?:,{NUMBER})+\nCurrent State: {NUMBER}:\[[^\]\n]*\], Operations: \[([^\]\n]*)\]\n"
+)
+_LISTED = re.compile(rf"'({NUMBER})([-+*/])({NUMBER})=({NUMBER})'")
 _GOAL_LINE = re.compile(rf"({NUMBER}),({NUMBER}) equal: Goal Reached")
 _EXIT_LINE = re.compile(r"Exit Sub Search at level [0-9]+")
 _TOO_LARGE = 10**18
@@ -59,10 +65,11 @@ class Problem:
 def verify(answer: str | None, problem: Problem) -> Verdict:
     """Judge the text of a winning path (as `trace.read_answer` gives it). Never raises, whatever the text.
 
-    The operations are the answer's `Exploring Operation` lines, all of them, in order. Each must be arithmetically
-    right and take two numbers that are there at that point; in the end one number must be left, the target, and the
-    answer must close by claiming so (`T,T equal: Goal Reached`, then only `Exit Sub Search` lines). Node ids and the
-    copies of the state between the operations are not judged: they cannot make a wrong solution right.
+    The operations are those that the first state lists if the answer begins below the root, then its `Exploring
+    Operation` lines, all of them, in order. Each must be arithmetically right and take two numbers that are there at
+    that point; in the end one number must be left, the target, and the answer must close by claiming so (`T,T equal:
+    Goal Reached`, then only `Exit Sub Search` lines). Node ids and the copies of the state between the operations are
+    not judged: they cannot make a wrong solution right.
     """
     if answer is None:
         return Verdict(False, "no_answer")
@@ -242,11 +249,12 @@ def _partners(value: int, target: int) -> list[int]:
 
 
 def _read_operations(answer: str) -> Iterator[tuple[int, str, int, int] | None]:
-    """Yield left, operator, right and result of each line that begins as an operation; None for a malformed one."""
-    for line in answer.split("\n"):
-        if line.startswith("Exploring Operation"):
-            match = _OPERATION_LINE.fullmatch(line)
-            yield match and (int(match[1]), match[2], int(match[3]), int(match[4]))
+    """Yield left, operator, right and result of each operation that the answer makes; None for a malformed one."""
+    begun = _BEGINS_BELOW.match(answer)
+    matches = [_LISTED.fullmatch(operation) for operation in begun[1].split(", ")] if begun else []
+    lines = (line for line in answer.split("\n") if line.startswith("Exploring Operation"))
+    for match in itertools.chain(matches, map(_OPERATION_LINE.fullmatch, lines)):
+        yield match and (int(match[1]), match[2], int(match[3]), int(match[4]))
 
 
 def _holds(left: int, operator: str, right: int, result: int) -> bool:

@@ -74,6 +74,7 @@ class Search:
         self.rng = rng
         self.shuffle = task.shuffle
         self._guided = task.heuristic == "mult"
+        self._restates = task.restate
         self._max_result = task.max_result or math.inf
         self.root = Node(0, 0, trace.ROOT_ID, list(problem.numbers), "", None, "")
         self._distances = _factor_distances(problem.target)
@@ -115,7 +116,8 @@ class Search:
     def depth_first(self, root: Node, beam: int, lines: list[str]) -> Goal | None:
         """Search below `root`, writing to `lines` as `breadth_first` does, but below each operation before the next.
 
-        So whatever a line copies stands close before it, and a search that finds the goal early writes less.
+        So whatever a line copies stands close before it, and a search that finds the goal early writes less. With
+        `task.restate` it writes a state again whenever it comes back to it.
         """
         if len(root.numbers) == 2:
             return self._expand_final(root, beam, lines)
@@ -125,6 +127,8 @@ class Search:
             goal = self.depth_first(node, beam, lines)
             if goal is not None:
                 return goal
+            if self._restates:
+                lines.append(self.header(root))
         return None
 
     def order(self, nodes: list[Node]) -> list[Node]:
@@ -203,7 +207,7 @@ class Search:
 def last_call(
     search: Search, root: Node, context: str, lines: list[str], goal: Goal | None, depth: int, exits: str = ""
 ) -> Call:
-    """Return the call that ends a thread: its lines, then its replay of the winning path or that there is none."""
+    """Return the call that ends a thread: its lines, then the path from `root` on, or that there is none."""
     searched = "".join(lines)
     if goal is None:
         completion = searched + trace.NO_SOLUTION

@@ -87,6 +87,34 @@ def test_wrong_answers_have_reasons(answer: str | None, reason: str) -> None:
     assert verify(answer, PROBLEM) == Verdict(False, reason)
 
 
+LISTED = "Moving to Node #0,1\nCurrent State: 24:[1, 25], Operations: ['54-51=3', '28-3=25']"
+
+
+def test_an_answer_that_begins_below_the_root_has_made_the_operations_that_its_state_lists() -> None:
+    answer = "\n".join([LISTED, STEPS[2], GOAL])
+    assert verify(answer, PROBLEM) == Verdict(True, "correct")
+    assert rules.express(answer, PROBLEM) == rules.express(_answer(*STEPS, GOAL), PROBLEM)
+    assert rules.canonical_path(answer) == rules.canonical_path(_answer(*STEPS, GOAL))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("54-51=3", "54-51=4", "wrong_arithmetic"),
+        ("54-51=3", "53-50=3", "number_not_available"),
+        ("'54-51=3', ", "", "number_not_available"),
+        ("54-51=3", "54-51", "malformed_operation"),
+        ("'54-51=3'", "54-51=3", "malformed_operation"),
+        ("#0,1", "#0", "number_not_available"),  # at the root nothing has been done
+        ("#0,1", "#1,1", "number_not_available"),
+        ("Moving", "\nMoving", "number_not_available"),
+    ],
+)
+def test_wrongly_listed_operations_have_reasons(old: str, new: str, reason: str) -> None:
+    answer = "\n".join([LISTED.replace(old, new), STEPS[2], GOAL])
+    assert verify(answer, PROBLEM) == Verdict(False, reason)
+
+
 def test_a_division_by_zero_is_wrong_arithmetic() -> None:
     answer = (
         "Exploring Operation: 5-5=0, Resulting Numbers: [6, 6, 0]\n"
@@ -109,7 +137,8 @@ def test_any_text_gets_a_verdict(answer: str) -> None:
 def test_what_is_called_correct_evaluates_to_the_target(seed: int, small: bool, data: st.DataObject) -> None:
     """An answer with one character changed is either refused or still a true solution."""
     rng = random.Random(seed)
-    task = LAPTOP if small else REFERENCE
+    begins = data.draw(st.sampled_from(["root", "child"]))
+    task = dataclasses.replace(LAPTOP if small else REFERENCE, parent_replay=begins)
     demonstration = demonstrate(sample_problem(rng, task), rng, task, "adaptive", condition_on_budget=False)
     if demonstration.answer is None:
         return
@@ -170,9 +199,10 @@ def _is_solution(answer: str, problem: Problem) -> bool:
     """An independent reading of an answer: plain lists, and Python's own operators."""
     numbers = list(problem.numbers)
     compute = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": lambda a, b: a / b if b else None}
-    for left, operator, right, result in re.findall(
-        r"^Exploring Operation: (\d+)(.)(\d+)=(\d+),", answer, re.MULTILINE
-    ):
+    below = re.match(r"Moving to Node #0,.*\nCurrent State: .*, Operations: \[(.*)\]\n", answer)
+    listed = re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", below[1] if below else "")
+    explored = re.findall(r"^Exploring Operation: (\d+)(.)(\d+)=(\d+),", answer, re.MULTILINE)
+    for left, operator, right, result in listed + explored:
         if compute[operator](int(left), int(right)) != int(result):
             return False
         for number in (left, right):

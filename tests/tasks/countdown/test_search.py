@@ -46,6 +46,7 @@ tasks = st.sampled_from(
         dataclasses.replace(REFERENCE, retry_probability=0.5),
         dataclasses.replace(REFERENCE, max_result=100),
         dataclasses.replace(REFERENCE, search_order="depth_first"),
+        dataclasses.replace(REFERENCE, search_order="depth_first", restate=True, parent_replay="child"),
     ]
 )
 BOUNDED = dataclasses.replace(REFERENCE, max_result=120)
@@ -126,10 +127,13 @@ def test_the_replay_follows_the_first_goal_line(seed: int, task: CountdownConfig
             assert "equal: Goal Reached" not in searched.replace("unequal", "")
             continue
         target = demonstration.problem.target
-        assert searched.endswith(f"{target},{target} equal: Goal Reached\n")
+        goal = f"{target},{target} equal: Goal Reached\n"
+        assert searched.endswith(goal)
         assert searched.count(" equal: Goal Reached") == 1
         root = call.context if call.depth == 1 else ADAPTIVE.prompt(demonstration.problem)
-        assert replayed.startswith(root)
+        child_won = call.depth == 0 and searched == goal
+        begins = "Moving to Node #0," if child_won and task.parent_replay == "child" else root
+        assert replayed.startswith(begins)
         assert trace.read_answer(call.context + call.completion) == replayed.strip()
 
 
@@ -296,6 +300,55 @@ def test_depth_first_searches_below_an_operation_before_it_writes_the_next() -> 
     assert parent.index("<Calling") > parent.rindex("Generated Node")
 
 
+@pytest.mark.parametrize("method", ["serial", "adaptive"])
+def test_a_search_that_restates_writes_each_operation_below_its_state(method: Method) -> None:
+    depth_first = dataclasses.replace(EXHAUSTIVE, search_order="depth_first")
+    restating = dataclasses.replace(depth_first, restate=True)
+    far = 0
+    for seed in range(12):
+        plain, restated = (_demonstrate(seed, task, method) for task in (depth_first, restating))
+        for text, other in zip(_threads(restated), _threads(plain), strict=True):
+            assert all(_below_their_states(text))
+            assert EXPLORED.findall(text) == EXPLORED.findall(other)
+            far += _below_their_states(other).count(False)
+    assert far > 100
+
+
+def _below_their_states(text: str) -> list[bool]:
+    """For each operation, whether its operands are taken from the last state before it."""
+    found = []
+    state: Counter[str] = Counter()
+    for line in text.splitlines():
+        if line.startswith("Current State: "):
+            state = Counter(line.partition("[")[2].partition("]")[0].split(", "))
+        elif line.startswith("Exploring Operation: "):
+            operation, _, left = line.removeprefix("Exploring Operation: ").partition(", Resulting Numbers: ")
+            *operands, result = re.split("[-+*/=]", operation)
+            found.append(state - Counter(operands) + Counter([result]) == Counter(left[1:-1].split(", ")))
+    return found
+
+
+def test_a_parent_may_replay_from_the_child_that_won() -> None:
+    from_child = dataclasses.replace(EXHAUSTIVE, parent_replay="child")
+    checked = 0
+    for seed in range(20):
+        ours, theirs = (_demonstrate(seed, task, "adaptive") for task in (from_child, EXHAUSTIVE))
+        assert ours.correct == theirs.correct
+        if not ours.correct:
+            assert ours.calls == theirs.calls
+            continue
+        end = [call for call in ours.calls if call.depth == 0][-1]
+        assert ours.answer is not None
+        assert theirs.answer is not None
+        assert f">\n{ours.answer}\n" in end.context  # word for word what the join shows of the first that won
+        assert theirs.answer.endswith(ours.answer)
+        assert len(theirs.answer) > len(ours.answer)
+        assert rules.canonical_path(ours.answer) == rules.canonical_path(theirs.answer)
+        assert rules.express(ours.answer, ours.problem) == rules.express(theirs.answer, ours.problem)
+        checked += 1
+    assert checked > 10
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -316,6 +369,7 @@ def test_depth_first_searches_below_an_operation_before_it_writes_the_next() -> 
         ("context_windows", (512, 1024)),
         ("heuristic", "none"),
         ("search_order", "depth_first"),
+        ("parent_replay", "child"),
         ("shuffle", False),
         ("max_result", 100),
     ],
