@@ -259,9 +259,11 @@ class _Thread:
         if not winners:
             return Delegated(None)
         self._lines.append(trace.goal_line(search.problem.target))
+        winner = winners[0]
         if self._depth == 0 and task.parent_replay == "child":
-            self._replayed_from = winners[0]._root
-        return Delegated(winners[0].goal)
+            winner = winners[-1]
+            self._replayed_from = winner._root
+        return Delegated(winner.goal)
 
 
 ADAPTIVE = Adaptive()

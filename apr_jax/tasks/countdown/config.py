@@ -37,7 +37,8 @@ class CountdownConfig(TaskConfig):
     # SoS+ and APR's children write all operations of a state, then search below each (the reference); or one by one.
     search_order: Literal["breadth_first", "depth_first"]
     restate: bool  # depth-first searches write a state again whenever they come back to it
-    # APR: a parent whose child won replays the path from its own root (the reference), or from the child's, as joined.
+    # APR: a parent replays the first winning path from its own root on (the reference), or repeats what the last child
+    # that won handed back, word for word, which stands closest.
     parent_replay: Literal["root", "child"]
     shuffle: bool  # kept operations: in random order (the reference) or the order in which they were generated (fixed)
     max_result: Natural  # SoS+ and APR leave out operations whose result is larger; reference: 0, which leaves out none
