@@ -1,4 +1,6 @@
-"""Measure a policy's arithmetic by operator and by size of operands, on demonstrations of fresh problems.
+"""Measure what a policy gets right along demonstrations of fresh problems.
+
+Its arithmetic by operator and by size of operands, then all tokens by who writes and what they say.
 
     python launch/probe_arithmetic.py --checkpoint=runs/countdown4
     python launch/probe_arithmetic.py --checkpoint=runs/countdown4/best --num_problems=200 --json=arithmetic.json
@@ -44,10 +46,10 @@ def main() -> None:
         demonstrations.append(demonstrate(sample_problem(rng, task), rng, task, "adaptive", False))
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1))
     params = place_params(params, mesh, model)
-    shares = probe_arithmetic(params, model, mesh, tokenizer, demonstrations)
-    for label, share in shares.items():
-        print(f"{label:12} {share}")
-    _JSON.write({label: dataclasses.asdict(share) for label, share in shares.items()})
+    probe = probe_arithmetic(params, model, mesh, tokenizer, demonstrations)
+    for label, share in [*probe.results.items(), *probe.tokens.items()]:
+        print(f"{label:30} {share}")
+    _JSON.write(dataclasses.asdict(probe))
 
 
 if __name__ == "__main__":

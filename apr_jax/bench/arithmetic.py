@@ -1,7 +1,7 @@
-"""A probe of arithmetic: which results of operations a policy finds most likely, given everything before them.
+"""A probe of arithmetic and of search: which tokens a policy finds most likely, given everything before them.
 
 It reads demonstrations instead of decoding, so hundreds of operations take one forward pass. It says how well the
-policy computes, not how well it searches or copies.
+policy computes, chooses what comes next, and copies, but not how it goes on after an error.
 """
 
 import collections
@@ -19,10 +19,13 @@ from apr_jax.data.tokenized import LossWeights, TokenizedCalls, tokenize_calls
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.model.params import Params
 from apr_jax.tasks.base import Demonstration
+from apr_jax.tasks.countdown import trace
 from apr_jax.train.scorer import TokenScores, make_scorer, to_mesh
 
 SIZES = (20, 99, 255)  # bounds of the larger operand, by which results are told apart
 _OPERATION = "Exploring Operation: "
+_Counts = collections.Counter[tuple[str, bool]]  # of a label, right or wrong
+_MOVES = ("Moving to Node #", "<Start Sub Search")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +40,26 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """A share of results that are right."""
+    """A share of results or tokens that are right."""
 
     right: int
     total: int
 
     def __str__(self) -> str:
         return f"{self.right / self.total:.1%} of {self.total:,}" if self.total else "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """What a policy gets right along demonstrations.
+
+    results: by "all", by operator ("+"), and by operator and size of the larger operand ("+ to 99").
+    tokens: by who writes and what the token says ("child, next operation"). Who writes is a parent, a child, or either
+      in its replay of a winning path.
+    """
+
+    results: dict[str, Share]
+    tokens: dict[str, Share]
 
 
 def probe_arithmetic(
@@ -53,27 +69,44 @@ def probe_arithmetic(
     tokenizer: Tokenizer,
     demonstrations: Iterable[Demonstration],
     rows_a_batch: int = 4,
-) -> dict[str, Share]:
-    """Score all results that the demonstrations' threads write.
-
-    Returns: shares by "all", by operator ("+"), and by operator and size of the larger operand ("+ to 99").
-    """
+) -> Probe:
+    """Score all results, and all other tokens, that the demonstrations' threads write."""
     calls = TokenizedCalls(tokenize_calls(demonstrations, tokenizer, row_len=model.max_seq_len))
     weights = LossWeights(1.0, False, tokenizer.join_ids)
     sequences = [calls.sequence(index, weights) for index in range(len(calls))]
     packing = pack(sequences, model.max_seq_len)
     top_BT = _top(_make_score(model, mesh), params, mesh, pad_rows(packing.rows, rows_a_batch), rows_a_batch)
-    counts: collections.Counter[tuple[str, bool]] = collections.Counter()
-    for sequence, top_T in zip(sequences, packing.read_back(top_BT), strict=True):
-        tokens = [*sequence["tokens"].tolist(), int(sequence["targets"][-1])]
-        for result in find_results(tokenizer.token_texts(tokens)):
+    results: _Counts = collections.Counter()
+    kinds: _Counts = collections.Counter()
+    for (_, replay_start, replay_end), sequence, top_T in zip(
+        calls.parts, sequences, packing.read_back(top_BT), strict=True
+    ):
+        texts = tokenizer.token_texts([*sequence["tokens"].tolist(), int(sequence["targets"][-1])])
+        for result in find_results(texts):
             targets = slice(result.start - 1, result.stop - 1)
             if sequence["weights"][targets].all():
-                right = bool(top_T[targets].all())
                 for label in ("all", result.operator, f"{result.operator} {_size(result.larger_operand)}"):
-                    counts[label, right] += 1
-    labels = sorted({label for label, _ in counts}, key=lambda label: (label != "all", label))
-    return {label: Share(counts[label, True], counts[label, True] + counts[label, False]) for label in labels}
+                    results[label, bool(top_T[targets].all())] += 1
+        writer = "parent" if trace.thread_node("".join(texts[1:])) == trace.ROOT_ID else "child"
+        for place, kind in enumerate(token_kinds(texts[1:])):
+            if sequence["weights"][place]:
+                part = " replay" if replay_start <= place + 1 < replay_end else ""
+                kinds[f"{writer}{part}, {kind}", bool(top_T[place])] += 1
+    return Probe(_shares(results), _shares(kinds))
+
+
+def token_kinds(texts: Sequence[str]) -> list[str]:
+    """Name what each token of a trace, given as text, says.
+
+    "next line": what comes next, an operation, a move, a spawn or the end; "next operation": an operand or operator;
+    "result"; "numbers": those of a state or left by an operation, and the operations that led there; "node": a node's
+    number; "outcome": whether the target is reached.
+    """
+    kinds, line = [], ""
+    for text in texts:
+        kinds.append(_kind(line, text))
+        line = "" if text.endswith("\n") else line + text
+    return kinds
 
 
 def find_results(texts: Sequence[str]) -> list[Result]:
@@ -109,6 +142,21 @@ def _top(
     starts = range(0, len(rows["tokens"]), rows_a_batch)
     batches = [{name: array[start : start + rows_a_batch] for name, array in rows.items()} for start in starts]
     return np.concatenate([np.asarray(score(params, to_mesh(batch, mesh)).top_BT) for batch in batches])
+
+
+def _kind(line: str, text: str) -> str:
+    if not line:
+        return "next line"
+    if line.startswith(_OPERATION):
+        return "numbers" if "," in line else "result" if "=" in line else "next operation"
+    if line.startswith(_MOVES) or (line.startswith("Generated Node #") and ":" not in line):
+        return "node"
+    return "outcome" if "equal" in text else "numbers"
+
+
+def _shares(counts: _Counts) -> dict[str, Share]:
+    labels = sorted({label for label, _ in counts}, key=lambda label: (label != "all", label))
+    return {label: Share(counts[label, True], counts[label, True] + counts[label, False]) for label in labels}
 
 
 def _size(operand: int) -> str:

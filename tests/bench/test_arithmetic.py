@@ -1,14 +1,16 @@
 """The probe finds every result, and a policy's figures are those of its own most likely tokens."""
 
+import collections
 import dataclasses
 import random
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
-from apr_jax.bench.arithmetic import Share, find_results, probe_arithmetic
+from apr_jax.bench.arithmetic import Share, find_results, probe_arithmetic, token_kinds
 from apr_jax.data.tokenizer import BuiltinTokenizer
 from apr_jax.model.params import graphdef, init_params
 from apr_jax.model.views.training import training_rows
@@ -46,17 +48,41 @@ def test_a_line_that_is_cut_off_has_no_result():
         assert find_results(_texts(cut)) == []
 
 
+@pytest.mark.parametrize(
+    ("line", "kinds"),
+    [
+        ("Moving to Node #0,1\n", {"node": 2}),
+        ("Current State: 24:[6], Operations: []\n", {"numbers": 4}),
+        ("Exploring Operation: 4+6=10, Resulting Numbers: [10]\n", {"next operation": 4, "result": 2, "numbers": 2}),
+        ("Generated Node #0,1: 24:[10] Operation: 4+6=10\n", {"node": 2, "numbers": 10}),
+        ("10,24 unequal: No Solution\n", {"numbers": 2, "outcome": 1}),
+        ("<Start Sub Search 0 at level 1> Moving to Node #0,1\n", {"node": 4}),
+        ("No solution found.\n", {}),
+    ],
+)
+def test_each_token_says_one_thing(line: str, kinds: dict[str, int]):
+    found = token_kinds(_texts(line))
+    assert found[0] == "next line"
+    assert collections.Counter(found[1:]) == kinds
+    assert token_kinds(_texts(line + line)) == found + found
+
+
 def test_figures_are_of_the_most_likely_tokens():
     demonstrations = _demonstrations(3)
     params = init_params(MODEL, 0)
-    shares = probe_arithmetic(params, MODEL, make_mesh(CONFIG.mesh), TOKENIZER, demonstrations)
+    probe = probe_arithmetic(params, MODEL, make_mesh(CONFIG.mesh), TOKENIZER, demonstrations)
+    shares = probe.results
     model = nnx.merge(graphdef(MODEL), params)
-    right = total = 0
+    right = total = tokens = tokens_right = replayed = 0
     for call in (call for demonstration in demonstrations for call in demonstration.calls):
         ids = [TOKENIZER.bos_id, *TOKENIZER.encode(call.context + call.completion)]
         given = len(TOKENIZER.encode(call.context))
         hidden, _ = model(jnp.asarray([ids]), training_rows(MODEL, jnp.arange(len(ids))[None]))
         top = np.asarray(jax.device_get(jnp.argmax(model.logits(hidden)[0], axis=-1)))
+        ids += [] if call.ends_in_spawn else [TOKENIZER.eos_id]
+        tokens += len(ids) - 1 - given
+        tokens_right += int(np.sum(top[given : len(ids) - 1] == ids[given + 1 :]))
+        replayed += len(TOKENIZER.encode(call.completion[call.replay_start :]))
         for result in find_results(TOKENIZER.token_texts(ids)):
             if result.start > given:
                 total += 1
@@ -64,6 +90,9 @@ def test_figures_are_of_the_most_likely_tokens():
     written = sum(count_operations(call.completion)[0] for item in demonstrations for call in item.calls)
     assert shares["all"] == Share(right, total)
     assert total == written
+    assert sum(share.total for share in probe.tokens.values()) == tokens
+    assert sum(share.right for share in probe.tokens.values()) == tokens_right
+    assert sum(share.total for label, share in probe.tokens.items() if "replay" in label) == replayed > 0
     of_operators = [share for label, share in shares.items() if label in {*"+-*/"}]
     of_sizes = [share for label, share in shares.items() if " to " in label or "above" in label]
     for shares_of_all in (of_operators, of_sizes):

@@ -26,10 +26,14 @@ def test_the_shares_add_up_and_another_task_is_refused(tmp_path):
     save_policy(tmp_path / "countdown", small_config(tmp_path))
     arguments = ("--num_problems=2", "--json=shares.json")
     done = launched("probe_arithmetic.py", tmp_path, "--checkpoint=countdown", *arguments)
-    shares = json.loads((tmp_path / "shares.json").read_text())
+    probe = json.loads((tmp_path / "shares.json").read_text())
+    shares, tokens = probe["results"], probe["tokens"]
     operators = [share for label, share in shares.items() if len(label) == 1]
     assert shares["all"]["total"] == sum(share["total"] for share in operators) > 0
     assert f"of {shares['all']['total']:,}" in done.stdout
+    writers = {label.partition(",")[0] for label in tokens}
+    assert writers == {"parent", "child", "parent replay", "child replay"}
+    assert tokens["child, result"]["total"] > tokens["child replay, result"]["total"] > 0
 
     other = dataclasses.replace(small_config(tmp_path), task=from_config_dict(nested_sums.get_config()).task)
     save_policy(tmp_path / "sums", other)
