@@ -1,8 +1,8 @@
 """Bare facts of a task as training sequences: lines such as `31-26=5`, with no target that gives the result away.
 
 One in thirty of a search's tokens is the result of an operation, and the target often tells what it must be. So a small
-model learns to search long before it learns to add. Facts, mixed into every batch, take six tokens each. They are
-written as operations are in a trace, and only their results have loss.
+model learns to search long before it learns to add. Facts, mixed into every batch, take six tokens each, or some more
+where a task has longer ones. They are written as in a trace, and only what follows from what is given has loss.
 """
 
 import random

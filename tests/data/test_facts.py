@@ -12,13 +12,16 @@ from apr_jax.data.facts import FACTS_A_SEQUENCE, Facts
 from apr_jax.data.tokenizer import BuiltinTokenizer
 from apr_jax.tasks import TASKS
 from apr_jax.tasks.base import TaskLacksError
+from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.facts import draw_fact
 from apr_jax.tasks.countdown.rules import operations
+from apr_jax.tasks.countdown.search import Search
 from tests.tasks.settings import REFERENCE, SMALL_DATA
 
 TOKENIZER = BuiltinTokenizer()
 COUNTDOWN = TASKS["countdown"]
 ROW_LEN = 512
+EXHAUSTIVE = dataclasses.replace(REFERENCE, max_result=255, heuristic="none", shuffle=False)
 BOUNDED = dataclasses.replace(REFERENCE, max_result=255)
 
 
@@ -45,6 +48,43 @@ def test_facts_are_right_and_within_the_bound(task):
         assert 0 <= result <= (task.max_result or task.max_number**2)
         seen.add(operator)
     assert seen == {*"+-*/,", " equal: Goal Reached", " unequal: No Solution"}
+
+
+def test_searches_that_leave_nothing_out_learn_states_of_two_numbers():
+    """What is learnt is what a child writes that is given the state; in half of them one number divides the other."""
+    rng = random.Random(0)
+    told = divided = 0
+    for _ in range(4_000):
+        asked, rest = draw_fact(rng, EXHAUSTIVE)
+        if not asked.startswith("Moving"):
+            continue
+        problem = trace.read_problem(asked)
+        small, large = sorted(problem.numbers)
+        search = Search(problem, random.Random(0), EXHAUSTIVE)
+        lines = []
+        assert search.depth_first(search.root, 24, lines) is None
+        assert rest == "".join([*lines, "No solution found."])
+        assert (f"{large}/{small}=" in rest) == (small > 0 and large % small == 0)
+        assert EXHAUSTIVE.min_target <= problem.target <= EXHAUSTIVE.max_target
+        divided += "/" in rest
+        told += 1
+    assert told / 4_000 == pytest.approx(1 / 8, abs=0.02)
+    assert divided / told == pytest.approx(0.52, abs=0.08)  # some of the others do, too
+
+
+@pytest.mark.parametrize("changes", [{"heuristic": "mult"}, {"shuffle": True}])
+def test_other_searches_learn_no_states(changes):
+    rng = random.Random(0)
+    task = dataclasses.replace(EXHAUSTIVE, **changes)
+    assert not any("State" in draw_fact(rng, task)[0] for _ in range(200))
+
+
+def test_a_state_misses_its_target_where_every_target_would_be_hit():
+    narrow = dataclasses.replace(EXHAUSTIVE, min_target=12, max_target=12, max_result=30)
+    rng = random.Random(0)
+    states = [fact for fact in (draw_fact(rng, narrow) for _ in range(3_000)) if "State" in fact[0]]
+    assert all("=12," not in rest for asked, rest in states if ": 12:" in asked)
+    assert any(": 31:" in asked for asked, _ in states)
 
 
 def test_only_results_have_loss():

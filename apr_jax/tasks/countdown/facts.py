@@ -1,30 +1,39 @@
 """Bare arithmetic: operations as they are written in a trace, with no target that gives the result away.
 
-Comparisons of a result with the target come, too: in a search hardly any is true."""
+Comparisons of a result with the target come, too: in a search hardly any is true. And where searches leave nothing out,
+states of two numbers come with all their operations: in a search hardly any two numbers divide.
+"""
 
 import functools
 import random
 
 from apr_jax.config import ConfigError
-from apr_jax.tasks.countdown import trace
+from apr_jax.tasks.countdown import rules, trace
 from apr_jax.tasks.countdown.config import CountdownConfig
+from apr_jax.tasks.countdown.rules import Problem
 
 _MAX_DRAWS = 100_000
 _LARGEST_BOUND = 100_000
 
 
 def draw_fact(rng: random.Random, section: CountdownConfig) -> tuple[str, str]:
-    """Draw a random operation or, in one of seven cases, the comparison of a result with a target.
+    """Draw a random operation, the comparison of a result with a target, or a state of two numbers with its operations.
+
+    Searches that leave nothing out have such states in one of eight cases; all others have none.
 
     Sums and differences, of which there are more, come twice as often as products and quotients. One number of a sum or
     difference is like those of a problem; the other is, too, in half of the cases, and any number up to the bound in
     the rest. All products are equally likely, and so are all quotients. In half of the comparisons the two are equal.
+    In half of the states one number divides the other.
 
-    Return what is given of the line, up to `=` or to the target, and the rest. No result is above
+    Return what is given of the text, up to `=`, to the target or to the state, and the rest. No result is above
     `largest_result(section)`. Raises ConfigError where there are no sums.
     """
     bound = largest_result(section)
-    operator = rng.choice("++--*/?")
+    leaves_nothing_out = section.heuristic == "none" and not section.shuffle
+    operator = rng.choice("++--*/?:" if leaves_nothing_out else "++--*/?")
+    if operator == ":":
+        return _last_step(rng, section, bound)
     if operator == "?":
         target = rng.randint(section.min_target, section.max_target)
         result = target if rng.random() < 0.5 else rng.randint(0, bound)
@@ -48,6 +57,21 @@ def draw_fact(rng: random.Random, section: CountdownConfig) -> tuple[str, str]:
         f"none of {_MAX_DRAWS} draws of a number in {section.min_number}..{section.max_number} gives a sum up to "
         f"{bound}: raise task.max_result, or set data.facts_share=0"
     )
+
+
+def _last_step(rng: random.Random, section: CountdownConfig, bound: int) -> tuple[str, str]:
+    """Draw two numbers and a target that they miss. Return the prompt, and the search without its last line's end."""
+    left, right = (rng.randint(0, bound) for _ in range(2))
+    if rng.random() < 0.5:
+        factor, other = rng.choice(_factors(bound))
+        left, right = rng.sample((factor * other, other), 2)
+    combined = [(result, text) for result, text in rules.operations(left, right) if result <= bound]
+    missed = set(range(section.min_target, section.max_target + 1)) - {result for result, _ in combined}
+    if not missed:
+        missed = {bound + 1}
+    target = rng.choice(sorted(missed))
+    searched = "".join(trace.final_lines(target, result, text) for result, text in combined)
+    return trace.root_prompt(Problem((left, right), target)), f"{searched}{trace.NO_SOLUTION}"[:-1]
 
 
 def largest_result(task: CountdownConfig) -> int:
