@@ -51,7 +51,7 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """What a policy gets right along demonstrations.
+    """The shares of tokens that a policy gets right along demonstrations.
 
     results: by "all", by operator ("+"), and by operator and size of the larger operand ("+ to 99").
     tokens: by who writes and what the token says ("child, next operation"). Who writes is a parent, a child, or either
