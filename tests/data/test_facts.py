@@ -1,5 +1,6 @@
 """Facts: right, within the bound, loss on results alone, the share that was asked for, mixed in and resumable."""
 
+import collections
 import dataclasses
 import random
 import re
@@ -14,7 +15,7 @@ from apr_jax.tasks import TASKS
 from apr_jax.tasks.base import TaskLacksError
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.facts import draw_fact
-from apr_jax.tasks.countdown.rules import operations
+from apr_jax.tasks.countdown.rules import operations, steps
 from apr_jax.tasks.countdown.search import Search
 from tests.tasks.settings import REFERENCE, SMALL_DATA
 
@@ -70,6 +71,42 @@ def test_searches_that_leave_nothing_out_learn_states_of_two_numbers():
         told += 1
     assert told / 4_000 == pytest.approx(1 / 8, abs=0.02)
     assert divided / told == pytest.approx(0.52, abs=0.08)  # some of the others do, too
+
+
+def test_searches_that_restate_learn_the_operation_after_another():
+    """Of three or four numbers it is the next operation in the order of the search, or that all are done."""
+    restating = dataclasses.replace(EXHAUSTIVE, search_order="depth_first", restate=True, max_number=99)
+    rng = random.Random(1)
+    told, divided, ended = collections.Counter(), 0, 0
+    for _ in range(4_000):
+        asked, step = draw_fact(rng, restating)
+        lines = asked.splitlines(keepends=True)
+        if len(lines) < 6:
+            continue
+        move, state, done, generated, *again = lines
+        assert again == [move, state]
+        numbers = [int(number) for number in re.search(r"\[(.*?)\]", state)[1].split(", ")]
+        operations = [
+            f"Exploring Operation: {text}, Resulting Numbers: {left}\n"
+            for result, text, left in steps(numbers)
+            if result <= 255
+        ]
+        place = int(re.match(r"Generated Node #0,(?:\d+,)?(\d+): ", generated)[1])
+        assert operations[place] == done
+        assert f"{step}\n" == [*operations, "No solution found.\n"][place + 1]
+        if len(numbers) == 3:
+            left, right, made = map(int, re.search(r"Operations: \['(\d+)\+(\d+)=(\d+)'\]", state).groups())
+            assert left + right == made == numbers[-1]
+        else:
+            assert max(numbers) <= 99
+            assert "Operations: []" in state
+        told[len(numbers)] += 1
+        divided += "/" in step
+        ended += "No solution" in step
+    assert set(told) == {3, 4}
+    assert sum(told.values()) / 4_000 == pytest.approx(2 / 24, abs=0.02)
+    assert divided > 30
+    assert ended > 5
 
 
 @pytest.mark.parametrize("changes", [{"heuristic": "mult"}, {"shuffle": True}])

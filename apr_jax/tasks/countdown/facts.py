@@ -1,7 +1,7 @@
 """Bare arithmetic: operations as they are written in a trace, with no target that gives the result away.
 
 Comparisons of a result with the target come, too: in a search hardly any is true. And where searches leave nothing out,
-states of two numbers come with all their operations: in a search hardly any two numbers divide.
+states come with the operations that follow one another in them: in a search hardly any two numbers divide.
 """
 
 import functools
@@ -11,20 +11,22 @@ from apr_jax.config import ConfigError
 from apr_jax.tasks.countdown import rules, trace
 from apr_jax.tasks.countdown.config import CountdownConfig
 from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.countdown.search import Search
 
 _MAX_DRAWS = 100_000
 _LARGEST_BOUND = 100_000
+_ALL = 99  # operations, of which a state has fewer
 
 
 def draw_fact(rng: random.Random, section: CountdownConfig) -> tuple[str, str]:
-    """Draw a random operation, the comparison of a result with a target, or a state of two numbers with its operations.
+    """Draw a random operation, the comparison of a result with a target, or a state with a step of its search.
 
     Searches that leave nothing out have such states in one of eight cases; all others have none.
 
     Sums and differences, of which there are more, come twice as often as products and quotients. One number of a sum or
     difference is like those of a problem; the other is, too, in half of the cases, and any number up to the bound in
     the rest. All products are equally likely, and so are all quotients. In half of the comparisons the two are equal.
-    In half of the states one number divides the other.
+    In half of the states a number divides one of the others.
 
     Return what is given of the text, up to `=`, to the target or to the state, and the rest. No result is above
     `largest_result(section)`. Raises ConfigError where there are no sums.
@@ -33,7 +35,7 @@ def draw_fact(rng: random.Random, section: CountdownConfig) -> tuple[str, str]:
     leaves_nothing_out = section.heuristic == "none" and not section.shuffle
     operator = rng.choice("++--*/?:" if leaves_nothing_out else "++--*/?")
     if operator == ":":
-        return _last_step(rng, section, bound)
+        return _step(rng, section, bound)
     if operator == "?":
         target = rng.randint(section.min_target, section.max_target)
         result = target if rng.random() < 0.5 else rng.randint(0, bound)
@@ -59,19 +61,37 @@ def draw_fact(rng: random.Random, section: CountdownConfig) -> tuple[str, str]:
     )
 
 
-def _last_step(rng: random.Random, section: CountdownConfig, bound: int) -> tuple[str, str]:
-    """Draw two numbers and a target that they miss. Return the prompt, and the search without its last line's end."""
-    left, right = (rng.randint(0, bound) for _ in range(2))
+def _step(rng: random.Random, section: CountdownConfig, bound: int) -> tuple[str, str]:
+    """Draw a state of two to four numbers. Return what stands before a step of its search, and the step.
+
+    Of two numbers that is a prompt and the whole search, which is in vain. Of more, where searches restate, it is the
+    state, an operation on two of its numbers, and the state again; then the next operation, or that there is none.
+    """
+    count = rng.choice((2, 3, 4) if section.restate else (2,))
+    low, high = (section.min_number, section.max_number) if count == 4 else (0, bound)
+    numbers = [rng.randint(low, high) for _ in range(count)]
+    i, j = sorted(rng.sample(range(count), 2))
     if rng.random() < 0.5:
-        factor, other = rng.choice(_factors(bound))
-        left, right = rng.sample((factor * other, other), 2)
-    combined = [(result, text) for result, text in rules.operations(left, right) if result <= bound]
-    missed = set(range(section.min_target, section.max_target + 1)) - {result for result, _ in combined}
-    if not missed:
-        missed = {bound + 1}
-    target = rng.choice(sorted(missed))
-    searched = "".join(trace.final_lines(target, result, text) for result, text in combined)
-    return trace.root_prompt(Problem((left, right), target)), f"{searched}{trace.NO_SOLUTION}"[:-1]
+        factor, other = rng.choice(_factors(high))
+        numbers[i], numbers[j] = rng.sample((factor * other, other), 2)
+    combined = [(result, text) for result, text in rules.operations(numbers[i], numbers[j]) if result <= bound]
+    targets = set(range(section.min_target, section.max_target + 1)) - {result for result, _ in combined}
+    target = rng.choice(sorted(targets or {bound + 1}))
+    search = Search(Problem(tuple(numbers), target), rng, section)
+    if count == 2:
+        lines: list[str] = []
+        search.depth_first(search.root, len(combined), lines)
+        return search.header(search.root), "".join([*lines, trace.NO_SOLUTION])[:-1]
+    node = search.root
+    if count == 3:  # as a child has it: its last number is a result
+        left = rng.randint(0, numbers[-1])
+        made = f"'{left}+{numbers[-1] - left}={numbers[-1]}'"
+        node = node._replace(node_id=f"{node.node_id},{rng.randrange(24)}", operations=made)
+    generated = [child.generated for child in search.expand(node, _ALL, [])[0]]
+    steps = [index for index, text in enumerate(generated) if any(f": {made}\n" in text for _, made in combined)]
+    done = rng.choice(steps or range(len(generated)))
+    follows = [*generated, trace.NO_SOLUTION][done + 1]
+    return search.header(node) + generated[done] + search.header(node), follows.partition("\n")[0]
 
 
 def largest_result(task: CountdownConfig) -> int:

@@ -100,7 +100,7 @@ class Search:
                     continue
                 tried, trying = 0, True
                 while trying:
-                    nodes, more = self._expand(node, beam, lines, tried)
+                    nodes, more = self.expand(node, beam, lines, tried)
                     delegated = delegate(nodes) if delegate is not None else None
                     if delegated is None:
                         for generated in nodes:
@@ -121,7 +121,7 @@ class Search:
         """
         if len(root.numbers) == 2:
             return self._expand_final(root, beam, lines)
-        nodes, _ = self._expand(root, beam, [])
+        nodes, _ = self.expand(root, beam, [])
         for node in nodes:
             lines += [node.generated, self.header(node)]
             goal = self.depth_first(node, beam, lines)
@@ -155,7 +155,7 @@ class Search:
         """Return what a child that searched from a node hands back."""
         return ChildResult(node.node_id, self.replay(goal, node)[:-1] if goal else None)
 
-    def _expand(self, node: Node, beam: int, lines: list[str], tried: int = 0) -> tuple[list[Node], bool]:
+    def expand(self, node: Node, beam: int, lines: list[str], tried: int = 0) -> tuple[list[Node], bool]:
         """Write the `beam` best operations after the `tried` best, and tell whether more are left."""
         numbers, target, distances = node.numbers, self.problem.target, self._distances
         own = [distances[n] if n <= target else n - target for n in numbers]
