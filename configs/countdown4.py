@@ -29,8 +29,8 @@ a parent repeats what the last child that won handed back, where the reference's
 own root on (`task.parent_replay`): the state that it begins with lists the operation before it;
 a parent hands each of its operations to a child, where the reference's explores some of them itself;
 operations with a result above 255 are left out (`task.max_result`), so that every number is one token;
-15 % of all training tokens are bare arithmetic, comparisons with targets, and states of two numbers with all their
-operations (`data.facts_share`);
+15 % of all training tokens are bare arithmetic, comparisons with targets, and states with the operations that follow
+one another in them (`data.facts_share`);
 number embeddings start as waves (`sft.number_waves`, in `:facts`);
 of the children that find nothing, which are most, a quarter is learnt from (`data.children_share`);
 only generated tokens have loss, and the replay of the winning path counts three times;

@@ -85,8 +85,9 @@ def probe_arithmetic(
         for result in find_results(texts):
             targets = slice(result.start - 1, result.stop - 1)
             if sequence["weights"][targets].all():
+                right = bool(top_T[targets].all())
                 for label in ("all", result.operator, f"{result.operator} {_size(result.larger_operand)}"):
-                    results[label, bool(top_T[targets].all())] += 1
+                    results[label, right] += 1
         writer = "parent" if trace.thread_node("".join(texts[1:])) == trace.ROOT_ID else "child"
         for place, kind in enumerate(token_kinds(texts[1:])):
             if sequence["weights"][place]:

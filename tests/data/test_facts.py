@@ -52,7 +52,7 @@ def test_facts_are_right_and_within_the_bound(task):
 
 
 def test_searches_that_leave_nothing_out_learn_states_of_two_numbers():
-    """What is learnt is what a child writes that is given the state; in half of them one number divides the other."""
+    """A child that is given the state writes what is learnt; in half of the states one number divides the other."""
     rng = random.Random(0)
     told = divided = 0
     for _ in range(4_000):
@@ -74,7 +74,7 @@ def test_searches_that_leave_nothing_out_learn_states_of_two_numbers():
 
 
 def test_searches_that_restate_learn_the_operation_after_another():
-    """Of three or four numbers it is the next operation in the order of the search, or that all are done."""
+    """The next operation in the order of the search, or that all are done, is learnt of three or four numbers."""
     restating = dataclasses.replace(EXHAUSTIVE, search_order="depth_first", restate=True, max_number=99)
     rng = random.Random(1)
     told, divided, ended = collections.Counter(), 0, 0

@@ -87,11 +87,13 @@ def _step(rng: random.Random, section: CountdownConfig, bound: int) -> tuple[str
         left = rng.randint(0, numbers[-1])
         made = f"'{left}+{numbers[-1] - left}={numbers[-1]}'"
         node = node._replace(node_id=f"{node.node_id},{rng.randrange(24)}", operations=made)
-    generated = [child.generated for child in search.expand(node, _ALL, [])[0]]
-    steps = [index for index, text in enumerate(generated) if any(f": {made}\n" in text for _, made in combined)]
-    done = rng.choice(steps or range(len(generated)))
-    follows = [*generated, trace.NO_SOLUTION][done + 1]
-    return search.header(node) + generated[done] + search.header(node), follows.partition("\n")[0]
+    children, _ = search.expand(node, _ALL, [])
+    of_pair = tuple(f"'{text}'" for _, text in combined)
+    steps = [index for index, child in enumerate(children) if child.operations.endswith(of_pair)]
+    done = rng.choice(steps or range(len(children)))
+    follows = [*(child.generated for child in children), trace.NO_SOLUTION][done + 1]
+    header = search.header(node)
+    return header + children[done].generated + header, follows.partition("\n")[0]
 
 
 def largest_result(task: CountdownConfig) -> int:

@@ -45,7 +45,7 @@ class Serial(ThreadDialect):
 
     def prompt(self, problem: Problem, budget: int | None = None, window: int | None = None) -> str:
         factors = [digits_of(factor, FACTOR_DIGITS) for factor in problem]
-        return "".join(_named(name, "", factor) for name, factor in zip(NAMES, factors, strict=False)) + "=\n"
+        return "".join(write_number(factor, name) for name, factor in zip(NAMES, factors, strict=False)) + "=\n"
 
     def read_ending(self, text: str) -> Ending:
         begin = text.rfind("\n", 0, -1) + 1
@@ -93,13 +93,8 @@ def _lines(factors: Sequence[Sequence[int]]) -> Iterator[str]:
             DIGITS[digit] + "".join(map(_row_step, PLACES, column)) + f"{DIGITS[total[0]]}{place}{DIGITS[total[1]]}"
             for digit, column, total, place in zip(copied, zip(*rows, strict=True), totals, PLACES, strict=False)
         ]
-        yield f"{_named(name, '*', factor)}:{''.join(groups)}\n"
+        yield f"{write_number(factor, name, '*')}:{''.join(groups)}\n"
         number = [digit for _, digit in totals]
-
-
-def _named(factor: str, sign: str, digits: Sequence[int]) -> str:
-    """Return the digits of a factor, each with the factor's name and its place."""
-    return "".join(f"{factor}{place}{sign}{DIGITS[digit]}" for place, digit in zip(PLACES, digits, strict=False))
 
 
 def _row_step(row: str, step: Step) -> str:

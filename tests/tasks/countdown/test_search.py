@@ -315,7 +315,7 @@ def test_a_search_that_restates_writes_each_operation_below_its_state(method: Me
 
 
 def _below_their_states(text: str) -> list[bool]:
-    """For each operation, whether its operands are taken from the last state before it."""
+    """Tell for each operation whether its operands are taken from the last state before it."""
     found = []
     state: Counter[str] = Counter()
     for line in text.splitlines():
