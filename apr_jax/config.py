@@ -148,7 +148,7 @@ class DataConfig(Section, path="data"):
     num_validation: Count
     num_test: Count
     num_test_unseen_targets: Count
-    num_workers: Processes  # processes that generate; the data do not depend on it
+    num_workers: Processes  # that generate, tokenise and, off CPUs, pack rows; the data do not depend on it
     condition_on_budget: bool  # prefix the prompt with its budget (Sub Call Budget / Token Budget)
     replay_weight: Weight  # loss weight of a solved thread's replay of its winning path, relative to other tokens
     children_share: Share  # share of the children without an answer that is learnt from, drawn at random; reference: 1

@@ -14,6 +14,7 @@ A variant is a name, and words after it, with dots between:
     .beams                      the reference's beams: see below
     .rl                         GRPO of it, to be started from its SFT with --checkpoint
     .path                       (after .rl) with a price on the longest chain of tokens
+    .gpu                        for an accelerator: 6.5M parameters, bfloat16, batches four times as large
     .quick                      minutes: does everything run? Learns nothing
 
 The facts come first: if they are only mixed in, they are learnt after the search. They stay in every batch afterwards,
@@ -48,11 +49,11 @@ _NAMES = ("adaptive", "adaptive_budget", "serial", "serial_budget", "direct", "f
 
 def get_config(variant: str = "adaptive") -> ConfigDict:
     name, *words = variant.split(".")
-    changes = {"beams": beams, "rl": rl, "path": path, "quick": quick}
+    changes = {"beams": beams, "rl": rl, "path": path, "gpu": gpu, "quick": quick}
     if name not in _NAMES or not set(words) <= set(changes) or ("path" in words and "rl" not in words):
         raise ValueError(
             f"configs/countdown4.py:{variant}: no such variant; choose one of {', '.join(_NAMES)}, and after it "
-            "with dots any of beams, rl, path (after rl), quick"
+            "with dots any of beams, rl, path (after rl), gpu, quick"
         )
     config = facts() if name == "facts" else sft(name)
     for word in words:
@@ -139,6 +140,19 @@ def path(config: ConfigDict) -> None:
     """Add a price on the longest chain of tokens: 500 of them cost a twentieth of an answer."""
     config.name += "_path"
     config.grpo.reward.sequential_token_price = 1e-4
+
+
+def gpu(config: ConfigDict) -> None:
+    """Take a wider and deeper model, which an accelerator trains in minutes, and lanes by the hundred."""
+    config.name += "_gpu"
+    config.model.update(num_layers=6, embed_dim=256, mlp_dim=1_024)
+    config.model.compute_dtype = "bfloat16"
+    config.data.num_workers = 8
+    config.engine.update(lanes=512, pages=32_768, prefill_lanes=32, steps_per_visit=32)
+    if config.data.facts_share < 0.5:
+        config.sft.update(rows_per_step=16, checkpoint_every=1_000, validate_every=1_000)
+        config.sft.optimizer.update(learning_rate=6e-4, muon_learning_rate=0.012)
+        config.evaluation.num_problems = 2_000
 
 
 def quick(config: ConfigDict) -> None:

@@ -1,4 +1,4 @@
-"""Batches of packed rows from demonstrations, with Grain: shuffled every epoch, resumable anywhere.
+"""Batches of packed rows from demonstrations, shuffled every epoch by Grain, resumable anywhere.
 
     calls = tokenize(load_split(config, "train"), tokenizer, options)
     batches = train_iterator(calls, tokenizer, options, rows_per_batch=8, seed=0)
@@ -10,27 +10,28 @@ A batch is a dict of [B, T] arrays, B rows of T = row_len tokens: `tokens`, `tar
 """
 
 import dataclasses
+import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 from numpy.typing import NDArray
 
-from apr_jax.data.packing import Packing, pack, pad_rows
+from apr_jax.data.packing import pack, pad_rows
 from apr_jax.data.shared_sequences import SharedCalls, tokenize_shared
 from apr_jax.data.tokenized import Arrays, Calls, LossWeights, Sequence1D, TokenizedCalls, tokenize_calls
 from apr_jax.data.tokenizer import Tokenizer
 from apr_jax.tasks.base import Demonstration
+from apr_jax.tasks.workers import map_in_processes
 
 _logger = logging.getLogger(__name__)
 
 PackedBatch = dict[str, NDArray[np.generic]]
 
 _ROWS_PER_WINDOW = 128  # rows that are packed together; more fill better and take longer to resume
-_IN_MEMORY = grain.ReadOptions(num_threads=0)  # the calls are arrays in memory: threads would only get in the way
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,9 @@ def train_iterator(
     rows_per_batch: int,
     seed: int,
     make_facts: Callable[[int], Sequence[Sequence1D]] | None = None,
-) -> grain.DatasetIterator[PackedBatch]:
+    num_workers: int = 1,
+    reopen: Callable[[], Calls] | None = None,
+) -> "RowBatches":
     """Return batches for training, without end. `get_state` and `set_state` go on anywhere, bit for bit.
 
     Args:
@@ -61,21 +64,16 @@ def train_iterator(
       rows_per_batch: rows of a batch.
       seed: the seed of the order, which differs in every epoch.
       make_facts: more sequences to mix in, given how many tokens the calls have.
+      num_workers: processes that pack; with 1 this one does. Batches do not depend on it.
+      reopen: returns the calls in another process, which more than one worker needs.
     """
     seed %= 1 << 32  # what Grain and NumPy take
     weights, num_tokens = _weights(tokenizer, options), int(calls.lengths.sum())
     facts = make_facts(num_tokens) if make_facts is not None else ()
-    sequences: grain.MapDataset[Sequence1D] = (
-        grain.MapDataset.range(len(calls) + len(facts))
-        .shuffle(seed=seed)
-        .repeat()
-        .map(lambda index: calls.sequence(int(index), weights) if index < len(calls) else facts[index - len(calls)])
-    )
     num_tokens += len(facts) * (len(facts[0]["tokens"]) if facts else 0)
     window_len = math.ceil(_ROWS_PER_WINDOW * options.row_len * (len(calls) + len(facts)) / num_tokens)
-    examples = sequences.to_iter_dataset(_IN_MEMORY)
-    rows = _PackedRows(examples, row_len=options.row_len, window_len=window_len, seed=seed)
-    return iter(rows.batch(rows_per_batch, drop_remainder=True))
+    windows = _Windows(calls, reopen, facts, weights, row_len=options.row_len, window_len=window_len, seed=seed)
+    return RowBatches(windows, rows_per_batch, 1 if reopen is None else num_workers)
 
 
 def validation_batch(
@@ -111,7 +109,7 @@ def tokenize_arrays(
 
 def calls_of(arrays: Arrays, options: SequenceOptions) -> Calls:
     """Return what the arrays hold, and say how many were too long. Raise ValueError for nothing to train on."""
-    calls: Calls = (SharedCalls if options.shares_cache else TokenizedCalls)(arrays)
+    calls = as_calls(arrays, options)
     unit, dropped, kept = "demonstrations" if options.shares_cache else "calls", calls.num_dropped, len(calls)
     if not kept:
         raise ValueError(f"nothing to train on: {dropped} {unit} are longer than row_len={options.row_len} tokens")
@@ -121,56 +119,96 @@ def calls_of(arrays: Arrays, options: SequenceOptions) -> Calls:
     return calls
 
 
+def as_calls(arrays: Arrays, options: SequenceOptions) -> Calls:
+    """Return what the arrays hold."""
+    calls: Calls = (SharedCalls if options.shares_cache else TokenizedCalls)(arrays)
+    return calls
+
+
 def _weights(tokenizer: Tokenizer, options: SequenceOptions) -> LossWeights:
     return LossWeights(options.replay_weight, options.loss_on_context, tokenizer.join_ids)
 
 
-class _PackedRows(grain.IterDataset[PackedBatch]):
-    """A dataset that packs windows of `window_len` sequences into rows and yields each window's rows in random order.
+class _Windows:
+    """A function from a number to packed rows: those of `window_len` neighbours among all shuffled sequences.
 
     Grain's own first-fit packer gives up a set of rows as soon as one long sequence does not fit, which leaves more
-    padding. A window keeps the state as small (its parent's state at the start, and a count) and the rows fuller.
+    padding. A window keeps rows fuller, and is a function of its number alone, so any process can pack it.
     """
 
-    def __init__(self, parent: grain.IterDataset[Sequence1D], *, row_len: int, window_len: int, seed: int) -> None:
-        super().__init__(parent)
+    def __init__(
+        self,
+        calls: Calls,
+        reopen: Callable[[], Calls] | None,
+        facts: Sequence[Sequence1D],
+        weights: LossWeights,
+        *,
+        row_len: int,
+        window_len: int,
+        seed: int,
+    ) -> None:
+        self._calls: Calls | None = calls
+        self._reopen, self._facts, self._weights = reopen, facts, weights
         self._row_len, self._window_len, self._seed = row_len, window_len, seed
+        self._num_calls = len(calls)
+        self._order: Sequence[int] | None = None
 
-    def __iter__(self) -> "_PackedRowsIterator":
-        return _PackedRowsIterator(iter(self._parent), self._row_len, self._window_len, self._seed)
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the calls behind, which another process opens for itself."""
+        return {**self.__dict__, "_calls": None, "_order": None}
+
+    def __call__(self, window: int) -> PackedBatch:
+        """Return the window's rows, [R, T], in random order."""
+        begin = window * self._window_len
+        packing = pack([self._sequence(index) for index in range(begin, begin + self._window_len)], self._row_len)
+        order = np.random.default_rng((self._seed, window)).permutation(packing.num_rows)
+        return {name: rows_RT[order] for name, rows_RT in packing.rows.items()}
+
+    def _sequence(self, place: int) -> Sequence1D:
+        if self._order is None:
+            numbers = grain.MapDataset.range(self._num_calls + len(self._facts))
+            self._order = numbers.shuffle(seed=self._seed).repeat()
+        if self._calls is None:
+            assert self._reopen is not None
+            self._calls = self._reopen()
+        index = int(self._order[place])
+        if index < self._num_calls:
+            return self._calls.sequence(index, self._weights)
+        fact: Sequence1D = self._facts[index - self._num_calls]
+        return fact
 
 
-class _PackedRowsIterator(grain.DatasetIterator[PackedBatch]):
-    def __init__(self, parent: grain.DatasetIterator[Sequence1D], row_len: int, window_len: int, seed: int) -> None:
-        super().__init__(parent)
-        self._sequences = parent
-        self._row_len, self._window_len, self._seed = row_len, window_len, seed
-        self._window = 0  # windows begun and finished before the present one
-        self._next_row = 0  # rows of the present window that were yielded
-        self._window_start: Any = parent.get_state()
-        self._packing: Packing | None = None  # of the present window; None: not packed yet
-        self._order: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+class RowBatches(Iterator[PackedBatch]):
+    """Batches of rows without end, from one window after the other. Its state is a place in them."""
+
+    def __init__(self, windows: _Windows, rows_per_batch: int, num_workers: int) -> None:
+        self._windows, self._rows_per_batch, self._num_workers = windows, rows_per_batch, num_workers
+        self._window = self._next_row = 0
+        self._rows: PackedBatch | None = None  # of the present window; None: not packed yet
+        self._packed = self._windows_from(0)
 
     def __next__(self) -> PackedBatch:
-        packing = self._pack_window() if self._packing is None else self._packing
-        if self._next_row == packing.num_rows:
-            self._window, self._next_row = self._window + 1, 0
-            self._window_start = self._sequences.get_state()
-            packing = self._pack_window()
-        row = self._order[self._next_row]
-        self._next_row += 1
-        return {name: array[row] for name, array in packing.rows.items()}
+        parts: list[PackedBatch] = []
+        missing = self._rows_per_batch
+        while missing:
+            if self._rows is None:
+                self._rows = next(self._packed)
+            num_rows = len(self._rows["tokens"])
+            end = min(self._next_row + missing, num_rows)
+            parts.append({name: rows_RT[self._next_row : end] for name, rows_RT in self._rows.items()})
+            missing, self._next_row = missing - (end - self._next_row), end
+            if end == num_rows:
+                self._window, self._next_row, self._rows = self._window + 1, 0, None
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def get_state(self) -> dict[str, Any]:
-        return {"window_start": self._window_start, "window": self._window, "next_row": self._next_row}
+    def get_state(self) -> dict[str, int]:
+        """Return the place of the next batch, which `set_state` takes."""
+        return {"window": self._window, "next_row": self._next_row}
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._sequences.set_state(state["window_start"])
-        self._window_start = self._sequences.get_state()
-        self._window, self._next_row, self._packing = state["window"], state["next_row"], None
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Go to a place that `get_state` returned."""
+        self._window, self._next_row, self._rows = state["window"], state["next_row"], None
+        self._packed = self._windows_from(self._window)
 
-    def _pack_window(self) -> Packing:
-        packing = pack([next(self._sequences) for _ in range(self._window_len)], self._row_len)
-        self._order = np.random.default_rng((self._seed, self._window)).permutation(packing.num_rows)
-        self._packing = packing
-        return packing
+    def _windows_from(self, first: int) -> Iterator[PackedBatch]:
+        return map_in_processes(self._windows, itertools.count(first), self._num_workers)

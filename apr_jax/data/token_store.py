@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from apr_jax.config import Config
 from apr_jax.data.demonstrations import DemonstrationSource, dataset_folder, load_split
-from apr_jax.data.pipeline import SequenceOptions, calls_of, tokenize_arrays
+from apr_jax.data.pipeline import SequenceOptions, as_calls, calls_of, tokenize_arrays
 from apr_jax.data.tokenized import Arrays, Calls
 from apr_jax.data.tokenizer import Spelling, Tokenizer, config_tokenizer, tokenizer_digest
 from apr_jax.files import FileError, crc_of, explain, naming, read_json, reading, write_json
@@ -117,6 +117,14 @@ class TokenStore:
             arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return calls_of(arrays, self._options)
 
+    def reopener(self) -> Callable[[], Calls] | None:
+        """Return a function that opens in another process what `read` or `make` returned; None where it is not kept."""
+        path = self.path / _ABOUT
+        if not path.exists():
+            return None
+        entries = read_json(path, _MADE_AGAIN, sealed=True, arrays=dict)["arrays"]
+        return functools.partial(_reopen, self.path, entries, self._options)
+
     def _parts(self, on_progress: Callable[[int], object]) -> Iterator[Arrays]:
         """Yield the arrays of all demonstrations, a chunk at a time."""
         chunks = [range(begin, min(begin + _CHUNK, self._size)) for begin in range(0, self._size, _CHUNK)]
@@ -181,6 +189,10 @@ def _write_arrays(folder: pathlib.Path, parts: Iterable[Arrays]) -> dict[str, di
             file.flush()
             os.fsync(file.fileno())
     return entries
+
+
+def _reopen(folder: pathlib.Path, entries: dict[str, dict[str, Any]], options: SequenceOptions) -> Calls:
+    return as_calls({name: _map(folder / f"{name}.bin", **entry) for name, entry in entries.items()}, options)
 
 
 def _map(path: pathlib.Path, dtype: str, size: int, crc32: int) -> NDArray[Any]:

@@ -4,6 +4,7 @@ Each worker has a pipe of its own: one that is killed, even in the middle of a r
 leaves no lock behind on which the others would wait.
 """
 
+import atexit
 import itertools
 import multiprocessing
 import os
@@ -32,14 +33,22 @@ def map_in_processes(function: Callable[[_Item], _T], items: Iterable[_Item], nu
         yield from map(function, items)
         return
     workers = [_Worker(function) for _ in range(num_workers)]
-    try:
-        yield from _in_order(workers, enumerate(items))
-    finally:
+
+    def end() -> None:
         for worker in workers:
             worker.process.kill()
         for worker in workers:
             worker.process.join()
             worker.pipe.close()
+        workers.clear()
+
+    atexit.register(end)  # where this is left unfinished: Python would send SIGTERM, which they block, and wait
+    forget = atexit.unregister  # at the very end its module's names are gone
+    try:
+        yield from _in_order(workers, enumerate(items))
+    finally:
+        forget(end)
+        end()
 
 
 class _Worker:

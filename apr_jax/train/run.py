@@ -16,7 +16,7 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -283,7 +283,7 @@ class _Run:
             self.origins.note("sft", path, weights, has_begun=has_begun)
         sft, start = self.fitted.sft, self._start(given, has_begun)
         options = sft_options(config)
-        calls = self._tokenise(split, options)
+        calls, reopen = self._tokenise(split, options)
         with self.stop.interrupting(), self._busy("Packing the first rows"):
             held_out = demonstrations.load_split(config, "validation")
             validation = validation_batch(held_out, self.tokenizer, options, sft.validation_rows)
@@ -294,6 +294,8 @@ class _Run:
                 rows_per_batch=sft.rows_per_step,
                 seed=config.seed,
                 make_facts=self._facts if config.data.facts_share else None,
+                num_workers=1 if self.mesh.devices.flat[0].platform == "cpu" else config.data.num_workers,
+                reopen=reopen,
             )
         return train_sft(
             sft,
@@ -307,9 +309,11 @@ class _Run:
             lora=config.lora,
         )
 
-    def _tokenise(self, split: DemonstrationSource, options: SequenceOptions) -> Calls:
-        """Return the train split's token ids, which are made once for a data set and tokenizer."""
-        found: list[Calls] = []  # not what `work` returns, which hosts would send each other
+    def _tokenise(
+        self, split: DemonstrationSource, options: SequenceOptions
+    ) -> tuple[Calls, Callable[[], Calls] | None]:
+        """Return the train split's token ids, made once for a data set and tokenizer, and how others open them."""
+        found: list[tuple[Calls, Callable[[], Calls] | None]] = []  # not what `work` returns, which hosts would send
 
         def work() -> None:
             with self._busy("Reading the token ids"):
@@ -318,7 +322,7 @@ class _Run:
             if calls is None:
                 with progress(len(split), "Tokenising the demonstrations", "problem", hosts.messages()) as bar:
                     calls = store.make(bar.update)
-            found.append(calls)
+            found.append((calls, store.reopener()))
 
         self.stop.together(work)
         return found[0]

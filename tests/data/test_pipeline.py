@@ -1,5 +1,6 @@
 import collections
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -34,6 +35,14 @@ def make_iterator(source, seed=3, make_facts=None, **changes):
     options = dataclasses.replace(OPTIONS, **changes)
     calls = tokenize(source, TOKENIZER, options)
     return train_iterator(calls, TOKENIZER, options, rows_per_batch=4, seed=seed, make_facts=make_facts)
+
+
+def load_calls(folder) -> TokenizedCalls:
+    return TokenizedCalls({path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")})
+
+
+def some_facts(num_tokens: int) -> Facts:
+    return Facts.of_share(0.2, num_tokens, TASKS["countdown"], REFERENCE, TOKENIZER, seed=3, row_len=ROW_LEN)
 
 
 def take(batches, count: int) -> list[dict[str, np.ndarray]]:
@@ -103,6 +112,35 @@ def test_seeds_differ_and_one_seed_repeats(train):
     assert_same(take(make_iterator(train), 5), take(make_iterator(train), 5))
     first, other = take(make_iterator(train), 1)[0], take(make_iterator(train, seed=4), 1)[0]
     assert (first["tokens"] != other["tokens"]).any()
+
+
+@pytest.mark.heavy
+def test_batches_do_not_depend_on_who_packs_them(train, tmp_path):
+    source = train[:40]
+    arrays = tokenize_calls(source, TOKENIZER, row_len=ROW_LEN)
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    reopen = functools.partial(load_calls, tmp_path)
+
+    def batches(num_workers):
+        calls = TokenizedCalls(arrays)
+        several = {"num_workers": num_workers, "reopen": reopen}
+        return train_iterator(calls, TOKENIZER, OPTIONS, rows_per_batch=48, seed=3, make_facts=some_facts, **several)
+
+    alone = batches(1)
+    expected, state = take(alone, 4), alone.get_state()
+    together = batches(2)
+    assert_same(take(together, 4), expected)
+    assert together.get_state() == state
+    others = batches(2)
+    others.set_state(state)
+    assert_same(take(others, 3), take(alone, 3))
+
+
+def test_calls_that_no_other_process_can_open_are_packed_by_this_one(train):
+    calls = tokenize(train, TOKENIZER, OPTIONS)
+    batches = train_iterator(calls, TOKENIZER, OPTIONS, rows_per_batch=4, seed=3, num_workers=2)
+    assert_same(take(batches, 3), take(make_iterator(train), 3))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5, 31, 32, 33, 70, 150])
