@@ -22,6 +22,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from apr_jax.config import Config, DataConfig
+from apr_jax.data.shards import write_split
 from apr_jax.data.tokenizer import token_counter
 from apr_jax.files import FileError, is_refusal, naming
 from apr_jax.lock import locked
@@ -90,6 +91,23 @@ class Demonstrations(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(features),
             disable_shuffling=True,  # a split keeps its order
         )
+
+    def _download_and_prepare(self, dl_manager: Any, download_config: Any) -> None:
+        """Write the examples as they come. TFDS's way gathers a whole split first (see `shards`)."""
+        features, splits = self.info.features, []
+        serializer = tfds.core.ExampleSerializer(features.get_serialized_info())
+        for split, examples in self._split_generators(dl_manager).items():
+            template = tfds.core.ShardedFileTemplate(
+                data_dir=self.data_dir,
+                dataset_name=self.name,
+                split=split,
+                filetype_suffix=self.info.file_format.file_suffix,
+            )
+            protos = (serializer.get_tf_example(features.encode_example(example)) for _, example in examples)
+            # Deterministic: else the order of a record's fields, and so `digest`, differs from process to process.
+            records = (proto.SerializeToString(deterministic=True) for proto in protos)
+            splits.append(write_split(template, records))
+        self.info.set_splits(tfds.core.SplitDict(splits))
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
         return {split: self._generate_examples(split) for split in SPLITS}
@@ -214,7 +232,7 @@ def _to_example(task: Task, index: int, demonstration: Demonstration) -> dict[st
         "index": index,
         "problem": json.dumps(task.describe(demonstration.problem)),
         "method": demonstration.method,
-        "calls": [dataclasses.asdict(call) for call in demonstration.calls],
+        "calls": [vars(call) for call in demonstration.calls],
         "answer": demonstration.answer or "",
         "correct": demonstration.correct,
     }

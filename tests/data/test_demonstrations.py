@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import shuffle
 
 from apr_jax.config import Config, ConfigError
-from apr_jax.data import demonstrations
+from apr_jax.data import demonstrations, shards
 from apr_jax.data.demonstrations import DatasetError, dataset_folder, fingerprint, load_split
 from apr_jax.data.tokenizer import BuiltinTokenizer
 from apr_jax.tasks.base import SPLITS, Demonstration, split_size
@@ -58,6 +60,17 @@ def test_no_tensorflow_is_needed(config: Config, train):
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
+
+
+def test_processes_that_build_alone_agree_on_the_digest(config: Config, train, tmp_path: pathlib.Path):
+    code = (
+        "import pathlib; from apr_jax.data import demonstrations; from tests.data import conftest\n"
+        f"config = conftest.small_config(pathlib.Path({str(tmp_path)!r}))\n"
+        "print(demonstrations.load_split(config, 'train').digest())"
+    )
+    root = pathlib.Path(__file__).parent.parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == train.digest(), done.stderr
 
 
 def _with(config: Config, **sections: dict[str, object]) -> Config:
@@ -174,3 +187,17 @@ def test_the_builder_is_a_tfds_builder(config: Config, train):
     assert record["index"] == 0
     assert json.loads(record["problem"])["target"] == train[0].problem.target
     assert record["calls"]["completion"][0].decode() == train[0].calls[0].completion
+
+
+def test_a_data_set_larger_than_a_buffer_or_a_file_is_the_same(config: Config, train, tmp_path, monkeypatch):
+    monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 1_000)  # of TFDS's own writer, which needs TensorFlow then
+    monkeypatch.setattr(shards, "SHARD_BYTES", 10_000)
+    elsewhere = dataclasses.replace(config, data=dataclasses.replace(config.data, directory=str(tmp_path)))
+    assert list(load_split(elsewhere, "train")) == list(train)
+    info = demonstrations.make_builder(elsewhere).info.splits["train"]
+    assert info.num_shards > 5
+    assert info.num_bytes == demonstrations.make_builder(config).info.splits["train"].num_bytes
+    names = {path.name for path in dataset_folder(elsewhere).glob("*-train.*")}
+    assert names == {f"demonstrations-train.array_record-{i:05}-of-{len(names):05}" for i in range(info.num_shards)}
+    read = tfds.builder_from_directory(str(dataset_folder(elsewhere))).as_data_source("train")  # without our builder
+    assert [record["index"] for record in read] == list(range(len(train)))
