@@ -4,6 +4,7 @@
     python launch/train.py --config=configs/countdown4.py --start=runs/countdown4_facts  # then SFT, and evaluation
     python launch/train.py --config=configs/countdown4.py:adaptive.rl --checkpoint=runs/countdown4  # then GRPO
     python launch/reproduce.py --list                                      # all of it, and the paper's claims
+    python launch/reproduce.py --words=gpu                                 # the same, for an accelerator
 
 A variant is a name, and words after it, with dots between:
 
@@ -148,6 +149,9 @@ def gpu(config: ConfigDict) -> None:
     config.model.update(num_layers=6, embed_dim=256, mlp_dim=1_024)
     config.model.compute_dtype = "bfloat16"
     config.data.num_workers = 8
+    if config.data.method == "serial":
+        config.data.num_train = 200_000  # most tokens of its searches are in those that no row holds
+    config.grpo.rows_per_microbatch = 32
     config.engine.update(lanes=512, pages=32_768, prefill_lanes=32, steps_per_visit=32)
     if config.data.facts_share < 0.5:
         config.sft.update(rows_per_step=16, checkpoint_every=1_000, validate_every=1_000)

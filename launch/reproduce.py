@@ -3,6 +3,7 @@
     python launch/reproduce.py                       # everything, in the order of --list; tens of hours on two cores
     python launch/reproduce.py --list                # the parts: which are done, how long each has run, its command
     python launch/reproduce.py --only=facts,adaptive # these parts alone
+    python launch/reproduce.py --words=gpu --workdir=runs/gpu  # the variants for an accelerator: a larger model
     python launch/reproduce.py --quick --workdir=/tmp/quick  # all of it, so small that it learns nothing
 
 A part is a command line of another program of launch/ and can be stopped at any moment, by Ctrl-C or a kill: the same
@@ -33,6 +34,7 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _WORKDIR = flags.DEFINE_string("workdir", "runs/reproduce", "Folder of everything that is made.")
 _CONFIG = flags.DEFINE_string("config", "configs/countdown4.py", "File of settings, whose variants are the parts.")
 _ONLY = flags.DEFINE_list("only", [], "Parts to run [all that are not done].")
+_WORDS = flags.DEFINE_string("words", "", "Words that all variants take, with dots between: gpu.")
 _LIST = flags.DEFINE_bool("list", False, "Show the parts and run none.")
 _QUICK = flags.DEFINE_bool("quick", False, "Run everything in minutes, learning nothing.")
 _JSON = entry.JsonFlag("the claims")
@@ -40,7 +42,7 @@ _JSON = entry.JsonFlag("the claims")
 
 def main() -> int:
     workdir = path_of(_WORKDIR.value)
-    parts = make_parts(workdir, _CONFIG.value, quick=_QUICK.value)
+    parts = make_parts(workdir, _CONFIG.value, _WORDS.value, quick=_QUICK.value)
     chosen = choose(parts, _ONLY.value)
     record = Record(workdir)
     if _LIST.value:

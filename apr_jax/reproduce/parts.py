@@ -36,17 +36,18 @@ class Part:
         return (f"launch/{self.program}", *self.flags)
 
 
-def make_parts(workdir: pathlib.Path, config: str, *, quick: bool) -> list[Part]:
+def make_parts(workdir: pathlib.Path, config: str, words: str = "", *, quick: bool) -> list[Part]:
     """Return all parts, each after those that it needs.
 
     Args:
       config: the file of configs/ with the settings.
+      words: what stands after the name of each variant, with dots between.
       quick: take the variants that learn nothing, and few problems.
     """
     runs = workdir / "runs"
 
     def train(name: str, variant: str, what: str, *flags: str, needs: tuple[str, ...] = ()) -> Part:
-        variant += ".quick" if quick else ""
+        variant = ".".join(filter(None, (variant, words, "quick" if quick else "")))
         data = () if is_remote(workdir) else (f"--config.data.directory={workdir / 'data'}",)
         chosen = (f"--config={config}:{variant}", f"--workdir={runs / name}", *data, *flags)
         return Part(name, what, "train.py", chosen, needs)

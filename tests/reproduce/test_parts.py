@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from apr_jax.config import ConfigError
+from apr_jax.config import ConfigError, check_run
 from apr_jax.config_dict import from_config_dict
 from apr_jax.reproduce.parts import Record, choose, make_parts
 from configs import countdown4
@@ -42,14 +42,18 @@ def test_what_a_part_reads_is_made_by_one_that_it_needs(quick):
         assert sorted(read) == sorted(made[name] for name in part.needs), part.name
 
 
+@pytest.mark.parametrize("words", ["", "gpu"])
 @pytest.mark.parametrize("quick", [False, True])
-def test_every_training_has_a_configuration_and_the_same_rollouts_of_rl(quick):
-    parts = make_parts(pathlib.Path("work"), "configs/countdown4.py", quick=quick)
+def test_every_training_has_a_configuration_and_the_same_rollouts_of_rl(quick, words):
+    parts = make_parts(pathlib.Path("work"), "configs/countdown4.py", words, quick=quick)
     variants = [_flag(part, "config").partition(":")[2] for part in parts if part.program == "train.py"]
     configs = [from_config_dict(countdown4.get_config(variant)) for variant in variants]
     rollouts = {c.grpo.num_steps * c.grpo.prompts_per_step * c.grpo.group_size for c in configs if c.grpo.num_steps}
     assert len(rollouts) == 1
     assert len({config.name for config in configs}) == len(configs)
+    assert {config.model.compute_dtype for config in configs} == {"bfloat16" if words else "float32"}
+    for config in configs:
+        check_run(config)
 
 
 @pytest.mark.parametrize(
