@@ -21,9 +21,7 @@ struct Line {
     if constexpr (kVectors == 1) {
       return ::load(from);
     } else {
-      typedef uint32_t Pairs __attribute__((vector_size(kLine), aligned(sizeof(T))));
-      const Pairs pairs = *reinterpret_cast<const Pairs*>(from);
-      return (Vector)(vector ? pairs & 0xffff0000u : pairs << 16);
+      return load_half(from, vector);
     }
   }
 };
@@ -34,7 +32,7 @@ void spread(const T* from, int64_t H, float* to) {
   if constexpr (kH > 0) {
     for (int i = 0; i < kH / kWidth; ++i) {
       const Vector vector = Line<T>::load(from + i / Line<T>::kVectors * Line<T>::kNumbers, i % Line<T>::kVectors);
-      std::memcpy(to + i * kWidth, &vector, sizeof(vector));
+      store(vector, to + i * kWidth);
     }
   } else {
     for (int64_t h = 0; h < H; ++h) to[h] = number(from[h]);
@@ -71,14 +69,16 @@ Vector sums_of(const Vector (&of)[kWidth]) {
   return (Vector)(_mm512_shuffle_f32x4(by_eight[0], by_eight[1], 0x88) +
                   _mm512_shuffle_f32x4(by_eight[0], by_eight[1], 0xdd));
 #else
-  Vector sums;
+  float sums[kWidth], left[kWidth];
   for (int i = 0; i < kWidth; ++i) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int j = 0; j < kWidth; ++j) sum += of[i][j];
-    sums[i] = sum;
+    store(of[i], left);
+#pragma GCC unroll 4
+    for (int half = kWidth / 2; half > 0; half /= 2) {
+      for (int j = 0; j < half; ++j) left[j] += left[j + half];
+    }
+    sums[i] = left[0];
   }
-  return sums;
+  return load(sums);
 #endif
 }
 
@@ -94,12 +94,11 @@ void score(const float* q, const T* k, int64_t count, int64_t H, const T* next, 
         Vector sum = {};
         for (int h = 0; h < kH; h += Line<T>::kNumbers) {
           __builtin_prefetch(other + h, 0, 1);
-          for (int i = 0; i < Line<T>::kVectors; ++i) sum += load(q + h + i * kWidth) * Line<T>::load(row + h, i);
+          for (int i = 0; i < Line<T>::kVectors; ++i) sum = sum + load(q + h + i * kWidth) * Line<T>::load(row + h, i);
         }
         sums[s] = sum;
       }
-      const Vector made = sums_of(sums);
-      std::memcpy(scores + first, &made, sizeof(made));
+      store(sums_of(sums), scores + first);
     }
   } else {
     for (int64_t s = 0; s < count; ++s) {
@@ -114,16 +113,17 @@ template <int kH, typename T>
 void add_values(const float* weights, const T* v, int64_t count, int64_t H, const T* next, float* out) {
   if constexpr (kH > 0) {
     Vector sums[kH / kWidth];
-    std::memcpy(sums, out, sizeof(sums));
+    for (int i = 0; i < kH / kWidth; ++i) sums[i] = load(out + i * kWidth);
     for (int64_t s = 0; s < count; ++s) {
       for (int h = 0; h < kH; h += Line<T>::kNumbers) {
         __builtin_prefetch(next + s * kH + h, 0, 1);
         for (int i = 0; i < Line<T>::kVectors; ++i) {
-          sums[h / kWidth + i] += weights[s] * Line<T>::load(v + s * kH + h, i);
+          Vector& sum = sums[h / kWidth + i];
+          sum = sum + Line<T>::load(v + s * kH + h, i) * weights[s];
         }
       }
     }
-    std::memcpy(out, sums, sizeof(sums));
+    for (int i = 0; i < kH / kWidth; ++i) store(sums[i], out + i * kWidth);
   } else {
     for (int64_t s = 0; s < count; ++s) {
       for (int64_t h = 0; h < H; ++h) out[h] += weights[s] * number(v[s * H + h]);

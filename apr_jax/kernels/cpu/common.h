@@ -22,8 +22,7 @@ namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 using Integers = ffi::Buffer<ffi::S32>;
 
-constexpr int kWidth = 16;  // floats of a vector; the compiler splits it where the CPU's are shorter
-typedef float Vector __attribute__((vector_size(kWidth * sizeof(float)), aligned(sizeof(float))));
+constexpr int kWidth = 16;  // floats of a vector
 constexpr int64_t kLine = 64;  // bytes that memory is asked for at once
 // Below so many multiplications one thread finishes before a second one has woken up.
 constexpr int64_t kSmall = 1 << 20;
@@ -32,11 +31,85 @@ constexpr float kLowest = -1e30f;  // finite, so that a difference of two is no 
 // How XLA is told of a kernel that runs on several of its threads; its operands and results follow.
 inline auto bind_threaded() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<int64_t>("threads"); }
 
-inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
-
 struct Bfloat16 {
   uint16_t bits;
 };
+
+#ifdef __AVX512F__
+typedef float Vector __attribute__((vector_size(kWidth * sizeof(float)), aligned(sizeof(float))));
+typedef uint32_t Pairs __attribute__((vector_size(kWidth * sizeof(float)), aligned(sizeof(Bfloat16))));
+
+inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
+
+inline void store(const Vector& from, float* to) { std::memcpy(to, &from, sizeof(from)); }
+
+// The first number of each of 16 pairs, or the second.
+inline Vector load_half(const Bfloat16* from, bool second) {
+  const Pairs pairs = *reinterpret_cast<const Pairs*>(from);
+  return (Vector)(second ? pairs & 0xffff0000u : pairs << 16);
+}
+
+inline Vector held(const Vector& x) { return x; }
+#else
+// A vector that is longer than a register is kept in memory by GCC, so it comes in parts that fit one. All is done part
+// by part, also loads and stores, since a whole struct is copied by way of memory.
+#ifdef __AVX__
+constexpr int kPart = 8;  // floats of a register
+#else
+constexpr int kPart = 4;
+#endif
+constexpr int kParts = kWidth / kPart;
+typedef float Part __attribute__((vector_size(kPart * sizeof(float)), aligned(sizeof(float))));
+typedef uint32_t Pairs __attribute__((vector_size(kPart * sizeof(float)), aligned(sizeof(Bfloat16))));
+
+struct Vector {
+  Part parts[kParts];
+};
+
+inline Vector operator+(Vector a, const Vector& b) {
+  for (int i = 0; i < kParts; ++i) a.parts[i] += b.parts[i];
+  return a;
+}
+
+inline Vector operator*(Vector a, const Vector& b) {
+  for (int i = 0; i < kParts; ++i) a.parts[i] *= b.parts[i];
+  return a;
+}
+
+inline Vector operator*(Vector a, float b) {
+  for (int i = 0; i < kParts; ++i) a.parts[i] *= b;
+  return a;
+}
+
+inline Vector load(const float* from) {
+  Vector out;
+  for (int i = 0; i < kParts; ++i) out.parts[i] = reinterpret_cast<const Part*>(from)[i];
+  return out;
+}
+
+inline void store(const Vector& from, float* to) {
+  for (int i = 0; i < kParts; ++i) reinterpret_cast<Part*>(to)[i] = from.parts[i];
+}
+
+// The first number of each of 16 pairs, or the second.
+inline Vector load_half(const Bfloat16* from, bool second) {
+  Vector out;
+  for (int i = 0; i < kParts; ++i) {
+    const Pairs pairs = reinterpret_cast<const Pairs*>(from)[i];
+    out.parts[i] = (Part)(second ? pairs & 0xffff0000u : pairs << 16);
+  }
+  return out;
+}
+
+// The same vector, now in registers. Without this GCC reads it from memory for each of its uses, and reads are what a
+// tile's loop waits for.
+inline Vector held(Vector x) {
+#ifdef __AVX__
+  for (Part& part : x.parts) asm("" : "+x"(part));
+#endif
+  return x;
+}
+#endif
 
 inline float number(float x) { return x; }
 

@@ -45,11 +45,9 @@ struct Step<Bfloat16> {
 #ifdef __AVX512BF16__
     return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(panel), (__m512bh)_mm512_set1_epi32(x));
 #else
-    typedef uint32_t Bits __attribute__((vector_size(kWidth * sizeof(uint32_t)), aligned(sizeof(Bfloat16))));
-    const Bits pairs = *reinterpret_cast<const Bits*>(panel);
     const float first = number(Bfloat16{static_cast<uint16_t>(x)});
     const float second = number(Bfloat16{static_cast<uint16_t>(x >> 16)});
-    return sum + (Vector)(pairs & 0xffff0000u) * second + (Vector)(pairs << 16) * first;
+    return sum + load_half(panel, true) * second + load_half(panel, false) * first;
 #endif
   }
 };
@@ -210,7 +208,7 @@ ffi::Error outer(ffi::ThreadPool pool, int64_t threads, Floats x, Floats y, ffi:
     for (int64_t first = 0; first < M; first += kDepth) {
       const int64_t depth = std::min(kDepth, M - first);
       const auto lay_out = [&](const float* from, int64_t width, float* to) {
-        for (int64_t m = 0; m < depth; ++m) std::memcpy(to + m * kWidth, from + m * width, sizeof(Vector));
+        for (int64_t m = 0; m < depth; ++m) store(load(from + m * width), to + m * kWidth);
       };
       for (int64_t d = 0; d < D; d += kBlock) lay_out(x.typed_data() + first * D + d, D, rows + d * depth);
       for (int64_t f = part * each * kWidth; f < std::min((part + 1) * each, panels) * kWidth; f += kWidth) {

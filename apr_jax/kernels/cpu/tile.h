@@ -4,7 +4,6 @@
 #define APR_JAX_KERNELS_CPU_TILE_H_
 
 #include <cstdint>
-#include <cstring>
 
 #include "common.h"
 
@@ -26,10 +25,10 @@ inline __attribute__((always_inline)) void multiply_tile(const float* a, int64_t
     for (int m = 0; m < kRows; ++m) sums[m] = kAdd ? load(out + (first + m) * out_stride) : Vector{};
     for (int64_t d = 0; d < depth; ++d) {
       const float* const from = a + (kTurned ? first + d * a_stride : first * a_stride + d);
-      const Vector columns = load(b + d * b_stride);
-      for (int m = 0; m < kRows; ++m) sums[m] += columns * from[kTurned ? m : m * a_stride];
+      const Vector columns = held(load(b + d * b_stride));
+      for (int m = 0; m < kRows; ++m) sums[m] = sums[m] + columns * from[kTurned ? m : m * a_stride];
     }
-    for (int m = 0; m < kRows; ++m) std::memcpy(out + (first + m) * out_stride, &sums[m], sizeof(Vector));
+    for (int m = 0; m < kRows; ++m) store(sums[m], out + (first + m) * out_stride);
   }
 }
 
