@@ -148,7 +148,7 @@ def gpu(config: ConfigDict) -> None:
     config.name += "_gpu"
     config.model.update(num_layers=6, embed_dim=256, mlp_dim=1_024)
     config.model.compute_dtype = "bfloat16"
-    config.data.num_workers = 8
+    config.data.num_workers = 16
     if config.data.method == "serial":
         config.data.num_train = 200_000  # most tokens of its searches are in those that no row holds
     config.grpo.rows_per_microbatch = 32

@@ -30,7 +30,7 @@ from apr_jax.paths import path_of
 from apr_jax.tasks import task_of
 from apr_jax.tasks.base import SPLITS, Call, Demonstration, OnProgress, Split, Task, split_size
 from apr_jax.tasks.dialect import Dialect
-from apr_jax.tasks.generation import draw_splits, generate_split
+from apr_jax.tasks.generation import draw_splits, map_split
 
 # Fields of DataConfig that say where the data lie or how they are used later, not what they are.
 _SPELLING = ("tokenizer", "add_marker_tokens", "encoding", "bos", "chat_template")
@@ -70,56 +70,83 @@ class Demonstrations(tfds.core.GeneratorBasedBuilder):
         """Keep TFDS from printing."""
 
     def _info(self) -> tfds.core.DatasetInfo:
-        call = {
-            "context": tfds.features.Text(),
-            "completion": tfds.features.Text(),
-            "depth": np.int32,
-            "ends_in_spawn": np.bool_,
-            "replay_start": np.int32,
-        }
-        features = {
-            "index": np.int64,
-            "problem": tfds.features.Text(),  # a JSON object (Task.describe)
-            "method": tfds.features.Text(),
-            "calls": tfds.features.Sequence(call),
-            "answer": tfds.features.Text(),  # empty where there is none
-            "correct": np.bool_,
-        }
         return tfds.core.DatasetInfo(
             builder=self,
             description="Problems and demonstrations of how to solve them, as calls of threads (arXiv 2504.15466).",
-            features=tfds.features.FeaturesDict(features),
+            features=_features(),
             disable_shuffling=True,  # a split keeps its order
         )
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any) -> None:
         """Write the examples as they come. TFDS's way gathers a whole split first (see `shards`)."""
-        features, splits = self.info.features, []
-        serializer = tfds.core.ExampleSerializer(features.get_serialized_info())
-        for split, examples in self._split_generators(dl_manager).items():
+        splits = []
+        for split, records in self._split_generators(dl_manager).items():
             template = tfds.core.ShardedFileTemplate(
                 data_dir=self.data_dir,
                 dataset_name=self.name,
                 split=split,
                 filetype_suffix=self.info.file_format.file_suffix,
             )
-            protos = (serializer.get_tf_example(features.encode_example(example)) for _, example in examples)
-            # Deterministic: else the order of a record's fields, and so `digest`, differs from process to process.
-            records = (proto.SerializeToString(deterministic=True) for proto in protos)
             splits.append(write_split(template, records))
         self.info.set_splits(tfds.core.SplitDict(splits))
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[bytes]]:
         return {split: self._generate_examples(split) for split in SPLITS}
 
-    def _generate_examples(self, split: Split) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(self, split: Split) -> Iterator[bytes]:
+        """Yield a split's examples as `write_split` takes them."""
         config, on_progress = self.builder_config.config, self.builder_config.on_progress
-        total, task = split_size(config.data, split), task_of(config)
-        count_tokens = token_counter(config)
-        for index, demonstration in enumerate(generate_split(config, split, count_tokens)):
-            yield index, _to_example(task, index, demonstration)
-            if on_progress is not None:
-                on_progress(split, index + 1, total)
+        done, total = 0, split_size(config.data, split)
+        for records in map_split(_Serialiser(config), config, split, token_counter(config)):
+            for record in records:
+                yield record
+                done += 1
+                if on_progress is not None:
+                    on_progress(split, done, total)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Serialiser:
+    """A function from demonstrations to serialised examples. It pickles, so that whoever makes them can call it."""
+
+    config: Config
+
+    def __call__(self, first: int, demonstrations: list[Demonstration]) -> list[bytes]:
+        return [self._record(index, each) for index, each in enumerate(demonstrations, start=first)]
+
+    def _record(self, index: int, demonstration: Demonstration) -> bytes:
+        features, serializer = self._codec
+        example = features.encode_example(_to_example(task_of(self.config), index, demonstration))
+        # Deterministic: else the order of a record's fields, and so `digest`, differs from process to process.
+        record: bytes = serializer.get_tf_example(example).SerializeToString(deterministic=True)
+        return record
+
+    @functools.cached_property
+    def _codec(self) -> tuple[tfds.features.FeaturesDict, tfds.core.ExampleSerializer]:
+        features = _features()
+        return features, tfds.core.ExampleSerializer(features.get_serialized_info())
+
+    def __reduce__(self) -> Any:
+        return _Serialiser, (self.config,)
+
+
+def _features() -> tfds.features.FeaturesDict:
+    call = {
+        "context": tfds.features.Text(),
+        "completion": tfds.features.Text(),
+        "depth": np.int32,
+        "ends_in_spawn": np.bool_,
+        "replay_start": np.int32,
+    }
+    features = {
+        "index": np.int64,
+        "problem": tfds.features.Text(),  # a JSON object (Task.describe)
+        "method": tfds.features.Text(),
+        "calls": tfds.features.Sequence(call),
+        "answer": tfds.features.Text(),  # empty where there is none
+        "correct": np.bool_,
+    }
+    return tfds.features.FeaturesDict(features)
 
 
 class DemonstrationSource(Sequence[Demonstration]):

@@ -118,10 +118,20 @@ def generate_split(config: Config, split: Split, count_tokens: CountTokens | Non
       ValueError: `count_tokens` is needed and missing.
       ChildProcessError: a worker died.
     """
+    return itertools.chain.from_iterable(map_split(_as_they_are, config, split, count_tokens))
+
+
+def map_split(
+    function: Callable[[int, list[Demonstration]], _T], config: Config, split: Split, count_tokens: CountTokens | None
+) -> Iterator[_T]:
+    """Yield `function(index of the first, demonstrations)` of some of a split's demonstrations at a time, in order.
+
+    It is computed where they are made, so with several workers it and its result must pickle. Raises as
+    `generate_split` does.
+    """
     draw_splits(config)
-    of_chunk = functools.partial(_demonstrate_chunk, config, split, count_tokens)
-    chunks = _map_chunks(of_chunk, split_size(config.data, split), config.data.num_workers)
-    return itertools.chain.from_iterable(chunks)
+    of_chunk = functools.partial(_map_chunk, function, config, split, count_tokens)
+    return _map_chunks(of_chunk, split_size(config.data, split), config.data.num_workers)
 
 
 def measure(
@@ -171,6 +181,20 @@ def _draw_new(
         f"problem {index} of split {split}: each of {_MAX_REDRAWS} draws is among the {len(taken)} held-out problems "
         "drawn before; let the section `task` allow more problems, or make those splits smaller"
     )
+
+
+def _as_they_are(_: int, demonstrations: list[Demonstration]) -> list[Demonstration]:
+    return demonstrations
+
+
+def _map_chunk(
+    function: Callable[[int, list[Demonstration]], _T],
+    config: Config,
+    split: Split,
+    count_tokens: CountTokens | None,
+    indices: range,
+) -> _T:
+    return function(indices.start, _demonstrate_chunk(config, split, count_tokens, indices))
 
 
 def _demonstrate_chunk(
