@@ -10,11 +10,11 @@ A batch is a dict of [B, T] arrays, B rows of T = row_len tokens: `tokens`, `tar
 """
 
 import dataclasses
+import functools
 import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import grain
 import numpy as np
@@ -72,8 +72,10 @@ def train_iterator(
     facts = make_facts(num_tokens) if make_facts is not None else ()
     num_tokens += len(facts) * (len(facts[0]["tokens"]) if facts else 0)
     window_len = math.ceil(_ROWS_PER_WINDOW * options.row_len * (len(calls) + len(facts)) / num_tokens)
-    windows = _Windows(calls, reopen, facts, weights, row_len=options.row_len, window_len=window_len, seed=seed)
-    return RowBatches(windows, rows_per_batch, 1 if reopen is None else num_workers)
+    if reopen is None or num_workers == 1:
+        num_workers, reopen = 1, lambda: calls
+    windows = _Windows(reopen, facts, weights, row_len=options.row_len, window_len=window_len, seed=seed)
+    return RowBatches(windows, rows_per_batch, num_workers)
 
 
 def validation_batch(
@@ -129,53 +131,45 @@ def _weights(tokenizer: Tokenizer, options: SequenceOptions) -> LossWeights:
     return LossWeights(options.replay_weight, options.loss_on_context, tokenizer.join_ids)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Windows:
     """A function from a number to packed rows: those of `window_len` neighbours among all shuffled sequences.
 
     Grain's own first-fit packer gives up a set of rows as soon as one long sequence does not fit, which leaves more
-    padding. A window keeps rows fuller, and is a function of its number alone, so any process can pack it.
+    padding. A window keeps rows fuller, and is a function of its number alone, so any process can pack it. It opens the
+    calls where it is first called.
     """
 
-    def __init__(
-        self,
-        calls: Calls,
-        reopen: Callable[[], Calls] | None,
-        facts: Sequence[Sequence1D],
-        weights: LossWeights,
-        *,
-        row_len: int,
-        window_len: int,
-        seed: int,
-    ) -> None:
-        self._calls: Calls | None = calls
-        self._reopen, self._facts, self._weights = reopen, facts, weights
-        self._row_len, self._window_len, self._seed = row_len, window_len, seed
-        self._num_calls = len(calls)
-        self._order: Sequence[int] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the calls behind, which another process opens for itself."""
-        return {**self.__dict__, "_calls": None, "_order": None}
+    open_calls: Callable[[], Calls]
+    facts: Sequence[Sequence1D]
+    weights: LossWeights
+    _: dataclasses.KW_ONLY
+    row_len: int
+    window_len: int
+    seed: int
 
     def __call__(self, window: int) -> PackedBatch:
         """Return the window's rows, [R, T], in random order."""
-        begin = window * self._window_len
-        packing = pack([self._sequence(index) for index in range(begin, begin + self._window_len)], self._row_len)
-        order = np.random.default_rng((self._seed, window)).permutation(packing.num_rows)
+        begin = window * self.window_len
+        indices = (int(self._order[place]) for place in range(begin, begin + self.window_len))
+        packing = pack([self._sequence(index) for index in indices], self.row_len)
+        order = np.random.default_rng((self.seed, window)).permutation(packing.num_rows)
         return {name: rows_RT[order] for name, rows_RT in packing.rows.items()}
 
-    def _sequence(self, place: int) -> Sequence1D:
-        if self._order is None:
-            numbers = grain.MapDataset.range(self._num_calls + len(self._facts))
-            self._order = numbers.shuffle(seed=self._seed).repeat()
-        if self._calls is None:
-            assert self._reopen is not None
-            self._calls = self._reopen()
-        index = int(self._order[place])
-        if index < self._num_calls:
-            return self._calls.sequence(index, self._weights)
-        fact: Sequence1D = self._facts[index - self._num_calls]
-        return fact
+    def _sequence(self, index: int) -> Sequence1D:
+        num_calls = len(self._calls)
+        return self._calls.sequence(index, self.weights) if index < num_calls else self.facts[index - num_calls]
+
+    @functools.cached_property
+    def _calls(self) -> Calls:
+        return self.open_calls()
+
+    @functools.cached_property
+    def _order(self) -> Sequence[int]:
+        order: Sequence[int] = (
+            grain.MapDataset.range(len(self._calls) + len(self.facts)).shuffle(seed=self.seed).repeat()
+        )
+        return order
 
 
 class RowBatches(Iterator[PackedBatch]):

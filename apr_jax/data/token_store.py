@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from apr_jax.config import Config
 from apr_jax.data.demonstrations import DemonstrationSource, dataset_folder, load_split
@@ -80,6 +79,7 @@ class TokenStore:
         key = hashlib.sha256(content.encode()).hexdigest()[:16]
         self.path = dataset.parents[2] / "tokens" / dataset.parent.name / key
         self._made_from, self._options = json.loads(content), options
+        self._reopen: Callable[[], Calls] | None = None  # once the store was found good
         self._size, self._workers = split_size(config.data, split), config.data.num_workers
 
     def read(self) -> Calls | None:
@@ -119,11 +119,7 @@ class TokenStore:
 
     def reopener(self) -> Callable[[], Calls] | None:
         """Return a function that opens in another process what `read` or `make` returned; None where it is not kept."""
-        path = self.path / _ABOUT
-        if not path.exists():
-            return None
-        entries = read_json(path, _MADE_AGAIN, sealed=True, arrays=dict)["arrays"]
-        return functools.partial(_reopen, self.path, entries, self._options)
+        return self._reopen
 
     def _parts(self, on_progress: Callable[[int], object]) -> Iterator[Arrays]:
         """Yield the arrays of all demonstrations, a chunk at a time."""
@@ -154,8 +150,11 @@ class TokenStore:
         try:
             about = read_json(path, _MADE_AGAIN, sealed=True, arrays=dict)
             with reading(path, _MADE_AGAIN):
-                arrays = {name: _map(self.path / f"{name}.bin", **entry) for name, entry in about["arrays"].items()}
+                for name, entry in about["arrays"].items():
+                    _check(self.path / f"{name}.bin", **entry)
+                arrays = _map(self.path, about["arrays"])
                 self._probe(arrays)
+            self._reopen = functools.partial(_calls_in, self.path, about["arrays"], self._options)
             return arrays
         except FileNotFoundError as error:
             if self.path.exists():
@@ -172,7 +171,7 @@ class TokenStore:
 
 
 def _write_arrays(folder: pathlib.Path, parts: Iterable[Arrays]) -> dict[str, dict[str, Any]]:
-    """Write each array to a file, a part at a time. Return what `_map` needs to read it."""
+    """Write each array to a file, a part at a time. Return what `_check` and `_map` need to read it."""
     entries: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
@@ -191,17 +190,24 @@ def _write_arrays(folder: pathlib.Path, parts: Iterable[Arrays]) -> dict[str, di
     return entries
 
 
-def _reopen(folder: pathlib.Path, entries: dict[str, dict[str, Any]], options: SequenceOptions) -> Calls:
-    return as_calls({name: _map(folder / f"{name}.bin", **entry) for name, entry in entries.items()}, options)
-
-
-def _map(path: pathlib.Path, dtype: str, size: int, crc32: int) -> NDArray[Any]:
-    """Map a file's array into memory. Raise FileError unless it is as it was written."""
+def _check(path: pathlib.Path, dtype: str, size: int, crc32: int) -> None:
+    """Raise FileError unless an array's file is as it was written."""
     there, wanted = path.stat().st_size, size * np.dtype(dtype).itemsize
     if there != wanted:
         raise FileError(f"{path}: has {there:,} of {wanted:,} bytes; {_MADE_AGAIN}")
-    if not size:
-        return np.zeros(0, dtype)
-    if crc_of(path) != crc32:
+    if size and crc_of(path) != crc32:
         raise FileError(f"{path}: has another checksum than when it was written; {_MADE_AGAIN}")
-    return np.asarray(np.memmap(path, dtype, "r"))
+
+
+def _map(folder: pathlib.Path, entries: dict[str, dict[str, Any]]) -> Arrays:
+    """Map the arrays of a folder into memory."""
+    return {
+        name: np.asarray(np.memmap(folder / f"{name}.bin", entry["dtype"], "r"))
+        if entry["size"]
+        else np.zeros(0, entry["dtype"])
+        for name, entry in entries.items()
+    }
+
+
+def _calls_in(folder: pathlib.Path, entries: dict[str, dict[str, Any]], options: SequenceOptions) -> Calls:
+    return as_calls(_map(folder, entries), options)
