@@ -28,6 +28,7 @@ _ADDED = {
     "data.children_share": 1.0,
     "task.search_order": "breadth_first",
     "task.restate": False,
+    "task.attempts": False,
     "task.parent_replay": "root",
     "grpo.overlap": 0,
 }

@@ -63,6 +63,7 @@ def laptop() -> ConfigDict:
         heuristic="none",
         search_order="breadth_first",
         restate=False,
+        attempts=False,
         parent_replay="root",
         shuffle=False,
         max_result=0,

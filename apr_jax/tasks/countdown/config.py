@@ -37,6 +37,7 @@ class CountdownConfig(TaskConfig):
     # SoS+ and APR's children write all operations of a state, then search below each (the reference); or one by one.
     search_order: Literal["breadth_first", "depth_first"]
     restate: bool  # depth-first searches write a state again whenever they come back to it
+    attempts: bool  # searches write an operation that has no result, or too large a one, too: a line without "=..."
     # APR: a parent replays the first winning path from its own root on (the reference), or repeats what the last child
     # that won handed back, word for word, which stands closest.
     parent_replay: Literal["root", "child"]
@@ -63,6 +64,11 @@ class CountdownConfig(TaskConfig):
             )
         if self.restate and self.search_order != "depth_first":
             raise ConfigError("task.restate=True: only task.search_order='depth_first' comes back to states")
+        if self.attempts and (self.heuristic != "none" or self.shuffle):
+            raise ConfigError(
+                "task.attempts=True: attempts have their place among operations in the order in which they are "
+                "generated; set task.heuristic='none' and task.shuffle=False"
+            )
         if self.max_result and self.max_result < self.min_number:
             raise ConfigError(f"task.max_result={self.max_result} is below task.min_number={self.min_number}")
 

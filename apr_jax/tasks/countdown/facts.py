@@ -28,8 +28,10 @@ def draw_fact(rng: random.Random, section: CountdownConfig) -> tuple[str, str]:
     the rest. All products are equally likely, and so are all quotients. In half of the comparisons the two are equal.
     In half of the states a number divides one of the others.
 
-    Return what is given of the text, up to `=`, to the target or to the state, and the rest. No result is above
-    `largest_result(section)`. Raises ConfigError where there are no sums.
+    With `task.attempts` half of the products and quotients have no result, or too large a one, and end before `=`.
+
+    Return what is given of the text, up to `=` (with `task.attempts` to the second number), to the target or to the state,
+    and the rest. No result is above `largest_result(section)`. Raises ConfigError where there are no sums.
     """
     bound = largest_result(section)
     leaves_nothing_out = section.heuristic == "none" and not section.shuffle
@@ -42,6 +44,8 @@ def draw_fact(rng: random.Random, section: CountdownConfig) -> tuple[str, str]:
         outcome = trace.outcome_line(target, result)
         given = f"{result},{target}"
         return given, outcome[len(given) : -1]
+    if section.attempts and operator != "?":
+        return _attempt(rng, section, operator, bound)
     if operator in "*/":
         left, right = rng.choice(_factors(bound))
         if operator == "/":
@@ -61,11 +65,27 @@ def draw_fact(rng: random.Random, section: CountdownConfig) -> tuple[str, str]:
     )
 
 
+def _attempt(rng: random.Random, section: CountdownConfig, operator: str, bound: int) -> tuple[str, str]:
+    """Draw two numbers and an operator. Return them, and `=` with the result; "" where there is none up to `bound`."""
+    if operator in "*/" and rng.random() < 0.5:
+        left, right = rng.choice(_factors(bound))
+        left, right = (left * right, left) if operator == "/" else (left, right)
+    else:
+        left = rng.randint(section.min_number, section.max_number)
+        right = rng.randint(section.min_number, section.max_number) if rng.random() < 0.5 else rng.randint(0, bound)
+        left, right = (left, right) if rng.random() < 0.5 else (right, left)
+        left, right = (max(left, right), min(left, right)) if operator in "-/" else (left, right)
+    asked = f"{left}{operator}{right}"
+    found = (text for result, text in rules.operations(left, right) if result <= bound and text.startswith(f"{asked}="))
+    return asked, next(found, asked).removeprefix(asked)
+
+
 def _step(rng: random.Random, section: CountdownConfig, bound: int) -> tuple[str, str]:
     """Draw a state of two to four numbers. Return what stands before a step of its search, and the step.
 
     Of two numbers that is a prompt and the whole search, which is in vain. Of more, where searches restate, it is the
-    state, an operation on two of its numbers, and the state again; then the next operation, or that there is none.
+    state, an operation on two of its numbers, and the state again; then the next operation and the attempts before it, or
+    that there is none.
     """
     count = rng.choice((2, 3, 4) if section.restate else (2,))
     low, high = (section.min_number, section.max_number) if count == 4 else (0, bound)
@@ -87,13 +107,15 @@ def _step(rng: random.Random, section: CountdownConfig, bound: int) -> tuple[str
         left = rng.randint(0, numbers[-1])
         made = f"'{left}+{numbers[-1] - left}={numbers[-1]}'"
         node = node._replace(node_id=f"{node.node_id},{rng.randrange(24)}", operations=made)
-    children, _ = search.expand(node, _ALL, [])
+    written: list[str] = []
+    children, _ = search.expand(node, _ALL, written)
     of_pair = tuple(f"'{text}'" for _, text in combined)
     steps = [index for index, child in enumerate(children) if child.operations.endswith(of_pair)]
     done = rng.choice(steps or range(len(children)))
-    follows = [*(child.generated for child in children), trace.NO_SOLUTION][done + 1]
     header = search.header(node)
-    return header + children[done].generated + header, follows.partition("\n")[0]
+    last = "".join([*written[len(children) :], trace.NO_SOLUTION])
+    follows = written[done + 1].rpartition("Generated Node")[0] if done + 1 < len(children) else last
+    return header + children[done].generated + header, follows[:-1]
 
 
 def largest_result(task: CountdownConfig) -> int:

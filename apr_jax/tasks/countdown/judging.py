@@ -7,12 +7,17 @@ from apr_jax.tasks.countdown.rules import Problem
 from apr_jax.tasks.dialect import Malformed
 
 _WRITTEN = re.compile(r"^Exploring Operation: (.*)\n", re.M)
+_ATTEMPT = re.compile(r"[0-9]{1,18}[-+*/][0-9]{1,18}")
 _OPERATION = re.compile(r"([0-9]{1,18})[-+*/]([0-9]{1,18})=[0-9]{1,18}")
 
 
 def count_operations(text: str) -> tuple[int, int]:
-    """Count the operations that `text` explores (whole lines only), and those that are arithmetically right."""
+    """Count the operations that `text` explores (whole lines only), and those that are arithmetically right.
+
+    Lines that name two numbers and no result (`task.attempts`) are none.
+    """
     written = [line.partition(", Resulting Numbers: ")[0] for line in _WRITTEN.findall(text)]
+    written = [line for line in written if not _ATTEMPT.fullmatch(line)]
     return len(written), sum(map(_is_right, written))
 
 

@@ -4,7 +4,8 @@ All expand a state into all pairs x operations, keep the `beam` best by heuristi
 not final on a heap, from which `beam` states are popped at a time. SoS+ may search an expansion's states depth-first in
 place; a parent may hand them to children, each of which searches on its own. The heuristic is the reference's
 `mult`: over the state's numbers, the summed distance to the nearest factor of the target. With `task.search_order`
-"depth_first" SoS+ and children write an operation, search below it, and then write the next.
+"depth_first" SoS+ and children write an operation, search below it, and then write the next. With `task.attempts` all four
+operations on each pair are written, those that lead nowhere without a result: `Exploring Operation: 57/20`.
 """
 
 import functools
@@ -75,6 +76,7 @@ class Search:
         self.shuffle = task.shuffle
         self._guided = task.heuristic == "mult"
         self._restates = task.restate
+        self._attempts = task.attempts
         self._max_result = task.max_result or math.inf
         self.root = Node(0, 0, trace.ROOT_ID, list(problem.numbers), "", None, "")
         self._distances = _factor_distances(problem.target)
@@ -121,14 +123,16 @@ class Search:
         """
         if len(root.numbers) == 2:
             return self._expand_final(root, beam, lines)
-        nodes, _ = self.expand(root, beam, [])
-        for node in nodes:
-            lines += [node.generated, self.header(node)]
+        written: list[str] = []
+        nodes, _ = self.expand(root, beam, written)
+        for node, generated in zip(nodes, written, strict=False):
+            lines += [generated, self.header(node)]
             goal = self.depth_first(node, beam, lines)
             if goal is not None:
                 return goal
             if self._restates:
                 lines.append(self.header(root))
+        lines += written[len(nodes) :]
         return None
 
     def order(self, nodes: list[Node]) -> list[Node]:
@@ -156,44 +160,55 @@ class Search:
         return ChildResult(node.node_id, self.replay(goal, node)[:-1] if goal else None)
 
     def expand(self, node: Node, beam: int, lines: list[str], tried: int = 0) -> tuple[list[Node], bool]:
-        """Write the `beam` best operations after the `tried` best, and tell whether more are left."""
+        """Write the `beam` best operations after the `tried` best, and tell whether more are left.
+
+        `lines` gets a text for each of the nodes, and one more for attempts that follow the last.
+        """
         numbers, target, distances = node.numbers, self.problem.target, self._distances
         own = [distances[n] if n <= target else n - target for n in numbers]
         total = sum(own)
-        candidates: list[tuple[int, int, int, int, int, str]] = []
+        candidates: list[tuple[int, int, int, int, int, str, str]] = []
+        attempts = ""  # since the last operation
         for i in range(len(numbers) - 1):
             for j in range(i + 1, len(numbers)):
                 kept = total - own[i] - own[j]
-                for result, operation in rules.operations(numbers[i], numbers[j]):
-                    if result > self._max_result:
-                        continue
+                usable, after = _usable(numbers[i], numbers[j], self._max_result, self._attempts)
+                for result, operation, before in usable:
                     distance = distances[result] if result <= target else result - target
                     heuristic = kept + distance if self._guided else 0
-                    candidates.append((heuristic, len(candidates), i, j, result, operation))
+                    candidates.append((heuristic, len(candidates), i, j, result, operation, attempts + before))
+                    attempts = ""
+                attempts += after
         candidates.sort()
         more = len(candidates) > tried + beam
         candidates = candidates[tried : tried + beam]
         self._arrange(candidates)
         nodes = []
-        before = f"{node.operations}, " if node.operations else ""
-        for index, (heuristic, _, i, j, result, operation) in enumerate(candidates, start=tried):
+        led_here = f"{node.operations}, " if node.operations else ""
+        for index, (heuristic, _, i, j, result, operation, before) in enumerate(candidates, start=tried):
             remaining = [*numbers[:i], *numbers[i + 1 : j], *numbers[j + 1 :], result]
             node_id = f"{node.node_id},{index}"
             generated = trace.generated_lines(node_id, target, remaining, operation)
-            lines.append(generated)
+            lines.append(before + generated)
             self._age += 1
-            nodes.append(Node(heuristic, self._age, node_id, remaining, f"{before}'{operation}'", node, generated))
+            nodes.append(Node(heuristic, self._age, node_id, remaining, f"{led_here}'{operation}'", node, generated))
+        if attempts and not more:
+            lines.append(attempts)
         return nodes, more
 
     def _expand_final(self, node: Node, beam: int, lines: list[str]) -> Goal | None:
         left, right = node.numbers
-        candidates = list(_final_candidates(left, right, self.problem.target, self._max_result))
-        del candidates[beam:]
+        target = self.problem.target
+        all_candidates, attempts = _final_candidates(left, right, target, self._max_result, self._attempts)
+        candidates = list(all_candidates[:beam])
         self._arrange(candidates)
-        for _, _, reached, written in candidates:
-            lines.append(written)
-            if reached:
+        for _, _, result, operation, before in candidates:
+            written = trace.final_lines(target, result, operation)
+            lines.append(before + written)
+            if result == target:
                 return Goal(node, written)
+        if attempts and len(candidates) == len(all_candidates):
+            lines.append(attempts)
         return None
 
     def _arrange(self, candidates: list[Any]) -> None:
@@ -223,18 +238,36 @@ def _factor_distances(target: int) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _final_candidates(left: int, right: int, target: int, max_result: float) -> tuple[tuple[int, int, bool, str], ...]:
-    """Return the operations on a state's last two numbers, best first: heuristic, generation order, success, lines."""
+def _usable(left: int, right: int, max_result: float, attempts: bool) -> tuple[tuple[tuple[int, str, str], ...], str]:
+    """Return the operations with results up to `max_result`: result, text, and the lines of attempts before it.
+
+    Then those of attempts after the last. Without `attempts` there are none.
+    """
+    usable, tried = [], ""
+    operations = rules.operations(left, right)
+    for result, operation in operations:
+        if result <= max_result:
+            usable.append((result, operation, tried))
+            tried = ""
+        elif attempts:
+            tried += trace.attempt_line(operation)
+    if attempts and len(operations) < len("+-*/"):
+        tried += trace.attempt_line(f"{max(left, right)}/{min(left, right)}")
+    return tuple(usable), tried
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _final_candidates(
+    left: int, right: int, target: int, max_result: float, attempts: bool
+) -> tuple[tuple[tuple[int, int, int, str, str], ...], str]:
+    """Return the operations on a state's last two numbers, best first, and the attempts after them.
+
+    Of each: heuristic, generation order, result, text, and the attempts before it.
+    """
     distances = _factor_distances(target)
-    return tuple(
-        sorted(
-            (
-                distances[result] if result <= target else result - target,
-                index,
-                result == target,
-                trace.final_lines(target, result, operation),
-            )
-            for index, (result, operation) in enumerate(rules.operations(left, right))
-            if result <= max_result
-        )
+    usable, after = _usable(left, right, max_result, attempts)
+    ranked = (
+        (distances[result] if result <= target else result - target, index, result, operation, before)
+        for index, (result, operation, before) in enumerate(usable)
     )
+    return tuple(sorted(ranked)), after

@@ -53,6 +53,11 @@ def generated_lines(node_id: str, target: int, numbers: list[int], operation: st
     )
 
 
+def attempt_line(operation: str) -> str:
+    """Return the line of an operation that has no result, or too large a one: what stands before its `=`."""
+    return f"Exploring Operation: {operation.partition('=')[0]}\n"
+
+
 def final_lines(target: int, result: int, operation: str) -> str:
     """Return the lines of an operation that leaves one number."""
     return f"Exploring Operation: {operation}, Resulting Numbers: [{result}]\n{outcome_line(target, result)}"
