@@ -15,7 +15,7 @@ from apr_jax.tasks import TASKS
 from apr_jax.tasks.base import TaskLacksError
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.facts import draw_fact
-from apr_jax.tasks.countdown.rules import operations, steps
+from apr_jax.tasks.countdown.rules import Problem, operations, steps
 from apr_jax.tasks.countdown.search import Search
 from tests.tasks.settings import REFERENCE, SMALL_DATA
 
@@ -107,6 +107,48 @@ def test_searches_that_restate_learn_the_operation_after_another():
     assert sum(told.values()) / 4_000 == pytest.approx(2 / 24, abs=0.02)
     assert divided > 30
     assert ended > 5
+
+
+def test_with_attempts_half_of_products_and_quotients_have_no_result():
+    """As in a search that writes them all: what two numbers and an operator give, up to the bound, or nothing."""
+    attempting = dataclasses.replace(EXHAUSTIVE, attempts=True)
+    rng = random.Random(0)
+    none, all_of = collections.Counter(), collections.Counter()
+    for _ in range(4_000):
+        asked, rest = draw_fact(rng, attempting)
+        match = re.fullmatch(r"(\d+)([-+*/])(\d+)", asked)
+        if match is None:
+            continue
+        left, operator, right = int(match[1]), match[2], int(match[3])
+        results = [result for result, text in operations(left, right) if text.startswith(f"{asked}=")]
+        assert rest == ("".join(f"={result}" for result in results if result <= 255))
+        assert operator in "+*" or left >= right
+        all_of[operator] += 1
+        none[operator] += not rest
+    shares = {operator: none[operator] / all_of[operator] for operator in "+-*/"}
+    assert shares == pytest.approx({"+": 0.05, "-": 0, "*": 0.49, "/": 0.47}, abs=0.06)
+
+
+def test_after_an_operation_its_search_attempts_what_leads_nowhere():
+    attempting = dataclasses.replace(EXHAUSTIVE, search_order="depth_first", restate=True, max_number=99, attempts=True)
+    rng = random.Random(1)
+    seen = 0
+    for _ in range(2_000):
+        asked, step = draw_fact(rng, attempting)
+        lines = asked.splitlines(keepends=True)
+        if len(lines) < 6:
+            continue
+        numbers = [int(number) for number in re.search(r"\[(.*?)\]", lines[1])[1].split(", ")]
+        search = Search(Problem(tuple(numbers), 1_000), random.Random(0), attempting)
+        written: list[str] = []
+        search.expand(search.root, 99, written)
+        order = re.findall(r"Exploring .*\n", "".join(written))
+        place = order.index(lines[2]) + 1
+        rest = [*order[place:], "No solution found.\n"]
+        until = next(index for index, line in enumerate(rest) if "=" in line or "No" in line) + 1
+        assert f"{step}\n" == "".join(rest[:until])
+        seen += until > 1
+    assert seen > 50
 
 
 @pytest.mark.parametrize("changes", [{"heuristic": "mult"}, {"shuffle": True}])

@@ -30,8 +30,8 @@ def draw_fact(rng: random.Random, section: CountdownConfig) -> tuple[str, str]:
 
     With `task.attempts` half of the products and quotients have no result, or too large a one, and end before `=`.
 
-    Return what is given of the text, up to `=` (with `task.attempts` to the second number), to the target or to the state,
-    and the rest. No result is above `largest_result(section)`. Raises ConfigError where there are no sums.
+    Return what is given of the text, up to `=` (with `task.attempts` to the second number), to the target or to the
+    state, and the rest. No result is above `largest_result(section)`. Raises ConfigError where there are no sums.
     """
     bound = largest_result(section)
     leaves_nothing_out = section.heuristic == "none" and not section.shuffle
@@ -84,8 +84,8 @@ def _step(rng: random.Random, section: CountdownConfig, bound: int) -> tuple[str
     """Draw a state of two to four numbers. Return what stands before a step of its search, and the step.
 
     Of two numbers that is a prompt and the whole search, which is in vain. Of more, where searches restate, it is the
-    state, an operation on two of its numbers, and the state again; then the next operation and the attempts before it, or
-    that there is none.
+    state, an operation on two of its numbers, and the state again; then the next operation and the attempts before it,
+    or that there is none.
     """
     count = rng.choice((2, 3, 4) if section.restate else (2,))
     low, high = (section.min_number, section.max_number) if count == 4 else (0, bound)

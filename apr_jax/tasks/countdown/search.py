@@ -4,8 +4,8 @@ All expand a state into all pairs x operations, keep the `beam` best by heuristi
 not final on a heap, from which `beam` states are popped at a time. SoS+ may search an expansion's states depth-first in
 place; a parent may hand them to children, each of which searches on its own. The heuristic is the reference's
 `mult`: over the state's numbers, the summed distance to the nearest factor of the target. With `task.search_order`
-"depth_first" SoS+ and children write an operation, search below it, and then write the next. With `task.attempts` all four
-operations on each pair are written, those that lead nowhere without a result: `Exploring Operation: 57/20`.
+"depth_first" SoS+ and children write an operation, search below it, and then write the next. With `task.attempts` all
+four operations on each pair are written, those that lead nowhere without a result: `Exploring Operation: 57/20`.
 """
 
 import functools

@@ -23,6 +23,9 @@ from tests.tasks.test_oracles import heuristic
 Method = Literal["adaptive", "serial"]
 NODE = re.compile(r"Moving to Node #([0-9,]+)\nCurrent State: (\d+:\[.*?\]), Operations: \[(.*?)\]\n")
 GENERATED = re.compile(r"Generated Node #([0-9,]+): (\d+:\[.*?\]) Operation: (.*)\n")
+LAST_TWO = re.compile(
+    r"Current State: \d+:\[\d+, \d+\], Operations: .*\n((?:Exploring .*\n(?:.* unequal: No Solution\n)?)+)(?=Mov|No)"
+)
 EXPLORED = re.compile(r"Exploring Operation: (.*), Resulting Numbers: \[(.*)\]\n")
 
 
@@ -47,6 +50,9 @@ tasks = st.sampled_from(
         dataclasses.replace(REFERENCE, max_result=100),
         dataclasses.replace(REFERENCE, search_order="depth_first"),
         dataclasses.replace(REFERENCE, search_order="depth_first", restate=True, parent_replay="child"),
+        dataclasses.replace(
+            REFERENCE, search_order="depth_first", heuristic="none", shuffle=False, attempts=True, max_result=60
+        ),
     ]
 )
 BOUNDED = dataclasses.replace(REFERENCE, max_result=120)
@@ -312,6 +318,34 @@ def test_a_search_that_restates_writes_each_operation_below_its_state(method: Me
             assert EXPLORED.findall(text) == EXPLORED.findall(other)
             far += _below_their_states(other).count(False)
     assert far > 100
+
+
+@pytest.mark.parametrize("method", ["serial", "adaptive"])
+@pytest.mark.parametrize("search_order", ["breadth_first", "depth_first"])
+def test_attempts_are_what_a_search_leaves_out(method: Method, search_order: str) -> None:
+    """Each pair of a state has its four operations in their order; those that lead nowhere end before the `=`."""
+    restate = search_order == "depth_first"
+    plain = dataclasses.replace(EXHAUSTIVE, search_order=search_order, restate=restate, max_result=40)
+    attempting = dataclasses.replace(plain, attempts=True)
+    attempts: Counter[str] = Counter()
+    for seed in range(12):
+        without, demonstration = (_demonstrate(seed, task, method) for task in (plain, attempting))
+        assert demonstration.answer == without.answer
+        for text, other in zip(_threads(demonstration), _threads(without), strict=True):
+            lines = text.splitlines(keepends=True)
+            left_out = [line for line in lines if line.startswith("Exploring") and "=" not in line]
+            assert "".join(line for line in lines if line not in left_out) == other
+            for line in left_out:
+                left, operator, right = re.fullmatch(r"Exploring Operation: (\d+)(.)(\d+)\n", line).groups()
+                assert all(
+                    result > 40
+                    for result, operation in rules.operations(int(left), int(right))
+                    if operation.startswith(f"{left}{operator}{right}=")
+                )
+                attempts[operator] += 1
+            for last_two in LAST_TWO.findall(text):
+                assert "".join(re.findall(r"Exploring Operation: \d+(.)\d+", last_two)) == "+-*/"
+    assert min(attempts[operator] for operator in "+-*/") > 30
 
 
 def _below_their_states(text: str) -> list[bool]:
