@@ -27,8 +27,8 @@ that what comes next follows from the text: a small model can't rank thirty oper
 to the target's factors, which is what the reference's beams ask of it;
 SoS+ and children search below each operation before they write the next (`task.search_order`), and write a state again
 when they come back to it (`task.restate`), so that what a line copies stands close before it;
-an operation that has no result, or too large a one, is written up to its `=` (`task.attempts`), so that every pair has four
-lines, and whether two numbers divide is asked where both stand;
+an operation that has no result, or too large a one, is written up to its `=` (`task.attempts`), so that every pair has
+four lines, and whether two numbers divide is asked where both stand;
 a parent repeats what the last child that won handed back, where the reference's writes the first one's path from its
 own root on (`task.parent_replay`): the state that it begins with lists the operation before it;
 a parent hands each of its operations to a child, where the reference's explores some of them itself;
