@@ -157,7 +157,7 @@ def gpu(config: ConfigDict) -> None:
         config.data.num_train = 200_000  # most tokens of its searches are in those that no row holds
     config.grpo.rows_per_microbatch = 32
     config.engine.update(lanes=512, pages=32_768, prefill_lanes=32, steps_per_visit=32)
-    if config.data.facts_share < 0.5:
+    if not config.name.startswith("countdown4_facts"):
         config.sft.update(rows_per_step=16, checkpoint_every=1_000, validate_every=1_000)
         config.sft.optimizer.update(learning_rate=6e-4, muon_learning_rate=0.012)
         config.evaluation.num_problems = 2_000

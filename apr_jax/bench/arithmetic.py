@@ -100,7 +100,7 @@ def token_kinds(texts: Sequence[str]) -> list[str]:
     """Name what each token of a trace, given as text, says.
 
     "next line": what comes next, an operation, a move, a spawn or the end; "next operation": an operand or operator;
-    "result"; "numbers": those of a state or left by an operation, and the operations that led there; "node": a node's
+    "has a result": the `=` after it, or the end of an attempt; "result"; "numbers": those of a state or left by an operation, and the operations that led there; "node": a node's
     number; "outcome": whether the target is reached.
     """
     kinds, line = [], ""
@@ -117,7 +117,7 @@ def find_results(texts: Sequence[str]) -> list[Result]:
         if text != _OPERATION:
             continue
         end = begin + 1
-        while end < len(texts) and not texts[end].startswith(","):
+        while end < len(texts) and not texts[end].startswith((",", "\n")):
             end += 1
         if "=" not in texts[begin:end]:
             continue
@@ -149,7 +149,9 @@ def _kind(line: str, text: str) -> str:
     if not line:
         return "next line"
     if line.startswith(_OPERATION):
-        return "numbers" if "," in line else "result" if "=" in line else "next operation"
+        if "," in line or "=" in line:
+            return "numbers" if "," in line else "result"
+        return "has a result" if text in ("=", "\n") else "next operation"
     if line.startswith(_MOVES) or (line.startswith("Generated Node #") and ":" not in line):
         return "node"
     return "outcome" if "equal" in text else "numbers"
