@@ -100,8 +100,8 @@ def token_kinds(texts: Sequence[str]) -> list[str]:
     """Name what each token of a trace, given as text, says.
 
     "next line": what comes next, an operation, a move, a spawn or the end; "next operation": an operand or operator;
-    "has a result": the `=` after it, or the end of an attempt; "result"; "numbers": those of a state or left by an operation, and the operations that led there; "node": a node's
-    number; "outcome": whether the target is reached.
+    "has a result": the `=` after it, or the end of an attempt; "result"; "numbers": those of a state or left by an
+    operation, and the operations that led there; "node": a node's number; "outcome": whether the target is reached.
     """
     kinds, line = [], ""
     for text in texts:

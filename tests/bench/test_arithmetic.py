@@ -44,7 +44,9 @@ def test_results_of_one_and_of_several_tokens_are_found():
 
 
 def test_an_attempt_has_no_result():
-    lines = "Exploring Operation: 57*20\nExploring Operation: 57/20\nExploring Operation: 57/19=3, Resulting Numbers: [3]\n"
+    lines = (
+        "Exploring Operation: 57*20\nExploring Operation: 57/20\nExploring Operation: 57/19=3, Resulting Numbers: [3]\n"
+    )
     texts = _texts(lines)
     (found,) = find_results(texts)
     assert (found.operator, found.larger_operand, texts[found.start : found.stop]) == ("/", 57, ["3"])
