@@ -33,10 +33,10 @@ a parent repeats what the last child that won handed back, where the reference's
 own root on (`task.parent_replay`): the state that it begins with lists the operation before it;
 a parent hands each of its operations to a child, where the reference's explores some of them itself;
 operations with a result above 255 are left out (`task.max_result`), so that every number is one token;
-15 % of all training tokens are bare arithmetic, comparisons with targets, and states with the operations that follow
-one another in them (`data.facts_share`);
+a quarter of all training tokens is bare arithmetic and comparisons with targets (`data.facts_share`), most of it
+products and quotients, with and without a result;
 number embeddings start as waves (`sft.number_waves`, in `:facts`);
-of the children that find nothing, which are most, a quarter is learnt from (`data.children_share`);
+of the children that find nothing, which are most, a tenth is learnt from (`data.children_share`);
 only generated tokens have loss, and the replay of the winning path counts three times;
 the learning rate falls over nearly all of the run: where it is constant the loss stands still.
 
@@ -92,7 +92,7 @@ def sft(name: str = "adaptive") -> ConfigDict:
     )
     config.task.num_unseen_targets = 9
     config.data.update(num_train=60_000, num_validation=1_000, num_test=10_000, num_test_unseen_targets=1_000)
-    config.data.update(replay_weight=3.0, facts_share=0.15, children_share=0.25)
+    config.data.update(replay_weight=3.0, facts_share=0.25, children_share=0.1)
     config.sft.update(num_steps=8_000, rows_per_step=4, row_len=2_048)
     config.sft.update(checkpoint_every=50, validate_every=500, validation_rows=16)
     config.sft.optimizer.update(schedule="trapezoid", warmup_steps=100, decay_steps=7_500)
