@@ -25,6 +25,7 @@ from apr_jax.train.scorer import TokenScores, make_scorer, to_mesh
 SIZES = (20, 99, 255)  # bounds of the larger operand, by which results are told apart
 _OPERATION = "Exploring Operation: "
 _Counts = collections.Counter[tuple[str, bool]]  # of a label, right or wrong
+_HAS = {"=": "has a", "\n": "has no"}
 _MOVES = ("Moving to Node #", "<Start Sub Search")
 
 
@@ -100,8 +101,9 @@ def token_kinds(texts: Sequence[str]) -> list[str]:
     """Name what each token of a trace, given as text, says.
 
     "next line": what comes next, an operation, a move, a spawn or the end; "next operation": an operand or operator;
-    "has a result": the `=` after it, or the end of an attempt; "result"; "numbers": those of a state or left by an
-    operation, and the operations that led there; "node": a node's number; "outcome": whether the target is reached.
+    "/ has a result" and "/ has no result": the `=` after an operation, or the end of an attempt; "result"; "numbers":
+    those of a state or left by an operation, and the operations that led there; "node": a node's number; "outcome":
+    whether the target is reached.
     """
     kinds, line = [], ""
     for text in texts:
@@ -151,7 +153,8 @@ def _kind(line: str, text: str) -> str:
     if line.startswith(_OPERATION):
         if "," in line or "=" in line:
             return "numbers" if "," in line else "result"
-        return "has a result" if text in ("=", "\n") else "next operation"
+        operator = next((char for char in line if char in "+-*/"), "")
+        return f"{operator} {_HAS[text]} result" if operator and text in _HAS else "next operation"
     if line.startswith(_MOVES) or (line.startswith("Generated Node #") and ":" not in line):
         return "node"
     return "outcome" if "equal" in text else "numbers"
