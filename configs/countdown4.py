@@ -27,14 +27,14 @@ that what comes next follows from the text: a small model can't rank thirty oper
 to the target's factors, which is what the reference's beams ask of it;
 SoS+ and children search below each operation before they write the next (`task.search_order`), and write a state again
 when they come back to it (`task.restate`), so that what a line copies stands close before it;
-an operation that has no result, or too large a one, is written up to its `=` (`task.attempts`), so that every pair has
-four lines, and whether two numbers divide is asked where both stand;
+an operation with too large a result is written up to its `=`, and before or in place of a quotient the product that
+tells if there is one (`task.attempts`), so that every pair has its four lines, and none is left out by a guess;
 a parent repeats what the last child that won handed back, where the reference's writes the first one's path from its
 own root on (`task.parent_replay`): the state that it begins with lists the operation before it;
 a parent hands each of its operations to a child, where the reference's explores some of them itself;
 operations with a result above 255 are left out (`task.max_result`), so that every number is one token;
 a quarter of all training tokens is bare arithmetic and comparisons with targets (`data.facts_share`), most of it
-products and quotients, with and without a result;
+products and divisions;
 number embeddings start as waves (`sft.number_waves`, in `:facts`);
 of the children that find nothing, which are most, a tenth is learnt from (`data.children_share`);
 only generated tokens have loss, and the replay of the winning path counts three times;

@@ -25,7 +25,7 @@ from apr_jax.train.scorer import TokenScores, make_scorer, to_mesh
 SIZES = (20, 99, 255)  # bounds of the larger operand, by which results are told apart
 _OPERATION = "Exploring Operation: "
 _Counts = collections.Counter[tuple[str, bool]]  # of a label, right or wrong
-_HAS = {"=": "has a", "\n": "has no"}
+_HAS = {"=": "has a", "\n": "has no"}  # result
 _MOVES = ("Moving to Node #", "<Start Sub Search")
 
 
@@ -102,8 +102,8 @@ def token_kinds(texts: Sequence[str]) -> list[str]:
 
     "next line": what comes next, an operation, a move, a spawn or the end; "next operation": an operand or operator;
     "/ has a result" and "/ has no result": the `=` after an operation, or the end of an attempt; "result"; "numbers":
-    those of a state or left by an operation, and the operations that led there; "node": a node's number; "outcome":
-    whether the target is reached.
+    those of a state or left by an operation, and the operations that led there; "division": a product that tells if
+    there is a quotient; "node": a node's number; "outcome": whether the target is reached.
     """
     kinds, line = [], ""
     for text in texts:
@@ -152,7 +152,7 @@ def _kind(line: str, text: str) -> str:
         return "next line"
     if line.startswith(_OPERATION):
         if "," in line or "=" in line:
-            return "numbers" if "," in line else "result"
+            return ("numbers" if "Resulting" in line else "division") if "," in line else "result"
         operator = next((char for char in line if char in "+-*/"), "")
         return f"{operator} {_HAS[text]} result" if operator and text in _HAS else "next operation"
     if line.startswith(_MOVES) or (line.startswith("Generated Node #") and ":" not in line):

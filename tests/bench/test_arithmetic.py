@@ -44,9 +44,7 @@ def test_results_of_one_and_of_several_tokens_are_found():
 
 
 def test_an_attempt_has_no_result():
-    lines = (
-        "Exploring Operation: 57*20\nExploring Operation: 57/20\nExploring Operation: 57/19=3, Resulting Numbers: [3]\n"
-    )
+    lines = "Exploring Operation: 57*20\nExploring Operation: 57/19, 19*3=57\nExploring Operation: 57/19=3, Resulting Numbers: [3]\n"
     texts = _texts(lines)
     (found,) = find_results(texts)
     assert (found.operator, found.larger_operand, texts[found.start : found.stop]) == ("/", 57, ["3"])
@@ -66,7 +64,8 @@ def test_a_line_that_is_cut_off_has_no_result():
             "Exploring Operation: 4+6=10, Resulting Numbers: [10]\n",
             {"next operation": 3, "+ has a result": 1, "result": 2, "numbers": 2},
         ),
-        ("Exploring Operation: 57/20\n", {"next operation": 3, "/ has no result": 1}),
+        ("Exploring Operation: 57*20\n", {"next operation": 3, "* has no result": 1}),
+        ("Exploring Operation: 57/20, 20*2=40\n", {"next operation": 4, "division": 6}),
         ("Generated Node #0,1: 24:[10] Operation: 4+6=10\n", {"node": 2, "numbers": 10}),
         ("10,24 unequal: No Solution\n", {"numbers": 2, "outcome": 1}),
         ("<Start Sub Search 0 at level 1> Moving to Node #0,1\n", {"node": 4}),

@@ -48,11 +48,11 @@ def test_facts_are_right_and_within_the_bound(task):
     assert seen == {*"+-*/,", " equal: Goal Reached", " unequal: No Solution"}
 
 
-def test_with_attempts_half_of_products_and_quotients_have_no_result():
-    """As in a search that writes them all: what two numbers and an operator give, up to the bound, or nothing."""
+def test_with_attempts_products_go_beyond_the_bound_and_quotients_are_divisions():
+    """As in a search that writes them all: half of the products are within the bound, half of the divisions exact."""
     attempting = dataclasses.replace(REFERENCE, max_result=255, heuristic="none", shuffle=False, attempts=True)
     rng = random.Random(0)
-    none, all_of = collections.Counter(), collections.Counter()
+    without, all_of = collections.Counter(), collections.Counter()
     for _ in range(4_000):
         asked, rest = draw_fact(rng, attempting)
         match = re.fullmatch(r"(\d+)([-+*/])(\d+)", asked)
@@ -60,12 +60,21 @@ def test_with_attempts_half_of_products_and_quotients_have_no_result():
             continue
         left, operator, right = int(match[1]), match[2], int(match[3])
         results = [result for result, text in operations(left, right) if text.startswith(f"{asked}=")]
-        assert rest == ("".join(f"={result}" for result in results if result <= 255))
+        if operator != "/":
+            assert rest == "".join(f"={result}" for result in results if result <= 255)
+            without[operator] += not rest
+        elif right:
+            factor = int(re.fullmatch(rf", {right}\*(\d+)=\d+", rest)[1])
+            product = right * factor
+            assert rest.endswith(f"={product}")
+            assert product <= left < product + right
+            assert (product == left) == bool(results)
+            without["/"] += product != left
+        else:
+            assert not rest
         assert operator in "+*" or left >= right
         all_of[operator] += 1
-        none[operator] += not rest
-    assert all_of["/"] > all_of["*"] > all_of["+"]
-    shares = {operator: none[operator] / all_of[operator] for operator in "+-*/"}
+    shares = {operator: without[operator] / all_of[operator] for operator in "+-*/"}
     assert shares == pytest.approx({"+": 0.05, "-": 0, "*": 0.49, "/": 0.47}, abs=0.06)
 
 

@@ -37,7 +37,7 @@ class CountdownConfig(TaskConfig):
     # SoS+ and APR's children write all operations of a state, then search below each (the reference); or one by one.
     search_order: Literal["breadth_first", "depth_first"]
     restate: bool  # depth-first searches write a state again whenever they come back to it
-    attempts: bool  # searches write an operation that has no result, or too large a one, too: a line without "=..."
+    attempts: bool  # searches write operations with too large a result, too, and before or for a quotient a division
     # APR: a parent replays the first winning path from its own root on (the reference), or repeats what the last child
     # that won handed back, word for word, which stands closest.
     parent_replay: Literal["root", "child"]

@@ -21,14 +21,14 @@ def draw_fact(rng: random.Random, section: CountdownConfig) -> tuple[str, str]:
     difference is like those of a problem; the other is, too, in half of the cases, and any number up to the bound in
     the rest. All products are equally likely, and so are all quotients.
 
-    With `task.attempts` products and quotients come most, as in a search few pairs have them. Half of them are drawn
-    like sums: most of those have no result, or none up to the bound, and such facts end before the `=`.
+    With `task.attempts` there are sums and products above the bound, which end before the `=`, and divisions in place
+    of quotients. Half of the products are within the bound, and in half of the divisions one number divides the other.
 
     Return what is given of the text, up to `=` (with `task.attempts` to the second number) or to the target, and the
     rest. No result is above `largest_result(section)`. Raises ConfigError where there are no sums.
     """
     bound = largest_result(section)
-    operator = rng.choice("++--***/////?" if section.attempts else "++--*/?")
+    operator = rng.choice("++--**////?" if section.attempts else "++--*/?")
     if operator == "?":
         target = rng.randint(section.min_target, section.max_target)
         result = target if rng.random() < 0.5 else rng.randint(0, bound)
@@ -57,7 +57,7 @@ def draw_fact(rng: random.Random, section: CountdownConfig) -> tuple[str, str]:
 
 
 def _attempt(rng: random.Random, section: CountdownConfig, operator: str, bound: int) -> tuple[str, str]:
-    """Draw two numbers and an operator. Return them, and `=` with the result; "" where there is none up to `bound`."""
+    """Draw two numbers. Return their operation up to the second, and the rest: `=` with the result, or a product."""
     if operator in "*/" and rng.random() < 0.5:
         left, right = rng.choice(_factors(bound))
         left, right = (left * right, left) if operator == "/" else (left, right)
@@ -67,6 +67,8 @@ def _attempt(rng: random.Random, section: CountdownConfig, operator: str, bound:
         left, right = (left, right) if rng.random() < 0.5 else (right, left)
         left, right = (max(left, right), min(left, right)) if operator in "-/" else (left, right)
     asked = f"{left}{operator}{right}"
+    if operator == "/":
+        return asked, trace.division_line(left, right, bound).partition(asked)[2][:-1]
     found = (text for result, text in rules.operations(left, right) if result <= bound and text.startswith(f"{asked}="))
     return asked, next(found, asked).removeprefix(asked)
 

@@ -8,16 +8,17 @@ from apr_jax.tasks.dialect import Malformed
 
 _WRITTEN = re.compile(r"^Exploring Operation: (.*)\n", re.M)
 _ATTEMPT = re.compile(r"[0-9]{1,18}[-+*/][0-9]{1,18}")
+_DIVISION = re.compile(r"^[0-9]{1,18}/[0-9]{1,18}, ")
 _OPERATION = re.compile(r"([0-9]{1,18})[-+*/]([0-9]{1,18})=[0-9]{1,18}")
 
 
 def count_operations(text: str) -> tuple[int, int]:
     """Count the operations that `text` explores (whole lines only), and those that are arithmetically right.
 
-    Lines that name two numbers and no result (`task.attempts`) are none.
+    Lines that name two numbers and no result (`task.attempts`) are none; of a division its product counts.
     """
     written = [line.partition(", Resulting Numbers: ")[0] for line in _WRITTEN.findall(text)]
-    written = [line for line in written if not _ATTEMPT.fullmatch(line)]
+    written = [_DIVISION.sub("", line) for line in written if not _ATTEMPT.fullmatch(line)]
     return len(written), sum(map(_is_right, written))
 
 

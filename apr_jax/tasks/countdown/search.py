@@ -5,7 +5,8 @@ not final on a heap, from which `beam` states are popped at a time. SoS+ may sea
 place; a parent may hand them to children, each of which searches on its own. The heuristic is the reference's
 `mult`: over the state's numbers, the summed distance to the nearest factor of the target. With `task.search_order`
 "depth_first" SoS+ and children write an operation, search below it, and then write the next. With `task.attempts` all
-four operations on each pair are written, those that lead nowhere without a result: `Exploring Operation: 57/20`.
+four operations on each pair are written, one with too large a result without it (`Exploring Operation: 57*20`), and
+before a quotient, or in place of one, what tells if there is one: `Exploring Operation: 57/20, 20*2=40`.
 """
 
 import functools
@@ -245,14 +246,16 @@ def _usable(left: int, right: int, max_result: float, attempts: bool) -> tuple[t
     """
     usable, tried = [], ""
     operations = rules.operations(left, right)
+    division = trace.division_line(max(left, right), min(left, right), max_result) if attempts else ""
     for result, operation in operations:
+        tried += division if "/" in operation else ""
         if result <= max_result:
             usable.append((result, operation, tried))
             tried = ""
-        elif attempts:
+        elif attempts and "/" not in operation:
             tried += trace.attempt_line(operation)
-    if attempts and len(operations) < len("+-*/"):
-        tried += trace.attempt_line(f"{max(left, right)}/{min(left, right)}")
+    if len(operations) < len("+-*/"):
+        tried += division
     return tuple(usable), tried
 
 

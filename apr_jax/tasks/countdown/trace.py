@@ -58,6 +58,18 @@ def attempt_line(operation: str) -> str:
     return f"Exploring Operation: {operation.partition('=')[0]}\n"
 
 
+def division_line(large: int, small: int, bound: float) -> str:
+    """Return the line that asks if one number divides another: the largest product of the divisor that fits.
+
+    It is without one where the divisor is zero, or the product's other factor above `bound`.
+    """
+    asked = attempt_line(f"{large}/{small}")
+    if not small or large // small > bound:
+        return asked
+    factor = large // small
+    return f"{asked[:-1]}, {small}*{factor}={small * factor}\n"
+
+
 def final_lines(target: int, result: int, operation: str) -> str:
     """Return the lines of an operation that leaves one number."""
     return f"Exploring Operation: {operation}, Resulting Numbers: [{result}]\n{outcome_line(target, result)}"

@@ -323,7 +323,8 @@ def test_a_search_that_restates_writes_each_operation_below_its_state(method: Me
 @pytest.mark.parametrize("method", ["serial", "adaptive"])
 @pytest.mark.parametrize("search_order", ["breadth_first", "depth_first"])
 def test_attempts_are_what_a_search_leaves_out(method: Method, search_order: str) -> None:
-    """Each pair of a state has its four operations in their order; those that lead nowhere end before the `=`."""
+    """Each pair has its four operations in their order; those beyond the bound end before the `=`, and a product tells
+    before each quotient, or in place of one, if there is one."""
     restate = search_order == "depth_first"
     plain = dataclasses.replace(EXHAUSTIVE, search_order=search_order, restate=restate, max_result=40)
     attempting = dataclasses.replace(plain, attempts=True)
@@ -333,18 +334,23 @@ def test_attempts_are_what_a_search_leaves_out(method: Method, search_order: str
         assert demonstration.answer == without.answer
         for text, other in zip(_threads(demonstration), _threads(without), strict=True):
             lines = text.splitlines(keepends=True)
-            left_out = [line for line in lines if line.startswith("Exploring") and "=" not in line]
+            left_out = [line for line in lines if line.startswith("Exploring") and "Resulting" not in line]
             assert "".join(line for line in lines if line not in left_out) == other
             for line in left_out:
-                left, operator, right = re.fullmatch(r"Exploring Operation: (\d+)(.)(\d+)\n", line).groups()
-                assert all(
-                    result > 40
-                    for result, operation in rules.operations(int(left), int(right))
-                    if operation.startswith(f"{left}{operator}{right}=")
-                )
+                match = re.fullmatch(r"Exploring Operation: (\d+)(.)(\d+)(?:, (\d+)\*(\d+)=(\d+))?\n", line)
+                left, operator, right = match[1], match[2], match[3]
+                if match[4]:
+                    assert (operator, match[4]) == ("/", right)
+                    assert int(right) * int(match[5]) == int(match[6]) <= int(left) < int(match[6]) + int(right)
+                else:
+                    assert all(
+                        result > 40
+                        for result, operation in rules.operations(int(left), int(right))
+                        if operation.startswith(f"{left}{operator}{right}=")
+                    )
                 attempts[operator] += 1
             for last_two in LAST_TWO.findall(text):
-                assert "".join(re.findall(r"Exploring Operation: \d+(.)\d+", last_two)) == "+-*/"
+                assert re.fullmatch(r"\+-\*//?", "".join(re.findall(r"Exploring Operation: \d+(.)\d+", last_two)))
     assert min(attempts[operator] for operator in "+-*/") > 30
 
 
