@@ -44,8 +44,8 @@ def test_results_of_one_and_of_several_tokens_are_found():
 
 
 def test_an_attempt_has_no_result():
-    lines = "Exploring Operation: 57*20\nExploring Operation: 57/19, 19*3=57\nExploring Operation: 57/19=3, Resulting Numbers: [3]\n"
-    texts = _texts(lines)
+    lines = ["57*20", "57/19, 19*3=57", "57/19=3, Resulting Numbers: [3]"]
+    texts = _texts("".join(f"Exploring Operation: {line}\n" for line in lines))
     (found,) = find_results(texts)
     assert (found.operator, found.larger_operand, texts[found.start : found.stop]) == ("/", 57, ["3"])
 
