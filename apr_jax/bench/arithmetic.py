@@ -26,6 +26,7 @@ SIZES = (20, 99, 255)  # bounds of the larger operand, by which results are told
 _OPERATION = "Exploring Operation: "
 _Counts = collections.Counter[tuple[str, bool]]  # of a label, right or wrong
 _HAS = {"=": "has a", "\n": "has no"}  # result
+_DIVIDES = {"<": "/ has no result", "\n": "/ has a result"}
 _MOVES = ("Moving to Node #", "<Start Sub Search")
 
 
@@ -101,9 +102,10 @@ def token_kinds(texts: Sequence[str]) -> list[str]:
     """Name what each token of a trace, given as text, says.
 
     "next line": what comes next, an operation, a move, a spawn or the end; "next operation": an operand or operator;
-    "/ has a result" and "/ has no result": the `=` after an operation, or the end of an attempt; "result"; "numbers":
-    those of a state or left by an operation, and the operations that led there; "division": a product that tells if
-    there is a quotient; "node": a node's number; "outcome": whether the target is reached.
+    "* has a result" and "* has no result": the `=` after an operation, or the end of an attempt; "division": a product
+    that tells if there is a quotient; "/ has a result", "/ has no result": whether it is below; "result"; "numbers":
+    those of a state or left by an operation, and the operations that led there; "node": a node's number; "outcome":
+    whether the target is reached.
     """
     kinds, line = [], ""
     for text in texts:
@@ -152,12 +154,16 @@ def _kind(line: str, text: str) -> str:
         return "next line"
     if line.startswith(_OPERATION):
         if "," in line or "=" in line:
-            return ("numbers" if "Resulting" in line else "division") if "," in line else "result"
-        operator = next((char for char in line if char in "+-*/"), "")
-        return f"{operator} {_HAS[text]} result" if operator and text in _HAS else "next operation"
+            return ("numbers" if "Resulting" in line else _division(line, text)) if "," in line else "result"
+        operator = next((char for char in line if char in "+-*/"), None)
+        return f"{operator} {_HAS[text]} result" if operator in ("+", "-", "*") and text in _HAS else "next operation"
     if line.startswith(_MOVES) or (line.startswith("Generated Node #") and ":" not in line):
         return "node"
     return "outcome" if "equal" in text else "numbers"
+
+
+def _division(line: str, text: str) -> str:
+    return "division" if "<" in line else _DIVIDES.get(text, "division")
 
 
 def _shares(counts: _Counts) -> dict[str, Share]:

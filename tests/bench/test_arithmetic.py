@@ -65,7 +65,11 @@ def test_a_line_that_is_cut_off_has_no_result():
             {"next operation": 3, "+ has a result": 1, "result": 2, "numbers": 2},
         ),
         ("Exploring Operation: 57*20\n", {"next operation": 3, "* has no result": 1}),
-        ("Exploring Operation: 57/20, 20*2=40\n", {"next operation": 4, "division": 6}),
+        (
+            "Exploring Operation: 57/20, 20*2=40<57\n",
+            {"next operation": 4, "division": 7, "/ has no result": 1},
+        ),
+        ("Exploring Operation: 57/19, 19*3=57\n", {"next operation": 4, "division": 5, "/ has a result": 1}),
         ("Generated Node #0,1: 24:[10] Operation: 4+6=10\n", {"node": 2, "numbers": 10}),
         ("10,24 unequal: No Solution\n", {"numbers": 2, "outcome": 1}),
         ("<Start Sub Search 0 at level 1> Moving to Node #0,1\n", {"node": 4}),

@@ -59,7 +59,7 @@ def attempt_line(operation: str) -> str:
 
 
 def division_line(large: int, small: int, bound: float) -> str:
-    """Return the line that asks if one number divides another: the largest product of the divisor that fits.
+    """Return the line that asks if one number divides another: the largest product of the divisor, below it or equal.
 
     It is without one where the divisor is zero, or the product's other factor above `bound`.
     """
@@ -67,7 +67,8 @@ def division_line(large: int, small: int, bound: float) -> str:
     if not small or large // small > bound:
         return asked
     factor = large // small
-    return f"{asked[:-1]}, {small}*{factor}={small * factor}\n"
+    below = "" if small * factor == large else f"<{large}"
+    return f"{asked[:-1]}, {small}*{factor}={small * factor}{below}\n"
 
 
 def final_lines(target: int, result: int, operation: str) -> str:

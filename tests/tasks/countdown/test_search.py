@@ -337,11 +337,12 @@ def test_attempts_are_what_a_search_leaves_out(method: Method, search_order: str
             left_out = [line for line in lines if line.startswith("Exploring") and "Resulting" not in line]
             assert "".join(line for line in lines if line not in left_out) == other
             for line in left_out:
-                match = re.fullmatch(r"Exploring Operation: (\d+)(.)(\d+)(?:, (\d+)\*(\d+)=(\d+))?\n", line)
+                match = re.fullmatch(r"Exploring Operation: (\d+)(.)(\d+)(?:, (\d+)\*(\d+)=(\d+)(<\1)?)?\n", line)
                 left, operator, right = match[1], match[2], match[3]
                 if match[4]:
                     assert (operator, match[4]) == ("/", right)
                     assert int(right) * int(match[5]) == int(match[6]) <= int(left) < int(match[6]) + int(right)
+                    assert (int(match[6]) < int(left)) == bool(match[7])
                 else:
                     assert all(
                         result > 40
