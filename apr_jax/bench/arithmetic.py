@@ -26,7 +26,7 @@ SIZES = (20, 99, 255)  # bounds of the larger operand, by which results are told
 _OPERATION = "Exploring Operation: "
 _Counts = collections.Counter[tuple[str, bool]]  # of a label, right or wrong
 _HAS = {"=": "has a", "\n": "has no"}  # result
-_DIVIDES = {"<": "/ has no result", "\n": "/ has a result"}
+_DIVIDES = {" unequal: No Solution\n": "/ has no result", "\n": "/ has a result"}
 _MOVES = ("Moving to Node #", "<Start Sub Search")
 
 
@@ -103,7 +103,7 @@ def token_kinds(texts: Sequence[str]) -> list[str]:
 
     "next line": what comes next, an operation, a move, a spawn or the end; "next operation": an operand or operator;
     "* has a result" and "* has no result": the `=` after an operation, or the end of an attempt; "division": a product
-    that tells if there is a quotient; "/ has a result", "/ has no result": whether it is below; "result"; "numbers":
+    that tells if there is a quotient; "/ has a result", "/ has no result": whether it is equal; "result"; "numbers":
     those of a state or left by an operation, and the operations that led there; "node": a node's number; "outcome":
     whether the target is reached.
     """
@@ -154,16 +154,13 @@ def _kind(line: str, text: str) -> str:
         return "next line"
     if line.startswith(_OPERATION):
         if "," in line or "=" in line:
-            return ("numbers" if "Resulting" in line else _division(line, text)) if "," in line else "result"
+            division = _DIVIDES.get(text, "division")
+            return ("numbers" if "Resulting" in line else division) if "," in line else "result"
         operator = next((char for char in line if char in "+-*/"), None)
         return f"{operator} {_HAS[text]} result" if operator in ("+", "-", "*") and text in _HAS else "next operation"
     if line.startswith(_MOVES) or (line.startswith("Generated Node #") and ":" not in line):
         return "node"
     return "outcome" if "equal" in text else "numbers"
-
-
-def _division(line: str, text: str) -> str:
-    return "division" if "<" in line else _DIVIDES.get(text, "division")
 
 
 def _shares(counts: _Counts) -> dict[str, Share]:

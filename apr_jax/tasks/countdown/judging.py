@@ -8,7 +8,7 @@ from apr_jax.tasks.dialect import Malformed
 
 _WRITTEN = re.compile(r"^Exploring Operation: (.*)\n", re.M)
 _ATTEMPT = re.compile(r"[0-9]{1,18}[-+*/][0-9]{1,18}")
-_DIVISION = re.compile(r"([0-9]{1,18})/[0-9]{1,18}, (.*?)(?:<\1)?")
+_DIVISION = re.compile(r"([0-9]{1,18})/[0-9]{1,18}, ([^,]*)(?:,\1(?: unequal: No Solution)?)?")
 _OPERATION = re.compile(r"([0-9]{1,18})[-+*/]([0-9]{1,18})=[0-9]{1,18}")
 
 

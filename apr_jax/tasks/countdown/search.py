@@ -6,7 +6,8 @@ place; a parent may hand them to children, each of which searches on its own. Th
 `mult`: over the state's numbers, the summed distance to the nearest factor of the target. With `task.search_order`
 "depth_first" SoS+ and children write an operation, search below it, and then write the next. With `task.attempts` all
 four operations on each pair are written, one with too large a result without it (`Exploring Operation: 57*20`), and
-before a quotient, or in place of one, what tells if there is one: `Exploring Operation: 57/20, 20*2=40<57`.
+before a quotient, or in place of one, what tells if there is one: `Exploring Operation: 57/20, 20*2=40,57 unequal: No
+Solution`, and `Exploring Operation: 57/19, 19*3=57,57`.
 """
 
 import functools

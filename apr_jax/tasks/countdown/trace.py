@@ -59,7 +59,7 @@ def attempt_line(operation: str) -> str:
 
 
 def division_line(large: int, small: int, bound: float) -> str:
-    """Return the line that asks if one number divides another: the largest product of the divisor, below it or equal.
+    """Return the line that asks if one number divides another: is the largest product of the divisor equal to it?
 
     It is without one where the divisor is zero, or the product's other factor above `bound`.
     """
@@ -67,8 +67,9 @@ def division_line(large: int, small: int, bound: float) -> str:
     if not small or large // small > bound:
         return asked
     factor = large // small
-    below = "" if small * factor == large else f"<{large}"
-    return f"{asked[:-1]}, {small}*{factor}={small * factor}{below}\n"
+    product = small * factor
+    ending = "\n" if product == large else outcome_line(large, product).partition(f",{large}")[2]
+    return f"{asked[:-1]}, {small}*{factor}={product},{large}{ending}"
 
 
 def final_lines(target: int, result: int, operation: str) -> str:
