@@ -23,6 +23,20 @@ def test_count_operations_reads_whole_lines_only():
     assert count_operations(text) == (6, 2)
 
 
+def test_of_attempts_the_products_count():
+    lines = [
+        "57*20",  # beyond the bound: no operation
+        "57/0",
+        "57/20, 20*2=40,57 unequal: No Solution",
+        "57/19, 19*3=57,57",
+        "57/19=3, Resulting Numbers: [3]",
+        "57/20, 20*2=45,57 unequal: No Solution",  # wrong
+        "57/20, 20*2=40,58 unequal: No Solution",  # compared with another number
+        "57/20, ",
+    ]
+    assert count_operations("".join(f"Exploring Operation: {line}\n" for line in lines)) == (6, 3)
+
+
 def test_path_solves_counts_the_operations_before_the_child():
     path = (STATE_6_4 + LAST).rstrip("\n")
     assert path_solves(path, PROBLEM)
