@@ -1,7 +1,7 @@
 """Solve one problem before your eyes. Of Countdown: the target, then the numbers.
 
-    python launch/solve.py 27 3 9 18                # the newest run in runs/, before there is one the shipped policy
-    python launch/solve.py 27 22 26 31 53 --checkpoint=runs/laptop/best --temperature=0.5 --seed=1
+    python launch/solve.py 27 22 26 31 53           # the newest run in runs/, before there is one the shipped policy
+    python launch/solve.py 27 3 9 18 --checkpoint=runs/laptop/best --temperature=0.5 --seed=1
     python launch/solve.py 27 3 9 18 --method=serial --checkpoint=runs/serial
     python launch/solve.py '[3+4]*5' --checkpoint=runs/nested_sums # another task writes problems in its own way
     python launch/solve.py 27 3 9 18 --json=-                      # one JSON object on standard output

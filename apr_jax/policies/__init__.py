@@ -1,8 +1,8 @@
 """Policies that come with the package: Hugging Face folders with cards, as launch/export.py writes them.
 
+countdown4      four numbers of 1..99 to a target, the paper's problems, after SFT
 laptop          three numbers of 1..20 to a target, after GRPO
 multiplication  products of 5 to 8 integers, after SFT
-countdown4      four numbers of 1..99 to a target: unfinished, to go on with
 """
 
 import os
@@ -10,8 +10,8 @@ import pathlib
 
 from apr_jax.paths import path_of
 
-SHIPPED = {name: pathlib.Path(__file__).parent / name for name in ("laptop", "multiplication", "countdown4")}
-DEFAULT = SHIPPED["laptop"]  # where no policy is named
+SHIPPED = {name: pathlib.Path(__file__).parent / name for name in ("countdown4", "laptop", "multiplication")}
+DEFAULT = SHIPPED["countdown4"]  # where no policy is named
 
 
 def policy_path(given: str | os.PathLike[str]) -> pathlib.Path:

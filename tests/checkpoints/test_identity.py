@@ -20,7 +20,7 @@ from apr_jax.data.tokenizer import BuiltinTokenizer, load_tokenizer, tokenizer_d
 from apr_jax.evaluation.policy import configure
 from apr_jax.model.params import init_params
 from apr_jax.model.weights.hf import save_hf
-from apr_jax.policies import DEFAULT, SHIPPED
+from apr_jax.policies import SHIPPED
 from apr_jax.train.origins import load_given
 from configs.grpo import get_config
 from tests.train.small import small_config
@@ -300,8 +300,8 @@ def test_a_configuration_that_does_not_fit_its_weights_is_refused_at_once(field,
 
 def test_a_policy_that_is_older_than_a_field_has_the_value_of_before(tmp_path):
     """Adding a field costs nobody a policy: what it does where it is new is what was done before."""
-    folder = shutil.copytree(DEFAULT, tmp_path / "policy")
-    today = find_policy(DEFAULT).config
+    folder = shutil.copytree(SHIPPED["laptop"], tmp_path / "policy")
+    today = find_policy(SHIPPED["laptop"]).config
     older = {section: dict(value) if isinstance(value, dict) else value for section, value in today.items()}
     del older["data"]["children_share"], older["engine"]["page_dtype"]
     for field in ("search_order", "restate", "attempts", "parent_replay"):
