@@ -125,8 +125,7 @@ def beams(config: ConfigDict) -> None:
     """Take the reference's beams, spawns and order of operations."""
     config.name += "_beams"
     config.task.update(parent_beams=tuple(range(1, 11)), child_beam_max=15, spawn_probability=0.9, heuristic="mult")
-    config.task.update(search_order="breadth_first", restate=False, attempts=False)
-    config.task.parent_replay = "root"
+    config.task.update(search_order="breadth_first", restate=False, attempts=False, parent_replay="root")
     config.task.update(serial_beam_min=1, serial_beam_max=5, serial_dfs_probability=0.5)
     config.data.children_share = 1.0
     config.rollout.max_children = 16

@@ -153,11 +153,14 @@ def _kind(line: str, text: str) -> str:
     if not line:
         return "next line"
     if line.startswith(_OPERATION):
-        if "," in line or "=" in line:
-            division = _DIVIDES.get(text, "division")
-            return ("numbers" if "Resulting" in line else division) if "," in line else "result"
-        operator = next((char for char in line if char in "+-*/"), None)
-        return f"{operator} {_HAS[text]} result" if operator in ("+", "-", "*") and text in _HAS else "next operation"
+        if "Resulting" in line:
+            return "numbers"
+        if "," in line:
+            return _DIVIDES.get(text, "division")
+        if "=" in line:
+            return "result"
+        operator = next((char for char in line if char in "+-*"), None)
+        return f"{operator} {_HAS[text]} result" if operator and text in _HAS else "next operation"
     if line.startswith(_MOVES) or (line.startswith("Generated Node #") and ":" not in line):
         return "node"
     return "outcome" if "equal" in text else "numbers"

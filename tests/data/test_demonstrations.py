@@ -84,6 +84,7 @@ def test_the_folder_depends_on_what_the_data_depend_on_and_on_nothing_else(confi
     task = config.task
     names = {fingerprint(config), fingerprint(dataclasses.replace(config, seed=config.seed + 1))}
     fields = [field for field in dataclasses.fields(task) if field.name != "name"]
+    needs = {"restate": {"search_order": "depth_first"}, "attempts": {"heuristic": "none", "shuffle": False}}
     for field in fields:
         value = getattr(task, field.name)
         changed: object
@@ -95,15 +96,9 @@ def test_the_folder_depends_on_what_the_data_depend_on_and_on_nothing_else(confi
             changed = value + 1
         elif isinstance(value, str):
             changed = "mult" if value == "none" else "none"
-        elif field.name == "restate":
-            names.add(fingerprint(_with(config, task={"search_order": "depth_first", "restate": True})))
-            continue
-        elif field.name == "attempts":
-            names.add(fingerprint(_with(config, task={"heuristic": "none", "shuffle": False, "attempts": True})))
-            continue
         else:
             changed = not value if isinstance(value, bool) else value / 2 if isinstance(value, float) else value + 1
-        names.add(fingerprint(_with(config, task={field.name: changed})))
+        names.add(fingerprint(_with(config, task={**needs.get(field.name, {}), field.name: changed})))
     assert len(names) == 2 + len(fields) - 1
     same = _with(config, data=dict(directory="x", num_workers=7, replay_weight=9.0, loss_on_context=True))
     same = _with(same, data=dict(facts_share=0.5))

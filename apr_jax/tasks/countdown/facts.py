@@ -7,7 +7,7 @@ import functools
 import random
 
 from apr_jax.config import ConfigError
-from apr_jax.tasks.countdown import rules, trace
+from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.config import CountdownConfig
 
 _MAX_DRAWS = 100_000
@@ -43,9 +43,7 @@ def draw_fact(rng: random.Random, section: CountdownConfig) -> tuple[str, str]:
             return f"{left * right}/{left}=", str(right)
         return f"{left}*{right}=", str(left * right)
     for _ in range(_MAX_DRAWS):
-        left = rng.randint(section.min_number, section.max_number)
-        right = rng.randint(section.min_number, section.max_number) if rng.random() < 0.5 else rng.randint(0, bound)
-        left, right = (left, right) if rng.random() < 0.5 else (right, left)
+        left, right = _two_numbers(rng, section, bound)
         if operator == "-":
             return f"{max(left, right)}-{min(left, right)}=", str(abs(left - right))
         if left + right <= bound:
@@ -56,21 +54,26 @@ def draw_fact(rng: random.Random, section: CountdownConfig) -> tuple[str, str]:
     )
 
 
+def _two_numbers(rng: random.Random, section: CountdownConfig, bound: int) -> tuple[int, int]:
+    """Draw a number like those of a problem, and another that is so, too, or any up to the bound, in either order."""
+    left = rng.randint(section.min_number, section.max_number)
+    right = rng.randint(section.min_number, section.max_number) if rng.random() < 0.5 else rng.randint(0, bound)
+    return (left, right) if rng.random() < 0.5 else (right, left)
+
+
 def _attempt(rng: random.Random, section: CountdownConfig, operator: str, bound: int) -> tuple[str, str]:
     """Draw two numbers. Return their operation up to the second, and the rest: `=` with the result, or a product."""
     if operator in "*/" and rng.random() < 0.5:
         left, right = rng.choice(_factors(bound))
         left, right = (left * right, left) if operator == "/" else (left, right)
     else:
-        left = rng.randint(section.min_number, section.max_number)
-        right = rng.randint(section.min_number, section.max_number) if rng.random() < 0.5 else rng.randint(0, bound)
-        left, right = (left, right) if rng.random() < 0.5 else (right, left)
+        left, right = _two_numbers(rng, section, bound)
         left, right = (max(left, right), min(left, right)) if operator in "-/" else (left, right)
     asked = f"{left}{operator}{right}"
     if operator == "/":
         return asked, trace.division_line(left, right, bound).partition(asked)[2][:-1]
-    found = (text for result, text in rules.operations(left, right) if result <= bound and text.startswith(f"{asked}="))
-    return asked, next(found, asked).removeprefix(asked)
+    result = {"+": left + right, "-": left - right, "*": left * right}[operator]
+    return asked, f"={result}" if result <= bound else ""
 
 
 def largest_result(task: CountdownConfig) -> int:

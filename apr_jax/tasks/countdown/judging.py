@@ -8,7 +8,7 @@ from apr_jax.tasks.dialect import Malformed
 
 _WRITTEN = re.compile(r"^Exploring Operation: (.*)\n", re.M)
 _ATTEMPT = re.compile(r"[0-9]{1,18}[-+*/][0-9]{1,18}")
-_DIVISION = re.compile(r"([0-9]{1,18})/[0-9]{1,18}, ([^,]*)(?:,\1(?: unequal: No Solution)?)?")
+_DIVISION = re.compile(r"\A([0-9]{1,18})/[0-9]{1,18}, ([^,]*)(?:,\1(?: unequal: No Solution)?)?\Z")
 _OPERATION = re.compile(r"([0-9]{1,18})[-+*/]([0-9]{1,18})=[0-9]{1,18}")
 
 
@@ -17,10 +17,9 @@ def count_operations(text: str) -> tuple[int, int]:
 
     Lines that name two numbers and no result (`task.attempts`) are none; of a division its product counts.
     """
-    written = [line.partition(", Resulting Numbers: ")[0] for line in _WRITTEN.findall(text)]
-    divisions = [_DIVISION.fullmatch(line) for line in written]
-    written = [match[2] if match else line for match, line in zip(divisions, written, strict=True)]
-    written = [line for line in written if not _ATTEMPT.fullmatch(line)]
+    lines = (line.partition(", Resulting Numbers: ")[0] for line in _WRITTEN.findall(text))
+    operations = (_DIVISION.sub(r"\2", line) for line in lines)
+    written = [operation for operation in operations if not _ATTEMPT.fullmatch(operation)]
     return len(written), sum(map(_is_right, written))
 
 

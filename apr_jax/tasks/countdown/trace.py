@@ -68,8 +68,8 @@ def division_line(large: int, small: int, bound: float) -> str:
         return asked
     factor = large // small
     product = small * factor
-    ending = "\n" if product == large else outcome_line(large, product).partition(f",{large}")[2]
-    return f"{asked[:-1]}, {small}*{factor}={product},{large}{ending}"
+    compared = f"{product},{large}\n" if product == large else outcome_line(large, product)
+    return f"{asked[:-1]}, {small}*{factor}={compared}"
 
 
 def final_lines(target: int, result: int, operation: str) -> str:
