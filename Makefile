@@ -27,6 +27,7 @@ $(VENV)/.installed: requirements.lock setup.py
 	$(if $(PLATFORM),$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  "jax[$(PLATFORM)]==$$($(BIN)/python -c 'import jax; print(jax.__version__)')" -c requirements.lock)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(if $(PLATFORM),,$(BIN)/python -c 'from apr_jax.kernels.cpu import is_available as make_kernels; make_kernels()')
 	touch $@
 
 train: env

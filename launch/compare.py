@@ -61,6 +61,9 @@ _HELD_OUT = [split for split in SPLITS if split != "train"]
 _SPLIT = flags.DEFINE_enum("split", None, _HELD_OUT, "Split, held out by all policies [evaluation.split].")
 _NUM_PROBLEMS = entry.define_number("num_problems", None, "Their number [evaluation.num_problems].", low=2)
 _PROBLEMS = flags.DEFINE_string("problems", None, 'File: {"numbers": [3, 7, 12], "target": 40} a line, or a JSON list.')
+_AT_ONCE = entry.define_number(
+    "at_once", None, "Problems decoded at once; 1: a latency is of one problem alone [as many as the lanes take].", low=1
+)
 _KEEP = entry.define_number("keep_rollouts", 16, "Problems whose threads are kept for the viewer.", low=0)
 _JSON = entry.JsonFlag("rows and differences")
 _FIGURE = entry.define_output("figure", "Draw the policies' training curves here.", (".svg",))
@@ -153,9 +156,9 @@ def _asked(policies: "list[Policy]", own: list[Any] | None) -> "Asked":
         tasks = {policy.config.task.name for policy in policies}
         if len(tasks) > 1:
             raise ConfigError(f"--policies: they solve problems of several tasks: {', '.join(sorted(tasks))}")
-        return Asked(task_of(config), tuple(own), _PROBLEMS.value, config.seed)
+        return Asked(task_of(config), tuple(own), _PROBLEMS.value, config.seed, _AT_ONCE.value)
     split, wanted = choose_split(config, _SPLIT.value, _NUM_PROBLEMS.value)
-    return held_out(policies, split, wanted)
+    return held_out(policies, split, wanted, _AT_ONCE.value)
 
 
 def _temperatures(default: float) -> list[float]:
@@ -174,7 +177,10 @@ def _show(workdir: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     from apr_jax.evaluation.report.paired_report import cell_name, compare, show_differences, show_rows
 
     first, *others = rows
-    print(f"{first['num_problems']:,} problems ({first['problems']}), {first['lanes']} lanes, {first['machine']}")
+    at_once = "" if first.get("at_once") is None else f", {first['at_once']} at once"
+    print(
+        f"{first['num_problems']:,} problems ({first['problems']}{at_once}), {first['lanes']} lanes, {first['machine']}"
+    )
     print(show_rows(rows))
     against = read_records(workdir, first)
     differences = {}

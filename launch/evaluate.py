@@ -41,6 +41,9 @@ _METHOD = flags.DEFINE_string("method", None, "Way of reasoning, such as serial 
 _MAX_TOKENS = entry.define_number(
     "max_tokens", None, "Cut threads off here, unknown to prompts [model.max_seq_len].", low=1
 )
+_AT_ONCE = entry.define_number(
+    "at_once", None, "Problems decoded at once; 1: a latency is of one problem alone [as many as the lanes take].", low=1
+)
 _JSON = entry.JsonFlag("the figures")
 _ROLLOUTS = entry.define_output("rollouts", "Write the first problems' threads here, one JSON object a rollout.")
 
@@ -87,10 +90,11 @@ def _evaluate(checkpoint: pathlib.Path, own_problems: list[Any] | None) -> None:
             seed=config.seed,
             temperature=temperature,
             on_progress=on_progress,
+            at_once=_AT_ONCE.value,
         )
     print(f"{checkpoint} on {source}, {method}, temperature {temperature:g}\n{show_summary(summary)}")
     about = {"checkpoint": str(checkpoint), "problems": source, "method": method, "temperature": temperature}
-    about |= {"budget": settings.budget, "max_tokens": settings.max_tokens}
+    about |= {"budget": settings.budget, "max_tokens": settings.max_tokens, "at_once": _AT_ONCE.value}
     _JSON.write(summary | about)
     if _ROLLOUTS.value:
         save_rollouts(_ROLLOUTS.value, {checkpoint.name: records})

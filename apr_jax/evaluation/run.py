@@ -46,6 +46,7 @@ def evaluate(
     temperature: float,
     on_progress: Callable[[Progress], None] | None = None,
     keep_calls: int = 16,
+    at_once: int | None = None,
 ) -> tuple[dict[str, Any], list[Record]]:
     """Decode each problem once and return the summary and one record a problem (evaluation/metrics.py).
 
@@ -54,6 +55,8 @@ def evaluate(
       method: as `reasoning.programs.make_program` takes it.
       seed, temperature: of the sampling; temperature 0 is greedy.
       keep_calls: the first so many records keep their threads' text, for `save_rollouts`.
+      at_once: problems that are decoded at once; None: as many as the lanes take. With 1 a problem's latency is that of
+        its own threads. Rollouts are the same.
     Raises: ValueError for no problems, and as `check_method` for `method` with its temperature and budget.
     """
     if not problems:
@@ -65,7 +68,11 @@ def evaluate(
         for index, problem in enumerate(problems)
     ]
     start = time.perf_counter()
-    rollouts = engine.run(programs, seed=seed, temperature=temperature, on_progress=on_progress)
+    rollouts: list[Rollout] = []
+    for first in range(0, len(programs), at_once or len(programs)):
+        part = programs[first : first + (at_once or len(programs))]
+        shown = None if on_progress is None else _after(rollouts, len(programs), start, on_progress)
+        rollouts += engine.run(part, seed=seed, temperature=temperature, on_progress=shown)
     seconds = time.perf_counter() - start
     records = [
         record_rollout(
@@ -74,6 +81,19 @@ def evaluate(
         for index, (problem, rollout) in enumerate(zip(problems, rollouts, strict=True))
     ]
     return summarize(records, seconds), records
+
+
+def _after(
+    done: Sequence[Rollout], total: int, start: float, on_progress: Callable[[Progress], None]
+) -> Callable[[Progress], None]:
+    """Return an `on_progress` of a run that comes after others, whose rollouts are `done`."""
+    finished, tokens = len(done), sum(rollout.generated_tokens for rollout in done)
+
+    def tell(now: Progress) -> None:
+        seconds = time.perf_counter() - start
+        on_progress(Progress(finished + now.finished, total, tokens + now.generated_tokens, seconds))
+
+    return tell
 
 
 class ShownProgress:

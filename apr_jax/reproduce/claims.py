@@ -122,7 +122,7 @@ def _latency(workdir: pathlib.Path) -> list[Claim]:
             gain = _points(cells.difference(best, adaptive)["accuracy"])
             told = [f"{_share(row)} at {row['latency_ms']:,.0f} ms" for row in (adaptive, best)]
             ours = f"{told[0]}, serial {told[1]} = {gain}"
-        statement = f"equal latency on one engine, {lanes} lane{'s' * (lanes > 1)}"
+        statement = f"equal latency, one problem at a time on {lanes} lane{'s' * (lanes > 1)}"
         found.append(Claim("c", statement, "75.2 against 57.3 at 5 s", ours, cells.source))
     return found
 

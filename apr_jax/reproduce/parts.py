@@ -110,13 +110,14 @@ def _comparisons(workdir: pathlib.Path, *, quick: bool) -> list[Part]:
         parts.append(
             compare(
                 f"latency_{lanes}",
-                f"equal latency on {lanes} lanes",
+                f"equal latency, one problem at a time on {lanes} lanes",
                 ("serial_rl", "adaptive_rl"),
                 f"--context_windows={','.join(map(str, windows[-2:] if quick else windows[1:]))}",
                 f"--config.engine.lanes={lanes}",
                 f"--config.engine.pages={max(512, 160 * lanes)}",
                 f"--config.engine.prefill_lanes={min(8, lanes)}",
-                problems=500,
+                "--at_once=1",
+                problems=200,
             )
         )
     return parts

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from apr_jax.config import ConfigError
 from apr_jax.config_dict import from_config_dict, to_dict
 from apr_jax.data.demonstrations import load_split
+from apr_jax.engine.threads import Progress
 from apr_jax.evaluation.policy import check_vocabulary, choose_config
 from apr_jax.evaluation.rollout_sources import ProblemFileError, newest_run, read_problems
 from apr_jax.evaluation.run import (
@@ -61,6 +62,35 @@ def test_evaluating_a_perfect_imitator_gives_the_solvers_figures(method):
     assert [("calls" in record) for record in records] == [True] * 3 + [False] * 27
     json.dumps([summary, records])
     assert "solved" in show_summary(summary)
+
+
+class CountsRuns(ScriptedEngine):
+    """Notes the problems of each run, and tells of one finished rollout at its end."""
+
+    def run(self, programs, *, on_progress=None, **how):
+        self.runs = [*getattr(self, "runs", ()), [key.problem for key, _ in programs]]
+        rollouts = super().run(programs, **how)
+        if on_progress is not None:
+            tokens = sum(rollout.generated_tokens for rollout in rollouts)
+            on_progress(Progress(len(rollouts), len(programs), tokens, 0.0))
+        return rollouts
+
+
+@pytest.mark.parametrize(
+    ("at_once", "runs"), [(None, [[0, 1, 2, 3, 4]]), (2, [[0, 1], [2, 3], [4]]), (9, [[0, 1, 2, 3, 4]])]
+)
+def test_so_many_problems_are_decoded_at_once_and_progress_goes_on(at_once, runs):
+    demos = list(demonstrations(SMALL, "adaptive", 5))
+    engine, told = CountsRuns(Replay(demos)), []
+    problems, how = [demo.problem for demo in demos], {"settings": settings(), "seed": 0, "temperature": 0.0}
+    summary, records = evaluate(engine, problems, method="adaptive", at_once=at_once, on_progress=told.append, **how)
+    assert engine.runs == runs
+    assert [now.finished for now in told] == [part[-1] + 1 for part in runs]
+    assert [now.total for now in told] == [5] * len(runs)
+    assert told[-1].generated_tokens == summary["generated_tokens"] * 5
+    alone = [{k: v for k, v in record.items() if k != "latency_ms"} for record in records]
+    _, expected = evaluate(ScriptedEngine(Replay(demos)), problems, method="adaptive", **how)
+    assert alone == [{k: v for k, v in record.items() if k != "latency_ms"} for record in expected]
 
 
 def test_evaluating_nothing_is_refused():

@@ -56,12 +56,13 @@ class Policy:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """The problems of a task, what to call them, and the seed of what is drawn on them."""
+    """The problems of a task, what to call them, the seed of what is drawn on them, and how they are decoded."""
 
     task: Task
     problems: tuple[Any, ...]
     source: str
     seed: int
+    at_once: int | None = None  # so many problems are decoded at once; None: as many as the lanes take
 
     @property
     def digest(self) -> str:
@@ -93,7 +94,7 @@ def make_policy(
     return Policy(name, checkpoint, params, config, tokenizer, weights_digest(params))
 
 
-def held_out(policies: Sequence[Policy], split: Split, limit: int) -> Asked:
+def held_out(policies: Sequence[Policy], split: Split, limit: int, at_once: int | None = None) -> Asked:
     """Return the first `limit` problems of a split other than train, which no policy was trained on.
 
     Raises ConfigError where there are not so many, or where the policies' training had other held-out problems.
@@ -112,7 +113,7 @@ def held_out(policies: Sequence[Policy], split: Split, limit: int) -> Asked:
     if limit > size:
         raise ConfigError(f"--num_problems={limit} is more than the {size} problems of {split}")
     problems = generate_problems(first, split)
-    return Asked(task_of(first), tuple(itertools.islice(problems, limit)), split, first.seed)
+    return Asked(task_of(first), tuple(itertools.islice(problems, limit)), split, first.seed, at_once)
 
 
 def run_cells(
@@ -164,6 +165,7 @@ def run_cells(
                 temperature=cell.temperature,
                 on_progress=on_progress,
                 keep_calls=keep_rollouts,
+                at_once=asked.at_once,
             )
         lanes = engine.limits.lanes * engine.limits.num_shards
         about = _about(cell, policy, asked, lanes) | {"command": command}
@@ -179,6 +181,7 @@ def _about(cell: Cell, policy: Policy, asked: Asked, lanes: int) -> Json:
         "checkpoint": policy.checkpoint,
         "problems": asked.source,
         "seed": asked.seed,
+        "at_once": asked.at_once,
         "lanes": lanes,
         "machine": device_name(),
         "date": datetime.date.today().isoformat(),
@@ -245,6 +248,7 @@ def cell_settings(cell: Cell, policy: Policy, config: Config, asked: Asked) -> J
         "weights": policy.weights,
         "problems": f"{asked.digest} ({len(asked.problems)})",
         "seed": asked.seed,
+        "at_once": asked.at_once,
         "tokenizer": policy.vocabulary,
         "task.context_windows": list(config.task.windows),
         "data.method": config.data.method,

@@ -21,7 +21,7 @@ from apr_jax.files import FileError, parse_json, read_jsonl, write, write_jsonl
 
 KEY = ("method", "budget", "temperature", "context_window")
 # Settings that all cells of a folder share: without these in common, no two of them can be compared.
-SHARED = ("problems", "seed", "engine.lanes")
+SHARED = ("problems", "seed", "engine.lanes", "at_once")
 
 Json = dict[str, Any]
 

@@ -43,7 +43,7 @@ _FIGURES = (
     ("context_window", "Accuracy against context window", "tokens that a thread may hold"),
     ("total_tokens", "Accuracy against all tokens", "tokens of all threads, mean of a problem"),
     ("sequential_tokens", "Accuracy against sequential tokens", "tokens one after the other, mean of a problem"),
-    ("latency_ms", "Accuracy against latency", "milliseconds a problem, {lanes} lanes shared by all problems"),
+    ("latency_ms", "Accuracy against latency", "milliseconds a problem, {lanes} lanes shared by {at_once}"),
     ("num_samples", "Several samples of a problem", "samples"),
 )
 
@@ -165,7 +165,9 @@ def _figure(key: str, title: str, x_label: str, rows: Sequence[Row]) -> dict[str
     curves = curves_of(key, rows)
     if not curves:
         return None
-    label = x_label.format(lanes=rows[0]["lanes"])
+    at_once = rows[0].get("at_once")
+    shared = {None: "all problems", 1: "its own threads"}.get(at_once, f"{at_once} problems")
+    label = x_label.format(lanes=rows[0]["lanes"], at_once=shared)
     theirs = paper.CURVES.get(key)
     return {
         "key": key.replace("_", "-"),

@@ -170,6 +170,7 @@ def settings(own=None, asked=ASKED, **changes):
         settings(program="serial"),
         settings(asked=dataclasses.replace(ASKED, problems=ASKED.problems[::-1])),
         settings(asked=dataclasses.replace(ASKED, seed=1)),
+        settings(asked=dataclasses.replace(ASKED, at_once=1)),
         settings(policy(**{"rollout.max_children": 3})),
         settings(policy(**{"engine.lanes": 16})),
         settings(policy(**{"model.rope_theta": 3.0})),

@@ -86,7 +86,7 @@ def test_a_cell_of_other_settings_is_refused_with_both_values(workdir, field):
         Results(workdir).find(cell(), SETTINGS | {field: "else"})
 
 
-@pytest.mark.parametrize("field", ["problems", "seed", "engine.lanes"])
+@pytest.mark.parametrize("field", ["problems", "seed", "engine.lanes", "at_once"])
 def test_cells_that_cannot_be_compared_do_not_share_a_folder(workdir, field):
     with pytest.raises(ConfigError, match="another --workdir"):
         Results(workdir).find(cell("serial"), SETTINGS | {field: "else"})

@@ -1,6 +1,8 @@
 """The page of a comparison: every row, figures with intervals and the paper's beside them, safe and self-contained."""
 
+import json
 import re
+import shutil
 
 import pytest
 
@@ -101,6 +103,24 @@ def test_a_curve_is_a_method_along_what_varies():
         "adaptive, temperature 1",
         "adaptive, temperature 0",
     }
+
+
+@pytest.mark.parametrize(
+    ("about", "label"),
+    [
+        ({}, "shared by all problems"),
+        ({"at_once": None}, "shared by all problems"),
+        ({"at_once": 1}, "shared by its own threads"),
+        ({"at_once": 3}, "shared by 3 problems"),
+    ],
+)
+def test_latencies_say_who_shares_the_lanes(workdir, tmp_path, about, label):
+    copied = tmp_path / "comparison"
+    shutil.copytree(workdir, copied)
+    rows = [{k: v for k, v in row.items() if k != "at_once"} | about for row in read_results(copied)]
+    (copied / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_comparison(copied, tmp_path / "report.html", command="it")
+    assert f"milliseconds a problem, 4 lanes {label}" in (tmp_path / "report.html").read_text()
 
 
 def test_several_samples_are_a_curve_over_their_number():
