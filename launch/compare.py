@@ -62,7 +62,7 @@ _SPLIT = flags.DEFINE_enum("split", None, _HELD_OUT, "Split, held out by all pol
 _NUM_PROBLEMS = entry.define_number("num_problems", None, "Their number [evaluation.num_problems].", low=2)
 _PROBLEMS = flags.DEFINE_string("problems", None, 'File: {"numbers": [3, 7, 12], "target": 40} a line, or a JSON list.')
 _AT_ONCE = entry.define_number(
-    "at_once", None, "Problems decoded at once; 1: a latency is of one problem alone [as many as the lanes take].", low=1
+    "at_once", None, "Problems decoded at once; 1: each has the lanes, and its latency, to itself [all].", low=1
 )
 _KEEP = entry.define_number("keep_rollouts", 16, "Problems whose threads are kept for the viewer.", low=0)
 _JSON = entry.JsonFlag("rows and differences")

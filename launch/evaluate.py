@@ -42,7 +42,7 @@ _MAX_TOKENS = entry.define_number(
     "max_tokens", None, "Cut threads off here, unknown to prompts [model.max_seq_len].", low=1
 )
 _AT_ONCE = entry.define_number(
-    "at_once", None, "Problems decoded at once; 1: a latency is of one problem alone [as many as the lanes take].", low=1
+    "at_once", None, "Problems decoded at once; 1: each has the lanes, and its latency, to itself [all].", low=1
 )
 _JSON = entry.JsonFlag("the figures")
 _ROLLOUTS = entry.define_output("rollouts", "Write the first problems' threads here, one JSON object a rollout.")

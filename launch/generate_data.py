@@ -32,7 +32,7 @@ _NAMES = {"serial": "serial", "adaptive": "parallel"}  # methods that are demons
 _CONFIG = entry.define_config("sft.py")
 _NUM_PROBLEMS = entry.define_number("num_problems", 2_000, "Problems to sample and demonstrate.", low=1)
 _OUTPUT = entry.define_output("output", "Write the demonstrations here, one JSON object a problem.")
-_TOKENS = flags.DEFINE_bool("tokens", False, "Also count the parallel searches' tokens, by the config's tokenizer.")
+_TOKENS = flags.DEFINE_bool("tokens", False, "Also count what the searches write, by the config's tokenizer.")
 _JSON = entry.JsonFlag("the figures")
 
 
@@ -44,7 +44,7 @@ def _measure(config: Config) -> None:
     dialects = task_of(config).dialects
     methods = [name for name in _NAMES if name in dialects] or [config.data.method]
     count_tokens = token_counter(config)
-    lengths: list[tuple[int, int]] = []
+    lengths: dict[str, list[tuple[int, int]]] = {name: [] for name in methods if _TOKENS.value}
     with contextlib.ExitStack() as stack:
         output = None
         if _OUTPUT.value:
@@ -57,8 +57,8 @@ def _measure(config: Config) -> None:
             if output is not None:
                 written = {search.method: dataclasses.asdict(search) for search in searches}
                 output.write((json.dumps(written) + "\n").encode())
-            if _TOKENS.value:
-                lengths.append(demonstrated_tokens(dialects[methods[-1]], searches[-1], count_tokens))
+            for search in searches if _TOKENS.value else ():
+                lengths[search.method].append(demonstrated_tokens(dialects[search.method], search, count_tokens))
             bar.update()
 
         figures = generation.measure(config, _NUM_PROBLEMS.value, methods, count_tokens, on_problem)
@@ -69,10 +69,17 @@ def _measure(config: Config) -> None:
     )
     written = dataclasses.asdict(figures)
     written |= {f"{_NAMES.get(name, name)}_accuracy": share for name, share in written.pop("accuracy").items()}
-    if lengths:
-        sequential, total = (sum(column) / len(lengths) for column in zip(*lengths, strict=True))
-        print(f"parallel: {sequential:.1f} tokens one after the other, {total:.1f} in all threads")
-        written |= {"sequential_tokens": sequential, "total_tokens": total}
+    for name, of_method in lengths.items():
+        sequential, total = (sum(column) / len(of_method) for column in zip(*of_method, strict=True))
+        longest = sorted(chain for chain, _ in of_method)
+        p50, p95 = longest[len(longest) // 2], longest[len(longest) * 95 // 100]
+        label = _NAMES.get(name, name)
+        print(
+            f"{label}: {sequential:.1f} tokens one after the other (p50 {p50:,}, p95 {p95:,}), "
+            f"{total:.1f} in all threads"
+        )
+        prefix = "" if name == methods[-1] else f"{label}_"
+        written |= {f"{prefix}sequential_tokens": sequential, f"{prefix}total_tokens": total}
     _JSON.write(written)
 
 

@@ -39,6 +39,7 @@ def test_it_counts_what_parallel_searches_write(tmp_path: pathlib.Path) -> None:
     assert "tokens one after the other" in done.stdout
     written = json.loads(figures.read_text())
     assert 100 < written["sequential_tokens"] < written["total_tokens"]
+    assert 100 < written["serial_sequential_tokens"] == written["serial_total_tokens"]
 
 
 def test_it_measures_the_references_setting(tmp_path: pathlib.Path) -> None:

@@ -39,6 +39,19 @@ class Node(NamedTuple):
     generated: str  # the lines that generated it; "" for the problem's root
 
 
+class Expansion(NamedTuple):
+    """Some operations on a state."""
+
+    nodes: list[Node]
+    texts: list[str]  # the lines that write each node, attempts before it included
+    attempts: str  # lines that follow the last
+    more: bool  # operations are left that were not among the best
+
+    @property
+    def lines(self) -> list[str]:
+        return [*self.texts, self.attempts]
+
+
 class Goal(NamedTuple):
     """A state one operation before the target, and the lines of that operation."""
 
@@ -104,14 +117,15 @@ class Search:
                     continue
                 tried, trying = 0, True
                 while trying:
-                    nodes, more = self.expand(node, beam, lines, tried)
-                    delegated = delegate(nodes) if delegate is not None else None
+                    expansion = self.expand(node, beam, tried)
+                    lines += expansion.lines
+                    delegated = delegate(expansion.nodes) if delegate is not None else None
                     if delegated is None:
-                        for generated in nodes:
+                        for generated in expansion.nodes:
                             heapq.heappush(heap, generated)
                     elif delegated.goal is not None:
                         return delegated.goal
-                    trying = delegated is not None and more and self.rng.random() < retry_probability
+                    trying = delegated is not None and expansion.more and self.rng.random() < retry_probability
                     if trying:
                         tried += beam
                         lines.append(self.header(node))
@@ -125,16 +139,15 @@ class Search:
         """
         if len(root.numbers) == 2:
             return self._expand_final(root, beam, lines)
-        written: list[str] = []
-        nodes, _ = self.expand(root, beam, written)
-        for node, generated in zip(nodes, written, strict=False):
-            lines += [generated, self.header(node)]
+        expansion = self.expand(root, beam)
+        for node, text in zip(expansion.nodes, expansion.texts, strict=True):
+            lines += [text, self.header(node)]
             goal = self.depth_first(node, beam, lines)
             if goal is not None:
                 return goal
             if self._restates:
                 lines.append(self.header(root))
-        lines += written[len(nodes) :]
+        lines.append(expansion.attempts)
         return None
 
     def order(self, nodes: list[Node]) -> list[Node]:
@@ -161,11 +174,8 @@ class Search:
         """Return what a child that searched from a node hands back."""
         return ChildResult(node.node_id, self.replay(goal, node)[:-1] if goal else None)
 
-    def expand(self, node: Node, beam: int, lines: list[str], tried: int = 0) -> tuple[list[Node], bool]:
-        """Write the `beam` best operations after the `tried` best, and tell whether more are left.
-
-        `lines` gets a text for each of the nodes, and one more for attempts that follow the last.
-        """
+    def expand(self, node: Node, beam: int, tried: int = 0) -> Expansion:
+        """Return the `beam` best operations after the `tried` best."""
         numbers, target, distances = node.numbers, self.problem.target, self._distances
         own = [distances[n] if n <= target else n - target for n in numbers]
         total = sum(own)
@@ -185,18 +195,16 @@ class Search:
         more = len(candidates) > tried + beam
         candidates = candidates[tried : tried + beam]
         self._arrange(candidates)
-        nodes = []
+        nodes, texts = [], []
         led_here = f"{node.operations}, " if node.operations else ""
         for index, (heuristic, _, i, j, result, operation, before) in enumerate(candidates, start=tried):
             remaining = [*numbers[:i], *numbers[i + 1 : j], *numbers[j + 1 :], result]
             node_id = f"{node.node_id},{index}"
             generated = trace.generated_lines(node_id, target, remaining, operation)
-            lines.append(before + generated)
+            texts.append(before + generated)
             self._age += 1
             nodes.append(Node(heuristic, self._age, node_id, remaining, f"{led_here}'{operation}'", node, generated))
-        if attempts and not more:
-            lines.append(attempts)
-        return nodes, more
+        return Expansion(nodes, texts, "" if more else attempts, more)
 
     def _expand_final(self, node: Node, beam: int, lines: list[str]) -> Goal | None:
         left, right = node.numbers

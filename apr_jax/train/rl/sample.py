@@ -41,6 +41,20 @@ class Sample:
     dropped: int  # groups without signal that were left out
 
 
+@dataclasses.dataclass
+class _Drawing:
+    """What has been drawn for a step so far."""
+
+    asked: list[int] = dataclasses.field(default_factory=list)  # indices of problems
+    drawn: list[Scored] = dataclasses.field(default_factory=list)
+    rounds: int = 0
+
+    def add(self, asked: Sequence[int], drawn: Sequence[Scored]) -> None:
+        self.asked += asked
+        self.drawn += drawn
+        self.rounds += bool(asked)
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampler:
     """The engine, with the problems that it is asked."""
@@ -61,29 +75,20 @@ class Sampler:
 
         The result is a function of (seed, steps), the problems and the engine's policy. A step asks no problem twice.
         """
-        grpo, seed, size = self.config.grpo, self.config.seed, self.config.grpo.group_size
-        asked = [choose_problems(len(self.problems), grpo.prompts_per_step, seed, step) for step in steps]
-        drawn = self._draw(asked, steps[0])
-        if not grpo.max_resamples:
-            return [Sample(each, each, rounds=1, dropped=0) for each in drawn]
-        rounds = [1] * len(steps)
-        for round_ in range(1, grpo.max_resamples + 1):
-            missing = [grpo.prompts_per_step - len(with_signal(each, size)) // size for each in drawn]
-            if not any(missing):
+        grpo, size = self.config.grpo, self.config.grpo.group_size
+        drawings = [_Drawing() for _ in steps]
+        for round_ in range(grpo.max_resamples + 1):
+            asked = [self._ask(step, round_, so_far) for step, so_far in zip(steps, drawings, strict=True)]
+            if not any(asked):
                 break
-            new = []
-            for step, before, count in zip(steps, asked, missing, strict=True):
-                left = np.setdiff1d(np.arange(len(self.problems)), before)
-                new.append(np.random.default_rng((seed, step, round_)).choice(left, count, replace=False).tolist())
-            more = self._draw(new, steps[0])
-            asked = [before + added for before, added in zip(asked, new, strict=True)]
-            drawn = [before + added for before, added in zip(drawn, more, strict=True)]
-            rounds = [before + (count > 0) for before, count in zip(rounds, missing, strict=True)]
-        learnt = [with_signal(each, size) for each in drawn]
-        return [
-            Sample(all_, some, rounds=number, dropped=(len(all_) - len(some)) // size)
-            for all_, some, number in zip(drawn, learnt, rounds, strict=True)
-        ]
+            for drawing, new, scored in zip(drawings, asked, self._draw(asked, steps[0]), strict=True):
+                drawing.add(new, scored)
+        samples = []
+        for drawing in drawings:
+            learnt = with_signal(drawing.drawn, size) if grpo.max_resamples else drawing.drawn
+            dropped = (len(drawing.drawn) - len(learnt)) // size
+            samples.append(Sample(drawing.drawn, learnt, drawing.rounds, dropped))
+        return samples
 
     def accuracy(self) -> float:
         """Return the share of the held-out problems that the engine's policy solves, decoded greedily."""
@@ -97,6 +102,16 @@ class Sampler:
             keep_calls=0,
         )
         return float(summary["accuracy"])
+
+    def _ask(self, step: int, round_: int, so_far: "_Drawing") -> list[int]:
+        """Choose problems for a step: its own in round 0, later others, one for each group without signal."""
+        grpo, seed = self.config.grpo, self.config.seed
+        if not round_:
+            return choose_problems(len(self.problems), grpo.prompts_per_step, seed, step)
+        missing = grpo.prompts_per_step - len(with_signal(so_far.drawn, grpo.group_size)) // grpo.group_size
+        left = np.setdiff1d(np.arange(len(self.problems)), so_far.asked)
+        chosen: list[int] = np.random.default_rng((seed, step, round_)).choice(left, missing, replace=False).tolist()
+        return chosen
 
     def _draw(self, asked: Sequence[Sequence[int]], first_step: int) -> list[list[Scored]]:
         """Roll out and score a group for each problem, given by index, of each of the steps from `first_step` on.
