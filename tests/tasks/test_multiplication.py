@@ -124,14 +124,15 @@ def test_numbers_are_written_as_the_docs_say():
     assert numerals.digits_of(1000, 3) == [0, 0, 10]
     assert numerals.write_steps(numerals.take_steps(numerals.row_sums([2, 4, 7], 8))) == "a^0a6b^1b3c^3c9d^5d5"
     assert ADAPTIVE.prompt((742, 1000, 0)) == "A742BX00C000=\n"
-    assert SERIAL.prompt((742, 1000, 0)) == "Aa2Ab4Ac7Ba0Bb0BcXCa0Cb0Cc0=\n"
+    assert SERIAL.prompt((742, 1000, 0)) == "a^2b^4c^7d^0e^0f^Xg^0h^0i^0=\n"
     calls = solution((742, 103, 15), "adaptive").calls
     assert calls[0].completion == f"{CALL_BEGIN}AB\nCC\n{CALL_END}"
     assert calls[1].context.endswith("<Sub Searches>\na6b2c4d6e7f0*a5b1c0=\n<End Sub Searches>\n")
     assert calls[1].completion == f"{CALL_BEGIN}a5\nb1\nc0\n{CALL_END}"
     assert calls[5].context + calls[5].completion == "3*a2b4c7=\na^0a6b^0b2c^1c2d^2d2\n"
     (call,) = solution((742, 103), "serial").calls
-    assert call.completion.startswith("a2b4c7\nBa*3Bb*0Bc*1:2a^06b^00c^000a64a^02b^00c^000b2")
+    assert call.completion.startswith("a2b4c7\nBd^3e^0f^1a*3b*0c*1:2a^06b^00c^000a64a^02b^00c^000b2")
+    assert SERIAL.prompt((1,) * len(numerals.NAMES)).endswith("v^1w^0x^0=\n")
 
 
 @pytest.mark.parametrize("value", [0, 1, 9, 10, 999, 1000, 10**6, 999**2])

@@ -39,9 +39,9 @@ def value_of(digits: Sequence[int]) -> int:
     return sum(digit * 10**place for place, digit in enumerate(digits))
 
 
-def write_number(digits: Sequence[int], name: str = "", sign: str = "") -> str:
-    """Return digits with their places; where given, each after the number's name, and with a sign before the digit."""
-    return "".join(f"{name}{place}{sign}{DIGITS[digit]}" for place, digit in zip(PLACES, digits, strict=False))
+def write_number(digits: Sequence[int], sign: str = "", first: int = 0) -> str:
+    """Return digits with their places, counted from `first` on, and where given with a sign before each digit."""
+    return "".join(f"{place}{sign}{DIGITS[digit]}" for place, digit in zip(PLACES[first:], digits, strict=False))
 
 
 def read_number(text: str) -> list[int] | None:

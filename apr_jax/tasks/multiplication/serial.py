@@ -1,16 +1,18 @@
 """One long multiplication after the other, in one thread.
 
 The first line is the first factor. Each later line multiplies what the line before came to by the next factor, whose
-digits stand in front, the ones first. It goes from place to place, as far as the result has places: the digit of the
-number that is multiplied, a carry and a digit in each of the three rows, and a carry and a digit of their sum.
+digits stand in front, the ones first: as the prompt has them, then as multipliers. It goes from place to place, as far
+as the result has places: the digit of the number that is multiplied, a carry and a digit in each of the three rows, and
+a carry and a digit of their sum.
 
-    prompt      Aa2Ab4Ac7Ba3Bb0Bc1Ca5Cb1Cc0=\\n
+    prompt      a^2b^4c^7d^3e^0f^1g^5h^1i^0=\\n
     completion  a2b4c7\\n
-                Ba*3Bb*0Bc*1:2a^06b^00c^000a64a^02b^00c^000b2 ..\\n
-                Ca*5Cb*1Cc*0: ..\\n
+                Bd^3e^0f^1a*3b*0c*1:2a^06b^00c^000a64a^02b^00c^000b2 ..\\n
+                Cg^5h^1i^0a*5b*1c*0: ..\\n
 
-Each digit of a factor names its factor and its place, so that it is found by what it is called and not by counting.
-Carries of rows name their row (a: of the ones), the digit of the sum its place. `numerals.py` has the rest.
+The places of the prompt go on from factor to factor (a to c: the first, d to f: B), so each of its digits has a name
+that no other token of the prompt has, and none is found by counting. Carries of rows name their row (a: of the ones),
+the digit of the sum its place. `numerals.py` has the rest.
 """
 
 import random
@@ -34,7 +36,9 @@ from apr_jax.tasks.multiplication.numerals import (
 )
 from apr_jax.tasks.multiplication.rules import Problem, read_answer
 
-_MULTIPLIERS = f"(?=([{NAMES}]))" + "".join(f"\\1{place}\\*([{DIGITS}])" for place in PLACES[:FACTOR_DIGITS])
+_MULTIPLIERS = f"([{NAMES}])(?:[{PLACES}]\\^[{DIGITS}]){{{FACTOR_DIGITS}}}" + "".join(
+    f"{place}\\*([{DIGITS}])" for place in PLACES[:FACTOR_DIGITS]
+)
 _ROWS = "".join(f"{place}\\^[{DIGITS}]{{2}}" for place in PLACES[:FACTOR_DIGITS])
 _GROUP = re.compile(f"[{DIGITS}]{_ROWS}[{DIGITS}][a-x][{DIGITS}]")
 _LINE = re.compile(f"^{_MULTIPLIERS}:((?:{_GROUP.pattern})+)\n", re.M)
@@ -44,8 +48,8 @@ class Serial(ThreadDialect):
     """A chain of long multiplications."""
 
     def prompt(self, problem: Problem, budget: int | None = None, window: int | None = None) -> str:
-        factors = [digits_of(factor, FACTOR_DIGITS) for factor in problem]
-        return "".join(write_number(factor, name) for name, factor in zip(NAMES, factors, strict=False)) + "=\n"
+        digits = [digit for factor in problem for digit in digits_of(factor, FACTOR_DIGITS)]
+        return write_number(digits, "^") + "=\n"
 
     def read_ending(self, text: str) -> Ending:
         begin = text.rfind("\n", 0, -1) + 1
@@ -82,7 +86,7 @@ def written_sums(text: str) -> Iterator[tuple[list[int], list[Step]]]:
 def _lines(factors: Sequence[Sequence[int]]) -> Iterator[str]:
     number = list(factors[0])
     yield write_number(number) + "\n"
-    for name, factor in zip(NAMES[1:], factors[1:], strict=False):
+    for index, factor in enumerate(factors[1:], 1):
         rows: list[list[Step]] = [
             [(0, 0)] * shift + take_steps(row_sums(number, digit)) + [(0, 0)] * (len(factor) - 1 - shift)
             for shift, digit in enumerate(factor)
@@ -93,7 +97,8 @@ def _lines(factors: Sequence[Sequence[int]]) -> Iterator[str]:
             DIGITS[digit] + "".join(map(_row_step, PLACES, column)) + f"{DIGITS[total[0]]}{place}{DIGITS[total[1]]}"
             for digit, column, total, place in zip(copied, zip(*rows, strict=True), totals, PLACES, strict=False)
         ]
-        yield f"{write_number(factor, name, '*')}:{''.join(groups)}\n"
+        as_given = write_number(factor, "^", first=FACTOR_DIGITS * index)
+        yield f"{NAMES[index]}{as_given}{write_number(factor, '*')}:{''.join(groups)}\n"
         number = [digit for _, digit in totals]
 
 
