@@ -70,7 +70,10 @@ def save_tensors(folder: pathlib.Path, tensors: Mapping[str, np.ndarray], name: 
     """Write all tensors as one file, whole or not at all, and remove the weights that the folder held before."""
     temporary = folder / f"{name}.incomplete"
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(dict(tensors), temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)  # of any new file here; safetensors leaves one that nobody else can read
         # The old index goes first: a reader would follow it to the old shards.
         (folder / INDEX).unlink(missing_ok=True)
         os.replace(temporary, folder / name)

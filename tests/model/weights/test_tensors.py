@@ -1,6 +1,7 @@
 """Folders of tensors: the index is followed, what contradicts it is named, and saving leaves nothing old behind."""
 
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -79,6 +80,19 @@ def test_saving_over_shards_leaves_the_new_weights_alone(sharded: pathlib.Path) 
     save_hf(sharded, config, other)
     assert same(load_hf(sharded)[1], other)
     assert [path.name for path in sorted(sharded.glob("*model*"))] == [WEIGHTS]
+
+
+def test_others_may_read_the_weights_if_they_may_read_the_rest(tmp_path: pathlib.Path, sharded: pathlib.Path) -> None:
+    config, params = load_hf(sharded)
+    for umask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+        before = os.umask(umask)
+        try:
+            save_hf(tmp_path / str(umask), config, params)
+        finally:
+            os.umask(before)
+        modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / str(umask)).iterdir()}
+        assert set(modes) >= {WEIGHTS, "config.json"}
+        assert set(modes.values()) == {mode}, modes
 
 
 @pytest.mark.parametrize(
