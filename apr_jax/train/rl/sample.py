@@ -43,7 +43,7 @@ class Sample:
 
 @dataclasses.dataclass
 class _Drawing:
-    """What has been drawn for a step so far."""
+    """The rollouts that were drawn for a step so far."""
 
     asked: list[int] = dataclasses.field(default_factory=list)  # indices of problems
     drawn: list[Scored] = dataclasses.field(default_factory=list)
