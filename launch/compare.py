@@ -106,7 +106,7 @@ def _compare(folders: dict[str, pathlib.Path], own: list[Any] | None) -> None:
     with busy("Reading the policies"):
         policies = _load(folders)
     cells = _cells(policies)
-    asked = _asked(list(policies.values()), own)
+    asked = dataclasses.replace(_asked(list(policies.values()), own), at_once=_AT_ONCE.value)
     check_programs(cells, asked.task)
     workdir = path_of(_WORKDIR.value)
     with locked(workdir / "lock", "wait for it, or choose another --workdir"):
@@ -156,9 +156,9 @@ def _asked(policies: "list[Policy]", own: list[Any] | None) -> "Asked":
         tasks = {policy.config.task.name for policy in policies}
         if len(tasks) > 1:
             raise ConfigError(f"--policies: they solve problems of several tasks: {', '.join(sorted(tasks))}")
-        return Asked(task_of(config), tuple(own), _PROBLEMS.value, config.seed, _AT_ONCE.value)
+        return Asked(task_of(config), tuple(own), _PROBLEMS.value, config.seed)
     split, wanted = choose_split(config, _SPLIT.value, _NUM_PROBLEMS.value)
-    return held_out(policies, split, wanted, _AT_ONCE.value)
+    return held_out(policies, split, wanted)
 
 
 def _temperatures(default: float) -> list[float]:

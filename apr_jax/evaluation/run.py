@@ -68,11 +68,20 @@ def evaluate(
         for index, problem in enumerate(problems)
     ]
     start = time.perf_counter()
+    size = at_once or len(programs)
     rollouts: list[Rollout] = []
-    for first in range(0, len(programs), at_once or len(programs)):
-        part = programs[first : first + (at_once or len(programs))]
-        shown = None if on_progress is None else _after(rollouts, len(programs), start, on_progress)
+    written = 0  # tokens of these
+
+    def tell(now: Progress) -> None:
+        assert on_progress is not None
+        finished, tokens = len(rollouts) + now.finished, written + now.generated_tokens
+        on_progress(Progress(finished, len(programs), tokens, time.perf_counter() - start))
+
+    shown = None if on_progress is None else tell
+    for first in range(0, len(programs), size):
+        part = programs[first : first + size]
         rollouts += engine.run(part, seed=seed, temperature=temperature, on_progress=shown)
+        written += sum(rollout.generated_tokens for rollout in rollouts[first:])
     seconds = time.perf_counter() - start
     records = [
         record_rollout(
@@ -81,19 +90,6 @@ def evaluate(
         for index, (problem, rollout) in enumerate(zip(problems, rollouts, strict=True))
     ]
     return summarize(records, seconds), records
-
-
-def _after(
-    done: Sequence[Rollout], total: int, start: float, on_progress: Callable[[Progress], None]
-) -> Callable[[Progress], None]:
-    """Return an `on_progress` of a run that comes after others, whose rollouts are `done`."""
-    finished, tokens = len(done), sum(rollout.generated_tokens for rollout in done)
-
-    def tell(now: Progress) -> None:
-        seconds = time.perf_counter() - start
-        on_progress(Progress(finished + now.finished, total, tokens + now.generated_tokens, seconds))
-
-    return tell
 
 
 class ShownProgress:

@@ -94,7 +94,7 @@ def make_policy(
     return Policy(name, checkpoint, params, config, tokenizer, weights_digest(params))
 
 
-def held_out(policies: Sequence[Policy], split: Split, limit: int, at_once: int | None = None) -> Asked:
+def held_out(policies: Sequence[Policy], split: Split, limit: int) -> Asked:
     """Return the first `limit` problems of a split other than train, which no policy was trained on.
 
     Raises ConfigError where there are not so many, or where the policies' training had other held-out problems.
@@ -113,7 +113,7 @@ def held_out(policies: Sequence[Policy], split: Split, limit: int, at_once: int 
     if limit > size:
         raise ConfigError(f"--num_problems={limit} is more than the {size} problems of {split}")
     problems = generate_problems(first, split)
-    return Asked(task_of(first), tuple(itertools.islice(problems, limit)), split, first.seed, at_once)
+    return Asked(task_of(first), tuple(itertools.islice(problems, limit)), split, first.seed)
 
 
 def run_cells(

@@ -36,7 +36,7 @@ from apr_jax.tasks.multiplication.numerals import (
 )
 from apr_jax.tasks.multiplication.rules import Problem, read_answer
 
-_MULTIPLIERS = f"([{NAMES}])(?:[{PLACES}]\\^[{DIGITS}]){{{FACTOR_DIGITS}}}" + "".join(
+_MULTIPLIERS = f"([{NAMES}])(?:[a-x]\\^[{DIGITS}]){{{FACTOR_DIGITS}}}" + "".join(
     f"{place}\\*([{DIGITS}])" for place in PLACES[:FACTOR_DIGITS]
 )
 _ROWS = "".join(f"{place}\\^[{DIGITS}]{{2}}" for place in PLACES[:FACTOR_DIGITS])

@@ -103,7 +103,7 @@ class Sampler:
         )
         return float(summary["accuracy"])
 
-    def _ask(self, step: int, round_: int, so_far: "_Drawing") -> list[int]:
+    def _ask(self, step: int, round_: int, so_far: _Drawing) -> list[int]:
         """Choose problems for a step: its own in round 0, later others, one for each group without signal."""
         grpo, seed = self.config.grpo, self.config.seed
         if not round_:
