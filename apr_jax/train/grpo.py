@@ -11,14 +11,16 @@ that its last long rollouts leave empty, and are learnt from after the policy ha
 import functools
 import time
 from collections import deque
+from collections.abc import Callable
 
 from jax.sharding import Mesh
 
 from apr_jax.config import Config
+from apr_jax.engine.threads import Progress as RolloutProgress
 from apr_jax.model.lora import make_merge
 from apr_jax.model.params import Params
 from apr_jax.parallel import hosts
-from apr_jax.progress import progress
+from apr_jax.progress import Progress, progress
 from apr_jax.train.phase import Phase
 from apr_jax.train.rl.kept_rollouts import kept_records
 from apr_jax.train.rl.sample import Sample, Sampler
@@ -54,9 +56,10 @@ def train_grpo(config: Config, mesh: Mesh, phase: Phase, sampler: Sampler, refer
             if not samples:
                 engine.set_params(merged(state.params))
                 with phase.interruptible(step - 1, state, _NO_POSITION):
-                    validation = _validate(sampler, phase, step - 1)
+                    validation = _validate(sampler, phase, step - 1, bar)
                     began = time.perf_counter()
-                    samples.extend(sampler.samples(range(step, step + 1 + grpo.overlap)))
+                    steps = range(step, step + 1 + grpo.overlap)
+                    samples.extend(sampler.samples(steps, _shown_on(bar, "rollouts")))
                 rate = tokens_per_second(samples, time.perf_counter() - began)
             sample = samples.popleft()
             rolled_out = time.perf_counter()
@@ -85,19 +88,29 @@ def train_grpo(config: Config, mesh: Mesh, phase: Phase, sampler: Sampler, refer
                 phase.save(step, state, _NO_POSITION)
             if stopping:
                 phase.stop.check()
-    if not phase.checkpoints.has_score(grpo.num_steps):
-        engine.set_params(merged(state.params))
-        with phase.stop.interrupting():
-            _validate(sampler, phase, grpo.num_steps)
+        if not phase.checkpoints.has_score(grpo.num_steps):
+            engine.set_params(merged(state.params))
+            with phase.stop.interrupting():
+                _validate(sampler, phase, grpo.num_steps, bar)
     return merged(state.params)
 
 
-def _validate(sampler: Sampler, phase: Phase, step: int) -> dict[str, float]:
+def _shown_on(bar: Progress, what: str) -> Callable[[RolloutProgress], None]:
+    """Return an `on_progress` for the engine that shows on the bar of the steps how many rollouts are finished."""
+
+    def show(now: RolloutProgress) -> None:
+        rate = now.generated_tokens / now.seconds if now.seconds > 0 else 0.0
+        bar.update(0, **{what: f"{now.finished:,}/{now.total:,}"}, tokens_per_second=rate)
+
+    return show
+
+
+def _validate(sampler: Sampler, phase: Phase, step: int, bar: Progress) -> dict[str, float]:
     """Score the policy after `step` where that is due, and return the metric of it, or nothing."""
     every = sampler.config.grpo.validate_every
     if not every or step % every:
         return {}
-    accuracy = sampler.accuracy()
+    accuracy = sampler.accuracy(_shown_on(bar, "validated"))
     if step:  # step 0 is the reference, which is no checkpoint of this phase
         phase.checkpoints.score(step, accuracy)
     return {"validation_accuracy": accuracy}

@@ -403,3 +403,13 @@ def test_a_bug_in_a_program_stops_the_run(bandit, tmp_path):
 
     with pytest.raises(ZeroDivisionError, match="a bug"):
         bandit(tmp_path, program=broken)
+
+
+def test_a_step_and_a_validation_show_their_rollouts(bandit, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("apr_jax.progress._LINE_SECONDS", 0.0)
+    monkeypatch.setattr("apr_jax.progress._QUIET_SECONDS", 0.0)
+    bandit(tmp_path, num_steps=2, checkpoint_every=1, validate_every=2)
+    shown = capsys.readouterr().err
+    assert "GRPO: 0/2 step" in shown
+    assert "rollouts 16/16" in shown  # two groups of eight
+    assert "validated 2/2" in shown

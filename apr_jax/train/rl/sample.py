@@ -1,14 +1,14 @@
 """Sampling the rollouts of a step, or of several at once, until enough groups have a signal."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from apr_jax.config import Config, GRPOConfig
 from apr_jax.data.tokenizer import Tokenizer
-from apr_jax.engine.threads import Rollout, RolloutKey
+from apr_jax.engine.threads import Progress, Rollout, RolloutKey
 from apr_jax.evaluation.run import evaluate
 from apr_jax.reasoning.programs import make_program
 from apr_jax.reasoning.settings import make_settings
@@ -65,7 +65,7 @@ class Sampler:
     held_out: Sequence[Any]  # problems to validate on
     tokenizer: Tokenizer
 
-    def samples(self, steps: Sequence[int]) -> list[Sample]:
+    def samples(self, steps: Sequence[int], on_progress: Callable[[Progress], None] | None = None) -> list[Sample]:
         """Draw and score the groups of these steps in one run of the engine; replace up to `grpo.max_resamples` times
         those without signal.
 
@@ -74,6 +74,7 @@ class Sampler:
         there may be fewer than `grpo.prompts_per_step`, or none, when the cap is reached.
 
         The result is a function of (seed, steps), the problems and the engine's policy. A step asks no problem twice.
+        `on_progress` is called as by `Engine.run`, with the rollouts of the current round.
         """
         grpo, size = self.config.grpo, self.config.grpo.group_size
         drawings = [_Drawing() for _ in steps]
@@ -81,7 +82,7 @@ class Sampler:
             asked = [self._ask(step, round_, so_far) for step, so_far in zip(steps, drawings, strict=True)]
             if not any(asked):
                 break
-            for drawing, new, scored in zip(drawings, asked, self._draw(asked, steps[0]), strict=True):
+            for drawing, new, scored in zip(drawings, asked, self._draw(asked, steps[0], on_progress), strict=True):
                 drawing.add(new, scored)
         samples = []
         for drawing in drawings:
@@ -90,7 +91,7 @@ class Sampler:
             samples.append(Sample(drawing.drawn, learnt, drawing.rounds, dropped))
         return samples
 
-    def accuracy(self) -> float:
+    def accuracy(self, on_progress: Callable[[Progress], None] | None = None) -> float:
         """Return the share of the held-out problems that the engine's policy solves, decoded greedily."""
         summary, _ = evaluate(
             self.engine,
@@ -99,6 +100,7 @@ class Sampler:
             settings=make_settings(self.config, self.tokenizer),
             seed=self.config.seed,
             temperature=0.0,
+            on_progress=on_progress,
             keep_calls=0,
         )
         return float(summary["accuracy"])
@@ -113,7 +115,9 @@ class Sampler:
         chosen: list[int] = np.random.default_rng((seed, step, round_)).choice(left, missing, replace=False).tolist()
         return chosen
 
-    def _draw(self, asked: Sequence[Sequence[int]], first_step: int) -> list[list[Scored]]:
+    def _draw(
+        self, asked: Sequence[Sequence[int]], first_step: int, on_progress: Callable[[Progress], None] | None
+    ) -> list[list[Scored]]:
         """Roll out and score a group for each problem, given by index, of each of the steps from `first_step` on.
 
         The engine begins the groups of a step when lanes fall free of the one before.
@@ -132,8 +136,8 @@ class Sampler:
             (key, make_program(config.data.method, problem, settings))
             for key, problem in zip(keys, problems, strict=True)
         ]
-        temperature = config.rollout.temperature
-        rollouts = self.engine.run(programs, seed=rollout_seed(config.seed, first_step), temperature=temperature)
+        seed, temperature = rollout_seed(config.seed, first_step), config.rollout.temperature
+        rollouts = self.engine.run(programs, seed=seed, temperature=temperature, on_progress=on_progress)
         ends = np.cumsum([len(indices) * size for indices in asked]).tolist()
         return [
             score(config.grpo, rollouts[begin:end], problems[begin:end], self.tokenizer, settings.task)
