@@ -4,7 +4,8 @@
     source[17].calls[0].completion
 
 The folder's name holds the task and a fingerprint of every setting that the demonstrations depend on, so different
-settings never share a folder, and the data of a seed are the same whatever the number of workers.
+settings never share a folder, and the data of a seed are the same whatever the number of workers. They depend on the
+task's code, too: the first and the last of a split are made again and compared whenever it is opened.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from apr_jax.paths import path_of
 from apr_jax.tasks import task_of
 from apr_jax.tasks.base import SPLITS, Call, Demonstration, OnProgress, Split, Task, split_size
 from apr_jax.tasks.dialect import Dialect
-from apr_jax.tasks.generation import draw_splits, map_split
+from apr_jax.tasks.generation import demonstrate_again, draw_splits, map_split
 
 # Fields of DataConfig that say where the data lie or how they are used later, not what they are.
 _SPELLING = ("tokenizer", "add_marker_tokens", "encoding", "bos", "chat_template")
@@ -223,7 +224,7 @@ def load_split(config: Config, split: Split, on_progress: OnProgress | None = No
       on_progress: called while building, after each demonstration.
 
     Raises:
-      DatasetError: the folder is there, but the data set in it is broken.
+      DatasetError: the folder is there, but the data set in it is broken, or other code made it.
       ConfigError: there are no such problems (`tasks.generation.draw_splits`).
       ChildProcessError: a worker process died while building.
     """
@@ -246,7 +247,11 @@ def load_split(config: Config, split: Split, on_progress: OnProgress | None = No
         raise _broken(folder, f"{split} has {num_records} records instead of {expected}")
     source = DemonstrationSource(task_of(config), records, folder, split)
     for index in (0, expected - 1):
-        source[index]
+        if source[index] != demonstrate_again(config, split, index, token_counter(config)):
+            raise DatasetError(
+                f"the data set in {folder} is of other code than today's, which demonstrates problem {index} of {split} "
+                "differently. Delete the folder and it will be built again"
+            )
     return source
 
 

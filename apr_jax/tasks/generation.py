@@ -121,6 +121,14 @@ def generate_split(config: Config, split: Split, count_tokens: CountTokens | Non
     return itertools.chain.from_iterable(map_split(_as_they_are, config, split, count_tokens))
 
 
+def demonstrate_again(
+    config: Config, split: Split, index: int, count_tokens: CountTokens | None = None
+) -> Demonstration:
+    """Return the split's demonstration at this index, alone. Arguments and errors as of `generate_split`."""
+    (demonstration,) = _demonstrate_chunk(config, split, count_tokens, range(index, index + 1))
+    return demonstration
+
+
 def map_split(
     function: Callable[[int, list[Demonstration]], _T], config: Config, split: Split, count_tokens: CountTokens | None
 ) -> Iterator[_T]:

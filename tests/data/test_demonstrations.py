@@ -13,7 +13,9 @@ from apr_jax.config import Config, ConfigError
 from apr_jax.data import demonstrations, shards
 from apr_jax.data.demonstrations import DatasetError, dataset_folder, fingerprint, load_split
 from apr_jax.data.tokenizer import BuiltinTokenizer
+from apr_jax.tasks import task_of
 from apr_jax.tasks.base import SPLITS, Demonstration, split_size
+from apr_jax.tasks.dialect import Dialect
 from apr_jax.tasks.generation import generate_split
 from tests.data.conftest import small_config
 
@@ -169,6 +171,22 @@ def test_a_broken_data_set_is_named_with_what_to_do(config: Config, train, tmp_p
     with pytest.raises(DatasetError, match="Delete the folder") as error:
         list(load_split(copy, "train"))
     assert str(dataset_folder(copy)) in str(error.value)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_data_set_of_other_code_is_refused(config: Config, train, split, monkeypatch):
+    """Who changes how a task is spelt must not go on with the demonstrations of before."""
+    load_split(config, split)
+    dialect = type(task_of(config).dialect("adaptive", Dialect))
+    write = dialect.demonstrate
+
+    def demonstrate(*arguments, **options):
+        return tuple(dataclasses.replace(call, completion=call.completion + "!") for call in write(*arguments, **options))
+
+    monkeypatch.setattr(dialect, "demonstrate", demonstrate)
+    with pytest.raises(DatasetError, match=rf"other code .* problem 0 of {split} .*Delete the folder") as error:
+        load_split(config, split)
+    assert str(dataset_folder(config)) in str(error.value)
 
 
 def test_impossible_settings_are_refused_before_anything_is_written(tmp_path: pathlib.Path):
