@@ -28,8 +28,10 @@ _ADDED = {
     "data.children_share": 1.0,
     "task.search_order": "breadth_first",
     "task.restate": False,
+    "task.restate_operation": False,
     "task.attempts": False,
     "task.parent_replay": "root",
+    "task.cancel_on_success": False,
     "grpo.overlap": 0,
 }
 

@@ -63,8 +63,10 @@ def laptop() -> ConfigDict:
         heuristic="none",
         search_order="breadth_first",
         restate=False,
+        restate_operation=False,
         attempts=False,
         parent_replay="root",
+        cancel_on_success=False,
         shuffle=False,
         max_result=0,
     )

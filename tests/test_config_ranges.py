@@ -180,6 +180,7 @@ def test_what_cannot_work_is_refused_at_the_door(path, value, message):
         ({"data.facts_share": 0.5, "task.max_number": 400}, r"facts with results up to 160000 are too many"),
         ({"task.max_result": 5, "task.min_number": 6}, r"task\.max_result=5 is below task\.min_number=6"),
         ({"task.restate": True}, r"task\.restate=True: only task\.search_order='depth_first' comes back to states"),
+        ({"task.restate_operation": True}, r"task\.restate_operation=True: .* set task\.restate=True"),
         ({"task.attempts": True, "task.heuristic": "mult"}, r"task\.attempts=True: .* set task\.heuristic='none'"),
     ],
 )

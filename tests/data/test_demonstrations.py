@@ -86,7 +86,11 @@ def test_the_folder_depends_on_what_the_data_depend_on_and_on_nothing_else(confi
     task = config.task
     names = {fingerprint(config), fingerprint(dataclasses.replace(config, seed=config.seed + 1))}
     fields = [field for field in dataclasses.fields(task) if field.name != "name"]
-    needs = {"restate": {"search_order": "depth_first"}, "attempts": {"heuristic": "none", "shuffle": False}}
+    needs = {
+        "restate": {"search_order": "depth_first"},
+        "restate_operation": {"search_order": "depth_first", "restate": True},
+        "attempts": {"heuristic": "none", "shuffle": False},
+    }
     for field in fields:
         value = getattr(task, field.name)
         changed: object
@@ -181,7 +185,9 @@ def test_a_data_set_of_other_code_is_refused(config: Config, train, split, monke
     write = dialect.demonstrate
 
     def demonstrate(*arguments, **options):
-        return tuple(dataclasses.replace(call, completion=call.completion + "!") for call in write(*arguments, **options))
+        return tuple(
+            dataclasses.replace(call, completion=call.completion + "!") for call in write(*arguments, **options)
+        )
 
     monkeypatch.setattr(dialect, "demonstrate", demonstrate)
     with pytest.raises(DatasetError, match=rf"other code .* problem 0 of {split} .*Delete the folder") as error:

@@ -223,6 +223,10 @@ class _Thread:
         context = search.header(root) + self._context
         self._own.append(last_call(search, self._replayed_from, context, self._lines, self.goal, self._depth))
 
+    def length(self) -> int:
+        """Return how many characters its own calls are."""
+        return sum(len(call.completion) for call in self._own)
+
     def calls(self, count_tokens: CountTokens, *, budget: bool) -> list[Call]:
         """Return its own calls, then those of the threads below it."""
         prefix = _call_budget(len(self._children)) if budget and self._depth == 0 else ""
@@ -247,13 +251,14 @@ class _Thread:
         context, written = search.header(self._root) + self._context, "".join(self._lines)
         written_spawn = written + render_spawn([node.node_id for node in nodes], level)
         self._own.append(Call(context, written_spawn, self._depth, True, len(written_spawn)))
-        results, winners = [], []
-        for node in nodes:
-            child = _Thread(search, task, node, self._child_beam, level)
+        children = [_Thread(search, task, node, self._child_beam, level) for node in nodes]
+        for child in children:
             child.search_below(self._child_beam)
-            self._children.append(child)
-            results.append(search.result(node, child.goal))
-            winners += [child] if child.goal else []
+        self._children += children
+        winners = [child for child in children if child.goal]
+        if task.cancel_on_success:
+            winners = sorted(winners, key=_Thread.length)[:1]
+        results = [search.result(child._root, child.goal if child in winners else None) for child in children]
         self._context += written + ADAPTIVE.render_join(results, level)
         self._lines.clear()
         if not winners:

@@ -37,10 +37,13 @@ class CountdownConfig(TaskConfig):
     # SoS+ and APR's children write all operations of a state, then search below each (the reference); or one by one.
     search_order: Literal["breadth_first", "depth_first"]
     restate: bool  # depth-first searches write a state again whenever they come back to it
+    restate_operation: bool  # and below it the operation that they come back from
     attempts: bool  # searches write operations with too large a result, too, and before or for a quotient a division
     # APR: a parent replays the first winning path from its own root on (the reference), or repeats what the last child
     # that won handed back, word for word, which stands closest.
     parent_replay: Literal["root", "child"]
+    # APR: a join has the path of the child with the shortest search alone, as rollout.cancel_on_success leaves it.
+    cancel_on_success: bool
     shuffle: bool  # kept operations: in random order (the reference) or the order in which they were generated (fixed)
     max_result: Natural  # SoS+ and APR leave out operations whose result is larger; reference: 0, which leaves out none
 
@@ -64,6 +67,8 @@ class CountdownConfig(TaskConfig):
             )
         if self.restate and self.search_order != "depth_first":
             raise ConfigError("task.restate=True: only task.search_order='depth_first' comes back to states")
+        if self.restate_operation and not self.restate:
+            raise ConfigError("task.restate_operation=True: below states that are written again, set task.restate=True")
         if self.attempts and (self.heuristic != "none" or self.shuffle):
             raise ConfigError(
                 "task.attempts=True: attempts have their place among operations in the order in which they are "

@@ -38,6 +38,11 @@ class Node(NamedTuple):
     parent: "Node | None"
     generated: str  # the lines that generated it; "" for the problem's root
 
+    @property
+    def operation(self) -> str:
+        """The operation that led to it."""
+        return self.operations.rpartition(", ")[2].strip("'")
+
 
 class Expansion(NamedTuple):
     """Some operations on a state."""
@@ -90,7 +95,7 @@ class Search:
         self.rng = rng
         self.shuffle = task.shuffle
         self._guided = task.heuristic == "mult"
-        self._restates = task.restate
+        self._restates, self._restates_operation = task.restate, task.restate_operation
         self._attempts = task.attempts
         self._max_result = task.max_result or math.inf
         self.root = Node(0, 0, trace.ROOT_ID, list(problem.numbers), "", None, "")
@@ -135,7 +140,8 @@ class Search:
         """Search below `root`, writing to `lines` as `breadth_first` does, but below each operation before the next.
 
         So whatever a line copies stands close before it, and a search that finds the goal early writes less. With
-        `task.restate` it writes a state again whenever it comes back to it.
+        `task.restate` it writes a state again whenever it comes back to it, and with `task.restate_operation` below it
+        the operation that it comes back from.
         """
         if len(root.numbers) == 2:
             return self._expand_final(root, beam, lines)
@@ -147,6 +153,8 @@ class Search:
                 return goal
             if self._restates:
                 lines.append(self.header(root))
+            if self._restates_operation:
+                lines.append(trace.operation_line(node.operation))
         lines.append(expansion.attempts)
         return None
 

@@ -53,6 +53,11 @@ def generated_lines(node_id: str, target: int, numbers: list[int], operation: st
     )
 
 
+def operation_line(operation: str) -> str:
+    """Return the line that repeats an operation, below a state to which a search comes back from it."""
+    return f"Exploring Operation: {operation}\n"
+
+
 def attempt_line(operation: str) -> str:
     """Return the line of an operation that has no result, or too large a one: what stands before its `=`."""
     return f"Exploring Operation: {operation.partition('=')[0]}\n"

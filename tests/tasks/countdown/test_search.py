@@ -51,6 +51,9 @@ tasks = st.sampled_from(
         dataclasses.replace(REFERENCE, search_order="depth_first"),
         dataclasses.replace(REFERENCE, search_order="depth_first", restate=True, parent_replay="child"),
         dataclasses.replace(
+            REFERENCE, search_order="depth_first", restate=True, restate_operation=True, cancel_on_success=True
+        ),
+        dataclasses.replace(
             REFERENCE, search_order="depth_first", heuristic="none", shuffle=False, attempts=True, max_result=60
         ),
     ]
@@ -321,6 +324,54 @@ def test_a_search_that_restates_writes_each_operation_below_its_state(method: Me
 
 
 @pytest.mark.parametrize("method", ["serial", "adaptive"])
+def test_a_search_that_comes_back_may_say_from_which_operation(method: Method) -> None:
+    restating = dataclasses.replace(EXHAUSTIVE, search_order="depth_first", restate=True)
+    resuming = dataclasses.replace(restating, restate_operation=True)
+    repeated = re.compile(r"^Exploring Operation: [^,\n]*\n", re.MULTILINE)
+    lines = 0
+    for seed in range(12):
+        without, told = (_demonstrate(seed, task, method) for task in (restating, resuming))
+        for text, other in zip(_threads(told), _threads(without), strict=True):
+            assert repeated.sub("", text) == other  # nothing else is new
+            open_states: dict[str, str] = {}  # of each node that was begun: the last operation written below it
+            here, written = "", text.splitlines()
+            for before, line in zip(["", *written], written, strict=False):
+                if line.startswith("Moving to Node #"):
+                    here = line
+                elif line.startswith("Exploring Operation: ") and "Resulting" in line:
+                    open_states[here] = line.partition(", ")[0]
+                elif repeated.match(line + "\n"):
+                    assert before.startswith("Current State: ")
+                    assert line == open_states[here]
+                    lines += 1
+    assert lines > 100
+
+
+def test_a_join_may_hold_the_first_success_alone() -> None:
+    """As `rollout.cancel_on_success` leaves it: of several children that won, the one that searched least."""
+    cancelling = dataclasses.replace(EXHAUSTIVE, cancel_on_success=True)
+    for replay in ("root", "child"):
+        fewer = 0
+        for seed in range(40):
+            first, every = (
+                _demonstrate(seed, dataclasses.replace(task, parent_replay=replay), "adaptive")
+                for task in (cancelling, EXHAUSTIVE)
+            )
+            assert first.correct == every.correct
+            assert [call for call in first.calls if call.depth] == [call for call in every.calls if call.depth]
+            end, other = ([call for call in each.calls if call.depth == 0][-1] for each in (first, every))
+            won = end.context.count("<Goal Reached in")
+            assert won == first.correct
+            fewer += other.context.count("<Goal Reached in") > won
+            if won:
+                children = [call for call in first.calls if call.depth and "equal: Goal Reached" in call.completion]
+                shortest = min(len(call.completion) for call in children if call.replay_start < len(call.completion))
+                path = end.context.partition("<Goal Reached in")[2].partition("\n")[2].partition("\n<")[0]
+                assert shortest in [len(call.completion) for call in children if call.completion.endswith(path + "\n")]
+        assert fewer > 3
+
+
+@pytest.mark.parametrize("method", ["serial", "adaptive"])
 @pytest.mark.parametrize("search_order", ["breadth_first", "depth_first"])
 def test_attempts_are_what_a_search_leaves_out(method: Method, search_order: str) -> None:
     """Each pair has its four operations in their order; those beyond the bound end before the `=`, and a product tells
@@ -416,6 +467,7 @@ def test_a_parent_may_repeat_the_path_of_the_last_child_that_won() -> None:
         ("heuristic", "none"),
         ("search_order", "depth_first"),
         ("parent_replay", "child"),
+        ("cancel_on_success", True),
         ("shuffle", False),
         ("max_result", 100),
     ],
