@@ -249,8 +249,8 @@ def load_split(config: Config, split: Split, on_progress: OnProgress | None = No
     for index in (0, expected - 1):
         if source[index] != demonstrate_again(config, split, index, token_counter(config)):
             raise DatasetError(
-                f"the data set in {folder} is of other code than today's, which demonstrates problem {index} of {split} "
-                "differently. Delete the folder and it will be built again"
+                f"the data set in {folder} is of other code than today's, which demonstrates problem {index} of "
+                f"{split} differently. Delete the folder and it will be built again"
             )
     return source
 
