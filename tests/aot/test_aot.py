@@ -3,6 +3,7 @@ memory, keep data shards apart and never copy the cache. `make test-aot`; skippe
 
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -132,3 +133,33 @@ def test_a_whole_run_is_surveyed(topology, compiler, tmp_path):
         assert row["estimate"]["seconds"] > 0, name
     assert {c["kind"] for c in found["programs"]["sft_step"]["collectives"]} & {"all-gather", "reduce-scatter"}
     assert found["programs"]["decode"]["collectives"], "heads are split over tensor"
+
+
+@pytest.mark.parametrize(
+    ("topology", "variant", "mesh"),
+    [
+        ("tpu:v5e:4x4", "paper", "4,4,1"),
+        ("tpu:v5p:2x2x1", "paper", "4,1,1"),
+        ("gpu:h100:1", "paper", "1,1,1"),
+        ("gpu:h100:8", "paper", "8,1,1"),
+        ("gpu:h100:8", "7b", "1,8,1"),
+    ],
+)
+def test_a_configuration_as_it_stands_uses_all_devices_and_fits_their_memory(topology, variant, mesh, tmp_path):
+    """Trainer and engine together: what a program takes while it runs, and what the run holds beside it."""
+    if not installed("libtpu" if topology.startswith("tpu") else "jax_plugins.xla_cuda12"):
+        pytest.skip("its compiler is not installed: make test-aot")
+    command = [sys.executable, "launch/compile_aot.py", f"--config=configs/grpo.py:{variant}", "--quick"]
+    command += [f"--topology={topology}", f"--mesh={mesh}", f"--json={tmp_path / 'found.json'}"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert math.prod(found["mesh"].values()) == found["devices"]
+    assert math.prod(found["engine_mesh"].values()) * found["hosts"] == found["devices"]
+    assert not found["refused"]
+    assert {"sft_step", "grpo_gradients", "grpo_update", "prefill", "decode"} <= found["programs"].keys()
+    for name, row in found["programs"].items():
+        assert row["fits"], name
+        assert row["memory"] <= found["peaks"]["memory"], name
