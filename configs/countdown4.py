@@ -31,6 +31,8 @@ an operation with too large a result is written up to its `=`, and before or in 
 tells if there is one (`task.attempts`), so that every pair has its four lines, and none is left out by a guess;
 a parent repeats what the last child that won handed back, where the reference's writes the first one's path from its
 own root on (`task.parent_replay`): the state that it begins with lists the operation before it;
+the first child that wins ends its siblings, in rollouts (`rollout.cancel_on_success`) and in what demonstrations join
+(`task.cancel_on_success`);
 a parent hands each of its operations to a child, where the reference's explores some of them itself;
 operations with a result above 255 are left out (`task.max_result`), so that every number is one token;
 a quarter of all training tokens is bare arithmetic and comparisons with targets (`data.facts_share`), most of it
@@ -88,6 +90,7 @@ def sft(name: str = "adaptive") -> ConfigDict:
         restate=True,
         attempts=True,
         parent_replay="child",
+        cancel_on_success=True,
         max_result=255,
     )
     config.task.num_unseen_targets = 9
@@ -99,6 +102,7 @@ def sft(name: str = "adaptive") -> ConfigDict:
     config.sft.optimizer.update(learning_rate=5e-4, muon_learning_rate=0.01)
     config.engine.update(lanes=16, pages=2_560, prefill_lanes=8)
     config.rollout.update(max_steps=2_048, max_spawns=4, max_children=24, max_total_tokens=65_536)
+    config.rollout.cancel_on_success = True
     config.grpo.update(num_steps=0, row_len=2_048)
     config.faults.keep_checkpoints = 3
     config.evaluation.update(num_problems=256, also_temperature=1.0)
@@ -126,17 +130,22 @@ def beams(config: ConfigDict) -> None:
     config.name += "_beams"
     config.task.update(parent_beams=tuple(range(1, 11)), child_beam_max=15, spawn_probability=0.9, heuristic="mult")
     config.task.update(search_order="breadth_first", restate=False, attempts=False, parent_replay="root")
+    config.task.cancel_on_success = False
+    config.rollout.cancel_on_success = False
     config.task.update(serial_beam_min=1, serial_beam_max=5, serial_dfs_probability=0.5)
     config.data.children_share = 1.0
     config.rollout.max_children = 16
 
 
 def rl(config: ConfigDict) -> None:
-    """Add GRPO: for every way of reasoning the same number of rollouts, which is what their steps cost."""
+    """Add GRPO: for every way of reasoning the same number of rollouts, which is what their steps cost.
+
+    At temperature 1, since the rollouts of a group hardly differ at 0.5, and in the calls that led to the answer alone.
+    """
     config.name += "_rl"
-    config.grpo.update(num_steps=100, prompts_per_step=24, group_size=8, inner_updates=2, kl_coef=0.001)
-    config.grpo.update(checkpoint_every=1, validate_every=10, validation_problems=200)
-    config.grpo.optimizer.update(learning_rate=3e-5, schedule="constant")
+    config.grpo.update(num_steps=8, prompts_per_step=16, group_size=8, inner_updates=2, checkpoint_every=1)
+    config.grpo.update(objective="dapo", credit="used")
+    config.grpo.optimizer.update(learning_rate=1e-4, schedule="cosine")
     config.rollout.temperature = 1.0
 
 
@@ -155,6 +164,8 @@ def gpu(config: ConfigDict) -> None:
     if config.data.method == "serial":
         config.data.num_train = 200_000  # most tokens of its searches are in those that no row holds
     config.grpo.rows_per_microbatch = 32
+    if config.grpo.num_steps:
+        config.grpo.update(num_steps=100, prompts_per_step=24, validate_every=10, validation_problems=200)
     config.engine.update(lanes=512, pages=32_768, prefill_lanes=32, steps_per_visit=32)
     if not config.name.startswith("countdown4_facts"):
         config.sft.update(rows_per_step=16, checkpoint_every=1_000, validate_every=1_000)
