@@ -43,6 +43,7 @@ def test_an_installed_package_has_it():
         ("multiplication", 60),
         ("multiplication_serial", 30),
         ("countdown4", 24),
+        ("countdown4_first_success", 24),
         ("countdown4_serial", 24),
     ],
 )
