@@ -312,6 +312,11 @@ class Progress:
     generated_tokens: int
     seconds: float
 
+    @property
+    def tokens_per_second(self) -> float:
+        """The rate since the run began; 0 before any time has passed."""
+        return self.generated_tokens / self.seconds if self.seconds > 0 else 0.0
+
 
 def thread_key(seed: int, rollout: RolloutKey, path: Path) -> tuple[int, int]:
     """Return the key data (two uint32) of one thread: a BLAKE2b hash of what it is, equal on every machine."""

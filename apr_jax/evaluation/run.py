@@ -99,8 +99,8 @@ class ShownProgress:
         self._bar = progress(total=total, desc=desc, unit="rollout", stream=stream)
 
     def __call__(self, now: Progress) -> None:
-        rate = now.generated_tokens / now.seconds if now.seconds > 0 else 0.0
-        self._bar.update(now.finished - self._bar.done, tokens=now.generated_tokens, tokens_per_second=rate)
+        values = {"tokens": now.generated_tokens, "tokens_per_second": now.tokens_per_second}
+        self._bar.update(now.finished - self._bar.done, **values)
 
     def __enter__(self) -> "ShownProgress":
         self._bar.__enter__()

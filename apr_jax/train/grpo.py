@@ -99,8 +99,7 @@ def _shown_on(bar: Progress, what: str) -> Callable[[RolloutProgress], None]:
     """Return an `on_progress` for the engine that shows on the bar of the steps how many rollouts are finished."""
 
     def show(now: RolloutProgress) -> None:
-        rate = now.generated_tokens / now.seconds if now.seconds > 0 else 0.0
-        bar.update(0, **{what: f"{now.finished:,}/{now.total:,}"}, tokens_per_second=rate)
+        bar.update(0, **{what: f"{now.finished:,}/{now.total:,}"}, tokens_per_second=now.tokens_per_second)
 
     return show
 

@@ -111,22 +111,35 @@ def test_the_host_is_asked_for_no_branch(target):
         assert programs["prefill"]["conditionals"] <= 8
 
 
-@pytest.mark.parametrize(
-    ("topology", "compiler"), [("tpu:v5e:2x2", "libtpu"), ("gpu:h100:4", "jax_plugins.xla_cuda12")]
-)
-def test_a_whole_run_is_surveyed(topology, compiler, tmp_path):
+@pytest.fixture
+def survey(tmp_path):
+    """The launcher: (topology, mesh, more flags) -> what it found, with its exit status 0 asserted."""
+
+    def run(topology, mesh, *flags):
+        compiler = "libtpu" if topology.startswith("tpu") else "jax_plugins.xla_cuda12"
+        if not installed(compiler):
+            pytest.skip(f"{compiler} is not installed: make test-aot")
+        found = tmp_path / "found.json"
+        command = [sys.executable, "launch/compile_aot.py", f"--topology={topology}", f"--mesh={mesh}"]
+        done = subprocess.run(
+            [*command, *flags, f"--json={found}"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(found.read_text())
+
+    return run
+
+
+@pytest.mark.parametrize("topology", ["tpu:v5e:2x2", "gpu:h100:4"])
+def test_a_whole_run_is_surveyed(topology, survey):
     """The launcher on a small model: every program compiles on a mesh of all three axes, and what was told is there."""
-    if not installed(compiler):
-        pytest.skip(f"{compiler} is not installed: make test-aot")
     small = ["model.num_layers=2", "model.embed_dim=256", "model.mlp_dim=512", "model.num_heads=4"]
     small += ["model.num_kv_heads=4", "model.vocab_size=1024", "sft.rows_per_step=16", "sft.microbatches=2"]
-    command = [sys.executable, "launch/compile_aot.py", f"--topology={topology}", "--mesh=1,2,2"]
-    command += [f"--config.{field}" for field in small] + [f"--json={tmp_path / 'found.json'}"]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = survey(topology, "1,2,2", *(f"--config.{field}" for field in small))
     assert found["engine_mesh"] == {"data": 2, "fsdp": 1, "tensor": 2}
     for name, row in found["programs"].items():
         assert row["fits"], name
@@ -148,17 +161,9 @@ def test_a_whole_run_is_surveyed(topology, compiler, tmp_path):
         ),
     ],
 )
-def test_a_configuration_as_it_stands_uses_all_devices_and_fits_their_memory(topology, variant, mesh, tmp_path):
+def test_a_configuration_as_it_stands_uses_all_devices_and_fits_their_memory(topology, variant, mesh, survey):
     """Trainer and engine together: what a program takes while it runs, and what the run holds beside it."""
-    if not installed("libtpu" if topology.startswith("tpu") else "jax_plugins.xla_cuda12"):
-        pytest.skip("its compiler is not installed: make test-aot")
-    command = [sys.executable, "launch/compile_aot.py", f"--config=configs/grpo.py:{variant}", "--quick"]
-    command += [f"--topology={topology}", f"--mesh={mesh}", f"--json={tmp_path / 'found.json'}"]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = survey(topology, mesh, f"--config=configs/grpo.py:{variant}", "--quick")
     assert math.prod(found["mesh"].values()) == found["devices"]
     assert math.prod(found["engine_mesh"].values()) * found["hosts"] == found["devices"]
     assert not found["refused"]

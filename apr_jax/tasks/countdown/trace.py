@@ -60,7 +60,7 @@ def operation_line(operation: str) -> str:
 
 def attempt_line(operation: str) -> str:
     """Return the line of an operation that has no result, or too large a one: what stands before its `=`."""
-    return f"Exploring Operation: {operation.partition('=')[0]}\n"
+    return operation_line(operation.partition("=")[0])
 
 
 def division_line(large: int, small: int, bound: float) -> str:
