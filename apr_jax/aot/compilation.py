@@ -67,6 +67,7 @@ class Compiled:
     held: int
     cost: Cost
     collectives: tuple[Collective, ...]
+    extrapolated: bool = False  # from one and two layers
 
     @property
     def memory(self) -> int:
@@ -241,7 +242,8 @@ def extrapolate(one: Compiled, two: Compiled, layers: int) -> Compiled:
             return dataclasses.replace(first, **values)  # type: ignore[type-var]
         return max(type(first)(0), first + (layers - 1) * (second - first))
 
-    return dataclasses.replace(grow(one, two), compile_seconds=one.compile_seconds + two.compile_seconds)
+    seconds = one.compile_seconds + two.compile_seconds
+    return dataclasses.replace(grow(one, two), compile_seconds=seconds, extrapolated=True)
 
 
 def _grow_collectives(

@@ -37,7 +37,7 @@ class Survey:
     topology: Topology
     devices: Sequence[Any]
     num_candidates: int
-    quick: bool  # every program from its compilations with one and with two layers
+    quick: bool  # programs from their compilations with one and with two layers, except those that then don't fit
     say: Callable[[str], None]
     on_text: Callable[[str, str], None] | None = None  # (name, optimised HLO)
 
@@ -67,7 +67,7 @@ class Survey:
         config = ranked[0].config
         engine = plan_engine(config, make_mesh(config.mesh, self.devices))
         config = dataclasses.replace(config, engine=engine.sizes)
-        programs = self._compile(config, quick=self.quick)
+        programs = self._extrapolated(config, peaks) if self.quick else self._compile(config)
         hosts = len({device.process_index for device in self.devices})
         step = None
         if {"decode", "grpo_gradients", "grpo_update"} <= programs.keys():
@@ -100,8 +100,7 @@ class Survey:
             )
         chosen, measured = every[: self.num_candidates], {}
         for candidate in chosen if len(chosen) > 1 else []:
-            found = self._compile(candidate.config, only=RANKED_BY, quick=True)
-            measured[candidate.mesh] = found.get(RANKED_BY)
+            measured[candidate.mesh] = self._from_two_depths(candidate.config, RANKED_BY).get(RANKED_BY)
 
         def order(candidate: Candidate) -> tuple[bool, float]:
             program = measured.get(candidate.mesh)
@@ -113,32 +112,39 @@ class Survey:
         rows = [_candidate_row(c, peaks, measured.get(c.mesh)) for c in [*ranked, *every[self.num_candidates :]]]
         return ranked, rows
 
-    def _compile(self, config: Config, *, only: str | None = None, quick: bool) -> dict[str, Compiled]:
-        """Return the programs that the compiler takes, or `only` one; `quick` extrapolates from one and two layers."""
-        depths = (1, 2) if quick else (config.model.num_layers,)
-        at_depth: list[dict[str, Compiled]] = []
-        for depth in depths:
-            todo = planned_programs(config, self.devices, depth)
-            at_depth.append({})
-            for name in todo if only is None else (only,):
-                label = f"{name} mesh {_mesh(config.mesh)}" + (f" {depth} layers" if quick else "")
-                try:
-                    on_text = self.on_text and _labelled(self.on_text, label)
-                    at_depth[-1][name] = compile_program(todo[name], on_text)
-                except jax.errors.JaxRuntimeError as error:
-                    if "RESOURCE_EXHAUSTED" not in str(error):
-                        raise
-                    self.say(f"{label}: does not fit: {str(error).splitlines()[0][:200]}")
-                else:
-                    self.say(f"{label}: compiled in {at_depth[-1][name].compile_seconds:.0f} s")
-        if not quick:
-            return at_depth[0]
+    def _extrapolated(self, config: Config, peaks: Peaks) -> dict[str, Compiled]:
+        """Return the programs from one and two layers, and compile those whole that don't seem to fit.
+
+        One and two layers tell too much: their largest moment grows with each layer, that of many layers hardly does.
+        """
+        programs = self._from_two_depths(config)
+        too_large = [name for name, program in programs.items() if program.memory > peaks.memory]
+        return {**programs, **self._compile(config, too_large)} if too_large else programs
+
+    def _from_two_depths(self, config: Config, *only: str) -> dict[str, Compiled]:
+        """Return programs, `only` some or all, as one and two layers tell them."""
+        one, two = (self._compile(config, only or None, depth) for depth in (1, 2))
         # The memory that a run holds beside a program is known without compiling.
         held = {name: planned.held for name, planned in planned_programs(config, self.devices).items()}
-        both = [name for name in at_depth[0] if name in at_depth[1]]
-        layers = config.model.num_layers
-        grown = {name: extrapolate(at_depth[0][name], at_depth[1][name], layers) for name in both}
+        grown = {name: extrapolate(one[name], two[name], config.model.num_layers) for name in one if name in two}
         return {name: dataclasses.replace(program, held=held[name]) for name, program in grown.items()}
+
+    def _compile(
+        self, config: Config, only: Sequence[str] | None = None, layers: int | None = None
+    ) -> dict[str, Compiled]:
+        """Return the programs that the compiler takes, `only` some or all, with all layers or so many."""
+        todo, compiled = planned_programs(config, self.devices, layers), {}
+        for name in todo if only is None else only:
+            label = f"{name} mesh {_mesh(config.mesh)}" + (f" {layers} layers" if layers else "")
+            try:
+                compiled[name] = compile_program(todo[name], self.on_text and _labelled(self.on_text, label))
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                self.say(f"{label}: does not fit: {str(error).splitlines()[0][:200]}")
+            else:
+                self.say(f"{label}: compiled in {compiled[name].compile_seconds:.0f} s")
+        return compiled
 
 
 def settings(config: Config) -> dict[str, int]:

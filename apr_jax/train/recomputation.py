@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from apr_jax.config import ModelConfig
+from apr_jax.model.params import num_params
 from apr_jax.parallel import hosts
 from apr_jax.parallel.device_memory import memory_limit
-from apr_jax.parallel.mesh import TENSOR_AXIS, row_shards
+from apr_jax.parallel.mesh import FSDP_AXIS, TENSOR_AXIS, row_shards
 
 # Logits that a device holds at a time, in elements, where chunks are recomputed. A CPU's caches want small ones.
 # Elsewhere each one casts the head again and rewrites its gradient, so they are large: 512 MiB in float32.
@@ -52,7 +53,10 @@ class Recomputation:
         logits, limit, tensor = tokens * model.vocab_size, memory_limit(mesh), mesh.shape[TENSOR_AXIS]
         every = [cls("none", max(CHUNK, logits)), cls("none", CHUNK), cls("dots", CHUNK), given]
         taken = held()
-        needed = [taken + activation_bytes(model, tokens, tensor, each) for each in every]
+        gathered = gathered_bytes(model, tensor) if mesh.shape[FSDP_AXIS] > 1 else 0
+        needed = [
+            taken + activation_bytes(model, tokens, tensor, each) + gathered * (each.remat != "full") for each in every
+        ]
         place = next((i for i, size in enumerate(needed) if limit and size <= limit), len(every) - 1)
         print(
             f"a microbatch of {tokens:,} tokens a device: model.remat={every[place].remat!r}, "
@@ -71,3 +75,8 @@ def activation_bytes(model: ModelConfig, tokens: int, tensor: int, recomputed: R
     size = jnp.dtype(model.compute_dtype).itemsize
     logits = _LOGITS_BYTES * min(tokens * model.vocab_size, recomputed.max_logits)
     return int(tokens * size * (kept * model.num_layers * 1.1 + 3 * layer) + logits)
+
+
+def gathered_bytes(model: ModelConfig, tensor: int) -> int:
+    """Estimate the layers' weights that a pass gathers over fsdp, and keeps where it does not recompute layers."""
+    return num_params(model).non_embedding * jnp.dtype(model.compute_dtype).itemsize // tensor

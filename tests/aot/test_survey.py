@@ -25,6 +25,7 @@ from apr_jax.engine.plan import EnginePlan
 from apr_jax.parallel.device_memory import local_bytes
 from apr_jax.parallel.fit import fit
 from apr_jax.parallel.mesh import make_mesh
+from apr_jax.train.state import TrainState
 from tests.train.small import small_config
 
 pytestmark = pytest.mark.heavy
@@ -142,6 +143,30 @@ def test_a_forced_mesh_is_the_only_one(compilers_stand_in):
     figures = survey(quick=True).run(MeshConfig(data=1, fsdp=2, tensor=1))
     assert figures["extrapolated"]
     assert [row["mesh"]["fsdp"] for row in figures["candidates"]] == [2]
+
+
+def test_what_two_layers_say_does_not_fit_is_compiled_whole(monkeypatch):
+    """The largest moment of one and of two layers grows by a layer's size, and of more layers no longer."""
+    said = []
+    small = survey(quick=True, say=said.append)
+    model = dataclasses.replace(small.config.model, num_layers=3)
+    three = dataclasses.replace(small, config=dataclasses.replace(small.config, model=model))
+    limit = three.peaks.memory
+
+    def compile_program(planned, on_text=None):
+        match planned.arguments:
+            case TrainState() as state, {"weights": _}:
+                layers = len(state.params["blocks"])
+            case _:
+                layers = 1
+        return made(temporaries=[limit // 4, 3 * limit // 4, 3 * limit // 4][layers - 1])
+
+    monkeypatch.setattr("apr_jax.aot.survey.compile_program", compile_program)
+    programs = three.run(MeshConfig(data=2, fsdp=1, tensor=1))["programs"]
+    whole = programs.pop("sft_step")
+    assert (whole["memory"], whole["fits"], whole["extrapolated"]) == (3 * limit // 4, True, False)
+    assert all(row["extrapolated"] for row in programs.values())
+    assert [line for line in said if "layers" not in line] == ["sft_step mesh 2 x 1 x 1: compiled in 1 s"]
 
 
 def test_what_the_compiler_refuses_is_told(monkeypatch):
