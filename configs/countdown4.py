@@ -143,7 +143,7 @@ def rl(config: ConfigDict) -> None:
     At temperature 1, since the rollouts of a group hardly differ at 0.5, and in the calls that led to the answer alone.
     """
     config.name += "_rl"
-    config.grpo.update(num_steps=8, prompts_per_step=16, group_size=8, inner_updates=2, checkpoint_every=1)
+    config.grpo.update(num_steps=16, prompts_per_step=16, group_size=8, inner_updates=2, checkpoint_every=1)
     config.grpo.update(objective="dapo", credit="used")
     config.grpo.optimizer.update(learning_rate=1e-4, schedule="cosine")
     config.rollout.temperature = 1.0

@@ -2,6 +2,7 @@
 
 countdown4                four numbers of 1..99 to a target, the paper's problems, after SFT
 countdown4_first_success  the same, where the first child that wins ends the others
+countdown4_rl             that after GRPO, with free spawns
 countdown4_serial         the same by serial search
 laptop                    three numbers of 1..20 to a target, after GRPO
 multiplication            products of 5 to 8 integers, after SFT
@@ -16,6 +17,7 @@ from apr_jax.paths import path_of
 _NAMES = (
     "countdown4",
     "countdown4_first_success",
+    "countdown4_rl",
     "countdown4_serial",
     "laptop",
     "multiplication",

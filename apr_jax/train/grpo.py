@@ -76,7 +76,8 @@ def train_grpo(config: Config, mesh: Mesh, phase: Phase, sampler: Sampler, refer
             seconds = time.perf_counter() - rolled_out
             writer.write("grpo", step, metrics)
             writer.write_timings("grpo", step, timings(sample, rate, seconds))
-            bar.update(1, accuracy=metrics["accuracy"], children=metrics["children_per_rollout"])
+            shown = ("accuracy", "no_signal_groups", "children_per_rollout")
+            bar.update(1, **{name: metrics[name] for name in shown})
             phase.skipped.note("grpo", step, metrics["skipped_rate"], functools.partial(updater.rows, sequences))
 
             # Save, now and then, at the end, and when all hosts agree that a signal came.

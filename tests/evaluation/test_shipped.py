@@ -44,6 +44,7 @@ def test_an_installed_package_has_it():
         ("multiplication_serial", 30),
         ("countdown4", 24),
         ("countdown4_first_success", 24),
+        ("countdown4_rl", 24),
         ("countdown4_serial", 24),
     ],
 )
