@@ -100,7 +100,7 @@ class Survey:
             )
         chosen, measured = every[: self.num_candidates], {}
         for candidate in chosen if len(chosen) > 1 else []:
-            measured[candidate.mesh] = self._from_two_depths(candidate.config, RANKED_BY).get(RANKED_BY)
+            measured[candidate.mesh] = self._from_two_depths(candidate.config, [RANKED_BY]).get(RANKED_BY)
 
         def order(candidate: Candidate) -> tuple[bool, float]:
             program = measured.get(candidate.mesh)
@@ -121,20 +121,18 @@ class Survey:
         too_large = [name for name, program in programs.items() if program.memory > peaks.memory]
         return {**programs, **self._compile(config, too_large)} if too_large else programs
 
-    def _from_two_depths(self, config: Config, *only: str) -> dict[str, Compiled]:
-        """Return programs, `only` some or all, as one and two layers tell them."""
-        one, two = (self._compile(config, only or None, depth) for depth in (1, 2))
+    def _from_two_depths(self, config: Config, only: Sequence[str] = ()) -> dict[str, Compiled]:
+        """Return all programs, or `only` some, as one and two layers tell them."""
+        one, two = (self._compile(config, only, depth) for depth in (1, 2))
         # The memory that a run holds beside a program is known without compiling.
         held = {name: planned.held for name, planned in planned_programs(config, self.devices).items()}
         grown = {name: extrapolate(one[name], two[name], config.model.num_layers) for name in one if name in two}
         return {name: dataclasses.replace(program, held=held[name]) for name, program in grown.items()}
 
-    def _compile(
-        self, config: Config, only: Sequence[str] | None = None, layers: int | None = None
-    ) -> dict[str, Compiled]:
-        """Return the programs that the compiler takes, `only` some or all, with all layers or so many."""
+    def _compile(self, config: Config, only: Sequence[str] = (), layers: int | None = None) -> dict[str, Compiled]:
+        """Return the programs that the compiler takes, all or `only` some, with all layers or so many."""
         todo, compiled = planned_programs(config, self.devices, layers), {}
-        for name in todo if only is None else only:
+        for name in only or todo:
             label = f"{name} mesh {_mesh(config.mesh)}" + (f" {layers} layers" if layers else "")
             try:
                 compiled[name] = compile_program(todo[name], self.on_text and _labelled(self.on_text, label))
