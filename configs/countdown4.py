@@ -11,6 +11,8 @@ A variant is a name, and words after it, with dots between:
     adaptive, serial, direct    a way of reasoning
     adaptive_budget             prompts name the number of children
     serial_budget               prompts name the number of tokens
+    tree_of_thoughts, pasta, hogwild
+                                the other methods, by SFT alone
     facts                       bare arithmetic, where the others start from
     .beams                      the reference's beams: see below
     .rl                         GRPO of it, to be started from its SFT with --checkpoint
@@ -45,20 +47,23 @@ the learning rate falls over nearly all of the run: where it is constant the los
 With `.beams` beams and spawns are the reference's (docs/recipe.md has what came of it).
 """
 
+from collections.abc import Collection
+
 from ml_collections import ConfigDict
 
 from configs import grpo
 
-_NAMES = ("adaptive", "adaptive_budget", "serial", "serial_budget", "direct", "facts")
+_OTHERS = ("tree_of_thoughts", "pasta", "hogwild")
+_NAMES = ("adaptive", "adaptive_budget", "serial", "serial_budget", "direct", *_OTHERS, "facts")
 
 
 def get_config(variant: str = "adaptive") -> ConfigDict:
     name, *words = variant.split(".")
     changes = {"beams": beams, "rl": rl, "path": path, "gpu": gpu, "quick": quick}
-    if name not in _NAMES or not set(words) <= set(changes) or ("path" in words and "rl" not in words):
+    if name not in _NAMES or not set(words) <= set(changes) or not _fit(name, words):
         raise ValueError(
             f"configs/countdown4.py:{variant}: no such variant; choose one of {', '.join(_NAMES)}, and after it "
-            "with dots any of beams, rl, path (after rl), gpu, quick"
+            "with dots any of beams, rl, path (after rl), gpu, quick; tree_of_thoughts, pasta and hogwild have no rl"
         )
     config = facts() if name == "facts" else sft(name)
     for word in words:
@@ -66,12 +71,16 @@ def get_config(variant: str = "adaptive") -> ConfigDict:
     return config
 
 
+def _fit(name: str, words: Collection[str]) -> bool:
+    return ("rl" in words or "path" not in words) and not ("rl" in words and name in _OTHERS)
+
+
 def sft(name: str = "adaptive") -> ConfigDict:
     """Configure SFT of a 2.1M-parameter Llama on searches that leave nothing out."""
     config = grpo.get_config("laptop")
-    method, _, budget = name.partition("_")
+    method, budget = name.removesuffix("_budget"), name.endswith("_budget")
     config.name = "countdown4" if name == "adaptive" else f"countdown4_{name}"
-    config.data.update(method=method, condition_on_budget=bool(budget))
+    config.data.update(method=method, condition_on_budget=budget)
     config.model.update(num_layers=4, embed_dim=192, mlp_dim=512, num_heads=4, num_kv_heads=4, max_seq_len=2_048)
     config.model.tie_embeddings = False
     config.task.update(
@@ -106,7 +115,23 @@ def sft(name: str = "adaptive") -> ConfigDict:
     config.grpo.update(num_steps=0, row_len=2_048)
     config.faults.keep_checkpoints = 3
     config.evaluation.update(num_problems=256, also_temperature=1.0)
+    if name in _OTHERS:
+        _other(config)
     return config
+
+
+def _other(config: ConfigDict) -> None:
+    """Give the other methods what suits them in the same context.
+
+    Tree of Thoughts goes on from every first operation. PASTA's parent reads all that its children wrote, so it opens
+    one child at a time beside its own search: of two to five operations a round, two solve most within the context. The
+    two workers of Hogwild! share it.
+    """
+    config.tree_of_thoughts.breadth = 24
+    config.rollout.max_total_children = 512
+    if config.data.method == "pasta":
+        config.task.update(parent_beams=(2,), retry_probability=1.0)
+        config.rollout.update(max_spawns=16, cancel_on_success=False)
 
 
 def facts() -> ConfigDict:

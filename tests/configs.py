@@ -4,13 +4,16 @@ import dataclasses
 
 from apr_jax.config_dict import from_config_dict
 from apr_jax.tasks.countdown.config import CountdownConfig
+from configs import countdown4
 from configs.grpo import get_config
 
 LAPTOP = from_config_dict(get_config())
 PAPER = from_config_dict(get_config("paper"))
+COUNTDOWN4 = from_config_dict(countdown4.get_config())
 assert isinstance(LAPTOP.task, CountdownConfig)
 assert isinstance(PAPER.task, CountdownConfig)
-LAPTOP_TASK, PAPER_TASK = LAPTOP.task, PAPER.task
+assert isinstance(COUNTDOWN4.task, CountdownConfig)
+LAPTOP_TASK, PAPER_TASK, COUNTDOWN4_TASK = LAPTOP.task, PAPER.task, COUNTDOWN4.task
 TINY_MODEL = dataclasses.replace(
     LAPTOP.model,
     vocab_size=64,

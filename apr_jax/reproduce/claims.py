@@ -28,7 +28,7 @@ class Claim:
 
 def claims(workdir: pathlib.Path) -> list[Claim]:
     """Read all claims from the folders of a reproduction."""
-    return [claim for read in (_context, _tokens, _latency, _reinforcement, _width, _path) for claim in read(workdir)]
+    return [claim for read in _CLAIMS for claim in read(workdir)]
 
 
 def table(found: Sequence[Claim]) -> str:
@@ -176,6 +176,19 @@ def _path(workdir: pathlib.Path) -> list[Claim]:
     return [Claim("f", "a price on the longest chain: -25 % at no loss", "-", ours, cells.source)]
 
 
+def _methods(workdir: pathlib.Path) -> list[Claim]:
+    cells = _Cells(workdir, "methods")
+    serial, found = cells.widest("serial"), []
+    for name in ("tree_of_thoughts", "pasta", "hogwild"):
+        other, ours = cells.widest(name), _NOT_YET
+        if serial and other:
+            of = cells.difference(serial, other)["accuracy"]
+            ours = f"{_share(other)} at {other['total_tokens']:,.0f} tokens, over serial {_points(of)}"
+        found.append(Claim("-", f"equal context, SFT: {name}", "-", ours, cells.source))
+    return found
+
+
+_CLAIMS = (_context, _tokens, _latency, _reinforcement, _width, _path, _methods)
 _NOT_YET = "not run yet"
 _WORDS = {
     "accuracy": "solved",

@@ -14,7 +14,8 @@ from apr_jax.config import ConfigError
 from apr_jax.files import read_json, write_json
 from apr_jax.paths import is_remote
 
-_SFT = ("adaptive", "adaptive_budget", "serial", "serial_budget", "direct")
+_OTHERS = ("tree_of_thoughts", "pasta", "hogwild")
+_SFT = ("adaptive", "adaptive_budget", "serial", "serial_budget", "direct", *_OTHERS)
 _RL = {"adaptive_rl": "adaptive.rl", "serial_rl": "serial.rl", "adaptive_budget_rl": "adaptive_budget.rl"}
 _PATH = {"adaptive_path": "adaptive.rl.path"}
 _LANES = (1, 8, 64)
@@ -74,7 +75,7 @@ def _comparisons(workdir: pathlib.Path, *, quick: bool) -> list[Part]:
     samples = 2 if quick else 8
     budgets = [f"adaptive_budget={n}" for n in (range(1, 3) if quick else range(1, 11))]
     budgets += [f"serial_budget={n}" for n in ((512,) if quick else (512, 1_024, 1_536, 2_048))]
-    sampled = [f"{kind}@{samples}:{of}" for kind in ("cons", "pass") for of in ("serial", "direct")]
+    sampled = [f"cons@{samples}:{of}" for of in ("serial", "direct")]  # pass and best of n are in their records
     parts = [
         compare(
             "windows",
@@ -97,6 +98,12 @@ def _comparisons(workdir: pathlib.Path, *, quick: bool) -> list[Part]:
             "ten children named, before and after RL",
             ("adaptive_budget", "adaptive_budget_rl"),
             "--budgets=10",
+            problems=2_000,
+        ),
+        compare(
+            "methods",
+            "equal context: the other ways of reasoning",
+            ("adaptive", "serial", *_OTHERS),
             problems=2_000,
         ),
         compare(

@@ -264,14 +264,31 @@ class ThoughtDialect(Dialect):
         """Return the answer of a leaf that was reached by proposals' lines; None where it is no solution."""
 
 
-def demonstrated_tokens(dialect: Dialect, demonstration: Demonstration, count_tokens: CountTokens) -> tuple[int, int]:
-    """Count the tokens that a demonstration writes, as the engine does: on the longest causal chain, and in all.
+class Lengths(NamedTuple):
+    """The tokens of a demonstration, as the engine counts them."""
+
+    sequential: int | None  # on the longest causal chain; None where a program sets the clock, as PASTA's does
+    total: int
+    peak_context: int  # the most that a thread holds, BOS included; the workers of Hogwild! are one thread
+
+
+def demonstrated_tokens(dialect: Dialect, demonstration: Demonstration, count_tokens: CountTokens) -> Lengths:
+    """Count the tokens that a demonstration writes and holds.
 
     A spawn takes as long as its longest child, with all below it. `count_tokens` is of a text; a call that ends its
-    thread has one more, EOS. Serves methods whose threads wait where they spawn, as adaptive, or do not spawn.
+    thread has one more, EOS.
     """
-    lengths = [count_tokens(call.completion) + (not call.ends_in_spawn) for call in demonstration.calls]
-    return _longest_chain(dialect, iter(zip(demonstration.calls, lengths, strict=True))), sum(lengths)
+    calls = demonstration.calls
+    lengths = [count_tokens(call.completion) + (not call.ends_in_spawn) for call in calls]
+    held = [count_tokens(call.context) for call in calls]
+    if isinstance(dialect, WorkerDialect):
+        prompt = count_tokens(dialect.prompt(demonstration.problem))
+        headers = sum(held) - prompt * len(calls)
+        return Lengths(max(lengths), sum(lengths), 1 + prompt + headers + sum(lengths))
+    peak = 1 + max(map(sum, zip(held, lengths, strict=True)))
+    if isinstance(dialect, PromiseDialect | ThoughtDialect):
+        return Lengths(None, sum(lengths), peak)
+    return Lengths(_longest_chain(dialect, iter(zip(calls, lengths, strict=True))), sum(lengths), peak)
 
 
 def _longest_chain(dialect: Dialect, calls: Iterator[tuple[Call, int]]) -> int:

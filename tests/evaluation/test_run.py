@@ -57,7 +57,8 @@ def test_evaluating_a_perfect_imitator_gives_the_solvers_figures(method):
     assert summary["total_tokens"] == written / 30
     dialect = COUNTDOWN.dialects[method]
     counted = [demonstrated_tokens(dialect, demo, lambda text: len(TOKENIZER.encode(text))) for demo in demos]
-    assert [(record["sequential_tokens"], record["total_tokens"]) for record in records] == counted
+    keys = ("sequential_tokens", "total_tokens", "peak_context")
+    assert [tuple(record[key] for key in keys) for record in records] == counted
     assert [record["correct"] for record in records] == [demo.correct for demo in demos]
     assert [("calls" in record) for record in records] == [True] * 3 + [False] * 27
     json.dumps([summary, records])

@@ -40,6 +40,25 @@ def test_it_counts_what_parallel_searches_write(tmp_path: pathlib.Path) -> None:
     written = json.loads(figures.read_text())
     assert 100 < written["sequential_tokens"] < written["total_tokens"]
     assert 100 < written["serial_sequential_tokens"] == written["serial_total_tokens"]
+    assert written["serial_solved_within_context"] <= written["serial_accuracy"]
+
+
+def test_it_measures_the_methods_that_are_named(tmp_path: pathlib.Path) -> None:
+    figures = tmp_path / "figures.json"
+    methods = ("hogwild", "pasta", "tree_of_thoughts")
+    done = _run(
+        "--tokens",
+        "--num_problems=5",
+        "--config.data.num_workers=1",
+        f"--methods={','.join(methods)}",
+        f"--json={figures}",
+    )
+    assert done.returncode == 0, done.stderr
+    written = json.loads(figures.read_text())
+    assert 50 < written["hogwild_sequential_tokens"] < written["hogwild_total_tokens"]
+    assert "pasta_sequential_tokens" not in written, "its program sets the clock"
+    assert 0 < written["pasta_solved_within_context"] <= written["pasta_accuracy"]
+    assert written["tree_of_thoughts_accuracy"] == written["solved_within_context"] == 1.0
 
 
 def test_it_measures_the_references_setting(tmp_path: pathlib.Path) -> None:
@@ -56,6 +75,7 @@ def test_it_measures_the_references_setting(tmp_path: pathlib.Path) -> None:
 
 def test_bad_arguments_exit_with_2() -> None:
     for arguments, message in (
+        (["--methods=serial,sereal"], "--methods=serial,sereal: countdown has adaptive, direct, hogwild"),
         (["--num_problems=0"], "--num_problems=0: must be at least 1"),
         (["--config.task.min_number=30"], "task.min_number=30 is above task.max_number=20"),
         (["--config.task.max_number=1", "--config.task.min_target=30"], "none of 10000 draws"),

@@ -14,12 +14,14 @@ from apr_jax.tasks.countdown.rules import sample_problem
 from apr_jax.tasks.countdown.task import COUNTDOWN
 from apr_jax.tasks.dialect import CALL_END
 from apr_jax.tasks.generation import demonstrate
-from tests.configs import LAPTOP, LAPTOP_TASK, PAPER_TASK
+from tests.configs import COUNTDOWN4_TASK, LAPTOP, LAPTOP_TASK, PAPER_TASK
 
 TOKENIZER = load_tokenizer("builtin")
 SMALL = LAPTOP_TASK  # three numbers, fixed order
 MODEL = LAPTOP.model
 REFERENCE = PAPER_TASK  # four numbers, shuffled, spawns by chance
+# Four numbers, nothing left out, states restated; parents that go on when children have failed.
+DEPTH_FIRST = dataclasses.replace(COUNTDOWN4_TASK, parent_beams=(2,), retry_probability=1.0)
 
 
 def settings(**changes: object) -> Settings:

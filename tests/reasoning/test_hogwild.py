@@ -9,12 +9,23 @@ from apr_jax.engine.threads import RolloutKey
 from apr_jax.evaluation.metrics import record_rollout
 from apr_jax.reasoning.hogwild import hogwild
 from apr_jax.reasoning.policy_engine import policy_engine
-from apr_jax.tasks.countdown.hogwild import LEAVE
+from apr_jax.tasks.countdown.hogwild import HOGWILD, LEAVE
 from apr_jax.tasks.countdown.rules import Problem, verify
 from apr_jax.tasks.countdown.task import COUNTDOWN
+from apr_jax.tasks.dialect import demonstrated_tokens
 from configs.methods import get_config
 from tests.engine.helpers import make_mesh
-from tests.reasoning.fixtures import MODEL, SMALL, TOKENIZER, Replay, TextScript, call_tokens, demonstrations, settings
+from tests.reasoning.fixtures import (
+    DEPTH_FIRST,
+    MODEL,
+    SMALL,
+    TOKENIZER,
+    Replay,
+    TextScript,
+    call_tokens,
+    demonstrations,
+    settings,
+)
 from tests.reasoning.scripted_engine import ScriptedEngine
 
 PROBLEM = Problem((2, 3), 5)
@@ -27,8 +38,9 @@ WRONG = "Exploring Operation: 2*3=6, Resulting Numbers: [6]\n6,5 unequal: No Sol
 LEFT = WRONG + LEAVE
 
 
-def test_rebuilds_demonstrations_token_by_token():
-    for demo in demonstrations(SMALL, "hogwild", 12):
+@pytest.mark.parametrize("task", [SMALL, DEPTH_FIRST], ids=["small", "depth_first"])
+def test_rebuilds_demonstrations_token_by_token(task):
+    for demo in filter(lambda demo: demo.correct, demonstrations(task, "hogwild", 12)):
         (rollout,) = ScriptedEngine(Replay([demo])).run([(RolloutKey(0, 0), hogwild(demo.problem, settings()))])
         written = [(tuple(call.context.tolist()), tuple(call.tokens.tolist())) for call in rollout.calls]
         assert written == [call_tokens(call) for call in demo.calls]
@@ -37,6 +49,10 @@ def test_rebuilds_demonstrations_token_by_token():
         assert (rollout.result.num_spawns, rollout.result.num_children) == (1, 2)
         answered = [len(call.tokens) for call in rollout.calls if LEAVE not in decoded(call)]
         assert rollout.sequential_tokens == min(answered), "the first answer ends it"
+        counted = demonstrated_tokens(COUNTDOWN.dialects["hogwild"], demo, lambda text: len(TOKENIZER.encode(text)))
+        prompt = len(TOKENIZER.encode_prompt(HOGWILD.prompt(demo.problem)))
+        segments = sum(len(call.context) - prompt + len(call.tokens) for call in rollout.calls)
+        assert counted == (max(len(call.tokens) for call in rollout.calls), counted.total, prompt + segments)
 
 
 def decoded(call):

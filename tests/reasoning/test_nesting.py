@@ -121,7 +121,8 @@ def test_nested_demonstrations_are_rebuilt_and_counted_as_the_engine_counts():
         assert rollout.result.answer == demo.answer
         assert rollout.result.child_reasons == ()
         counted = demonstrated_tokens(COUNTDOWN.dialects["adaptive"], demo, lambda text: len(TOKENIZER.encode(text)))
-        assert counted == (rollout.sequential_tokens, sum(len(call.tokens) for call in rollout.calls))
+        peak = max(len(call.context) + len(call.tokens) for call in rollout.calls)
+        assert counted == (rollout.sequential_tokens, sum(len(call.tokens) for call in rollout.calls), peak)
         below += sum(call.depth == 2 for call in demo.calls)
         solved += demo.correct
     assert below > 0

@@ -10,6 +10,7 @@ from apr_jax.tasks.countdown.pasta import SYNC
 from apr_jax.tasks.countdown.rules import Problem, verify
 from apr_jax.tasks.dialect import CALL_END
 from tests.reasoning.fixtures import (
+    DEPTH_FIRST,
     REFERENCE,
     SMALL,
     TOKENIZER,
@@ -58,7 +59,7 @@ def run(texts, engine=ScriptedEngine, **changes):
     return engine(TextScript(texts)).run([(RolloutKey(0, 0), pasta(PROBLEM, settings(**changes)))])[0]
 
 
-@pytest.mark.parametrize("task", [SMALL, REFERENCE], ids=["small", "reference"])
+@pytest.mark.parametrize("task", [SMALL, REFERENCE, DEPTH_FIRST], ids=["small", "reference", "depth_first"])
 def test_rebuilds_demonstrations_token_by_token(task):
     """Every call of every thread, and so every context in which children's full text stands."""
     solved = waited = ended_alone = 0

@@ -41,7 +41,7 @@ def _ours(workdir):
 def test_without_results_no_claim_has_figures(tmp_path):
     found = claims(tmp_path)
     assert {claim.ours for claim in found} == {"not run yet"}
-    assert [claim.letter for claim in found] == list("aabbcccddddddef")
+    assert [claim.letter for claim in found] == list("aabbcccddddddef---")
     assert table(found).count("\n") == 2 + len(found)
 
 
@@ -99,3 +99,16 @@ def test_width_and_the_price_on_the_chain(tmp_path, chain, told):
     ours = _ours(tmp_path)
     assert ours["e"] == ["70.0 % (60.4 to 78.1), 72.0 % (62.5 to 79.9): +2.0 points (-0.8 to +4.8)"]
     assert ours["f"] == [f"{told} on the longest chain, accuracy +0.0 points (+0.0 to +0.0)"]
+
+
+def test_other_methods_stand_beside_serial(tmp_path):
+    for method, solved, tokens in (
+        ("serial", 40, 1_500.0),
+        ("tree_of_thoughts", 90, 3_000.0),
+        ("hogwild", 30, 1_800.0),
+    ):
+        _add(tmp_path, "methods", method, solved, tokens=tokens)
+    thoughts, pasta, hogwild = _ours(tmp_path)["-"]
+    assert thoughts == "90.0 % (82.6 to 94.5) at 3,000 tokens, over serial +50.0 points (+40.2 to +59.8)"
+    assert pasta == "not run yet"
+    assert hogwild == "30.0 % (21.9 to 39.6) at 1,800 tokens, over serial -10.0 points (-15.9 to -4.1)"

@@ -57,7 +57,8 @@ def test_every_training_has_a_configuration_and_the_same_rollouts_of_rl(quick, w
 
 
 @pytest.mark.parametrize(
-    "variant", ["", "adaptive.path", "adaptive.fast", "rl", "adaptive_rl", "adaptive..rl", "adaptive.wide"]
+    "variant",
+    ["", "adaptive.path", "adaptive.fast", "rl", "adaptive_rl", "adaptive..rl", "adaptive.wide", "hogwild.rl"],
 )
 def test_other_variants_are_refused(variant):
     with pytest.raises(ValueError, match="no such variant; choose one of adaptive"):

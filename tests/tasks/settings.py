@@ -13,6 +13,7 @@ LAPTOP = dataclasses.replace(
     heuristic="mult",
 )
 REFERENCE = configs.PAPER_TASK
+DEPTH_FIRST = configs.COUNTDOWN4_TASK
 SMALL_DATA = dataclasses.replace(
     configs.LAPTOP.data,
     directory="unused",

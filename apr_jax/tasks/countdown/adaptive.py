@@ -216,8 +216,8 @@ class _Thread:
     def search_below(self, beam: int) -> None:
         """Run the search to its end."""
         search, root, task = self._search, self._root, self._task
-        if self._depth >= task.spawn_depth and task.search_order == "depth_first":
-            self.goal = search.depth_first(root, beam, self._lines)
+        if self._depth >= task.spawn_depth:
+            self.goal = search.below(root, beam, self._lines)
         else:
             self.goal = search.breadth_first(root, beam, self._lines, self._delegate, task.retry_probability)
         context = search.header(root) + self._context

@@ -34,7 +34,7 @@ class CountdownConfig(TaskConfig):
     context_windows: tuple[Count, ...]
     retry_probability: Share  # APR: chance that the next best operations follow when all children failed; reference: 0
     heuristic: Literal["mult", "none"]  # what ranks operations; none: the order in which they were generated
-    # SoS+ and APR's children write all operations of a state, then search below each (the reference); or one by one.
+    # Searches write all operations of a state, then search below each (the reference); or one by one.
     search_order: Literal["breadth_first", "depth_first"]
     restate: bool  # depth-first searches write a state again whenever they come back to it
     restate_operation: bool  # and below it the operation that they come back from
@@ -45,7 +45,7 @@ class CountdownConfig(TaskConfig):
     # APR: a join has the path of the child with the shortest search alone, as rollout.cancel_on_success leaves it.
     cancel_on_success: bool
     shuffle: bool  # kept operations: in random order (the reference) or the order in which they were generated (fixed)
-    max_result: Natural  # SoS+ and APR leave out operations whose result is larger; reference: 0, which leaves out none
+    max_result: Natural  # searches leave out operations whose result is larger; reference: 0, which leaves out none
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,24 +10,28 @@ below it. So nobody repeats what the other has done, and together they have trie
     22,30 unequal: No Solution                                 8,30 unequal: No Solution
     ...                                                        ...
 
-Who reaches the goal replays its path from the root and has thereby answered. Who sees that the other has reached it
-leaves before its next operation (`LEAVE`), and who sees that the other has begun the operation that would be its next
-writes "No solution found.". What a worker sees, and when, is `engine/groups.py`'s rule, so a demonstration depends on
-how many tokens each line has. All phrases are of the trace grammar (`trace.py`).
+These lines are short; with `task.search_order` "depth_first" they are those of `search.py` below each operation. Who
+reaches the goal replays its path from the root and has thereby answered. Who sees that the other has reached it leaves
+before its next operation (`LEAVE`), and who sees that the other has begun the operation that would be its next writes
+"No solution found.". What a worker sees, and when, is `engine/groups.py`'s rule, so a demonstration depends on how many
+tokens each line has. All phrases are of the trace grammar (`trace.py`).
 """
 
 import dataclasses
+import itertools
 import random
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterator, Sequence
 
 from apr_jax.tasks.base import Call, CountTokens
 from apr_jax.tasks.countdown import rules, trace
 from apr_jax.tasks.countdown.config import CountdownConfig
 from apr_jax.tasks.countdown.rules import Problem
-from apr_jax.tasks.countdown.search import SearchDialect
+from apr_jax.tasks.countdown.search import Node, Search, SearchDialect, Step, usable_steps
 from apr_jax.tasks.dialect import Ending, WorkerDialect
 
 LEAVE = "Exit Sub Search at level 1\n"
+_ALL = sys.maxsize  # a beam that keeps every operation
 
 
 class Hogwild(SearchDialect, WorkerDialect):
@@ -56,13 +60,14 @@ class Hogwild(SearchDialect, WorkerDialect):
     def demonstrate(
         self, problem: Problem, rng: random.Random, section: CountdownConfig, count_tokens: CountTokens, *, budget: bool
     ) -> tuple[Call, ...]:
-        """Return two workers' calls, one each, searched in lockstep. Nothing is drawn."""
-        firsts = list(enumerate(rules.steps(problem.numbers)))
-        workers = [_Worker(_search(order, problem.target), n) for n, order in enumerate((firsts, firsts[::-1]))]
+        """Return two workers' calls, one each, searched in lockstep; depth-first ones may draw (`task.shuffle`)."""
+        branches = _branches(Search(problem, rng, section), section)
+        orders = (branches, branches[::-1])
+        workers = [_Worker(itertools.chain.from_iterable(order), n) for n, order in enumerate(orders)]
         while not all(worker.done for worker in workers):
             # Who is behind moves first, so that all that it can see is known.
             worker = min((each for each in workers if not each.done), key=lambda each: (each.time, each.number))
-            _advance(worker, workers[1 - worker.number], problem, count_tokens)
+            _advance(worker, workers[1 - worker.number], count_tokens)
         return tuple(
             Call(self.prompt(problem) + self.header(worker.number), worker.text, 0, False, worker.replay_start)
             for worker in workers
@@ -76,11 +81,11 @@ def _has_left(text: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """The line, or the two, of one operation."""
+    """Lines that a worker writes before it looks up: those of one operation, or of a state."""
 
     text: str
     first: int | None = None  # of an operation on the problem's own numbers: which of them it is
-    path: tuple[str, ...] | None = None  # of one that reaches the goal: the lines from the root to it
+    replay: str | None = None  # of one that reaches the goal: the lines that lead there
 
 
 @dataclasses.dataclass
@@ -97,7 +102,7 @@ class _Worker:
     done: bool = False
 
 
-def _advance(worker: _Worker, other: _Worker, problem: Problem, count_tokens: CountTokens) -> None:
+def _advance(worker: _Worker, other: _Worker, count_tokens: CountTokens) -> None:
     """Write the worker's next operation, or its end."""
     step = next(worker.steps, None)
     seen = {first for time, first in other.begun if time <= worker.time}
@@ -110,9 +115,8 @@ def _advance(worker: _Worker, other: _Worker, problem: Problem, count_tokens: Co
     else:
         worker.text += step.text
         worker.time += count_tokens(step.text)
-        if step.path is not None:
-            worker.goal_time = worker.time
-            replay = trace.root_prompt(problem) + "".join(step.path)
+        if step.replay is not None:
+            worker.goal_time, replay = worker.time, step.replay
         else:
             worker.done = False
             if step.first is not None:
@@ -121,19 +125,49 @@ def _advance(worker: _Worker, other: _Worker, problem: Problem, count_tokens: Co
     worker.text += replay
 
 
-def _search(
-    operations: Iterable[tuple[int | None, tuple[int, str, list[int]]]], target: int, path: tuple[str, ...] = ()
+def _branches(search: Search, task: CountdownConfig) -> list[list[_Step]]:
+    """Return what a worker writes from each operation on the problem's numbers on, up to a goal, in their order."""
+    if task.search_order == "depth_first" and len(search.root.numbers) > 2:
+        expansion = search.expand(search.root, _ALL)
+        attempts = expansion.attempts
+        nodes = zip(expansion.nodes, expansion.texts, strict=True)
+        branches = [_in_full(search, task, node, text) for node, text in nodes]
+    else:
+        steps, attempts = usable_steps(search.root.numbers, task)
+        branches = [list(_in_short(search.problem, task, search.root.numbers, step)) for step in steps]
+    numbered = [[dataclasses.replace(begin, first=n), *rest] for n, (begin, *rest) in enumerate(branches)]
+    return [*numbered, [_Step(attempts)]] if attempts else numbered
+
+
+def _in_full(search: Search, task: CountdownConfig, node: Node, text: str) -> list[_Step]:
+    lines: list[str] = []
+    goal = search.branch(search.root, node, text, _ALL, lines)
+    steps = [_Step(line) for line in lines]
+    if goal is not None:
+        replayed_from = node if task.parent_replay == "child" else search.root
+        steps[-1] = dataclasses.replace(steps[-1], replay=search.replay(goal, replayed_from))
+    return steps
+
+
+def _in_short(
+    problem: Problem, task: CountdownConfig, numbers: Sequence[int], step: Step, path: str = ""
 ) -> Iterator[_Step]:
-    """Yield operations (`rules.steps`, each with its number), each followed by those below it, up to the goal."""
-    for first, (result, operation, remaining) in operations:
-        if len(remaining) > 1:
-            line = f"Exploring Operation: {operation}, Resulting Numbers: {remaining}\n"
-            yield _Step(line, first)
-            below = ((None, step) for step in rules.steps(remaining))
-            yield from _search(below, target, (*path, line))
-        else:
-            text = trace.final_lines(target, result, operation)
-            yield _Step(text, first, (*path, text) if result == target else None)
+    left = step.leaves(numbers)
+    if len(left) == 1:
+        text = trace.final_lines(problem.target, step.result, step.operation)
+        is_goal = step.result == problem.target
+        yield _Step(step.before + text, replay=trace.root_prompt(problem) + path + text if is_goal else None)
+        return
+    line = f"Exploring Operation: {step.operation}, Resulting Numbers: {left}\n"
+    yield _Step(step.before + line)
+    below, attempts = usable_steps(left, task)
+    for each in below:
+        for written in _in_short(problem, task, left, each, path + line):
+            yield written
+            if written.replay is not None:
+                return
+    if attempts:
+        yield _Step(attempts)
 
 
 HOGWILD = Hogwild()

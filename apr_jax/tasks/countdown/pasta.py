@@ -20,7 +20,8 @@ below the spawn text, which stays.
     27,27 equal: Goal Reached
     ...
 
-Where the parent finds the goal by itself, it replays the path and ends without waiting.
+Where the parent finds the goal by itself, it replays the path and ends without waiting. Searched depth-first
+(`task.search_order`), a node that is left over alone is the parent's own.
 """
 
 import dataclasses
@@ -54,7 +55,7 @@ class Pasta(Adaptive, PromiseDialect):
         parent_beam = rng.choice(section.parent_beams)
         parent = _Parent(search, section, child_beam=rng.randint(parent_beam, section.child_beam_max))
         goal = search.breadth_first(search.root, parent_beam, parent.lines, parent.delegate, section.retry_probability)
-        parent.calls.append(last_call(search, search.root, parent.context, parent.lines, goal, depth=0))
+        parent.calls.append(last_call(search, parent.replayed_from, parent.context, parent.lines, goal, depth=0))
         prompt = self.prompt(problem, len(parent.child_calls) if budget else None)
         own = [dataclasses.replace(call, context=prompt + call.context) for call in parent.calls]
         return (*own, *parent.child_calls)
@@ -65,6 +66,7 @@ class _Parent:
 
     def __init__(self, search: Search, task: CountdownConfig, child_beam: int) -> None:
         self._search, self._task, self._child_beam = search, task, child_beam
+        self.replayed_from = search.root
         self.context = ""  # all after its prompt, up to its current call
         self.lines: list[str] = []  # what it has written since
         self.calls: list[Call] = []
@@ -72,26 +74,36 @@ class _Parent:
 
     def delegate(self, nodes: list[Node]) -> Delegated | None:
         search = self._search
-        if len(nodes) < 2 or search.rng.random() >= self._task.spawn_probability:
+        alone = len(nodes) == 1 and self._task.search_order == "depth_first"
+        if not alone and (len(nodes) < 2 or search.rng.random() >= self._task.spawn_probability):
             return None
         own, *handed = search.order(nodes)
-        self._end_call(render_spawn([node.node_id for node in handed]))
+        if handed:
+            self._end_call(render_spawn([node.node_id for node in handed]))
         texts, goals = [], []
         for index, node in enumerate(handed):
             call, goal = self._child(node)
             self.child_calls.append(call)
             texts += [PASTA.result_line(index, search.result(node, goal), 1), call.context + call.completion]
-            goals += [goal] if goal else []
+            goals += [(node, goal)] if goal else []
         self.lines.append(search.header(own))
-        goal = search.breadth_first(own, self._child_beam, self.lines)
+        goal = search.below(own, self._child_beam, self.lines)
         if goal is not None:
-            return Delegated(goal)
+            return self._reached(own, goal)
+        if not handed:
+            return Delegated(None)
         self._end_call(SYNC)
         self.context += "".join([JOIN_BEGIN, *texts, JOIN_END])
         if not goals:
             return Delegated(None)
         self.lines.append(trace.goal_line(search.problem.target))
-        return Delegated(goals[0])
+        return self._reached(*goals[-1 if self._task.parent_replay == "child" else 0])
+
+    def _reached(self, node: Node, goal: Goal) -> Delegated:
+        """End with a goal below `node`, from which on its path is replayed if the task says so."""
+        if self._task.parent_replay == "child":
+            self.replayed_from = node
+        return Delegated(goal)
 
     def _end_call(self, ending: str) -> None:
         written = "".join([*self.lines, ending])
@@ -101,7 +113,7 @@ class _Parent:
 
     def _child(self, node: Node) -> tuple[Call, Goal | None]:
         lines: list[str] = []
-        goal = self._search.breadth_first(node, self._child_beam, lines)
+        goal = self._search.below(node, self._child_beam, lines)
         return last_call(self._search, node, self._search.header(node), lines, goal, depth=1), goal
 
 

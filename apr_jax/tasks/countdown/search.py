@@ -15,7 +15,7 @@ import heapq
 import math
 import operator
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from apr_jax.tasks.base import Call
@@ -25,6 +25,20 @@ from apr_jax.tasks.countdown.rules import Problem
 from apr_jax.tasks.dialect import ChildResult, Ending, ThreadDialect
 
 _GENERATION_INDEX = operator.itemgetter(1)  # of a candidate: a tuple of heuristic, generation index, and more
+
+
+class Step(NamedTuple):
+    """An operation on two of a state's numbers."""
+
+    places: tuple[int, int]  # of the two
+    result: int
+    operation: str
+    before: str  # the lines of attempts before it
+
+    def leaves(self, numbers: Sequence[int]) -> list[int]:
+        """Return the numbers that the operation leaves of a state's."""
+        first, second = self.places
+        return [*numbers[:first], *numbers[first + 1 : second], *numbers[second + 1 :], self.result]
 
 
 class Node(NamedTuple):
@@ -95,12 +109,15 @@ class Search:
         self.rng = rng
         self.shuffle = task.shuffle
         self._guided = task.heuristic == "mult"
-        self._restates, self._restates_operation = task.restate, task.restate_operation
-        self._attempts = task.attempts
-        self._max_result = task.max_result or math.inf
+        self._task = task
         self.root = Node(0, 0, trace.ROOT_ID, list(problem.numbers), "", None, "")
         self._distances = _factor_distances(problem.target)
         self._age = 0
+
+    def below(self, root: Node, beam: int, lines: list[str]) -> Goal | None:
+        """Search below `root` in the order of `task.search_order`, writing to `lines`."""
+        search = self.depth_first if self._task.search_order == "depth_first" else self.breadth_first
+        return search(root, beam, lines)
 
     def breadth_first(
         self, root: Node, beam: int, lines: list[str], delegate: Delegate | None = None, retry_probability: float = 0.0
@@ -147,15 +164,22 @@ class Search:
             return self._expand_final(root, beam, lines)
         expansion = self.expand(root, beam)
         for node, text in zip(expansion.nodes, expansion.texts, strict=True):
-            lines += [text, self.header(node)]
-            goal = self.depth_first(node, beam, lines)
+            goal = self.branch(root, node, text, beam, lines)
             if goal is not None:
                 return goal
-            if self._restates:
-                lines.append(self.header(root))
-            if self._restates_operation:
-                lines.append(trace.operation_line(node.operation))
         lines.append(expansion.attempts)
+        return None
+
+    def branch(self, root: Node, node: Node, text: str, beam: int, lines: list[str]) -> Goal | None:
+        """Write the lines of an operation on `root`'s state, what `depth_first` writes below it, and the way back."""
+        lines += [text, self.header(node)]
+        goal = self.depth_first(node, beam, lines)
+        if goal is not None:
+            return goal
+        if self._task.restate:
+            lines.append(self.header(root))
+        if self._task.restate_operation:
+            lines.append(trace.operation_line(node.operation))
         return None
 
     def order(self, nodes: list[Node]) -> list[Node]:
@@ -184,40 +208,29 @@ class Search:
 
     def expand(self, node: Node, beam: int, tried: int = 0) -> Expansion:
         """Return the `beam` best operations after the `tried` best."""
-        numbers, target, distances = node.numbers, self.problem.target, self._distances
-        own = [distances[n] if n <= target else n - target for n in numbers]
-        total = sum(own)
-        candidates: list[tuple[int, int, int, int, int, str, str]] = []
-        attempts = ""  # since the last operation
-        for i in range(len(numbers) - 1):
-            for j in range(i + 1, len(numbers)):
-                kept = total - own[i] - own[j]
-                usable, after = _usable(numbers[i], numbers[j], self._max_result, self._attempts)
-                for result, operation, before in usable:
-                    distance = distances[result] if result <= target else result - target
-                    heuristic = kept + distance if self._guided else 0
-                    candidates.append((heuristic, len(candidates), i, j, result, operation, attempts + before))
-                    attempts = ""
-                attempts += after
+        numbers, target = node.numbers, self.problem.target
+        steps, attempts = usable_steps(numbers, self._task)
+        candidates = [(self._rank(numbers, step), index, step) for index, step in enumerate(steps)]
         candidates.sort()
         more = len(candidates) > tried + beam
         candidates = candidates[tried : tried + beam]
         self._arrange(candidates)
         nodes, texts = [], []
         led_here = f"{node.operations}, " if node.operations else ""
-        for index, (heuristic, _, i, j, result, operation, before) in enumerate(candidates, start=tried):
-            remaining = [*numbers[:i], *numbers[i + 1 : j], *numbers[j + 1 :], result]
-            node_id = f"{node.node_id},{index}"
-            generated = trace.generated_lines(node_id, target, remaining, operation)
-            texts.append(before + generated)
+        for index, (heuristic, _, step) in enumerate(candidates, start=tried):
+            remaining = step.leaves(numbers)
+            node_id, operations = f"{node.node_id},{index}", f"{led_here}'{step.operation}'"
+            generated = trace.generated_lines(node_id, target, remaining, step.operation)
+            texts.append(step.before + generated)
             self._age += 1
-            nodes.append(Node(heuristic, self._age, node_id, remaining, f"{led_here}'{operation}'", node, generated))
+            nodes.append(Node(heuristic, self._age, node_id, remaining, operations, node, generated))
         return Expansion(nodes, texts, "" if more else attempts, more)
 
     def _expand_final(self, node: Node, beam: int, lines: list[str]) -> Goal | None:
         left, right = node.numbers
         target = self.problem.target
-        all_candidates, attempts = _final_candidates(left, right, target, self._max_result, self._attempts)
+        task = self._task
+        all_candidates, attempts = _final_candidates(left, right, target, task.max_result, task.attempts)
         candidates = list(all_candidates[:beam])
         self._arrange(candidates)
         for _, _, result, operation, before in candidates:
@@ -229,12 +242,35 @@ class Search:
             lines.append(attempts)
         return None
 
+    def _rank(self, numbers: Sequence[int], step: Step) -> int:
+        """Return the heuristic of what an operation leaves: the summed distance to the nearest factor of the target."""
+        if not self._guided:
+            return 0
+        distances, target = self._distances, self.problem.target
+        return sum(distances[n] if n <= target else n - target for n in step.leaves(numbers))
+
     def _arrange(self, candidates: list[Any]) -> None:
         """Put the kept operations in the order in which they are written: random, or as they were generated."""
         if self.shuffle:
             self.rng.shuffle(candidates)
         else:
             candidates.sort(key=_GENERATION_INDEX)
+
+
+def usable_steps(numbers: Sequence[int], task: CountdownConfig) -> tuple[list[Step], str]:
+    """Return the operations that a search may write on a state, by pair and then in the order + - * /.
+
+    Beside them are the lines of attempts after the last, "" without `task.attempts`.
+    """
+    steps, attempts = [], ""  # attempts since the last operation
+    for i in range(len(numbers) - 1):
+        for j in range(i + 1, len(numbers)):
+            usable, after = _usable(numbers[i], numbers[j], task.max_result, task.attempts)
+            for result, operation, before in usable:
+                steps.append(Step((i, j), result, operation, attempts + before))
+                attempts = ""
+            attempts += after
+    return steps, attempts
 
 
 def last_call(
@@ -256,17 +292,18 @@ def _factor_distances(target: int) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _usable(left: int, right: int, max_result: float, attempts: bool) -> tuple[tuple[tuple[int, str, str], ...], str]:
-    """Return the operations with results up to `max_result`: result, text, and the lines of attempts before it.
+def _usable(left: int, right: int, max_result: int, attempts: bool) -> tuple[tuple[tuple[int, str, str], ...], str]:
+    """Return the operations with results up to `max_result` (0: all), each with its lines of attempts before it.
 
-    Then those of attempts after the last. Without `attempts` there are none.
+    Beside them are those of attempts after the last. Without `attempts` there are none.
     """
     usable, tried = [], ""
+    bound = max_result or math.inf
     operations = rules.operations(left, right)
-    division = trace.division_line(max(left, right), min(left, right), max_result) if attempts else ""
+    division = trace.division_line(max(left, right), min(left, right), bound) if attempts else ""
     for result, operation in operations:
         tried += division if "/" in operation else ""
-        if result <= max_result:
+        if result <= bound:
             usable.append((result, operation, tried))
             tried = ""
         elif attempts and "/" not in operation:
@@ -278,7 +315,7 @@ def _usable(left: int, right: int, max_result: float, attempts: bool) -> tuple[t
 
 @functools.lru_cache(maxsize=1 << 16)
 def _final_candidates(
-    left: int, right: int, target: int, max_result: float, attempts: bool
+    left: int, right: int, target: int, max_result: int, attempts: bool
 ) -> tuple[tuple[tuple[int, int, int, str, str], ...], str]:
     """Return the operations on a state's last two numbers, best first, and the attempts after them.
 

@@ -14,6 +14,13 @@ gives the target, as the paper's prompt looks ahead:
     22+5=27
     sure
 
+With `task.attempts` a proposer writes attempts, too, which propose nothing, and an evaluator of two numbers writes what
+a search below them would (`search.py`):
+
+    Exploring Operation: 22+5=27, Resulting Numbers: [27]
+    27,27 equal: Goal Reached
+    sure
+
 A state stands by itself, as in the paper's prompts: how it was reached is not shown. Model text is data: readers count
 what they drop under a reason and never raise.
 """
@@ -26,7 +33,8 @@ from collections.abc import Hashable, Sequence
 from apr_jax.tasks.base import Call, CountTokens
 from apr_jax.tasks.countdown import rules, trace
 from apr_jax.tasks.countdown.config import CountdownConfig
-from apr_jax.tasks.countdown.rules import Problem
+from apr_jax.tasks.countdown.rules import NUMBER, Problem
+from apr_jax.tasks.countdown.search import usable_steps
 from apr_jax.tasks.countdown.trace import NUMBERS, OPERATION
 from apr_jax.tasks.dialect import IMPOSSIBLE, LIKELY, SURE, VALUES, Proposal, ThoughtDialect
 
@@ -34,6 +42,9 @@ Numbers = tuple[int, ...]
 
 _STATES_PER_LEVEL = 3  # that a demonstration goes on from
 _PROPOSAL = re.compile(rf"Exploring Operation: {OPERATION}, Resulting Numbers: \[({NUMBERS})\]")
+_ATTEMPT = re.compile(
+    rf"Exploring Operation: {NUMBER}[-+*/]{NUMBER}(?:, {OPERATION},{NUMBER}(?: unequal: No Solution)?)?"
+)
 
 
 class Thoughts(ThoughtDialect):
@@ -58,12 +69,15 @@ class Thoughts(ThoughtDialect):
         """Read what a proposer wrote about a state.
 
         Reasons: unfinished_line (no newline at its end), malformed_line, wrong_count (the operation must leave one
-        number less), repeated_line. Arithmetic is not judged: a wrong line leads to a wrong answer.
+        number less), repeated_line. Arithmetic is not judged: a wrong line leads to a wrong answer. Attempts are
+        neither proposals nor dropped.
         """
         *lines, unfinished = text.split("\n")
         proposals: dict[str, Proposal] = {}
         dropped = []
         for line in lines:
+            if _ATTEMPT.fullmatch(line):
+                continue
             match = _PROPOSAL.fullmatch(line)
             left = tuple(map(int, match[1].split(", "))) if match else ()
             if match is None:
@@ -100,14 +114,16 @@ class Thoughts(ThoughtDialect):
         for _ in range(len(problem.numbers) - 1):
             reached: dict[Hashable, Numbers] = {}
             for numbers in level:
-                proposals = _proposals(numbers)
-                written = "".join(f"{proposal.line}\n" for proposal in proposals)
+                proposals, written = _proposals(numbers, section)
                 calls.append(_call(self.proposer_prompt(problem, numbers), written))
                 for proposal in proposals:
                     reached.setdefault(self.key(proposal.state), proposal.state)
             states = list(reached.values())
-            calls += [_call(self.evaluator_prompt(problem, state), _judgement(state, target)) for state in states]
-            drawn = sorted(rng.sample(states, len(states)), key=lambda state: verdict(state, target) == IMPOSSIBLE)
+            calls += [
+                _call(self.evaluator_prompt(problem, state), _judgement(state, target, section)) for state in states
+            ]
+            drawn = rng.sample(states, len(states))
+            drawn.sort(key=lambda state: verdict(state, target, section) == IMPOSSIBLE)
             level = [state for state in states if state in drawn[:_STATES_PER_LEVEL]]
         return tuple(calls)
 
@@ -132,40 +148,59 @@ def read_verdict(text: str) -> str | None:
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def verdict(numbers: Numbers, target: int) -> str:
-    """Return the exhaustive solver's verdict on a state.
+def verdict(numbers: Numbers, target: int, section: CountdownConfig) -> str:
+    """Return the exhaustive solver's verdict on a state; with `task.max_result` no result may be larger.
 
     One number: sure if it is the target, else impossible. Two: sure if one operation gives the target, else impossible.
     More: impossible if no sequence of operations gives it, likely if all that do begin with the same operation, sure if
     there are several beginnings.
     """
-    if len(numbers) == 1:
-        return SURE if numbers[0] == target else IMPOSSIBLE
-    if not rules.is_solvable(numbers, target):
+    if not _is_solvable(numbers, target, section):
         return IMPOSSIBLE
-    if len(numbers) == 2:
+    if len(numbers) <= 2:
         return SURE
-    ways = sum(rules.is_solvable(proposal.state, target) for proposal in _proposals(numbers))
+    proposals, _ = _proposals(numbers, section)
+    ways = sum(_is_solvable(proposal.state, target, section) for proposal in proposals)
     return LIKELY if ways == 1 else SURE
 
 
-def _proposals(numbers: Numbers) -> list[Proposal]:
-    """Return all operations on a state of at least two numbers, each line once."""
+@functools.lru_cache(maxsize=1 << 16)
+def _is_solvable(numbers: Numbers, target: int, section: CountdownConfig) -> bool:
+    """Tell whether operations that may be proposed give the target."""
+    if len(numbers) == 1:
+        return numbers[0] == target
+    if not section.max_result:
+        return rules.is_solvable(numbers, target)
+    return any(_is_solvable(proposal.state, target, section) for proposal in _proposals(numbers, section)[0])
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _proposals(numbers: Numbers, section: CountdownConfig) -> tuple[tuple[Proposal, ...], str]:
+    """Return all operations on a state of at least two numbers, each line once, and what a proposer writes."""
+    steps, attempts = usable_steps(numbers, section)
     lines: dict[str, Proposal] = {}
-    for _, operation, left in rules.steps(numbers):
-        line = f"Exploring Operation: {operation}, Resulting Numbers: {left}"
-        lines.setdefault(line, Proposal(line, tuple(left)))
-    return list(lines.values())
+    written = []
+    for step in steps:
+        left = step.leaves(numbers)
+        line = f"Exploring Operation: {step.operation}, Resulting Numbers: {left}"
+        written.append(step.before)
+        if line not in lines:
+            lines[line] = Proposal(line, tuple(left))
+            written.append(f"{line}\n")
+    return tuple(lines.values()), "".join([*written, attempts])
 
 
-def _judgement(numbers: Numbers, target: int) -> str:
+def _judgement(numbers: Numbers, target: int, section: CountdownConfig) -> str:
     tried = []
-    if len(numbers) == 2:
-        for result, operation in rules.operations(*numbers):
-            tried.append(f"{operation}\n")
-            if result == target:
-                break
-    return "".join([*tried, f"{verdict(numbers, target)}\n"])
+    steps, attempts = usable_steps(numbers, section) if len(numbers) == 2 else ([], "")
+    for step in steps:
+        in_full = trace.final_lines(target, step.result, step.operation)
+        tried.append(step.before + (in_full if section.attempts else f"{step.operation}\n"))
+        if step.result == target:
+            break
+    else:
+        tried.append(attempts)
+    return "".join([*tried, f"{verdict(numbers, target, section)}\n"])
 
 
 def _call(context: str, completion: str) -> Call:

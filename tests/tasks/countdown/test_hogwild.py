@@ -1,6 +1,9 @@
 """Two workers' demonstrations: they share the work, find every solution, and act on what they can have seen only."""
 
+import dataclasses
+import itertools
 import random
+import re
 
 import pytest
 
@@ -8,8 +11,9 @@ from apr_jax.data.tokenizer import load_tokenizer
 from apr_jax.tasks.countdown import hogwild, rules, trace
 from apr_jax.tasks.countdown.hogwild import HOGWILD, LEAVE
 from apr_jax.tasks.countdown.rules import Problem, sample_problem
+from apr_jax.tasks.countdown.search import Search
 from apr_jax.tasks.generation import demonstrate
-from tests.tasks.settings import LAPTOP, REFERENCE
+from tests.tasks.settings import DEPTH_FIRST, LAPTOP, REFERENCE
 
 TOKENIZER = load_tokenizer("builtin")
 GOAL_TOKEN = " equal: Goal Reached\n"
@@ -40,10 +44,10 @@ def test_every_solvable_problem_is_solved_and_the_work_is_shared():
             for call in demo.calls
             if call.replay_start < len(call.completion)
         )
-        everything = hogwild._search(enumerate(rules.steps(problem.numbers)), problem.target)
-        for step in everything:
+        branches = hogwild._branches(Search(problem, random.Random(0), LAPTOP), LAPTOP)
+        for step in itertools.chain.from_iterable(branches):
             alone += count_tokens(step.text)
-            if step.path is not None:
+            if step.replay is not None:
                 break
         shared += solving
     assert shared < 0.8 * alone, "two find a solution sooner than one"
@@ -86,6 +90,34 @@ def test_four_numbers_are_searched_depth_first():
         for problem in problems(5, REFERENCE)
     ]
     assert all(demo.correct for demo in demos)
+
+
+def test_with_bounds_and_attempts_the_lines_are_those_of_other_searches():
+    """Depth-first, what the first worker writes for itself is what serial search writes, up to where they meet."""
+    for problem in problems(12, DEPTH_FIRST):
+        demo = demonstrate(problem, random.Random(0), DEPTH_FIRST, "hogwild", False, count_tokens)
+        serial = demonstrate(problem, random.Random(0), DEPTH_FIRST, "serial", False)
+        assert demo.correct == serial.correct
+        first, second = demo.calls
+        searched = first.completion[: first.replay_start].removesuffix(LEAVE).removesuffix(trace.NO_SOLUTION)
+        assert serial.calls[0].completion.startswith(searched)
+        results = re.findall(r"Exploring Operation: \d+[-+*/]\d+=(\d+), Res", first.completion + second.completion)
+        assert max(map(int, results)) <= DEPTH_FIRST.max_result
+        for call in demo.calls:
+            if call.replay_start < len(call.completion) and DEPTH_FIRST.parent_replay == "child":
+                assert re.match(r"Moving to Node #0,\d+\n", call.completion[call.replay_start :])
+
+
+def test_short_lines_have_bounds_and_attempts_too():
+    task = dataclasses.replace(DEPTH_FIRST, search_order="breadth_first", restate=False)
+    texts = ""
+    for problem in problems(12, task):
+        demo = demonstrate(problem, random.Random(0), task, "hogwild", False, count_tokens)
+        assert demo.correct == demonstrate(problem, random.Random(0), task, "serial", False).correct
+        texts += "".join(call.completion for call in demo.calls)
+    assert re.search(r"^Exploring Operation: \d+\*\d+$", texts, re.MULTILINE)
+    assert re.search(r"^Exploring Operation: \d+/\d+, \d+\*\d+=\d+,\d+ unequal: No Solution$", texts, re.MULTILINE)
+    assert max(map(int, re.findall(r"\d+[-+*/]\d+=(\d+), Res", texts))) <= task.max_result
 
 
 def test_what_it_cannot_do_is_refused():

@@ -1,5 +1,7 @@
+import dataclasses
 import itertools
 import random
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from apr_jax.tasks.countdown.rules import Problem, sample_problem, verify
 from apr_jax.tasks.countdown.thoughts import THOUGHTS, read_verdict, verdict
 from apr_jax.tasks.dialect import VALUES, Proposal
 from apr_jax.tasks.generation import demonstrate
-from tests.tasks.settings import LAPTOP, REFERENCE
+from tests.tasks.settings import DEPTH_FIRST, LAPTOP, REFERENCE
 
 
 def _demonstrate(seed: int, task: CountdownConfig) -> Demonstration:
@@ -68,7 +70,38 @@ def _demonstrate_problem(problem: Problem) -> Demonstration:
     ],
 )
 def test_verdicts_are_the_exhaustive_solvers(numbers: tuple[int, ...], target: int, expected: str) -> None:
-    assert verdict(numbers, target) == expected
+    assert verdict(numbers, target, LAPTOP) == expected
+
+
+@pytest.mark.parametrize(
+    ("numbers", "target", "expected"),
+    [
+        ((20, 20, 10), 40, "likely"),
+        ((20, 20, 90), 4, "impossible"),
+        ((16, 16, 6), 250, "impossible"),
+        ((250, 4), 1000, "impossible"),
+    ],
+)
+def test_a_bound_on_results_makes_states_impossible(numbers: tuple[int, ...], target: int, expected: str) -> None:
+    assert verdict(numbers, target, dataclasses.replace(LAPTOP, max_result=255)) == expected
+
+
+def test_attempts_are_written_as_searches_write_them_and_propose_nothing() -> None:
+    problem = Problem((57, 20, 3), 40)
+    demo = demonstrate(problem, random.Random(0), DEPTH_FIRST, "tree_of_thoughts", condition_on_budget=False)
+    written = {call.context: call.completion for call in demo.calls}
+    text = written[THOUGHTS.proposer_prompt(problem, (57, 20, 3))]
+    assert "Exploring Operation: 57*20\nExploring Operation: 57/20, 20*2=40,57 unequal: No Solution\n" in text
+    proposals, dropped = THOUGHTS.read_proposals(text, (57, 20, 3))
+    assert dropped == []
+    assert [proposal.line.split()[2] for proposal in proposals] == [
+        "57+20=77,", "57-20=37,", "57+3=60,", "57-3=54,", "57*3=171,", "57/3=19,", "20+3=23,", "20-3=17,", "20*3=60,"
+    ]  # fmt: skip
+    assert written["40:[20, 60]\n"].endswith(
+        "Exploring Operation: 60-20=40, Resulting Numbers: [40]\n40,40 equal: Goal Reached\nsure\n"
+    )
+    assert written["40:[3, 77]\n"].endswith("Exploring Operation: 77/3, 3*25=75,77 unequal: No Solution\nimpossible\n")
+    assert demo.correct
 
 
 def test_what_is_dropped_has_a_reason() -> None:
@@ -92,7 +125,9 @@ def test_a_verdict_is_the_last_line(text: str, expected: str | None) -> None:
 def test_any_text_can_be_read(text: str) -> None:
     read_verdict(text)
     proposals, dropped = THOUGHTS.read_proposals(text, (2, 3, 4))
-    assert len(proposals) + len(dropped) == text.count("\n") + (not text.endswith("\n") and bool(text))
+    attempts = len(re.findall(r"^Exploring Operation: [0-9]+[-+*/][0-9]+(?:, .*)?$", text, re.MULTILINE))
+    lines = text.count("\n") + (not text.endswith("\n") and bool(text))
+    assert lines - attempts <= len(proposals) + len(dropped) <= lines
 
 
 def test_an_answer_is_made_of_proposals() -> None:

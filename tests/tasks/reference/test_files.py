@@ -101,7 +101,8 @@ def test_traces_are_calls_that_end_with_eos(apr_file: str) -> None:
         if record["parent_correct"]:
             last = next(call for call in reversed(calls) if call.depth == 0)
             assert last.completion[last.replay_start :].strip() == answer
-        sequential, total = demonstrated_tokens(dialect, Demonstration(problem, "adaptive", calls, answer, True), len)
+        demonstration = Demonstration(problem, "adaptive", calls, answer, True)
+        sequential, total, _ = demonstrated_tokens(dialect, demonstration, len)
         assert total == sum(len(call.completion) + 1 for call in calls)
         assert (sequential < total) == any(call.depth for call in calls)
 
