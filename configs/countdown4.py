@@ -127,8 +127,10 @@ def _other(config: ConfigDict) -> None:
     one child at a time beside its own search: of two to five operations a round, two solve most within the context. The
     two workers of Hogwild! share it.
     """
-    config.tree_of_thoughts.breadth = 24
-    config.rollout.max_total_children = 512
+    if config.data.method == "tree_of_thoughts":
+        config.tree_of_thoughts.breadth = 24
+        config.rollout.max_total_children = 512
+        config.data.children_share = 1.0
     if config.data.method == "pasta":
         config.task.update(parent_beams=(2,), retry_probability=1.0)
         config.rollout.update(max_spawns=16, cancel_on_success=False)
