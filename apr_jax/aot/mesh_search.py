@@ -13,11 +13,11 @@ from apr_jax.config import Config, ConfigError, MeshConfig
 from apr_jax.config_fields import BY_DEVICES
 from apr_jax.model.params import num_params
 from apr_jax.parallel.fit import fit
+from apr_jax.train.recomputation import CHUNK, Recomputation, Remat, pass_bytes
 
 _MASTER, _COMPUTE = 4, 2  # bytes of a weight: float32, and bfloat16 where it is multiplied and gathered
 _MOMENTS = 2  # of Adam, float32
-# What a layer keeps for its backward pass, in widths of the model: all, what its products give, or its input alone.
-_KEPT = {"none": 16, "dots": 10, "full": 1}
+_REMATS: tuple[Remat, ...] = ("none", "dots", "full")  # the least that is recomputed first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +88,12 @@ def estimate(config: Config, peaks: Peaks) -> Candidate:
     reduces gradients over "data", and reduces two activations a layer over "tensor" in every pass, recomputation
     included.
     """
-    remats = tuple(_KEPT) if config.model.remat == "auto" else (config.model.remat,)
+    remats = _REMATS if config.model.remat == "auto" else (config.model.remat,)
     found = [_estimate(config, remat, peaks) for remat in remats]
     return next((each for each in found if each.bytes_needed <= peaks.memory), found[-1])
 
 
-def _estimate(config: Config, remat: str, peaks: Peaks) -> Candidate:
+def _estimate(config: Config, remat: Remat, peaks: Peaks) -> Candidate:
     model, sft, mesh = config.model, config.sft, config.mesh
     devices = mesh.data * mesh.fsdp * mesh.tensor
     weights = num_params(model).total - model.vocab_size * model.embed_dim * (not model.tie_embeddings)
@@ -113,12 +113,11 @@ def _estimate(config: Config, remat: str, peaks: Peaks) -> Candidate:
     moved = read + sft.microbatches * passes * 16 * model.num_layers * activations
     cost = Cost(flops=(2 * passes * weights * tokens + passes * attention) / devices, bytes=moved, sent=sent)
     share = num_params(model).total * _MASTER / (mesh.fsdp * mesh.tensor)
-    kept = model.num_layers * activations * _KEPT[remat]
-    layer = local_tokens * (8 * model.embed_dim + 6 * model.mlp_dim / mesh.tensor) * _MASTER
+    passed = pass_bytes(model, local_tokens, mesh.fsdp, mesh.tensor, Recomputation(remat, CHUNK))
     state = 2 * share + _MOMENTS * share / mesh.data + share * (config.grpo.kl_coef > 0)
     return Candidate(
         config,
-        bytes_needed=math.ceil(state + kept + layer + _engine_bytes(config)),
+        bytes_needed=math.ceil(state + passed + _engine_bytes(config)),
         estimate=Estimate.of(cost, peaks),
     )
 

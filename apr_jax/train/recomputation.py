@@ -23,11 +23,14 @@ _LOGITS_BYTES = 9  # of each at a time: float32, its gradient, and what is betwe
 _GB = 1e9
 
 
+Remat = Literal["none", "dots", "full"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Recomputation:
     """The part of the layers that is recomputed, as `model.remat` says it, and the logits held at a time."""
 
-    remat: Literal["none", "dots", "full"]
+    remat: Remat
     max_logits: int
 
     @classmethod
@@ -50,13 +53,11 @@ class Recomputation:
         if model.remat != "auto" or mesh.devices.flat[0].platform == "cpu":
             return given
         tokens = -(-tokens // row_shards(mesh))
-        logits, limit, tensor = tokens * model.vocab_size, memory_limit(mesh), mesh.shape[TENSOR_AXIS]
+        logits, limit = tokens * model.vocab_size, memory_limit(mesh)
+        fsdp, tensor = mesh.shape[FSDP_AXIS], mesh.shape[TENSOR_AXIS]
         every = [cls("none", max(CHUNK, logits)), cls("none", CHUNK), cls("dots", CHUNK), given]
         taken = held()
-        gathered = gathered_bytes(model, tensor) if mesh.shape[FSDP_AXIS] > 1 else 0
-        needed = [
-            taken + activation_bytes(model, tokens, tensor, each) + gathered * (each.remat != "full") for each in every
-        ]
+        needed = [taken + pass_bytes(model, tokens, fsdp, tensor, each) for each in every]
         place = next((i for i, size in enumerate(needed) if limit and size <= limit), len(every) - 1)
         print(
             f"a microbatch of {tokens:,} tokens a device: model.remat={every[place].remat!r}, "
@@ -67,16 +68,15 @@ class Recomputation:
         return every[place]
 
 
-def activation_bytes(model: ModelConfig, tokens: int, tensor: int, recomputed: Recomputation) -> int:
-    """Estimate what a pass over `tokens` tokens of a device keeps for its backward pass, and its widest moment."""
+def pass_bytes(model: ModelConfig, tokens: int, fsdp: int, tensor: int, recomputed: Recomputation) -> int:
+    """Estimate what a pass over `tokens` tokens of a device keeps for its backward pass, and its widest moment.
+
+    The layers' weights that it gathers over fsdp are in it where layers are not recomputed: then they are kept, too.
+    """
     D, heads, F = model.embed_dim, (model.num_heads + model.num_kv_heads) * model.head_dim, model.mlp_dim
     layer = 4 * D + (2 * heads + 3 * F) // tensor  # the stream twice, two norms; products of attention and MLP
     kept = {"none": layer, "dots": 3 * D + (2 * heads + 2 * F) // tensor, "full": D}[recomputed.remat]
     size = jnp.dtype(model.compute_dtype).itemsize
     logits = _LOGITS_BYTES * min(tokens * model.vocab_size, recomputed.max_logits)
-    return int(tokens * size * (kept * model.num_layers * 1.1 + 3 * layer) + logits)
-
-
-def gathered_bytes(model: ModelConfig, tensor: int) -> int:
-    """Estimate the layers' weights that a pass gathers over fsdp, and keeps where it does not recompute layers."""
-    return num_params(model).non_embedding * jnp.dtype(model.compute_dtype).itemsize // tensor
+    gathered = num_params(model).non_embedding // tensor * size if fsdp > 1 and recomputed.remat != "full" else 0
+    return int(tokens * size * (kept * model.num_layers * 1.1 + 3 * layer) + logits) + gathered

@@ -9,6 +9,7 @@ from apr_jax.aot.mesh_search import candidates, estimate, parse_mesh, rows_per_s
 from apr_jax.bench.datasheets import PEAKS
 from apr_jax.config import Config, ConfigError, MeshConfig
 from apr_jax.config_dict import from_config_dict
+from apr_jax.model.params import num_params
 from apr_jax.parallel.fit import fit
 from configs.grpo import get_config
 
@@ -112,7 +113,20 @@ def test_auto_recomputes_the_least_that_fits():
     def named(remat):
         return dataclasses.replace(paper, model=dataclasses.replace(paper.model, remat=remat))
 
-    for gigabytes, remat in ((80, "none"), (24, "dots"), (12, "full")):
+    for gigabytes, remat in ((80, "none"), (28, "dots"), (12, "full")):
         peaks = dataclasses.replace(H100, memory=gigabytes * 10**9)
         found, expected = estimate(paper, peaks), estimate(named(remat), peaks)
         assert (found.bytes_needed, found.estimate) == (expected.bytes_needed, expected.estimate)
+
+
+def test_weights_that_are_gathered_count_where_layers_are_kept():
+    """Over fsdp a device holds less state, and beside it every layer's weights in bfloat16 unless it recomputes."""
+    paper = load("paper")
+
+    def needed(remat, fsdp):
+        model = dataclasses.replace(paper.model, remat=remat)
+        mesh = MeshConfig(data=4 // fsdp, fsdp=fsdp, tensor=1)
+        return estimate(fit(dataclasses.replace(paper, model=model), mesh, 4), V5P).bytes_needed
+
+    gathered = 2 * num_params(paper.model).non_embedding
+    assert needed("none", 4) - needed("none", 1) == needed("full", 4) - needed("full", 1) + gathered

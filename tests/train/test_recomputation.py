@@ -7,7 +7,7 @@ import pytest
 from apr_jax.config import ModelConfig
 from apr_jax.config_dict import from_config_dict
 from apr_jax.train import recomputation
-from apr_jax.train.recomputation import CHUNK, ON_CPU, Recomputation, activation_bytes
+from apr_jax.train.recomputation import CHUNK, ON_CPU, Recomputation, pass_bytes
 from configs.grpo import get_config
 
 PAPER = from_config_dict(get_config("paper")).model
@@ -77,9 +77,9 @@ def test_what_is_named_is_done_without_a_word(monkeypatch, capsys, remat):
 def test_the_estimate_is_near_to_what_xla_allots():
     """An H100's SFT step of `:paper`, 8 rows: 29.8, 22.7 and 4.4 GB of temporaries, 2.3 GB of gradients among them."""
     found = [
-        activation_bytes(PAPER, TOKENS, 1, Recomputation("none", 1 << 30)),
-        activation_bytes(PAPER, TOKENS, 1, Recomputation("none", CHUNK)),
-        activation_bytes(PAPER, TOKENS, 1, Recomputation("full", ON_CPU)),
+        pass_bytes(PAPER, TOKENS, 1, 1, Recomputation("none", 1 << 30)),
+        pass_bytes(PAPER, TOKENS, 1, 1, Recomputation("none", CHUNK)),
+        pass_bytes(PAPER, TOKENS, 1, 1, Recomputation("full", ON_CPU)),
     ]
     for estimate, compiled in zip(found, (29.8, 22.7, 4.4), strict=True):
         assert 0.9 * (compiled - 2.4) < estimate / 1e9 < compiled + 6
