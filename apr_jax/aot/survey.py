@@ -239,7 +239,8 @@ def _programs_table(figures: dict[str, Any]) -> str:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, row in figures["programs"].items():
         cost, least = row["cost"], row["estimate"]
-        cells = [f"`{name}`", f"{row['memory'] / _GB:.2f}{'' if row['fits'] else ' (does not fit)'}"]
+        whole = ", compiled whole" if figures["extrapolated"] and not row["extrapolated"] else ""
+        cells = [f"`{name}`{whole}", f"{row['memory'] / _GB:.2f}{'' if row['fits'] else ' (does not fit)'}"]
         cells += [f"{row[part] / _GB:.2f}" for part in ("arguments", "outputs", "temporaries", "held")]
         cells += [_short(cost["flops"] / 1e12), _short(cost["bytes"] / _GB), _short(cost["sent"] / _GB)]
         cells += [

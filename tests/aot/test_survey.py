@@ -162,7 +162,10 @@ def test_what_two_layers_say_does_not_fit_is_compiled_whole(monkeypatch):
         return made(temporaries=[limit // 4, 3 * limit // 4, 3 * limit // 4][layers - 1])
 
     monkeypatch.setattr("apr_jax.aot.survey.compile_program", compile_program)
-    programs = three.run(MeshConfig(data=2, fsdp=1, tensor=1))["programs"]
+    figures = three.run(MeshConfig(data=2, fsdp=1, tensor=1))
+    assert tables(figures).count("compiled whole") == 1
+    assert "| `sft_step`, compiled whole |" in tables(figures)
+    programs = figures["programs"]
     whole = programs.pop("sft_step")
     assert (whole["memory"], whole["fits"], whole["extrapolated"]) == (3 * limit // 4, True, False)
     assert all(row["extrapolated"] for row in programs.values())
