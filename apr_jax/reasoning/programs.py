@@ -10,7 +10,7 @@ from apr_jax.engine.groups import row_limit
 from apr_jax.engine.threads import Open, Program, Share, Spawn
 from apr_jax.reasoning import METHODS
 from apr_jax.reasoning.base import Outcome, Settings
-from apr_jax.reasoning.sampling import innermost, most_likely, read_wrapper, sampled
+from apr_jax.reasoning.sampling import innermost, most_likely, read_wrapper, retried, sampled
 from apr_jax.tasks.base import Task
 
 
@@ -25,6 +25,8 @@ def make_program(method: str, problem: Any, settings: Settings) -> Generator[Any
     if wrapper is not None:
         share = dataclasses.replace(settings, max_total_children=settings.max_total_children // wrapper.num_samples)
         samples = [make_program(wrapper.inner, problem, share) for _ in range(wrapper.num_samples)]
+        if wrapper.choose is None:
+            return retried(samples)
         return sampled(wrapper.choose, problem, settings.task, samples)
     program = METHODS[method].program(problem, settings)
     return program if settings.max_tokens is None else _held(program, settings.max_tokens)

@@ -3,6 +3,7 @@
     cons@8:adaptive     self-consistency: the answer that most of 8 samples give
     best@8:serial       the sample that the model itself finds most likely
     pass@8:adaptive     a sample that the verifier finds right: what the best of all choices could reach
+    retry@3:adaptive    one sample after the other, at most 3, until one gives an answer
 
 * `cons`: Wang et al. 2022 (arXiv 2203.11171, section 2), as Pan et al. 2025 (arXiv 2504.15466, section 5) count it:
   samples without a valid answer are dropped, the others vote with their final answer. The task says which answers are
@@ -15,13 +16,16 @@
   policy, at the temperature that was drawn at.
 * `pass`: the verifier chooses. That is no way to reason but a bound; pass@k for k below n is estimated without bias
   (Chen et al. 2021, equation 1) by `evaluation.metrics`.
+* `retry`: ours. No verifier is asked: a policy that searches knows when it has found nothing. So more is spent only
+  where the search failed, was malformed or cut off, and the chain gets longer by each try.
 
 Each sample is a child thread with a path, and so with random numbers, of its own. The prompt is prefilled once: samples
 are forks of it, its partial last page included. Limits on a rollout hold for all samples together: each is given one
-part in n + 1 of rollout.max_total_tokens (`engine.threads.Spawn`) and in n of rollout.max_total_children.
+part in n + 1 of rollout.max_total_tokens (`engine.threads.Spawn`) and in n of rollout.max_total_children; a try gets
+half of the tokens that are left.
 
-What differs: the papers draw samples one by one, each with its own prompt; here they are drawn side by side, so that
-the longest chain is that of the longest sample.
+What differs: the papers draw samples one by one, each with its own prompt; here all but tries are drawn side by side,
+so that the longest chain is that of the longest sample.
 """
 
 import dataclasses
@@ -64,13 +68,15 @@ def verified(samples: Sequence[Sample], problem: Any, task: Task) -> int:
 
 
 CHOICES: Mapping[str, Choose] = MappingProxyType({"best": most_likely, "cons": majority, "pass": verified})
+RETRY = "retry"  # chooses by going on no further
+_NAMES = (*CHOICES, RETRY)
 
 
 @dataclasses.dataclass(frozen=True)
 class Wrapper:
     """The parts of `NAME@N:METHOD`."""
 
-    choose: Choose
+    choose: Choose | None  # None: samples are tries, one after the other
     num_samples: int
     inner: str
 
@@ -85,12 +91,12 @@ def read_wrapper(method: str) -> Wrapper | None:
     if not {"@", ":"} & {*method}:
         return None
     match = _FORM.fullmatch(method)
-    if match is None or match[1] not in CHOICES:
+    if match is None or match[1] not in _NAMES:
         raise ConfigError(
-            f"method {method!r}: samples are asked for as NAME@N:METHOD, where NAME is one of {', '.join(CHOICES)}, N "
+            f"method {method!r}: samples are asked for as NAME@N:METHOD, where NAME is one of {', '.join(_NAMES)}, N "
             "from 1 to 9999 and METHOD a way of reasoning, such as cons@8:adaptive"
         )
-    return Wrapper(CHOICES[match[1]], int(match[2]), match[3])
+    return Wrapper(CHOICES.get(match[1]), int(match[2]), match[3])
 
 
 def sampled(choose: Choose, problem: Any, task: Task, programs: Sequence[Program]) -> Generator[Any, Any, Outcome]:
@@ -114,6 +120,27 @@ def sampled(choose: Choose, problem: Any, task: Task, programs: Sequence[Program
         tally.add(outcome)
     chosen = samples[choose(samples, problem, task)]
     return tally.outcome(Ending(chosen.answer, chosen.status, chosen.reason), samples)
+
+
+def retried(programs: Sequence[Program]) -> Generator[Any, Any, Outcome]:
+    """Run the programs, each a try of one way of reasoning, one after the other up to the first that answers.
+
+    The outcome is that of the last one that ran, with the counts of all. Tries are not children in these counts.
+    """
+    tally, first, prompt = Tally(), None, None
+    for program in programs:
+        request = program.send(None)
+        if first is None:
+            first = request
+            if _is_prompt(request):
+                prompt = yield request
+                yield Prefill(prompt)
+        handle = yield Spawn([_sample(program, request, prompt if request == first else None)])
+        ((outcome, _),) = yield Join(handle)
+        tally.add(outcome)
+        if outcome.answer is not None:
+            break
+    return tally.outcome(Ending(outcome.answer, outcome.status, outcome.reason))
 
 
 def _is_prompt(request: Any) -> bool:

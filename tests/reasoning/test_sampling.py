@@ -87,6 +87,38 @@ def test_each_wrapper_answers_as_the_sample_that_it_chooses(method, chosen):
     assert [s.mean_logprob for s in samples] == pytest.approx([-0.5, -0.1, -0.5])
 
 
+def test_tries_follow_each_other_up_to_the_first_answer():
+    """The first finds nothing, the second replays nothing, the third answers, wrongly; no fourth is asked."""
+    texts = [LOSES + trace.NO_SOLUTION, LAST, WRONG, SOLVES]
+    rollout = run("retry@4:serial", {(number, 0): [text] for number, text in enumerate(texts)})
+    assert rollout.result.answer == trace.read_answer(WRONG)
+    assert [call.path for call in rollout.calls] == [(0, 0), (1, 0), (2, 0)]
+    assert rollout.sequential_tokens == rollout.generated_tokens == sum(len(call.tokens) for call in rollout.calls)
+    assert rollout.work.prefilled == 9, "one prompt for all"
+    assert rollout.result.samples == ()
+
+
+def test_tries_in_vain_end_as_the_last_one():
+    rollout = run("retry@2:serial", {(0, 0): [LOSES + trace.NO_SOLUTION], (1, 0): [LAST]})
+    assert (rollout.result.answer, rollout.result.status, rollout.result.reason) == (None, "malformed", "no_replay")
+    once = run("retry@3:serial", {(0, 0): [SOLVES]})
+    alone = run("serial", {(): [SOLVES]})
+    assert once.result == alone.result
+    assert once.generated_tokens == alone.generated_tokens
+
+
+def test_tries_of_adaptive_have_the_counts_of_all():
+    explored = (
+        "Exploring Operation: 2*3=6, Resulting Numbers: [4, 6]\nGenerated Node #0,1: 24:[4, 6] Operation: 2*3=6\n"
+    )
+    spawn = explored + render_spawn(["0,1"])
+    texts = {(0, 0): [spawn, trace.NO_SOLUTION], (0, 0, 0, 0): [LOSES + trace.NO_SOLUTION]}
+    texts |= {(1, 0): [spawn, REPLAY], (1, 0, 0, 0): [WINS]}
+    outcome = run("retry@2:adaptive", texts).result
+    assert (outcome.status, outcome.num_spawns, outcome.num_children) == ("answered", 2, 2)
+    assert outcome.child_paths == ((STATE_6_4 + LAST).strip(),)
+
+
 def test_without_any_answer_the_outcome_is_the_first_samples():
     rollout = run("cons@2:serial", of(LOSES + trace.NO_SOLUTION, LAST))
     assert (rollout.result.answer, rollout.result.status) == (None, "no_solution")
@@ -131,7 +163,7 @@ def test_samples_may_be_of_samples():
     ],
 )
 def test_malformed_names_are_told_the_form(method):
-    with pytest.raises(ValueError, match=r"NAME@N:METHOD, where NAME is one of best, cons, pass"):
+    with pytest.raises(ValueError, match=r"NAME@N:METHOD, where NAME is one of best, cons, pass, retry,"):
         make_program(method, PROBLEM, settings())
 
 
@@ -150,7 +182,7 @@ def test_what_has_no_likelihood_is_not_ranked_by_it():
 
 
 def test_equal_samples_are_refused():
-    for method in ("cons@2:serial", "cons@1:pass@2:serial"):
+    for method in ("cons@2:serial", "cons@1:pass@2:serial", "retry@2:serial"):
         with pytest.raises(ValueError, match="temperature 0 its 2 samples are all the same"):
             check_method(method, COUNTDOWN, 0.0)
         check_method(method, COUNTDOWN, 0.1)
