@@ -125,8 +125,10 @@ def _other(config: ConfigDict) -> None:
 
     Tree of Thoughts goes on from every first operation. PASTA's parent reads all that its children wrote, so it opens
     one child at a time beside its own search: of two to five operations a round, two solve most within the context. The
-    two workers of Hogwild! share it.
+    two workers of Hogwild! share it, and bare facts have no workers.
     """
+    if config.data.method == "hogwild":
+        config.data.facts_share = 0.0
     if config.data.method == "tree_of_thoughts":
         config.tree_of_thoughts.breadth = 24
         config.rollout.max_total_children = 512

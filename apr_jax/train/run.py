@@ -86,10 +86,22 @@ def train(
       checkpoint: the policy to start GRPO from (`load_policy`); SFT is then left out.
       start: the policy to start SFT from; None: fresh weights. Not read where SFT has a checkpoint to go on from.
     Raises:
-      ConfigError: `config.check_run` finds a fault, the mesh needs more devices than there are, or `workdir` or
+      ConfigError: `check_training` finds a fault, the mesh needs more devices than there are, or `workdir` or
         `checkpoint` belongs to another config.
       StoppedError: SIGTERM or SIGINT came; all that was finished is saved, and the same call goes on from there.
     """
+    check_training(config)  # what cannot work is refused before any work
+    mesh = make_mesh(config.mesh)
+    hosts.meet(mesh)
+    with stop_signal(mesh).listening() as stop:
+        run = _Run(config, workdir, mesh, stop)
+        given = run.read_given({"sft": start, "grpo": checkpoint})  # may refuse: the folder is made later
+        with held(workdir), naming(workdir):
+            return run.run(given)
+
+
+def check_training(config: Config) -> None:
+    """Raise ConfigError for a run that could not train its policy, as far as its configuration tells."""
     if METHODS[config.data.method].shares_cache and config.grpo.num_steps:
         raise ConfigError(
             f"data.method={config.data.method!r} is trained by SFT alone: GRPO takes each call as its own sequence, "
@@ -100,17 +112,10 @@ def train(
             f"data.facts_share={config.data.facts_share}: data.method={config.data.method!r} has workers that see each "
             "other, and facts have none; set it to 0"
         )
-    check_run(config)  # what cannot work is refused before any work
+    check_run(config)
     choose_objective(config.grpo)
     if config.sft.number_waves:
         check_width(config.model.embed_dim)
-    mesh = make_mesh(config.mesh)
-    hosts.meet(mesh)
-    with stop_signal(mesh).listening() as stop:
-        run = _Run(config, workdir, mesh, stop)
-        given = run.read_given({"sft": start, "grpo": checkpoint})  # may refuse: the folder is made later
-        with held(workdir), naming(workdir):
-            return run.run(given)
 
 
 class Problems(Sequence[Any]):

@@ -5,9 +5,10 @@ import pathlib
 
 import pytest
 
-from apr_jax.config import ConfigError, check_run
+from apr_jax.config import ConfigError
 from apr_jax.config_dict import from_config_dict
 from apr_jax.reproduce.parts import Record, choose, make_parts
+from apr_jax.train.run import check_training
 from configs import countdown4
 
 PARTS = make_parts(pathlib.Path("work"), "configs/countdown4.py", quick=False)
@@ -53,7 +54,7 @@ def test_every_training_has_a_configuration_and_the_same_rollouts_of_rl(quick, w
     assert len({config.name for config in configs}) == len(configs)
     assert {config.model.compute_dtype for config in configs} == {"bfloat16" if words else "float32"}
     for config in configs:
-        check_run(config)
+        check_training(config)
 
 
 @pytest.mark.parametrize(
