@@ -14,11 +14,11 @@ gives the target, as the paper's prompt looks ahead:
     22+5=27
     sure
 
-With `task.attempts` a proposer writes attempts, too, which propose nothing, and an evaluator of two numbers writes what
-a search below them would (`search.py`):
+With `task.attempts` a proposer writes attempts, too, which propose nothing, and an evaluator writes what a search would
+(`search.py`): of two numbers what stands below them, of one the comparison with the target:
 
-    Exploring Operation: 22+5=27, Resulting Numbers: [27]
-    27,27 equal: Goal Reached
+    Exploring Operation: 22+5=27, Resulting Numbers: [27]      27,27 equal: Goal Reached
+    27,27 equal: Goal Reached                                  sure
     sure
 
 A state stands by itself, as in the paper's prompts: how it was reached is not shown. Model text is data: readers count
@@ -191,7 +191,7 @@ def _proposals(numbers: Numbers, section: CountdownConfig) -> tuple[tuple[Propos
 
 
 def _judgement(numbers: Numbers, target: int, section: CountdownConfig) -> str:
-    tried = []
+    tried = [trace.outcome_line(target, *numbers)] if len(numbers) == 1 and section.attempts else []
     steps, attempts = usable_steps(numbers, section) if len(numbers) == 2 else ([], "")
     for step in steps:
         in_full = trace.final_lines(target, step.result, step.operation)

@@ -101,6 +101,8 @@ def test_attempts_are_written_as_searches_write_them_and_propose_nothing() -> No
         "Exploring Operation: 60-20=40, Resulting Numbers: [40]\n40,40 equal: Goal Reached\nsure\n"
     )
     assert written["40:[3, 77]\n"].endswith("Exploring Operation: 77/3, 3*25=75,77 unequal: No Solution\nimpossible\n")
+    assert written["40:[40]\n"] == "40,40 equal: Goal Reached\nsure\n"
+    assert written["40:[80]\n"] == "80,40 unequal: No Solution\nimpossible\n"
     assert demo.correct
 
 
