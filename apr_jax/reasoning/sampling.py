@@ -68,8 +68,7 @@ def verified(samples: Sequence[Sample], problem: Any, task: Task) -> int:
 
 
 CHOICES: Mapping[str, Choose] = MappingProxyType({"best": most_likely, "cons": majority, "pass": verified})
-RETRY = "retry"  # chooses by going on no further
-_NAMES = (*CHOICES, RETRY)
+_NAMES = (*CHOICES, "retry")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +104,7 @@ def sampled(choose: Choose, problem: Any, task: Task, programs: Sequence[Program
     Its outcome is that of the sample chosen, with the counts of all and the `samples` themselves. Samples are not
     children in these counts.
     """
-    requests = [program.send(None) for program in programs]
-    prompt = None
-    if _is_prompt(requests[0]) and all(request == requests[0] for request in requests):
-        prompt = yield requests[0]
-        yield Prefill(prompt)
+    requests, prompt = yield from _begun(programs)
     handle = yield Spawn([_sample(p, first, prompt) for p, first in zip(programs, requests, strict=True)])
     ended: list[tuple[Outcome, float | None]] = yield Join(handle)
     samples = tuple(
@@ -127,20 +122,25 @@ def retried(programs: Sequence[Program]) -> Generator[Any, Any, Outcome]:
 
     The outcome is that of the last one that ran, with the counts of all. Tries are not children in these counts.
     """
-    tally, first, prompt = Tally(), None, None
-    for program in programs:
-        request = program.send(None)
-        if first is None:
-            first = request
-            if _is_prompt(request):
-                prompt = yield request
-                yield Prefill(prompt)
-        handle = yield Spawn([_sample(program, request, prompt if request == first else None)])
+    requests, prompt = yield from _begun(programs)
+    tally = Tally()
+    for program, first in zip(programs, requests, strict=True):
+        handle = yield Spawn([_sample(program, first, prompt)])
         ((outcome, _),) = yield Join(handle)
         tally.add(outcome)
         if outcome.answer is not None:
             break
     return tally.outcome(Ending(outcome.answer, outcome.status, outcome.reason))
+
+
+def _begun(programs: Sequence[Program]) -> Generator[Any, Any, tuple[list[Any], Thread | None]]:
+    """Return the programs' first requests, and the prompt, prefilled, that all of them open; None where they differ."""
+    requests = [program.send(None) for program in programs]
+    prompt = None
+    if _is_prompt(requests[0]) and all(request == requests[0] for request in requests):
+        prompt = yield requests[0]
+        yield Prefill(prompt)
+    return requests, prompt
 
 
 def _is_prompt(request: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from apr_jax.evaluation.compare.store import read_records, read_results
 from apr_jax.evaluation.report.paired_report import Difference, compare, show_interval
 from apr_jax.files import read_json
+from apr_jax.reproduce.parts import OTHERS
 
 Row = Mapping[str, Any]
 
@@ -53,9 +54,13 @@ class _Cells:
         """Return its cell with the largest context window and budget."""
         return max(self.of(method), key=lambda row: (row["context_window"], row["budget"] or 0), default=None)
 
+    def records(self, row: Row) -> list[dict[str, Any]]:
+        """Return a cell's records, one a problem."""
+        return read_records(self._folder, row)
+
     def difference(self, first: Row, second: Row) -> Mapping[str, Difference]:
         """Compare two cells, problem by problem."""
-        return compare(read_records(self._folder, first), read_records(self._folder, second))
+        return compare(self.records(first), self.records(second))
 
 
 def _context(workdir: pathlib.Path) -> list[Claim]:
@@ -177,12 +182,12 @@ def _path(workdir: pathlib.Path) -> list[Claim]:
 
 
 def _methods(workdir: pathlib.Path) -> list[Claim]:
-    cells = _Cells(workdir, "methods")
-    serial, found = cells.widest("serial"), []
-    for name in ("tree_of_thoughts", "pasta", "hogwild"):
+    windows, cells = _Cells(workdir, "windows"), _Cells(workdir, "methods")  # of the same problems
+    serial, found = windows.widest("serial"), []
+    for name in OTHERS:
         other, ours = cells.widest(name), _NOT_YET
         if serial and other:
-            of = cells.difference(serial, other)["accuracy"]
+            of = compare(windows.records(serial), cells.records(other))["accuracy"]
             ours = f"{_share(other)} at {other['total_tokens']:,.0f} tokens, over serial {_points(of)}"
         found.append(Claim("-", f"equal context, SFT: {name}", "-", ours, cells.source))
     return found

@@ -14,8 +14,8 @@ from apr_jax.config import ConfigError
 from apr_jax.files import read_json, write_json
 from apr_jax.paths import is_remote
 
-_OTHERS = ("tree_of_thoughts", "pasta", "hogwild")
-_SFT = ("adaptive", "adaptive_budget", "serial", "serial_budget", "direct", *_OTHERS)
+OTHERS = ("tree_of_thoughts", "pasta", "hogwild")  # beside serial, whose cells are in the comparison of windows
+_SFT = ("adaptive", "adaptive_budget", "serial", "serial_budget", "direct", *OTHERS)
 _RL = {"adaptive_rl": "adaptive.rl", "serial_rl": "serial.rl", "adaptive_budget_rl": "adaptive_budget.rl"}
 _PATH = {"adaptive_path": "adaptive.rl.path"}
 _LANES = (1, 8, 64)
@@ -103,7 +103,7 @@ def _comparisons(workdir: pathlib.Path, *, quick: bool) -> list[Part]:
         compare(
             "methods",
             "equal context: the other ways of reasoning",
-            ("adaptive", "serial", *_OTHERS),
+            OTHERS,
             problems=2_000,
         ),
         compare(

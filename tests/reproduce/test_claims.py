@@ -102,11 +102,8 @@ def test_width_and_the_price_on_the_chain(tmp_path, chain, told):
 
 
 def test_other_methods_stand_beside_serial(tmp_path):
-    for method, solved, tokens in (
-        ("serial", 40, 1_500.0),
-        ("tree_of_thoughts", 90, 3_000.0),
-        ("hogwild", 30, 1_800.0),
-    ):
+    _add(tmp_path, "windows", "serial", 40, tokens=1_500.0)
+    for method, solved, tokens in (("tree_of_thoughts", 90, 3_000.0), ("hogwild", 30, 1_800.0)):
         _add(tmp_path, "methods", method, solved, tokens=tokens)
     thoughts, pasta, hogwild = _ours(tmp_path)["-"]
     assert thoughts == "90.0 % (82.6 to 94.5) at 3,000 tokens, over serial +50.0 points (+40.2 to +59.8)"

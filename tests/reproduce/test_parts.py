@@ -43,6 +43,14 @@ def test_what_a_part_reads_is_made_by_one_that_it_needs(quick):
         assert sorted(read) == sorted(made[name] for name in part.needs), part.name
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_other_methods_meet_the_problems_that_serial_met(quick):
+    parts = {part.name: part for part in make_parts(pathlib.Path("work"), "configs/countdown4.py", quick=quick)}
+    windows, methods = parts["compare_windows"], parts["compare_methods"]
+    assert _flag(windows, "num_problems") == _flag(methods, "num_problems")
+    assert "serial" in windows.needs
+
+
 @pytest.mark.parametrize("words", ["", "gpu"])
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_training_has_a_configuration_and_the_same_rollouts_of_rl(quick, words):

@@ -74,30 +74,33 @@ class _Parent:
 
     def delegate(self, nodes: list[Node]) -> Delegated | None:
         search = self._search
-        alone = len(nodes) == 1 and self._task.search_order == "depth_first"
-        if not alone and (len(nodes) < 2 or search.rng.random() >= self._task.spawn_probability):
+        if len(nodes) == 1 and self._task.search_order == "depth_first":
+            return self._own(nodes[0])
+        if len(nodes) < 2 or search.rng.random() >= self._task.spawn_probability:
             return None
         own, *handed = search.order(nodes)
-        if handed:
-            self._end_call(render_spawn([node.node_id for node in handed]))
+        self._end_call(render_spawn([node.node_id for node in handed]))
         texts, goals = [], []
         for index, node in enumerate(handed):
             call, goal = self._child(node)
             self.child_calls.append(call)
             texts += [PASTA.result_line(index, search.result(node, goal), 1), call.context + call.completion]
             goals += [(node, goal)] if goal else []
-        self.lines.append(search.header(own))
-        goal = search.below(own, self._child_beam, self.lines)
-        if goal is not None:
-            return self._reached(own, goal)
-        if not handed:
-            return Delegated(None)
+        found = self._own(own)
+        if found.goal is not None:
+            return found
         self._end_call(SYNC)
         self.context += "".join([JOIN_BEGIN, *texts, JOIN_END])
         if not goals:
             return Delegated(None)
         self.lines.append(trace.goal_line(search.problem.target))
         return self._reached(*goals[-1 if self._task.parent_replay == "child" else 0])
+
+    def _own(self, node: Node) -> Delegated:
+        """Search below a node in the parent's own text."""
+        self.lines.append(self._search.header(node))
+        goal = self._search.below(node, self._child_beam, self.lines)
+        return Delegated(None) if goal is None else self._reached(node, goal)
 
     def _reached(self, node: Node, goal: Goal) -> Delegated:
         """End with a goal below `node`, from which on its path is replayed if the task says so."""
