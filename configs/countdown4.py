@@ -15,6 +15,7 @@ A variant is a name, and words after it, with dots between:
                                 the other methods, by SFT alone
     facts                       bare arithmetic, where the others start from
     .beams                      the reference's beams: see below
+    .nested                     (after adaptive) children hand their operations to children of their own
     .rl                         GRPO of it, to be started from its SFT with --checkpoint
     .path                       (after .rl) with a price on the longest chain of tokens
     .gpu                        for an accelerator: 6.5M parameters, bfloat16, batches four times as large
@@ -59,11 +60,12 @@ _NAMES = ("adaptive", "adaptive_budget", "serial", "serial_budget", "direct", *_
 
 def get_config(variant: str = "adaptive") -> ConfigDict:
     name, *words = variant.split(".")
-    changes = {"beams": beams, "rl": rl, "path": path, "gpu": gpu, "quick": quick}
+    changes = {"beams": beams, "nested": nested, "rl": rl, "path": path, "gpu": gpu, "quick": quick}
     if name not in _NAMES or not set(words) <= set(changes) or not _fit(name, words):
         raise ValueError(
             f"configs/countdown4.py:{variant}: no such variant; choose one of {', '.join(_NAMES)}, and after it "
-            "with dots any of beams, rl, path (after rl), gpu, quick; tree_of_thoughts, pasta and hogwild have no rl"
+            "with dots any of beams, nested (adaptive alone), rl, path (after rl), gpu, quick; tree_of_thoughts, pasta "
+            "and hogwild have no rl"
         )
     config = facts() if name == "facts" else sft(name)
     for word in words:
@@ -72,7 +74,8 @@ def get_config(variant: str = "adaptive") -> ConfigDict:
 
 
 def _fit(name: str, words: Collection[str]) -> bool:
-    return ("rl" in words or "path" not in words) and not ("rl" in words and name in _OTHERS)
+    rl_fits = name not in _OTHERS if "rl" in words else "path" not in words
+    return rl_fits and ("nested" not in words or name.startswith("adaptive"))
 
 
 def sft(name: str = "adaptive") -> ConfigDict:
@@ -164,6 +167,13 @@ def beams(config: ConfigDict) -> None:
     config.task.update(serial_beam_min=1, serial_beam_max=5, serial_dfs_probability=0.5)
     config.data.children_share = 1.0
     config.rollout.max_children = 16
+
+
+def nested(config: ConfigDict) -> None:
+    """Let children spawn, too: nobody searches one state after the other, and no thread writes more than one state's."""
+    config.name += "_nested"
+    config.task.spawn_depth = 2
+    config.rollout.update(max_depth=2, max_total_children=512)
 
 
 def rl(config: ConfigDict) -> None:

@@ -210,22 +210,23 @@ class _Thread:
         self._lines: list[str] = []  # what it has written since
         self._own: list[Call] = []  # contexts without what a prompt names before the node
         self._children: list[_Thread] = []
+        self._waited = 0  # characters that it waited for children
         self._replayed_from = root
         self.goal: Goal | None = None
 
     def search_below(self, beam: int) -> None:
         """Run the search to its end."""
         search, root, task = self._search, self._root, self._task
-        if self._depth >= task.spawn_depth:
-            self.goal = search.below(root, beam, self._lines)
-        else:
+        if self._may_spawn():
             self.goal = search.breadth_first(root, beam, self._lines, self._delegate, task.retry_probability)
+        else:
+            self.goal = search.below(root, beam, self._lines)
         context = search.header(root) + self._context
         self._own.append(last_call(search, self._replayed_from, context, self._lines, self.goal, self._depth))
 
     def length(self) -> int:
-        """Return how many characters its own calls are."""
-        return sum(len(call.completion) for call in self._own)
+        """Return how many characters its own calls are, and those that they waited for."""
+        return sum(len(call.completion) for call in self._own) + self._waited
 
     def calls(self, count_tokens: CountTokens, *, budget: bool) -> list[Call]:
         """Return its own calls, then those of the threads below it."""
@@ -243,6 +244,13 @@ class _Thread:
             calls += child.calls(count_tokens, budget=budget)
         return calls
 
+    def _may_spawn(self) -> bool:
+        """Tell whether it may hand expansions to children: the root, and a share of those with levels below them."""
+        task, share = self._task, self._task.child_spawn_share
+        if self._depth in (0, task.spawn_depth) or share == 1.0:
+            return self._depth < task.spawn_depth
+        return self._search.rng.random() < share
+
     def _delegate(self, nodes: list[Node]) -> Delegated | None:
         task, search, level = self._task, self._search, self._depth + 1
         if level > task.spawn_depth or len(nodes) < 2 or search.rng.random() >= task.spawn_probability:
@@ -258,6 +266,8 @@ class _Thread:
         winners = [child for child in children if child.goal]
         if task.cancel_on_success:
             winners = sorted(winners, key=_Thread.length)[:1]
+        awaited = winners if task.cancel_on_success and winners else children
+        self._waited += max(child.length() for child in awaited)
         results = [search.result(child._root, child.goal if child in winners else None) for child in children]
         self._context += written + ADAPTIVE.render_join(results, level)
         self._lines.clear()
