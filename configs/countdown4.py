@@ -170,7 +170,7 @@ def beams(config: ConfigDict) -> None:
 
 
 def nested(config: ConfigDict) -> None:
-    """Let children spawn, too: nobody searches one state after the other, and no thread writes more than one state's."""
+    """Let children spawn, too, so that no thread goes from one state to the next."""
     config.name += "_nested"
     config.task.spawn_depth = 2
     config.rollout.update(max_depth=2, max_total_children=512)

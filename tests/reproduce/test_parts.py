@@ -67,11 +67,28 @@ def test_every_training_has_a_configuration_and_the_same_rollouts_of_rl(quick, w
 
 @pytest.mark.parametrize(
     "variant",
-    ["", "adaptive.path", "adaptive.fast", "rl", "adaptive_rl", "adaptive..rl", "adaptive.wide", "hogwild.rl"],
+    [
+        "",
+        "adaptive.path",
+        "adaptive.fast",
+        "rl",
+        "adaptive_rl",
+        "adaptive..rl",
+        "adaptive.wide",
+        "hogwild.rl",
+        "serial.nested",
+    ],
 )
 def test_other_variants_are_refused(variant):
     with pytest.raises(ValueError, match="no such variant; choose one of adaptive"):
         countdown4.get_config(variant)
+
+
+@pytest.mark.parametrize("variant", ["adaptive.nested", "adaptive_budget.nested.rl", "adaptive.nested.rl.path.gpu"])
+def test_children_may_spawn_too(variant):
+    config = from_config_dict(countdown4.get_config(variant))
+    check_training(config)
+    assert config.task.spawn_depth == config.rollout.max_depth == 2
 
 
 def test_names_choose_parts_in_their_order():

@@ -3,6 +3,7 @@ import itertools
 import random
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import pytest
@@ -374,6 +375,67 @@ def test_a_join_may_hold_the_first_success_alone() -> None:
                 path = end.context.partition("<Goal Reached in")[2].partition("\n")[2].partition("\n<")[0]
                 assert shortest in [len(call.completion) for call in children if call.completion.endswith(path + "\n")]
         assert fewer > 3
+
+
+NESTED = dataclasses.replace(EXHAUSTIVE, spawn_depth=2, search_order="depth_first", restate=True)
+
+
+def _chain(calls: Sequence[Call], node: str) -> int:
+    """Return how many characters a thread writes and waits for, where the first success ends what it waits for."""
+    own = [call for call in calls if trace.thread_node(call.context) == node]
+    chain = _written(calls, node)
+    for call, after in itertools.pairwise(own):
+        spawn = ADAPTIVE.read_spawn(call.context + call.completion)
+        assert isinstance(spawn, SpawnCall)
+        won = [
+            name for name in spawn.names if f"<Goal Reached in Sub Search {spawn.names.index(name)} " in after.context
+        ]
+        chain += max(_chain(calls, name) for name in won or spawn.names)
+    return chain
+
+
+def _written(calls: Sequence[Call], node: str) -> int:
+    return sum(len(call.completion) for call in calls if trace.thread_node(call.context) == node)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_share_of_the_children_spawns_and_the_others_search_as_those_without_levels_below_them(share: float) -> None:
+    task = dataclasses.replace(NESTED, child_spawn_share=share)
+    spawned = children = 0
+    for seed in range(20):
+        nested, flat = (_demonstrate(seed, section, "adaptive") for section in (task, _flat(task)))
+        assert nested.correct == flat.correct
+        alone = {trace.thread_node(call.context): call for call in flat.calls if call.depth == 1}
+        for call in nested.calls:
+            if call.depth == 1 and call.context.count("\n") == 2:  # the first of its thread
+                children += 1
+                spawned += call.ends_in_spawn
+                assert call.ends_in_spawn or call == alone[trace.thread_node(call.context)]
+    assert children > 150
+    assert abs(spawned / children - share) < 0.1
+
+
+def _flat(task: CountdownConfig) -> CountdownConfig:
+    return dataclasses.replace(task, spawn_depth=1, child_spawn_share=1.0)
+
+
+def test_the_first_success_is_the_child_that_writes_and_waits_least() -> None:
+    task = dataclasses.replace(NESTED, child_spawn_share=0.5, cancel_on_success=True)
+    by_waiting = 0
+    for seed in range(120):
+        calls = _demonstrate(seed, task, "adaptive").calls
+        *_, end = [call for call in calls if call.depth == 0]
+        won = re.search("<Goal Reached in .* at level 1 at Node #(.*)>", end.context)
+        if won is None:
+            continue
+        winning = [call for call in calls if call.depth == 1 and call.replay_start < len(call.completion)]
+        chains = {trace.thread_node(call.context) or "": 0 for call in winning}
+        for node in chains:
+            chains[node] = _chain(calls, node)
+        assert chains[won[1]] == min(chains.values())
+        written = {node: _written(calls, node) for node in chains}
+        by_waiting += written[won[1]] > min(written.values())
+    assert by_waiting > 1
 
 
 @pytest.mark.parametrize("method", ["serial", "adaptive"])
