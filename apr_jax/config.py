@@ -151,7 +151,7 @@ class DataConfig(Section, path="data"):
     num_workers: Processes  # that generate, tokenise and, off CPUs, pack rows; the data do not depend on it
     condition_on_budget: bool  # prefix the prompt with its budget (Sub Call Budget / Token Budget)
     replay_weight: Weight  # loss weight of a solved thread's replay of its winning path, relative to other tokens
-    children_share: Share  # share of the children without an answer that is learnt from, drawn at random; reference: 1
+    children_share: Share  # share of the root's children without an answer that is learnt from; reference: 1
     loss_on_context: bool  # also learn the prompt and the joined text (the reference does in SFT)
     facts_share: ShareBelow1  # share of training tokens that are bare facts of the task (data/facts.py); reference: 0
 

@@ -219,21 +219,19 @@ def _demonstrate_chunk(
 
 
 def _thinned(calls: tuple[Call, ...], share: float, rng: random.Random) -> tuple[Call, ...]:
-    """Return the calls of the root, of children that replay an answer, which are few, and of a share of the others.
+    """Return the calls of the root, of its children that replay an answer, which are few, and of a share of the others.
 
-    A child is left out with all that is below it.
+    A child is kept or left out with all that is below it: most of what a winning child spawns finds nothing, too, and
+    threads that mostly saw answers claim some.
     """
     kept: list[Call] = []
-    going_on: dict[int, bool] = {}  # by depth, whether the latest thread goes on after a spawn
-    dropped_at = None  # the depth of the thread that is left out with all below it
+    is_kept, goes_on = True, False  # the latest child of the root, after a spawn
     for index, call in enumerate(calls):
-        begins = call.depth > 0 and not going_on.get(call.depth, False)
-        going_on[call.depth] = call.ends_in_spawn
-        if dropped_at is not None and (call.depth < dropped_at or (begins and call.depth == dropped_at)):
-            dropped_at = None
-        if dropped_at is None and begins and rng.random() >= share and not _has_replay(calls[index:]):
-            dropped_at = call.depth
-        if dropped_at is None:
+        if call.depth == 1:
+            if not goes_on:
+                is_kept = rng.random() < share or _has_replay(calls[index:])
+            goes_on = call.ends_in_spawn
+        if call.depth == 0 or is_kept:
             kept.append(call)
     return tuple(kept)
 
