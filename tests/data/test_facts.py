@@ -75,7 +75,21 @@ def test_with_attempts_products_go_beyond_the_bound_and_quotients_are_divisions(
         assert operator in "+*" or left >= right
         all_of[operator] += 1
     shares = {operator: without[operator] / all_of[operator] for operator in "+-*/"}
-    assert shares == pytest.approx({"+": 0.05, "-": 0, "*": 0.49, "/": 0.47}, abs=0.06)
+    assert shares == pytest.approx({"+": 0.2, "-": 0, "*": 0.49, "/": 0.47}, abs=0.06)
+
+
+def test_sums_and_differences_are_of_any_two_numbers_that_a_search_meets():
+    """Both may be results, above those of a problem, and a difference may be small: what was never seen is guessed."""
+    rng = random.Random(0)
+    pairs = []
+    while len(pairs) < 3_000:
+        asked, _ = draw_fact(rng, BOUNDED)
+        if asked[-1] == "=" and "-" in asked:
+            pairs.append(tuple(map(int, asked[:-1].split("-"))))
+    assert sum(right > BOUNDED.max_number for _, right in pairs) > 0.1 * len(pairs)
+    assert sum(left - right <= 3 for left, right in pairs) > 0.2 * len(pairs)
+    assert sum(left <= BOUNDED.max_number for left, _ in pairs) > 0.3 * len(pairs)
+    assert max(left for left, _ in pairs) <= 255
 
 
 def test_only_results_have_loss():

@@ -10,22 +10,21 @@ from apr_jax.config import ConfigError
 from apr_jax.tasks.countdown import trace
 from apr_jax.tasks.countdown.config import CountdownConfig
 
-_MAX_DRAWS = 100_000
 _LARGEST_BOUND = 100_000
 
 
 def draw_fact(rng: random.Random, section: CountdownConfig) -> tuple[str, str]:
     """Draw a random operation, or the comparison of a result with a target, in half of which the two are equal.
 
-    Sums and differences, of which there are more, come twice as often as products and quotients. One number of a sum or
-    difference is like those of a problem; the other is, too, in half of the cases, and any number up to the bound in
-    the rest. All products are equally likely, and so are all quotients.
+    Sums and differences, of which there are more, come twice as often as products and quotients. Their numbers are like
+    those of a problem or any up to the bound, as a search meets them at its end, and often close to each other. All
+    products are equally likely, and so are all quotients.
 
     With `task.attempts` there are sums and products above the bound, which end before the `=`, and divisions in place
     of quotients. Half of the products are within the bound, and in half of the divisions one number divides the other.
 
     Return what is given of the text, up to `=` (with `task.attempts` to the second number) or to the target, and the
-    rest. No result is above `largest_result(section)`. Raises ConfigError where there are no sums.
+    rest. No result is above `largest_result(section)`. Raises ConfigError as that.
     """
     bound = largest_result(section)
     operator = rng.choice("++--**////?" if section.attempts else "++--*/?")
@@ -42,23 +41,25 @@ def draw_fact(rng: random.Random, section: CountdownConfig) -> tuple[str, str]:
         if operator == "/":
             return f"{left * right}/{left}=", str(right)
         return f"{left}*{right}=", str(left * right)
-    for _ in range(_MAX_DRAWS):
+    while True:
         left, right = _two_numbers(rng, section, bound)
         if operator == "-":
             return f"{max(left, right)}-{min(left, right)}=", str(abs(left - right))
         if left + right <= bound:
             return f"{left}+{right}=", str(left + right)
-    raise ConfigError(
-        f"none of {_MAX_DRAWS} draws of a number in {section.min_number}..{section.max_number} gives a sum up to "
-        f"{bound}: raise task.max_result, or set data.facts_share=0"
-    )
 
 
 def _two_numbers(rng: random.Random, section: CountdownConfig, bound: int) -> tuple[int, int]:
-    """Draw a number like those of a problem, and another that is so, too, or any up to the bound, in either order."""
-    left = rng.randint(section.min_number, section.max_number)
-    right = rng.randint(section.min_number, section.max_number) if rng.random() < 0.5 else rng.randint(0, bound)
-    return (left, right) if rng.random() < 0.5 else (right, left)
+    """Draw two numbers, each like those of a problem or any up to the bound; a quarter of them differ by at most 3."""
+    left, right = _number(rng, section, bound), _number(rng, section, bound)
+    if rng.random() < 1 / 4:
+        right = min(max(left + rng.randint(-3, 3), 0), bound)
+    return left, right
+
+
+def _number(rng: random.Random, section: CountdownConfig, bound: int) -> int:
+    low, high = (section.min_number, section.max_number) if rng.random() < 1 / 2 else (0, bound)
+    return rng.randint(low, high)
 
 
 def _attempt(rng: random.Random, section: CountdownConfig, operator: str, bound: int) -> tuple[str, str]:
