@@ -26,7 +26,6 @@ from apr_jax.tasks.base import HELD_OUT_SPLITS, TaskLacksError
 _ADDED = {
     "engine.page_dtype": "compute",
     "data.children_share": 1.0,
-    "task.child_spawn_share": 1.0,
     "task.search_order": "breadth_first",
     "task.restate": False,
     "task.restate_operation": False,

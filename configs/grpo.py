@@ -58,7 +58,6 @@ def laptop() -> ConfigDict:
         child_beam_max=8,
         spawn_probability=1.0,
         spawn_depth=1,
-        child_spawn_share=1.0,
         context_windows=(),
         retry_probability=0.4,
         heuristic="none",

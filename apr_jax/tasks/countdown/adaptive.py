@@ -217,10 +217,10 @@ class _Thread:
     def search_below(self, beam: int) -> None:
         """Run the search to its end."""
         search, root, task = self._search, self._root, self._task
-        if self._may_spawn():
-            self.goal = search.breadth_first(root, beam, self._lines, self._delegate, task.retry_probability)
-        else:
+        if self._depth >= task.spawn_depth:
             self.goal = search.below(root, beam, self._lines)
+        else:
+            self.goal = search.breadth_first(root, beam, self._lines, self._delegate, task.retry_probability)
         context = search.header(root) + self._context
         self._own.append(last_call(search, self._replayed_from, context, self._lines, self.goal, self._depth))
 
@@ -243,13 +243,6 @@ class _Thread:
         for child in self._children:
             calls += child.calls(count_tokens, budget=budget)
         return calls
-
-    def _may_spawn(self) -> bool:
-        """Tell whether it may hand expansions to children: the root, and a share of those with levels below them."""
-        task, share = self._task, self._task.child_spawn_share
-        if self._depth in (0, task.spawn_depth) or share == 1.0:
-            return self._depth < task.spawn_depth
-        return self._search.rng.random() < share
 
     def _delegate(self, nodes: list[Node]) -> Delegated | None:
         task, search, level = self._task, self._search, self._depth + 1

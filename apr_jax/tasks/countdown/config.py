@@ -30,7 +30,6 @@ class CountdownConfig(TaskConfig):
     child_beam_max: Beam  # APR: the children's beam is drawn from [parent's beam, this]
     spawn_probability: Share  # APR: chance that a parent's expansion is handed to children
     spawn_depth: Count  # APR: levels of threads that spawn; 1 = the parent alone (the reference), 2 = its children, too
-    child_spawn_share: Share  # APR: share of the children with levels below them that spawn; others search on their own
     # APR: the prompt of each thread names the smallest of these, in tokens, that holds it; (): none is named.
     context_windows: tuple[Count, ...]
     retry_probability: Share  # APR: chance that the next best operations follow when all children failed; reference: 0

@@ -398,29 +398,8 @@ def _written(calls: Sequence[Call], node: str) -> int:
     return sum(len(call.completion) for call in calls if trace.thread_node(call.context) == node)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_a_share_of_the_children_spawns_and_the_others_search_as_those_without_levels_below_them(share: float) -> None:
-    task = dataclasses.replace(NESTED, child_spawn_share=share)
-    spawned = children = 0
-    for seed in range(20):
-        nested, flat = (_demonstrate(seed, section, "adaptive") for section in (task, _flat(task)))
-        assert nested.correct == flat.correct
-        alone = {trace.thread_node(call.context): call for call in flat.calls if call.depth == 1}
-        for call in nested.calls:
-            if call.depth == 1 and call.context.count("\n") == 2:  # the first of its thread
-                children += 1
-                spawned += call.ends_in_spawn
-                assert call.ends_in_spawn or call == alone[trace.thread_node(call.context)]
-    assert children > 150
-    assert abs(spawned / children - share) < 0.1
-
-
-def _flat(task: CountdownConfig) -> CountdownConfig:
-    return dataclasses.replace(task, spawn_depth=1, child_spawn_share=1.0)
-
-
 def test_the_first_success_is_the_child_that_writes_and_waits_least() -> None:
-    task = dataclasses.replace(NESTED, child_spawn_share=0.5, cancel_on_success=True)
+    task = dataclasses.replace(NESTED, cancel_on_success=True)
     by_waiting = 0
     for seed in range(120):
         calls = _demonstrate(seed, task, "adaptive").calls
