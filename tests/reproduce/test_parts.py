@@ -8,6 +8,7 @@ import pytest
 from apr_jax.config import ConfigError
 from apr_jax.config_dict import from_config_dict
 from apr_jax.reproduce.parts import Record, choose, make_parts
+from apr_jax.tasks.countdown.config import CountdownConfig
 from apr_jax.train.run import check_training
 from configs import countdown4
 
@@ -88,6 +89,7 @@ def test_other_variants_are_refused(variant):
 def test_children_may_spawn_too(variant):
     config = from_config_dict(countdown4.get_config(variant))
     check_training(config)
+    assert isinstance(config.task, CountdownConfig)
     assert config.task.spawn_depth == config.rollout.max_depth == 2
 
 
