@@ -1,6 +1,7 @@
 """Measure what a policy gets right along demonstrations of fresh problems.
 
-Its arithmetic by operator and by size of operands, then all tokens by who writes and what they say.
+Its arithmetic by operator and by size of operands, then all tokens by who writes and what they say, then the lines that
+a parent lists for its children by their place in the list.
 
     python launch/probe_arithmetic.py --checkpoint=runs/countdown4
     python launch/probe_arithmetic.py --checkpoint=runs/countdown4/best --num_problems=200 --json=arithmetic.json
@@ -47,7 +48,7 @@ def main() -> None:
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1))
     params = place_params(params, mesh, model)
     probe = probe_arithmetic(params, model, mesh, tokenizer, demonstrations)
-    for label, share in [*probe.results.items(), *probe.tokens.items()]:
+    for label, share in [*probe.results.items(), *probe.tokens.items(), *probe.places.items()]:
         print(f"{label:30} {share}")
     _JSON.write(dataclasses.asdict(probe))
 

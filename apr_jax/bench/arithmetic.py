@@ -23,6 +23,7 @@ from apr_jax.tasks.countdown import trace
 from apr_jax.train.scorer import TokenScores, make_scorer, to_mesh
 
 SIZES = (20, 99, 255)  # bounds of the larger operand, by which results are told apart
+PLACES = 4  # of a parent's list, that one share is of
 _OPERATION = "Exploring Operation: "
 _Counts = collections.Counter[tuple[str, bool]]  # of a label, right or wrong
 _HAS = {"=": "has a", "\n": "has no"}  # result
@@ -58,10 +59,13 @@ class Probe:
     results: by "all", by operator ("+"), and by operator and size of the larger operand ("+ to 99").
     tokens: by who writes and what the token says ("child, next operation"). Who writes is a parent, a child, or either
       in its replay of a winning path.
+    places: of the lines of operations with a result that a parent lists for its children, those whose tokens are all
+      right, by their place in the list ("operations 5 to 8"): the state that they copy from stands above the first.
     """
 
     results: dict[str, Share]
     tokens: dict[str, Share]
+    places: dict[str, Share]
 
 
 def probe_arithmetic(
@@ -80,6 +84,7 @@ def probe_arithmetic(
     top_BT = _top(_make_score(model, mesh), params, mesh, pad_rows(packing.rows, rows_a_batch), rows_a_batch)
     results: _Counts = collections.Counter()
     kinds: _Counts = collections.Counter()
+    places: _Counts = collections.Counter()
     for (_, replay_start, replay_end), sequence, top_T in zip(
         calls.parts, sequences, packing.read_back(top_BT), strict=True
     ):
@@ -95,7 +100,10 @@ def probe_arithmetic(
             if sequence["weights"][place]:
                 part = " replay" if replay_start <= place + 1 < replay_end else ""
                 kinds[f"{writer}{part}, {kind}", bool(top_T[place])] += 1
-    return Probe(_shares(results), _shares(kinds))
+        if writer == "parent" and replay_start >= replay_end:
+            for number, span in enumerate(find_operations(texts[1:])):
+                places[_place(number), bool(top_T[span].all())] += 1
+    return Probe(_shares(results), _shares(kinds), _shares(places))
 
 
 def token_kinds(texts: Sequence[str]) -> list[str]:
@@ -134,6 +142,17 @@ def find_results(texts: Sequence[str]) -> list[Result]:
     return found
 
 
+def find_operations(texts: Sequence[str]) -> list[slice]:
+    """Find the lines of operations with a result, given the tokens' texts."""
+    spans, start = [], 0
+    for end, text in enumerate(texts, start=1):
+        if text.endswith("\n"):
+            if texts[start] == _OPERATION and any("Resulting" in said for said in texts[start:end]):
+                spans.append(slice(start, end))
+            start = end
+    return spans
+
+
 @functools.lru_cache(maxsize=1)
 def _make_score(model: ModelConfig, mesh: Mesh) -> Callable[..., TokenScores]:
     scorer = make_scorer(model, mesh, jax.nn.log_softmax)
@@ -169,6 +188,11 @@ def _kind(line: str, text: str) -> str:
 def _shares(counts: _Counts) -> dict[str, Share]:
     labels = sorted({label for label, _ in counts}, key=lambda label: (label != "all", label))
     return {label: Share(counts[label, True], counts[label, True] + counts[label, False]) for label in labels}
+
+
+def _place(number: int) -> str:
+    first = number - number % PLACES + 1
+    return f"operations {first:2} to {first + PLACES - 1}"
 
 
 def _size(operand: int) -> str:

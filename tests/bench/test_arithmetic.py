@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from apr_jax.bench.arithmetic import Share, find_results, probe_arithmetic, token_kinds
+from apr_jax.bench.arithmetic import Share, find_operations, find_results, probe_arithmetic, token_kinds
 from apr_jax.data.tokenizer import BuiltinTokenizer
 from apr_jax.model.params import graphdef, init_params
 from apr_jax.model.views.training import training_rows
@@ -53,6 +53,12 @@ def test_an_attempt_has_no_result():
 def test_a_line_that_is_cut_off_has_no_result():
     for cut in ("Exploring Operation: 31", "Exploring Operation: 31-26=", "Exploring Operation: 31-26=5"):
         assert find_results(_texts(cut)) == []
+
+
+def test_lines_of_operations_are_those_with_a_result():
+    operation = "Exploring Operation: 4+6=10, Resulting Numbers: [10]\n"
+    texts = _texts(f"Current State: 24:[4, 6], Operations: []\n{operation}Exploring Operation: 57*20\n{operation}10,24")
+    assert ["".join(texts[span]) for span in find_operations(texts)] == [operation, operation]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +115,13 @@ def test_figures_are_of_the_most_likely_tokens():
     assert sum(share.total for share in probe.tokens.values()) == tokens
     assert sum(share.right for share in probe.tokens.values()) == tokens_right
     assert sum(share.total for label, share in probe.tokens.items() if "replay" in label) == replayed > 0
+    listed = [
+        text.count("Resulting")
+        for call in (call for demonstration in demonstrations for call in demonstration.calls)
+        if call.depth == 0 and call.replay_start == len(text := call.completion)
+    ]
+    assert sum(share.total for share in probe.places.values()) == sum(listed) > 0
+    assert probe.places["operations  1 to 4"].total == sum(min(4, count) for count in listed)
     of_operators = [share for label, share in shares.items() if label in {*"+-*/"}]
     of_sizes = [share for label, share in shares.items() if " to " in label or "above" in label]
     for shares_of_all in (of_operators, of_sizes):
