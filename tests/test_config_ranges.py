@@ -181,7 +181,6 @@ def test_what_cannot_work_is_refused_at_the_door(path, value, message):
         ({"task.max_result": 5, "task.min_number": 6}, r"task\.max_result=5 is below task\.min_number=6"),
         ({"task.restate": True}, r"task\.restate=True: only task\.search_order='depth_first' comes back to states"),
         ({"task.restate_operation": True}, r"task\.restate_operation=True: .* set task\.restate=True"),
-        ({"task.restate_pairs": True, "task.shuffle": True}, r"task\.restate_pairs=True: .* and task\.shuffle=False"),
         ({"task.attempts": True, "task.heuristic": "mult"}, r"task\.attempts=True: .* set task\.heuristic='none'"),
     ],
 )

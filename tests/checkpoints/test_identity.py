@@ -304,8 +304,7 @@ def test_a_policy_that_is_older_than_a_field_has_the_value_of_before(tmp_path):
     today = find_policy(SHIPPED["laptop"]).config
     older = {section: dict(value) if isinstance(value, dict) else value for section, value in today.items()}
     del older["data"]["children_share"], older["engine"]["page_dtype"]
-    switches = ("restate", "restate_operation", "restate_pairs", "attempts", "cancel_on_success")
-    for field in ("search_order", "parent_replay", *switches):
+    for field in ("search_order", "restate", "restate_operation", "attempts", "parent_replay", "cancel_on_success"):
         older["task"].pop(field, None)
     (folder / "apr_jax.json").write_text(json.dumps(older))
     assert from_config_dict(find_policy(folder).config) == from_config_dict(today)

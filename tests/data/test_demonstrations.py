@@ -89,7 +89,6 @@ def test_the_folder_depends_on_what_the_data_depend_on_and_on_nothing_else(confi
     needs = {
         "restate": {"search_order": "depth_first"},
         "restate_operation": {"search_order": "depth_first", "restate": True},
-        "restate_pairs": {"heuristic": "none", "shuffle": False},
         "attempts": {"heuristic": "none", "shuffle": False},
     }
     for field in fields:

@@ -377,25 +377,6 @@ def test_a_join_may_hold_the_first_success_alone() -> None:
         assert fewer > 3
 
 
-@pytest.mark.parametrize("attempts", [False, True])
-def test_a_parent_may_write_its_state_again_before_each_pair(attempts: bool) -> None:
-    plain = dataclasses.replace(EXHAUSTIVE, attempts=attempts, search_order="depth_first", restate=True)
-    restating = dataclasses.replace(plain, restate_pairs=True)
-    for seed in range(12):
-        demonstration, without = (_demonstrate(seed, task, "adaptive") for task in (restating, plain))
-        spawning, *others = demonstration.calls
-        header = spawning.context
-        assert spawning.completion.replace(header, "") == without.calls[0].completion
-        pairs = itertools.combinations(demonstration.problem.numbers, 2)
-        for lines, pair in zip(spawning.completion.split(header), pairs, strict=True):
-            operations = re.findall(r"Exploring Operation: (\d+)([-+*/])(\d+)", lines)
-            assert {frozenset((int(left), int(right))) for left, _, right in operations} <= {frozenset(pair)}
-            assert {operator for _, operator, _ in operations} == {*"+-*/"} or not attempts
-        for call, other in zip(others, without.calls[1:], strict=True):
-            assert call.completion == other.completion
-            assert call.context == other.context or call.depth == 0
-
-
 NESTED = dataclasses.replace(EXHAUSTIVE, spawn_depth=2, search_order="depth_first", restate=True)
 
 
