@@ -29,7 +29,6 @@ _ADDED = {
     "task.search_order": "breadth_first",
     "task.restate": False,
     "task.restate_operation": False,
-    "task.restate_pairs": False,
     "task.attempts": False,
     "task.parent_replay": "root",
     "task.cancel_on_success": False,

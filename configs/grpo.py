@@ -64,7 +64,6 @@ def laptop() -> ConfigDict:
         search_order="breadth_first",
         restate=False,
         restate_operation=False,
-        restate_pairs=False,
         attempts=False,
         parent_replay="root",
         cancel_on_success=False,

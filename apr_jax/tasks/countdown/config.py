@@ -38,7 +38,6 @@ class CountdownConfig(TaskConfig):
     search_order: Literal["breadth_first", "depth_first"]
     restate: bool  # depth-first searches write a state again whenever they come back to it
     restate_operation: bool  # and below it the operation that they come back from
-    restate_pairs: bool  # APR: parents write their state again before the operations on each pair of numbers
     attempts: bool  # searches write operations with too large a result, too, and before or for a quotient a division
     # APR: a parent replays the first winning path from its own root on (the reference), or repeats what the last child
     # that won handed back, word for word, which stands closest.
@@ -70,11 +69,6 @@ class CountdownConfig(TaskConfig):
             raise ConfigError("task.restate=True: only task.search_order='depth_first' comes back to states")
         if self.restate_operation and not self.restate:
             raise ConfigError("task.restate_operation=True: below states that are written again, set task.restate=True")
-        if self.restate_pairs and (self.heuristic != "none" or self.shuffle):
-            raise ConfigError(
-                "task.restate_pairs=True: the operations on a pair stand together in the order in which they are "
-                "generated; set task.heuristic='none' and task.shuffle=False"
-            )
         if self.attempts and (self.heuristic != "none" or self.shuffle):
             raise ConfigError(
                 "task.attempts=True: attempts have their place among operations in the order in which they are "

@@ -139,7 +139,7 @@ class Search:
                     continue
                 tried, trying = 0, True
                 while trying:
-                    expansion = self.expand(node, beam, tried, self.header(node) if self._task.restate_pairs else "")
+                    expansion = self.expand(node, beam, tried)
                     lines += expansion.lines
                     delegated = delegate(expansion.nodes) if delegate is not None else None
                     if delegated is None:
@@ -206,10 +206,10 @@ class Search:
         """Return what a child that searched from a node hands back."""
         return ChildResult(node.node_id, self.replay(goal, node)[:-1] if goal else None)
 
-    def expand(self, node: Node, beam: int, tried: int = 0, restated: str = "") -> Expansion:
-        """Return the `beam` best operations after the `tried` best, with `restated` before each pair but the first."""
+    def expand(self, node: Node, beam: int, tried: int = 0) -> Expansion:
+        """Return the `beam` best operations after the `tried` best."""
         numbers, target = node.numbers, self.problem.target
-        steps, attempts = usable_steps(numbers, self._task, restated)
+        steps, attempts = usable_steps(numbers, self._task)
         candidates = [(self._rank(numbers, step), index, step) for index, step in enumerate(steps)]
         candidates.sort()
         more = len(candidates) > tried + beam
@@ -257,16 +257,14 @@ class Search:
             candidates.sort(key=_GENERATION_INDEX)
 
 
-def usable_steps(numbers: Sequence[int], task: CountdownConfig, restated: str = "") -> tuple[list[Step], str]:
+def usable_steps(numbers: Sequence[int], task: CountdownConfig) -> tuple[list[Step], str]:
     """Return the operations that a search may write on a state, by pair and then in the order + - * /.
 
-    Beside them are the lines of attempts after the last, "" without `task.attempts`. The lines `restated` stand before
-    each pair but the first.
+    Beside them are the lines of attempts after the last, "" without `task.attempts`.
     """
     steps, attempts = [], ""  # attempts since the last operation
     for i in range(len(numbers) - 1):
         for j in range(i + 1, len(numbers)):
-            attempts += restated if j > 1 else ""
             usable, after = _usable(numbers[i], numbers[j], task.max_result, task.attempts)
             for result, operation, before in usable:
                 steps.append(Step((i, j), result, operation, attempts + before))
