@@ -24,7 +24,7 @@ def draw_fact(rng: random.Random, section: CountdownConfig) -> tuple[str, str]:
     of quotients. Half of the products are within the bound, and in half of the divisions one number divides the other.
 
     Return what is given of the text, up to `=` (with `task.attempts` to the second number) or to the target, and the
-    rest. No result is above `largest_result(section)`. Raises ConfigError as that.
+    rest. No result is above `largest_result(section)`. Raises ConfigError as `largest_result`.
     """
     bound = largest_result(section)
     operator = rng.choice("++--**////?" if section.attempts else "++--*/?")
