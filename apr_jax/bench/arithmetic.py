@@ -23,7 +23,7 @@ from apr_jax.tasks.countdown import trace
 from apr_jax.train.scorer import TokenScores, make_scorer, to_mesh
 
 SIZES = (20, 99, 255)  # bounds of the larger operand, by which results are told apart
-PLACES = 4  # of a parent's list, that one share is of
+_PLACES = 4  # of a parent's list, in one share
 _OPERATION = "Exploring Operation: "
 _Counts = collections.Counter[tuple[str, bool]]  # of a label, right or wrong
 _HAS = {"=": "has a", "\n": "has no"}  # result
@@ -33,12 +33,14 @@ _MOVES = ("Moving to Node #", "<Start Sub Search")
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One operation's result in a token sequence: tokens[start:stop]."""
+    """One operation's result in a token sequence: tokens[start:stop], in the line tokens[begin:end]."""
 
     operator: str
     larger_operand: int
     start: int
     stop: int
+    begin: int
+    end: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +61,8 @@ class Probe:
     results: by "all", by operator ("+"), and by operator and size of the larger operand ("+ to 99").
     tokens: by who writes and what the token says ("child, next operation"). Who writes is a parent, a child, or either
       in its replay of a winning path.
-    places: of the lines of operations with a result that a parent lists for its children, those whose tokens are all
-      right, by their place in the list ("operations 5 to 8"): the state that they copy from stands above the first.
+    places: of the lines of operations with a result that a parent's call lists, those whose tokens are all right, by
+      their place in the list ("operations 5 to 8"): the state that they copy from stands above the first.
     """
 
     results: dict[str, Share]
@@ -89,20 +91,21 @@ def probe_arithmetic(
         calls.parts, sequences, packing.read_back(top_BT), strict=True
     ):
         texts = tokenizer.token_texts([*sequence["tokens"].tolist(), int(sequence["targets"][-1])])
+        writer = "parent" if trace.thread_node("".join(texts[1:])) == trace.ROOT_ID else "child"
+        lists, listed = writer == "parent" and replay_start >= replay_end, 0
         for result in find_results(texts):
             targets = slice(result.start - 1, result.stop - 1)
             if sequence["weights"][targets].all():
                 right = bool(top_T[targets].all())
                 for label in ("all", result.operator, f"{result.operator} {_size(result.larger_operand)}"):
                     results[label, right] += 1
-        writer = "parent" if trace.thread_node("".join(texts[1:])) == trace.ROOT_ID else "child"
+                if lists:
+                    places[_place(listed), bool(top_T[result.begin - 1 : result.end - 1].all())] += 1
+                    listed += 1
         for place, kind in enumerate(token_kinds(texts[1:])):
             if sequence["weights"][place]:
                 part = " replay" if replay_start <= place + 1 < replay_end else ""
                 kinds[f"{writer}{part}, {kind}", bool(top_T[place])] += 1
-        if writer == "parent" and replay_start >= replay_end:
-            for number, span in enumerate(find_operations(texts[1:])):
-                places[_place(number), bool(top_T[span].all())] += 1
     return Probe(_shares(results), _shares(kinds), _shares(places))
 
 
@@ -138,19 +141,9 @@ def find_results(texts: Sequence[str]) -> list[Result]:
         operator = next((char for char in asked if char in "+-*/"), None)
         if operator is not None and end < len(texts):
             larger = max(map(int, asked.split(operator)))
-            found.append(Result(operator, larger, start, end))
+            line_end = next((place + 1 for place in range(end, len(texts)) if texts[place].endswith("\n")), len(texts))
+            found.append(Result(operator, larger, start, end, begin, line_end))
     return found
-
-
-def find_operations(texts: Sequence[str]) -> list[slice]:
-    """Find the lines of operations with a result, given the tokens' texts."""
-    spans, start = [], 0
-    for end, text in enumerate(texts, start=1):
-        if text.endswith("\n"):
-            if texts[start] == _OPERATION and any("Resulting" in said for said in texts[start:end]):
-                spans.append(slice(start, end))
-            start = end
-    return spans
 
 
 @functools.lru_cache(maxsize=1)
@@ -191,8 +184,8 @@ def _shares(counts: _Counts) -> dict[str, Share]:
 
 
 def _place(number: int) -> str:
-    first = number - number % PLACES + 1
-    return f"operations {first:2} to {first + PLACES - 1}"
+    first = number - number % _PLACES + 1
+    return f"operations {first:2} to {first + _PLACES - 1}"
 
 
 def _size(operand: int) -> str:

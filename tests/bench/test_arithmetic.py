@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from apr_jax.bench.arithmetic import Share, find_operations, find_results, probe_arithmetic, token_kinds
+from apr_jax.bench.arithmetic import Share, find_results, probe_arithmetic, token_kinds
 from apr_jax.data.tokenizer import BuiltinTokenizer
 from apr_jax.model.params import graphdef, init_params
 from apr_jax.model.views.training import training_rows
@@ -55,10 +55,10 @@ def test_a_line_that_is_cut_off_has_no_result():
         assert find_results(_texts(cut)) == []
 
 
-def test_lines_of_operations_are_those_with_a_result():
+def test_a_result_knows_its_line():
     operation = "Exploring Operation: 4+6=10, Resulting Numbers: [10]\n"
     texts = _texts(f"Current State: 24:[4, 6], Operations: []\n{operation}Exploring Operation: 57*20\n{operation}10,24")
-    assert ["".join(texts[span]) for span in find_operations(texts)] == [operation, operation]
+    assert ["".join(texts[found.begin : found.end]) for found in find_results(texts)] == [operation, operation]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,9 @@ def test_each_token_says_one_thing(line: str, kinds: dict[str, int]):
 
 
 def test_figures_are_of_the_most_likely_tokens():
-    demonstrations = _demonstrations(3)
+    more = _demonstrations(40)
+    in_vain = next(demonstration for demonstration in more if not demonstration.correct)  # its last call has the list
+    demonstrations = [*more[:3], in_vain]
     params = init_params(MODEL, 0)
     probe = probe_arithmetic(params, MODEL, make_mesh(CONFIG.mesh), TOKENIZER, demonstrations)
     shares = probe.results

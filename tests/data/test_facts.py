@@ -79,7 +79,7 @@ def test_with_attempts_products_go_beyond_the_bound_and_quotients_are_divisions(
 
 
 def test_sums_and_differences_are_of_any_two_numbers_that_a_search_meets():
-    """Both may be results, above those of a problem, and a difference may be small: what was never seen is guessed."""
+    """Ask for differences of two results, above the numbers of a problem, and for small ones: the unseen is guessed."""
     rng = random.Random(0)
     pairs = []
     while len(pairs) < 3_000:

@@ -256,10 +256,9 @@ class _Thread:
         for child in children:
             child.search_below(self._child_beam)
         self._children += children
-        winners = [child for child in children if child.goal]
-        if task.cancel_on_success:
-            winners = sorted(winners, key=_Thread.length)[:1]
-        awaited = winners if task.cancel_on_success and winners else children
+        awaited, winners = children, [child for child in children if child.goal]
+        if task.cancel_on_success and winners:
+            awaited = winners = [min(winners, key=_Thread.length)]
         self._waited += max(child.length() for child in awaited)
         results = [search.result(child._root, child.goal if child in winners else None) for child in children]
         self._context += written + ADAPTIVE.render_join(results, level)

@@ -387,9 +387,7 @@ def _chain(calls: Sequence[Call], node: str) -> int:
     for call, after in itertools.pairwise(own):
         spawn = ADAPTIVE.read_spawn(call.context + call.completion)
         assert isinstance(spawn, SpawnCall)
-        won = [
-            name for name in spawn.names if f"<Goal Reached in Sub Search {spawn.names.index(name)} " in after.context
-        ]
+        won = [name for at, name in enumerate(spawn.names) if f"<Goal Reached in Sub Search {at} " in after.context]
         chain += max(_chain(calls, name) for name in won or spawn.names)
     return chain
 
@@ -408,9 +406,7 @@ def test_the_first_success_is_the_child_that_writes_and_waits_least() -> None:
         if won is None:
             continue
         winning = [call for call in calls if call.depth == 1 and call.replay_start < len(call.completion)]
-        chains = {trace.thread_node(call.context) or "": 0 for call in winning}
-        for node in chains:
-            chains[node] = _chain(calls, node)
+        chains = {node: _chain(calls, node) for call in winning if (node := trace.thread_node(call.context))}
         assert chains[won[1]] == min(chains.values())
         written = {node: _written(calls, node) for node in chains}
         by_waiting += written[won[1]] > min(written.values())
