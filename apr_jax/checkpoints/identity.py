@@ -234,6 +234,29 @@ def note_context(path: pathlib.Path, there: int, here: int) -> None:
         )
 
 
+def note_task(path: pathlib.Path, saved: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
+    """Warn of each setting of the task that the policy at `path` was not trained under.
+
+    Many decide how demonstrations are written. A policy that meets another spelling first loses what it can do, and a
+    run without demonstrations keeps settings that are not its policy's. Of another task nothing is compared.
+
+    Args:
+      saved: the policy's whole configuration; None: nothing to compare.
+      now: the configuration of the run that starts from it.
+    """
+    there, here = (config.get("task", {}) for config in (saved or {}, now))
+    if there.get("name") != here.get("name"):
+        return
+    names = [name for name in here if name in there and _plain(there[name]) != _plain(here[name])]
+    if names:
+        _LOG.warning(
+            "the policy of %s was trained under other settings of the task:\n%s\n"
+            "Set them alike to go on with what it writes; SFT under others teaches it to write otherwise.",
+            path,
+            "\n".join(f"  task.{name}: {there[name]!r} there, {here[name]!r} here" for name in names),
+        )
+
+
 def check_meaning(name: str, saved: Mapping[str, Any] | None, now: Mapping[str, Any], advice: str) -> None:
     """Raise ConfigError where a policy was trained to read or write otherwise than a configuration says.
 

@@ -10,7 +10,14 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from apr_jax.checkpoints.identity import agreed_tokenizer, check_meaning, check_model, note_context, own_tokenizer
+from apr_jax.checkpoints.identity import (
+    agreed_tokenizer,
+    check_meaning,
+    check_model,
+    note_context,
+    note_task,
+    own_tokenizer,
+)
 from apr_jax.checkpoints.phases import PhaseName
 from apr_jax.checkpoints.policy import load_policy
 from apr_jax.config import Config, ConfigError
@@ -53,6 +60,7 @@ def load_given(phase: PhaseName, path: pathlib.Path, config: Config) -> Given:
     grows = config.data.add_marker_tokens
     check_model(path, dataclasses.asdict(model), dataclasses.asdict(config.model), grows=grows)
     note_context(path, model.max_seq_len, config.model.max_seq_len)
+    note_task(path, saved, to_dict(config))
     own = agreed_tokenizer(path, own_tokenizer(path, saved), config.data.tokenizer, Spelling.of(config))
     known = load_tokenizer(own).vocab_size
     if known < config_tokenizer(config).vocab_size:  # the policy's lacks markers

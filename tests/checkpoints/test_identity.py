@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import apr_jax
-from apr_jax.checkpoints.identity import find_policy, own_tokenizer, same_tokenizer, with_auto
+from apr_jax.checkpoints.identity import find_policy, note_task, own_tokenizer, same_tokenizer, with_auto
 from apr_jax.checkpoints.integrity import CheckpointError
 from apr_jax.checkpoints.manager import Checkpoints
 from apr_jax.checkpoints.policy import load_policy
@@ -152,12 +153,31 @@ def test_only_sft_may_teach_a_policy_to_read_otherwise(field, value, run):
     ("field", "value"),
     [("task__max_result", 50), ("task__max_number", 30), ("task__shuffle", True), ("sft__row_len", 256), ("seed", 3)],
 )
-def test_what_no_weight_means_may_differ(field, value, run):
+def test_what_no_weight_means_may_differ_and_is_said_of_the_task(field, value, run, caplog):
     values = to_dict(CONFIG)
     section, _, name = field.partition("__")
+    before = values[section][name] if name else None
     values[section] = {**values[section], name: value} if name else value
     for phase in ("sft", "grpo"):
+        caplog.clear()
         load_given(phase, run, from_config_dict(values))
+        said = [record.getMessage() for record in caplog.records if "settings of the task" in record.getMessage()]
+        if section == "task":
+            (message,) = said
+            assert f"{run} was trained" in message
+            assert message.count(" there, ") == 1
+            assert f"task.{name}: {before!r} there, {value!r} here" in message
+        else:
+            assert not said
+
+
+def test_settings_of_another_task_are_not_compared(caplog):
+    note_task(pathlib.Path("run"), {"task": {"name": "a", "depth": 1}}, {"task": {"name": "b", "depth": 2}})
+    note_task(pathlib.Path("run"), None, {"task": {"name": "b", "depth": 2}})
+    note_task(
+        pathlib.Path("run"), {"task": {"name": "b", "beams": [2]}}, {"task": {"name": "b", "beams": (2,), "new": 1}}
+    )
+    assert not caplog.records
 
 
 def test_a_method_is_taken_where_the_configuration_says_auto(run, other):
