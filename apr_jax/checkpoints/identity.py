@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from apr_jax.checkpoints.integrity import CheckpointError, read_meta
@@ -247,13 +247,12 @@ def note_task(path: pathlib.Path, saved: Mapping[str, Any] | None, now: Mapping[
     there, here = (config.get("task", {}) for config in (saved or {}, now))
     if there.get("name") != here.get("name"):
         return
-    names = [name for name in here if name in there and _plain(there[name]) != _plain(here[name])]
-    if names:
+    lines = _differences((f"task.{name}", there[name], here[name]) for name in here if name in there)
+    if lines:
         _LOG.warning(
             "the policy of %s was trained under other settings of the task:\n%s\n"
             "Set them alike to go on with what it writes; SFT under others teaches it to write otherwise.",
-            path,
-            "\n".join(f"  task.{name}: {there[name]!r} there, {here[name]!r} here" for name in names),
+            *(path, "\n".join(lines)),
         )
 
 
@@ -266,11 +265,8 @@ def check_meaning(name: str, saved: Mapping[str, Any] | None, now: Mapping[str, 
       now: the configuration to use it under.
       advice: what the user can do.
     """
-    lines = []
-    for field in _MEANING:
-        there, here = (_value(config, field) for config in (saved, now))
-        if there is not None and _plain(there) != _plain(here):
-            lines.append(f"  {field}: {there!r} there, {here!r} here")
+    fields = ((field, _value(saved, field), _value(now, field)) for field in _MEANING)
+    lines = _differences((field, there, here) for field, there, here in fields if there is not None)
     if lines:
         raise ConfigError(f"{name} was trained for something else:\n" + "\n".join(lines) + f"\n{advice}")
 
@@ -282,11 +278,7 @@ def check_model(path: pathlib.Path, there: Mapping[str, Any], here: Mapping[str,
     """
     if grows and here["vocab_size"] > there["vocab_size"]:
         here = {**here, "vocab_size": there["vocab_size"]}
-    lines = [
-        f"  model.{name}: {there[name]!r} there, {here[name]!r} here"
-        for name in WEIGHT_FIELDS
-        if there[name] != here[name]
-    ]
+    lines = _differences((f"model.{name}", there[name], here[name]) for name in WEIGHT_FIELDS)
     if lines:
         raise ConfigError(
             f"the policy of {path} is another model:\n" + "\n".join(lines) + "\n"
@@ -309,6 +301,13 @@ def _value(config: Mapping[str, Any] | None, field: str) -> Any:
     section, key = field.split(".")
     values = (config or {}).get(section)
     return values.get(key) if isinstance(values, Mapping) else None
+
+
+def _differences(fields: Iterable[tuple[str, Any, Any]]) -> list[str]:
+    """Return a line for each field whose two values, the policy's and the one of now, are not the same."""
+    return [
+        f"  {name}: {there!r} there, {here!r} here" for name, there, here in fields if _plain(there) != _plain(here)
+    ]
 
 
 def _plain(value: Any) -> Any:

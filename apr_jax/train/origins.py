@@ -60,7 +60,6 @@ def load_given(phase: PhaseName, path: pathlib.Path, config: Config) -> Given:
     grows = config.data.add_marker_tokens
     check_model(path, dataclasses.asdict(model), dataclasses.asdict(config.model), grows=grows)
     note_context(path, model.max_seq_len, config.model.max_seq_len)
-    note_task(path, saved, to_dict(config))
     own = agreed_tokenizer(path, own_tokenizer(path, saved), config.data.tokenizer, Spelling.of(config))
     known = load_tokenizer(own).vocab_size
     if known < config_tokenizer(config).vocab_size:  # the policy's lacks markers
@@ -70,13 +69,15 @@ def load_given(phase: PhaseName, path: pathlib.Path, config: Config) -> Given:
                 f"{config.lora.rank} new ones would never be trained; set one of them to 0 or False"
             )
         params = with_new_ids(params, known, config.model.vocab_size)
+    now = to_dict(config)
     if phase == "grpo":
         check_meaning(
             f"the policy of {path}",
             saved,
-            to_dict(config),
+            now,
             "GRPO goes on with what a policy was trained for (=auto takes it); SFT from it, with --start, may differ.",
         )
+    note_task(path, saved, now)  # after what is refused, so that nothing is said twice
     return Given(phase, path, params, weights_digest(params))
 
 
